@@ -1,0 +1,220 @@
+"""One folder a version: `<root>/<name>/<version>/model.safetensors` and `model.json`.
+
+Safetensors and JSON only: nothing is ever pickled or unpickled. A version is written to a temporary
+folder, flushed to disk and renamed, so it is there whole or not at all. Reading trusts nothing:
+bytes are read once, from one descriptor, and every claim of the header is checked.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused, ConfigError
+from models.networks import NetworkConfig
+from models.preprocessing import Preprocessing
+from models.storage import (
+    MAX_HEADER_BYTES,
+    parse_json,
+    parse_tensors,
+    read_once,
+    sync_folder,
+    write_durably,
+)
+
+WEIGHTS = "model.safetensors"
+METADATA = "model.json"
+_MAX_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What `model.json` says: how to rebuild the network, and where it comes from."""
+
+    name: str
+    network: NetworkConfig
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    torch_version: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_json()`.
+
+        Raises:
+            ConfigError: a value is missing or makes no sense.
+        """
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ConfigError(f"unknown fields: {', '.join(sorted(unknown))}")
+        try:
+            metadata = cls(
+                name=str(values["name"]),
+                network=NetworkConfig.from_json(values["network"]),
+                preprocessing=Preprocessing.from_json(values["preprocessing"]),
+                classes=tuple(str(c) for c in values["classes"]),
+                recipe=dict(values["recipe"]),
+                data=dict(values["data"]),
+                evaluation=dict(values["evaluation"]),
+                sha256=str(values["sha256"]),
+                torch_version=str(values["torch_version"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{type(error).__name__}: {error}") from error
+        if len(metadata.classes) != metadata.network.classes:
+            raise ConfigError("one class name a logit is needed")
+        if metadata.preprocessing.shape != metadata.network.input:
+            raise ConfigError("preprocessing and network disagree on the input's shape")
+        return metadata
+
+
+def is_name(name: str) -> bool:
+    """Say if `name` can name a model: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot."""
+    return re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name) is not None
+
+
+def versions(root: Path, name: str) -> list[int]:
+    """List a model's versions, in ascending order; folders that are not numbers are no versions."""
+    folder = root / name
+    if not is_name(name) or not folder.is_dir():
+        return []
+    numbered = (d for d in folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,8}", d.name))
+    return sorted(int(d.name) for d in numbered if d.is_dir())
+
+
+def find(root: Path) -> dict[str, list[int]]:
+    """List all models under `root` that have versions, and those versions, both in order."""
+    names = sorted(d.name for d in root.iterdir()) if root.is_dir() else []
+    return {name: found for name in names if (found := versions(root, name))}
+
+
+def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
+    """Write the next version of `metadata.name`, whole or not at all.
+
+    Returns:
+        The version's folder.
+
+    Raises:
+        CheckpointError: it could not be written; nothing is left behind.
+    """
+    weights = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    )
+    metadata = replace(
+        metadata, sha256=hashlib.sha256(weights).hexdigest(), torch_version=torch.__version__
+    )
+    text = json.dumps(metadata.to_json(), indent=2, allow_nan=False) + "\n"
+    if not is_name(metadata.name):
+        raise CheckpointError(
+            f"{metadata.name!r} cannot name a model: use 1 to 64 letters, digits, '.', '_' or '-'"
+        )
+    folder = root / metadata.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(folder) as temporary:
+            write_durably(temporary / WEIGHTS, weights)
+            write_durably(temporary / METADATA, text.encode())
+            sync_folder(temporary)
+            version = _publish(temporary, folder, (versions(root, metadata.name) or [0])[-1] + 1)
+        sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write a version: {error}") from error
+    return version
+
+
+def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module, Metadata]:
+    """Read one version, verify all of it, and rebuild its module, in eval mode.
+
+    Args:
+        path: the version's folder.
+        factories: factory names that may be imported and called; None: any.
+
+    Raises:
+        CheckpointNotFound: no such folder.
+        CheckpointRefused: it is damaged or was tampered with; names the file or tensor.
+    """
+    if not path.is_dir():
+        raise CheckpointNotFound(f"{path}: no such checkpoint")
+    metadata = _read_metadata(path / METADATA)
+    weights = path / WEIGHTS
+    raw = read_once(weights, _MAX_BYTES)
+    tensors = parse_tensors(weights, raw)
+    if (got := hashlib.sha256(raw).hexdigest()) != metadata.sha256:
+        raise CheckpointRefused(weights, f"SHA-256 is {got}, {METADATA} says {metadata.sha256}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module = metadata.network.build(factories)
+    except ConfigError as error:
+        raise CheckpointRefused(path / METADATA, str(error)) from error
+    _check_tensors(weights, tensors, module.state_dict())
+    module.load_state_dict(tensors)
+    return module.eval(), metadata
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        return Metadata.from_json(parse_json(path, read_once(path, MAX_HEADER_BYTES)))
+    except ConfigError as error:
+        raise CheckpointRefused(path, str(error)) from error
+
+
+def _check_tensors(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not the network's: by name, shape, dtype and finiteness."""
+    if missing := expected.keys() - got.keys():
+        raise CheckpointRefused(path, f"tensor {min(missing)!r} is missing")
+    if extra := got.keys() - expected.keys():
+        raise CheckpointRefused(path, f"tensor {min(extra)!r} belongs to no layer")
+    for name, tensor in got.items():
+        want = expected[name]
+        if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
+            raise CheckpointRefused(
+                path,
+                f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                f"the network needs {want.dtype} {list(want.shape)}",
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointRefused(path, f"tensor {name!r} holds NaN or infinity")
+
+
+@contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder that is gone after the block, unless it was renamed."""
+    path = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path, version: int) -> Path:
+    """Rename to the first free version number; someone else may be saving at the same time."""
+    while True:
+        target = folder / str(version)
+        if not target.exists():
+            try:
+                return temporary.rename(target)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                if not target.exists():
+                    raise CheckpointError(f"{target}: {error}") from error
+        version += 1

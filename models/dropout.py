@@ -1,0 +1,146 @@
+"""Dropout three ways: inverted, vanilla with the weight scaling rule, and spatial.
+
+Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout: A Simple Way to Prevent
+Neural Networks from Overfitting", JMLR 15 (2014). There `p` is the probability of *keeping* a
+unit; here, as in PyTorch, `p` is the probability of dropping it, everywhere.
+
+Each kind is a function and a module. The functions take part in PyTorch's `__torch_function__`
+protocol, which is how Monte Carlo dropout finds them (`models.montecarlo.interception`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from models.errors import ConfigError
+
+MaskSource = Callable[[torch.Size, float, torch.device], Tensor]
+"""`(shape, p, device) -> bool tensor of that shape`: True where a unit is kept."""
+
+
+def random_mask(
+    shape: torch.Size, p: float, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw which units are kept: independent, each dropped with probability `p`.
+
+    Sixteen random bits decide an element, so `p` is met to 2^-17. That is several times cheaper
+    than `bernoulli_`, which spends a whole floating-point draw on each.
+
+    Returns:
+        Bool tensor of `shape`, True where a unit is kept.
+    """
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    threshold = round(p * 2**16) - 2**15
+    return (words.view(torch.int16)[:count] >= threshold).view(shape)
+
+
+def inverted_dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, source: MaskSource = random_mask
+) -> Tensor:
+    """Drop units and divide the survivors by 1-p, so that evaluation needs no change at all.
+
+    Section 10 of Srivastava et al. (2014): scaling up by 1/(1-p) while training in place of
+    scaling the weights down at test time. E[output] = x and Var[output] = x^2 p/(1-p).
+
+    Args:
+        x: any shape.
+        p: probability of dropping a unit.
+        training: False makes this the identity.
+        source: draws the mask.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(inverted_dropout, (x,), x, p, training, source)
+    if not training or p == 0:
+        return x
+    return torch.where(source(x.shape, p, x.device), x / (1 - p), 0)
+
+
+def vanilla_dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, source: MaskSource = random_mask
+) -> Tensor:
+    """Drop units while training; in evaluation multiply by 1-p: the weight scaling rule.
+
+    Section 4 and figure 2 of Srivastava et al. (2014). Scaling a unit's output by the probability
+    of its presence is the same as scaling its outgoing weights. Against `inverted_dropout`: the
+    same expectation up to the factor 1-p, applied in the other mode.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(vanilla_dropout, (x,), x, p, training, source)
+    if not training:
+        return x * (1 - p)
+    return torch.where(source(x.shape, p, x.device), x, 0)
+
+
+def spatial_dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, source: MaskSource = random_mask
+) -> Tensor:
+    """Drop whole channels of `x [B, C, ...]`, dividing the surviving ones by 1-p.
+
+    Tompson et al., "Efficient Object Localization Using Convolutional Networks" (CVPR 2015),
+    section 3.2: neighbouring pixels are so alike that dropping single ones removes little.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(spatial_dropout, (x,), x, p, training, source)
+    if not training or p == 0:
+        return x
+    channels = torch.Size((*x.shape[:2], *(1 for _ in x.shape[2:])))
+    return torch.where(source(channels, p, x.device), x / (1 - p), 0)
+
+
+def check_rate(p: float) -> float:
+    """Return `p` if it is a probability of dropping, in [0, 1).
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0 <= p < 1:
+        raise ConfigError(f"dropout p must be in [0, 1), the probability of dropping; got {p!r}")
+    return float(p)
+
+
+class _Dropout(nn.Module):
+    """What the three modules share: a rate and a mask source."""
+
+    def __init__(self, p: float = 0.5, source: MaskSource = random_mask) -> None:
+        super().__init__()
+        self.p = check_rate(p)
+        self.source = source
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class InvertedDropout(_Dropout):
+    """`inverted_dropout` as a module: the identity in eval mode.
+
+    Args:
+        p: probability of dropping a unit, in [0, 1).
+        source: draws the mask; the default uses PyTorch's global generator.
+
+    Raises:
+        ConfigError: p is outside [0, 1).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of any shape to the same shape."""
+        return inverted_dropout(x, self.p, self.training, self.source)
+
+
+class VanillaDropout(_Dropout):
+    """`vanilla_dropout` as a module: multiplies by 1-p in eval mode. For comparison."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of any shape to the same shape."""
+        return vanilla_dropout(x, self.p, self.training, self.source)
+
+
+class SpatialDropout(_Dropout):
+    """`spatial_dropout` as a module: whole channels of `[B, C, ...]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, ...] to the same shape."""
+        return spatial_dropout(x, self.p, self.training, self.source)

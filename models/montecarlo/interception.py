@@ -1,0 +1,153 @@
+"""Catches every dropout call of one forward pass, in one thread, and puts a given mask there.
+
+No flag of the module is touched: it stays in eval mode, so batch normalisation keeps its running
+statistics, and an eval prediction of the same module in another thread stays exact. Functional
+dropout, with `training=False` too, is caught like the modules; so is the dropout inside attention.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from math import sqrt
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
+
+Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention"]
+
+ScaleFor = Callable[[Kind, float, torch.Size], Tensor | None]
+"""`(kind, p, mask shape) -> what to multiply by`, zero where a unit is dropped; None: nothing."""
+
+ALPHA = 1.7580993408473766
+"""SELU's scale times alpha: minus the value that alpha dropout sets dropped units to."""
+
+
+class Interception(TorchFunctionMode):
+    """Inside `with Interception(scale_for):` dropout multiplies by what `scale_for` returns.
+
+    Attributes:
+        widest: elements of the largest tensor that any call returned.
+    """
+
+    def __init__(self, scale_for: ScaleFor) -> None:
+        super().__init__()
+        self._scale_for = scale_for
+        self.widest = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  whatever the intercepted function returns
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention_forward(*args, **{**kwargs, "training": True})
+        dropout = _DROPOUTS.get(func)
+        result = dropout(self._scale_for, *args, **kwargs) if dropout else func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self.widest = max(self.widest, result.numel())
+        return result
+
+
+def _elementwise(kind: Kind) -> Callable[..., Tensor]:
+    def dropout(scale_for: ScaleFor, x: Tensor, p: float = 0.5, *_: object, **__: object) -> Tensor:
+        return _drop(x, kind, p, x.shape, scale_for)
+
+    return dropout
+
+
+def _channelwise(kind: Kind) -> Callable[..., Tensor]:
+    def dropout(scale_for: ScaleFor, x: Tensor, p: float = 0.5, *_: object, **__: object) -> Tensor:
+        channels = torch.Size((*x.shape[:2], *(1 for _ in x.shape[2:])))
+        return _drop(x, kind, p, channels, scale_for)
+
+    return dropout
+
+
+def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
+    scale = scale_for(kind, float(p), shape) if p > 0 else None
+    if scale is None:
+        return x
+    if kind not in ("alpha", "feature_alpha"):
+        return x * scale
+    # Klambauer et al., "Self-Normalizing Neural Networks" (2017): dropped units take the value
+    # -ALPHA, then an affine map restores mean 0 and variance 1.
+    a = 1 / sqrt((ALPHA**2 * p + 1) * (1 - p))
+    return x * scale * a + (scale - 1 + p) * (ALPHA * a)
+
+
+def _attention(
+    scale_for: ScaleFor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, written out, with a given mask on its weights.
+
+    Shapes: query [..., L, E], key [..., S, E], value [..., S, V]; returns [..., L, V].
+    """
+    if dropout_p == 0:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
+    weights = query @ key.transpose(-2, -1) * (scale or 1 / sqrt(query.shape[-1]))
+    if is_causal:
+        attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        weights = weights.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        weights = weights + attn_mask
+    weights = weights.softmax(-1)
+    return _drop(weights, "attention", dropout_p, weights.shape, scale_for) @ value
+
+
+def _unguarded(function: FunctionType) -> FunctionType:
+    """Copy a function of `torch.nn.functional`, less its own check for overrides.
+
+    With that check, its body could never run under the mode that has just intercepted it, and the
+    dropout call inside would stay hidden. The copy shares nothing with the original but code.
+    """
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, "has_torch_function": lambda _: False},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_attention_forward = _unguarded(F.multi_head_attention_forward)  # type: ignore[arg-type]  # it is one
+
+_DROPOUTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.dropout: _elementwise("dropout"),
+    torch.dropout: _elementwise("dropout"),
+    inverted_dropout: _elementwise("dropout"),
+    vanilla_dropout: _elementwise("vanilla"),
+    F.dropout1d: _channelwise("spatial"),
+    F.dropout2d: _channelwise("spatial"),
+    F.dropout3d: _channelwise("spatial"),
+    torch.feature_dropout: _channelwise("spatial"),
+    spatial_dropout: _channelwise("spatial"),
+    F.alpha_dropout: _elementwise("alpha"),
+    torch.alpha_dropout: _elementwise("alpha"),
+    F.feature_alpha_dropout: _channelwise("feature_alpha"),
+    torch.feature_alpha_dropout: _channelwise("feature_alpha"),
+    F.scaled_dot_product_attention: _attention,
+}

@@ -1,0 +1,104 @@
+"""Which units are dropped: a pure function of (seed, site, sample).
+
+Bits come from Philox-4x64, a counter-based generator (Salmon, Moraes, Dror and Shaw, "Parallel
+Random Numbers: As Easy as 1, 2, 3", SC 2011): the key is (seed, site), the counter says which
+sample. So a mask depends on nothing else: not on how many samples are asked for, not on the batch.
+
+`independent` masks drop each unit of each sample on its own. `stratified` masks are a Latin
+hypercube (McKay, Beckman and Conover, 1979) in blocks of ten samples: a unit's ten uniform draws
+fall one into each tenth of [0, 1), in an order of its own, and it is dropped where its draw is
+below p. Each sample alone still drops each unit with probability exactly p, independently of the
+other units; but within a block a unit is dropped 10p times, to rounding, so the average over the
+block hardly depends on the luck of the draw.
+"""
+
+from itertools import combinations
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+MaskKind = Literal["stratified", "independent"]
+MASK_KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
+BLOCK = 10
+"""Samples in a block of stratified masks."""
+
+Keep = npt.NDArray[np.bool_]
+_WORDS = 4  # Philox-4x64 makes four 64-bit words a count
+
+
+def draw(kind: MaskKind, seed: int, site: int, units: int, p: float, samples: range) -> Keep:
+    """Draw the masks of one dropout site.
+
+    Args:
+        kind: "stratified" or "independent".
+        seed: 0 to 2^63-1.
+        site: the site's position in the network.
+        units: how many units the site masks.
+        p: probability of dropping a unit.
+        samples: which samples, a range with step 1.
+
+    Returns:
+        Bool [len(samples), units], True where a unit is kept.
+    """
+    draw_kind = _stratified if kind == "stratified" else _independent
+    return draw_kind(seed, site, units, p, samples)
+
+
+def _independent(seed: int, site: int, units: int, p: float, samples: range) -> Keep:
+    """Thirty-two bits decide a unit, so p is met to 2^-33."""
+    words = _words(seed, site, samples.start, len(samples), (units + 1) // 2)
+    draws = words.view(np.uint32)[:, :units]
+    keep: Keep = draws >= round(p * 2**32)
+    return keep
+
+
+def _stratified(seed: int, site: int, units: int, p: float, samples: range) -> Keep:
+    """Choose, for each block and unit, which of the block's ten samples drop the unit.
+
+    The Latin hypercube drops floor(10p) of the ten, or one more: the tenth that p falls into
+    holds one draw, which is below p with probability 10p - floor(10p). Given the count, every
+    subset of that size is equally likely. So one 64-bit word decides a block's ten masks of a unit:
+    its upper half the count, its lower half the subset, from a table.
+    """
+    first, last = samples.start // BLOCK, (samples.stop + BLOCK - 1) // BLOCK
+    words = _words(seed, site, first, last - first, units)[:, :units]
+    whole, share = divmod(p * BLOCK, 1)
+    one_more = (words >> np.uint64(32)) < np.uint64(round(share * 2**32))
+    subset = words & np.uint64(0xFFFFFFFF)
+    dropped = np.where(one_more, _choose(int(whole) + 1, subset), _choose(int(whole), subset))
+    rows = np.arange(BLOCK, dtype=np.uint16)[:, None]
+    keep = (dropped[:, None, :] >> rows & np.uint16(1)) == 0  # [blocks, 10, units]
+    offset = samples.start - first * BLOCK
+    rows_asked: Keep = keep.reshape(-1, units)[offset : offset + len(samples)]
+    return rows_asked
+
+
+def _choose(size: int, draws: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
+    """Turn 32-bit draws into subsets of ten samples, as bits, all of one size, equally likely."""
+    table = _SUBSETS[size]
+    subsets: npt.NDArray[np.uint16] = table[(draws * np.uint64(len(table))) >> np.uint64(32)]
+    return subsets
+
+
+def _subsets() -> tuple[npt.NDArray[np.uint16], ...]:
+    """Make, for each size 0 to 10, the table of all subsets of ten samples of that size."""
+    return tuple(
+        np.array([sum(1 << i for i in c) for c in combinations(range(BLOCK), size)], np.uint16)
+        for size in range(BLOCK + 1)
+    )
+
+
+_SUBSETS = _subsets()
+
+
+def _words(seed: int, site: int, start: int, rows: int, width: int) -> npt.NDArray[np.uint64]:
+    """Draw rows [start, start+rows) of the site's table of 64-bit words, at least `width` wide.
+
+    Rows are padded to whole Philox counts, so row r is always the same words.
+    """
+    counts = (width + _WORDS - 1) // _WORDS
+    generator = np.random.Philox(key=np.array([seed, site], np.uint64))
+    generator.advance(start * counts)
+    raw: npt.NDArray[np.uint64] = generator.random_raw(rows * counts * _WORDS)
+    return raw.reshape(rows, counts * _WORDS)

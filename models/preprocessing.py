@@ -1,0 +1,117 @@
+"""From a picture to what the network sees; stored in the checkpoint, for train and serve alike."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from models.errors import ConfigError
+
+Pixels = npt.NDArray[np.uint8]
+BACKGROUND = (255, 255, 255)
+"""What shows through transparent pixels: white, as paper and browsers have it."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Size, channels and scale of a network's input.
+
+    Attributes:
+        size: (height, width) in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: of each channel, in units of 0 to 1, subtracted.
+        std: of each channel, in units of 0 to 1, divided by.
+        invert: turn dark into light first, for networks trained on light strokes on black.
+
+    Raises:
+        ConfigError: a value makes no sense.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    invert: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ConfigError(f"channels must be 1 or 3, not {self.channels!r}")
+        if len(self.size) != 2 or not all(0 < side <= 4096 for side in self.size):
+            raise ConfigError(f"size must be (height, width), 1 to 4096 pixels, not {self.size!r}")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ConfigError("mean and std need one value a channel")
+        if not all(np.isfinite((*self.mean, *self.std))) or not all(s > 0 for s in self.std):
+            raise ConfigError("mean and std must be finite, std above 0")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Input shape of the network: (channels, height, width)."""
+        return (self.channels, *self.size)
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Turn a picture of any size and mode into the network's pixels, uint8 [C, H, W].
+
+        EXIF orientation is applied, transparency is laid over white, colour profiles are ignored.
+        """
+        image = _flatten(ImageOps.exif_transpose(image))
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        height, width = self.size
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        pixels = np.asarray(image, np.uint8).reshape(height, width, self.channels)
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return 255 - pixels if self.invert else pixels
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Map uint8 [B, C, H, W] to float32 with the stored mean and std: one multiply-add."""
+        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
+        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
+        return torch.addcmul(-mean / std, pixels, 1 / (255 * std))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_json()`.
+
+        Raises:
+            ConfigError: a value is missing or makes no sense.
+        """
+        try:
+            return cls(
+                size=(int(values["size"][0]), int(values["size"][1])),
+                channels=int(values["channels"]),
+                mean=tuple(float(v) for v in values["mean"]),
+                std=tuple(float(v) for v in values["std"]),
+                invert=bool(values["invert"]),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ConfigError(f"preprocessing: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def measured(cls, pixels: Tensor, invert: bool = False) -> Self:
+        """Take size, channels, mean and std from training images, uint8 [N, C, H, W]."""
+        std, mean = torch.std_mean(pixels[:10_000].double() / 255, dim=(0, 2, 3))
+        return cls(
+            size=(pixels.shape[2], pixels.shape[3]),
+            channels=pixels.shape[1],
+            mean=tuple(round(v, 4) for v in mean.tolist()),
+            std=tuple(max(round(v, 4), 1e-3) for v in std.tolist()),
+            invert=invert,
+        )
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Lay transparent pixels over the background."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+    return Image.alpha_composite(paper, image).convert("RGB")

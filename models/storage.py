@@ -1,0 +1,106 @@
+"""Files that are read with distrust and written to last: safetensors and JSON."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.errors import CheckpointRefused
+
+MAX_HEADER_BYTES = 1_000_000
+MAX_TENSORS = 10_000
+
+
+def read_once(path: Path, limit: int) -> bytes:
+    """Read a regular file through one descriptor; links, pipes and growing files are refused.
+
+    Reading, not mapping: a mapped file that is truncated later kills the process.
+
+    Raises:
+        CheckpointRefused: it is not a plain file of at most `limit` bytes.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointRefused(path, f"cannot be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointRefused(path, "not a plain file")
+        if status.st_size > limit:
+            raise CheckpointRefused(path, f"{status.st_size} bytes, more than {limit}")
+        raw = file.read(status.st_size + 1)
+    if len(raw) != status.st_size:
+        raise CheckpointRefused(path, "changed while it was being read")
+    return raw
+
+
+def parse_tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
+    """Read tensors from the bytes of a safetensors file, after bounding what its header claims.
+
+    The safetensors library checks offsets: no overlap, no hole, no byte left over.
+
+    Raises:
+        CheckpointRefused: not a sound safetensors file.
+    """
+    size = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or size > MAX_HEADER_BYTES:
+        raise CheckpointRefused(path, f"not safetensors: a header of {size} bytes")
+    if size > len(raw) - 8:
+        raise CheckpointRefused(path, "truncated in its header")
+    header = parse_json(path, raw[8 : 8 + size])
+    if len(header) > MAX_TENSORS + 1:
+        raise CheckpointRefused(path, f"{len(header)} tensors, more than {MAX_TENSORS}")
+    try:
+        return safetensors.torch.load(raw)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointRefused(path, f"not sound safetensors: {error}") from error
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """Parse a JSON object; a duplicate name is refused, where most parsers take the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a name stands twice")
+        return values
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointRefused(path, f"not sound JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointRefused(path, "not a JSON object")
+    return value
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and flush it to disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Put a file in place of another: a reader, or a crash, finds the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    write_durably(part, data)
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk: what makes a rename in it last."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

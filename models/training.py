@@ -1,0 +1,248 @@
+"""`fit()` trains a module and yields one `Epoch` at a time; an interrupted run resumes exactly.
+
+Everything random (weights' initialisation aside) is drawn from generators seeded by (seed, epoch),
+so the state of a run between two epochs is its tensors and a few numbers, and a resumed run on the
+CPU ends with the very bits of an unbroken one. Lightning Fabric carries device and precision.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from models.augmentation import augment
+from models.data import Split
+from models.errors import ConfigError
+from models.training_state import State
+
+Normalize = Callable[[Tensor], Tensor]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+_EVAL_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: at most so many.
+        batch_size: images a step.
+        optimizer: "adamw" (Loshchilov and Hutter, 2019) or "sgd" with momentum .9 (Nesterov).
+        learning_rate: at the peak; warmed up over the first 5% of steps, then a half cosine to 0.
+        weight_decay: on weight matrices and kernels; never on biases and norms.
+        label_smoothing: share of the target spread over all classes (Szegedy et al., 2016).
+        shift: augmentation: at most so many pixels up, down, left, right.
+        flip: augmentation: mirror half of the images left to right.
+        patience: stop after so many epochs without a better validation accuracy; 0: never.
+        validation_share: part of the training images held out to choose the best epoch.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: a value makes no sense.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02
+    label_smoothing: float = 0.0
+    shift: int = 0
+    flip: bool = False
+    patience: int = 0
+    validation_share: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2 or self.patience < 0 or self.shift < 0:
+            raise ConfigError("epochs must be at least 1, batch_size 2, patience and shift 0")
+        if not 0 < self.learning_rate < 100 or self.weight_decay < 0:
+            raise ConfigError("learning_rate must be above 0, weight_decay at least 0")
+        if not 0 <= self.label_smoothing < 1 or not 0 < self.validation_share < 1:
+            raise ConfigError("label_smoothing must be in [0, 1), validation_share in (0, 1)")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ConfigError(f"optimizer must be adamw or sgd, not {self.optimizer!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed must be 0 to 2^63-1")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training images came to.
+
+    Attributes:
+        number: from 1.
+        loss: mean training loss.
+        train_accuracy: on the training batches as they came, augmented and with dropout.
+        validation_accuracy: in eval mode, on images held out.
+        seconds: of training, validation not counted.
+        images_per_second: of training.
+        best: whether no earlier epoch was better on the held-out images.
+    """
+
+    number: int
+    loss: float
+    train_accuracy: float
+    validation_accuracy: float
+    seconds: float
+    images_per_second: float
+    best: bool
+
+
+def fit(
+    module: nn.Module,
+    data: Split,
+    normalize: Normalize,
+    recipe: Recipe,
+    *,
+    state_path: Path | None = None,
+    accelerator: str = "auto",
+    precision: Precision = "32-true",
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Iterator[Epoch]:
+    """Train in place; when the iterator is exhausted, the module holds its best weights.
+
+    Args:
+        module: maps normalised images to logits.
+        data: images to train and validate on.
+        normalize: maps uint8 [B, C, H, W] to the module's input.
+        recipe: how.
+        state_path: a file that holds the run's state after each epoch. If it is there, the run
+            continues from it.
+        accelerator: Fabric's: "auto", "cpu", "cuda", "mps".
+        precision: Fabric's: "32-true", "bf16-mixed", "16-mixed".
+        progress: called with (images done, images in all) of the epoch that runs.
+
+    Raises:
+        ConfigError: the state is of another recipe, or there are too few images.
+        CheckpointRefused: the state file is damaged.
+    """
+    train, validation = _hold_out(data, recipe)
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+    state = State(module, _optimizer(module, recipe), _fingerprint(recipe, train))
+    if state_path is not None and state_path.exists():
+        state.restore(state_path)
+    wrapped, optimizer = fabric.setup(module, state.optimizer)
+    batches = _Batches(fabric, train, normalize, recipe)
+    while state.epoch < recipe.epochs and not state.exhausted(recipe.patience):
+        started = time.perf_counter()
+        module.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(_derived_seed(recipe.seed, state.epoch))
+            loss, accuracy = _train_epoch(
+                fabric, wrapped, optimizer, batches, recipe, state.epoch, progress
+            )
+        seconds = time.perf_counter() - started
+        score = accuracy_of(module, validation, normalize, fabric.device)
+        best = state.finish_epoch(score)
+        if state_path is not None:
+            state.write(state_path)
+        yield Epoch(state.epoch, loss, accuracy, score, seconds, len(train) / seconds, best)
+    state.load_best()
+    module.cpu().eval()
+
+
+@torch.inference_mode()
+def accuracy_of(
+    module: nn.Module, data: Split, normalize: Normalize, device: torch.device | None = None
+) -> float:
+    """Share of images whose largest logit is their label's, in eval mode."""
+    module.eval()
+    right = 0
+    for batch in data.batches(_EVAL_BATCH):
+        votes = module(normalize(batch.images.to(device))).argmax(-1).cpu()
+        right += int((votes == batch.labels).sum())
+    return right / len(data)
+
+
+class _Batches:
+    """Shuffled, augmented, normalised batches of one epoch after the other, on the device."""
+
+    def __init__(self, fabric: Fabric, data: Split, normalize: Normalize, recipe: Recipe) -> None:
+        self._data = Split(data.images.to(fabric.device), data.labels.to(fabric.device))
+        self._normalize = normalize
+        self._recipe = recipe
+        self.steps = max(1, len(data) // recipe.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (input, labels); a last, smaller batch is left out of this epoch."""
+        size = self._recipe.batch_size
+        order = torch.randperm(len(self._data)).to(self._data.labels.device)
+        for step in range(self.steps):
+            batch = self._data.take(order[step * size : (step + 1) * size])
+            images = augment(batch.images, self._recipe.shift, self._recipe.flip)
+            yield self._normalize(images), batch.labels
+
+
+def _train_epoch(
+    fabric: Fabric,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: _Batches,
+    recipe: Recipe,
+    epoch: int,
+    progress: Callable[[int, int], None],
+) -> tuple[float, float]:
+    """One pass; returns the mean loss and the accuracy on the batches as they came."""
+    loss_sum = torch.zeros((), device=fabric.device)
+    right = torch.zeros((), dtype=torch.int64, device=fabric.device)
+    seen = 0
+    for step, (x, labels) in enumerate(batches):
+        share = (epoch * batches.steps + step) / (recipe.epochs * batches.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(share)
+        logits = module(x)
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+        loss_sum += loss.detach() * len(labels)
+        right += (logits.detach().argmax(-1) == labels).sum()
+        seen += len(labels)
+        progress(seen, batches.steps * recipe.batch_size)
+    return loss_sum.item() / seen, right.item() / seen
+
+
+def _schedule(share: float, warm_up: float = 0.05) -> float:
+    """Scale the learning rate by the share of the run that is done: linear up, half cosine down."""
+    if share < warm_up:
+        return (share + 1e-3) / (warm_up + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (share - warm_up) / (1 - warm_up)))
+
+
+def _hold_out(data: Split, recipe: Recipe) -> tuple[Split, Split]:
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
+    held_out = max(1, round(len(data) * recipe.validation_share))
+    if len(data) - held_out < 2:
+        raise ConfigError(f"{len(data)} images are too few to train and validate on")
+    return data.take(order[held_out:]), data.take(order[:held_out])
+
+
+def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Decay matrices and kernels; not vectors, which are biases and norms."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
+
+
+def _fingerprint(recipe: Recipe, data: Split) -> str:
+    """Say what a state must have been made with to continue it."""
+    return json.dumps({**asdict(recipe), "images": list(data.images.shape)}, sort_keys=True)
+
+
+def _derived_seed(seed: int, epoch: int) -> int:
+    """Give each epoch of each run a seed of its own (the odd constant is 2^63 / golden ratio)."""
+    return (seed + (epoch + 1) * 0x4F1BBCDCBFA53E0B) % 2**63

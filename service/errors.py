@@ -1,0 +1,117 @@
+"""Everything that goes wrong on purpose between a client and the service, on either side.
+
+    DropserveError
+    ├── RequestError              what was sent cannot be answered
+    │   ├── MalformedRequest      400
+    │   ├── NotFound              404
+    │   ├── RequestTimeout        408
+    │   ├── TooLarge              413
+    │   ├── UnsupportedMediaType  415
+    │   └── InvalidRequest        422
+    ├── Overloaded                503, with Retry-After
+    ├── ServerError               any other status
+    └── Unreachable               no answer at all; on the client's side only
+
+The service raises them, one handler turns them into `application/problem+json` (RFC 9457), and the
+client raises the same ones from what it reads. Messages never repeat what was sent.
+"""
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class DropserveError(Exception):
+    """The root. `str(error)` is the detail.
+
+    Attributes:
+        status: the HTTP status that it is sent with.
+        headers: HTTP headers to send along.
+        request_id: of the request that failed, on the client's side.
+    """
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, detail: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.headers = headers or {}
+        self.request_id: str | None = None
+
+
+class RequestError(DropserveError):
+    """What was sent cannot be answered; sending it again would not help."""
+
+    status = 400
+
+
+class MalformedRequest(RequestError):
+    """The request breaks the rules of HTTP, of its format, or has no body."""
+
+    status = 400
+
+
+class NotFound(RequestError):
+    """There is no such route, model or version."""
+
+    status = 404
+
+
+class RequestTimeout(RequestError):
+    """The body did not arrive in time."""
+
+    status = 408
+
+
+class TooLarge(RequestError):
+    """The body, or the picture in it, is larger than the service accepts."""
+
+    status = 413
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is in a format that the service does not read."""
+
+    status = 415
+
+
+class InvalidRequest(RequestError):
+    """The format is right and a value is not: an undecodable picture, an option out of range."""
+
+    status = 422
+
+
+class Overloaded(DropserveError):
+    """The queue is full; try again after `Retry-After` seconds."""
+
+    status = 503
+
+    def __init__(self, detail: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail, headers=headers or {"Retry-After": "1"})
+
+
+class ServerError(DropserveError):
+    """The service failed; its log says why, under the request's id."""
+
+    status = 500
+
+
+class Unreachable(DropserveError):
+    """No answer came: nothing listens there, or the connection broke."""
+
+
+def error_for(status: int, detail: str) -> DropserveError:
+    """Make the error that a response of this status stands for."""
+    for kind in (*RequestError.__subclasses__(), Overloaded):
+        if kind.status == status:
+            return kind(detail)
+    return RequestError(detail) if 400 <= status < 500 else ServerError(detail)
+
+
+def problem(status: int, detail: str, request_id: str) -> dict[str, object]:
+    """Describe an error as RFC 9457 wants it; `about:blank` means that the title says it all."""
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }

@@ -1,0 +1,114 @@
+"""From bytes to a picture: limits first, decoding second.
+
+What Pillow is handed has been recognised by its first bytes, and its dimensions are read from its
+header by this file where Pillow would start to decode before it could be asked (WebP), or would
+accept what it cannot represent (PNG of 16 bits a channel, which it clips).
+"""
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from service.errors import InvalidRequest, MalformedRequest, TooLarge, UnsupportedMediaType
+
+FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+_ACCEPTED = "send image/png, image/jpeg or image/webp"
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What a picture may be, checked before a pixel of it is decoded."""
+
+    max_pixels: int
+    max_side: int
+
+
+def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.Image:
+    """Decode a PNG, JPEG or WebP picture.
+
+    Args:
+        data: the file's bytes.
+        content_type: what the sender calls it; None or `application/octet-stream` for nothing.
+        limits: of its size.
+
+    Raises:
+        MalformedRequest: there are no bytes.
+        UnsupportedMediaType: another format, or not the format that `content_type` says.
+        TooLarge: more pixels than `limits` allow.
+        InvalidRequest: damaged, animated, or 16 bits a channel.
+    """
+    if not data:
+        raise MalformedRequest("the image has no bytes")
+    kind, size = _recognise(data)
+    if size is not None:
+        _check_size(size, limits)
+    if kind not in FORMATS.values():
+        raise UnsupportedMediaType(f"this is no picture that is read here: {_ACCEPTED}")
+    claimed = FORMATS.get(content_type or "", kind)
+    if claimed != kind:
+        raise UnsupportedMediaType(f"the content type says {claimed}, the bytes are {kind}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=(kind,))
+        _check_size(image.size, limits)
+        if getattr(image, "n_frames", 1) > 1:
+            raise InvalidRequest("the picture is animated: send one frame")
+        image.load()
+    except (TooLarge, InvalidRequest):
+        raise
+    except Image.DecompressionBombError as error:
+        raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}") from error
+    except Exception as error:
+        # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and
+        # others, as the damage happens to lead them; all mean the same to the sender.
+        raise InvalidRequest(f"the picture cannot be decoded: damaged or not {kind}") from error
+    return image
+
+
+def _recognise(data: bytes) -> tuple[str, tuple[int, int] | None]:
+    """Name the format by its first bytes, and the size where the header has it in a fixed place."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if len(data) < 33 or data[12:16] != b"IHDR":
+            raise InvalidRequest("the picture cannot be decoded: damaged or not PNG")
+        if data[24] == 16:
+            raise InvalidRequest("the picture has 16 bits a channel: send 8")
+        return "PNG", (_big(data[16:20]), _big(data[20:24]))
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG", None
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP", _webp_size(data)
+    if data[:4] == b"GIF8" and len(data) >= 10:  # not read here, yet too large is too large
+        return "GIF", (_little(data[6:8]), _little(data[8:10]))
+    return "unknown", None
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Read the canvas size from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
+    chunk = data[12:16]
+    if chunk == b"VP8X" and len(data) >= 30:
+        return _little(data[24:27]) + 1, _little(data[27:30]) + 1
+    if chunk == b"VP8L" and len(data) >= 25:
+        bits = _little(data[21:25])
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8 " and len(data) >= 30:
+        return _little(data[26:28]) & 0x3FFF, _little(data[28:30]) & 0x3FFF
+    raise InvalidRequest("the picture cannot be decoded: damaged or not WEBP")
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
+        raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}")
+    if min(size) < 1:
+        raise InvalidRequest("the picture has no pixels")
+
+
+def _allowed(limits: ImageLimits) -> str:
+    return f"at most {limits.max_pixels} in all and {limits.max_side} a side"
+
+
+def _big(raw: bytes) -> int:
+    return int.from_bytes(raw, "big")
+
+
+def _little(raw: bytes) -> int:
+    return int.from_bytes(raw, "little")

@@ -1,0 +1,202 @@
+"""What goes over the wire, as the service writes it and the client reads it. No torch, no NumPy."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MaskKind = Literal["stratified", "independent"]
+Probabilities = list[float]
+"""One number a class, in the order of the model's classes."""
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class _Options(BaseModel):
+    """Query parameters; an unknown one is refused, so that a misspelt one is not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PredictOptions(_Options):
+    """`/predict` takes none."""
+
+
+class UncertaintyOptions(_Options):
+    """How `/uncertainty` samples."""
+
+    samples: Annotated[int, Field(ge=1, le=1000, description="Thinned networks, T.")] = 100
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the masks.")] = 0
+    masks: Annotated[MaskKind, Field(description="How masks are drawn.")] = "stratified"
+    level: Annotated[float, Field(gt=0, lt=1, description="Of the sample interval.")] = 0.9
+    include_samples: Annotated[bool, Field(description="Return all T x C probabilities.")] = False
+
+
+class CompareOptions(_Options):
+    """How `/compare` runs train mode."""
+
+    passes: Annotated[int, Field(ge=1, le=32, description="Train-mode passes, k.")] = 8
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the masks.")] = 0
+
+
+class Prediction(_Answer):
+    """The answer for one image in eval mode."""
+
+    label: str
+    index: int
+    probability: float
+    probabilities: Probabilities
+
+
+class PredictResponse(_Answer):
+    """Answers in the order of the images."""
+
+    model: str
+    version: int
+    predictions: list[Prediction]
+
+
+class Interval(_Answer):
+    """Sample quantiles of each class's probability: mask randomness, not the label's."""
+
+    level: float
+    lower: Probabilities
+    upper: Probabilities
+
+
+class UncertainPrediction(_Answer):
+    """What T thinned networks say of one image; entropies in nats."""
+
+    label: str
+    index: int
+    mean: Probabilities
+    variance: Probabilities | None = Field(description="With T-1; null at T = 1.")
+    standard_error: Probabilities | None = Field(
+        description="Of the mean; null where it cannot be estimated."
+    )
+    predictive_entropy: float = Field(description="H[mean]: total uncertainty.")
+    expected_entropy: float = Field(description="Mean of H[p_t]: aleatoric.")
+    mutual_information: float = Field(description="Their difference: epistemic (BALD).")
+    variation_ratio: float = Field(description="Share of samples off the modal class.")
+    interval: Interval
+    sample_probabilities: list[Probabilities] | None = Field(
+        None, description="T rows; only with include_samples=true."
+    )
+
+
+class UncertaintyResponse(_Answer):
+    """Answers in the order of the images, and how they were sampled."""
+
+    model: str
+    version: int
+    method: Literal["dropout"]
+    samples: int
+    seed: int
+    masks: MaskKind
+    log_base: Literal["e"]
+    predictions: list[UncertainPrediction]
+
+
+class ComparedPrediction(_Answer):
+    """One image through both modes."""
+
+    eval: list[Probabilities] = Field(description="Two passes in eval mode: identical.")
+    train: list[Probabilities] = Field(description="k passes with dropout on: different.")
+    train_mean: Probabilities
+    distance: float = Field(description="Total variation between train_mean and eval, 0 to 1.")
+
+
+class Moments(_Answer):
+    """Of a layer's activations, over units and images (and passes)."""
+
+    mean: float
+    variance: float
+
+
+class ComparedLayer(_Answer):
+    """One call of a layer in a forward pass."""
+
+    name: str
+    kind: str
+    p: float | None = Field(description="Rate, where the layer is a dropout.")
+    eval: Moments
+    train: Moments
+
+
+class CompareResponse(_Answer):
+    """Train and eval side by side."""
+
+    model: str
+    version: int
+    passes: int
+    seed: int
+    predictions: list[ComparedPrediction]
+    layers: list[ComparedLayer]
+
+
+class DropoutSite(_Answer):
+    """One dropout call of the network: where masks go."""
+
+    name: str
+    kind: str
+    p: float
+    shape: list[int]
+
+
+class Input(_Answer):
+    """What a picture is made into before the network sees it."""
+
+    height: int
+    width: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+    invert: bool
+
+
+class ModelSummary(_Answer):
+    """A model in the list of models."""
+
+    name: str
+    version: int = Field(description="The one that answers where none is named.")
+    versions: list[int]
+    default: bool = Field(description="Whether /predict means this model.")
+
+
+class ModelList(_Answer):
+    """All models that are served."""
+
+    models: list[ModelSummary]
+
+
+class ModelDetails(ModelSummary):
+    """One version of a model."""
+
+    classes: list[str]
+    input: Input
+    training: Literal[False] = Field(description="Always: the module is served in eval mode.")
+    parameters: int
+    sites: list[DropoutSite]
+    path: Literal["vmap", "loop"] = Field(description="How Monte Carlo samples are run.")
+    network: dict[str, Any]
+    data: dict[str, Any]
+    evaluation: dict[str, Any]
+    sha256: str
+    torch_version: str
+
+
+class Health(_Answer):
+    """`/livez`, `/readyz`, `/healthz`."""
+
+    status: Literal["ok", "ready", "stopping"]
+
+
+class Problem(BaseModel):
+    """An error as RFC 9457 has it: `application/problem+json`."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str

@@ -1,0 +1,56 @@
+"""What a deployer sets: environment variables that begin with DROPSERVE_."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import field_validator
+
+PREFIX = "DROPSERVE_"
+
+
+class Settings(BaseSettings):
+    """Every field is `DROPSERVE_` and its name in capitals; an unknown one is an error."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    workers: int = Field(1, ge=1, le=64, description="Server processes, each with the models.")
+    checkpoints: Path = Field(Path("checkpoints"), description="Folder of <name>/<version>.")
+    data_dir: Path = Field(Path("data"), description="Folder of datasets, for training.")
+    default_model: str | None = Field(
+        None, description="Model that /predict means; needed where there are several."
+    )
+    factories: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="package.module:factory names, comma-separated, that checkpoints may call.",
+    )
+    threads: int = Field(1, ge=1, le=256, description="CPU threads of one worker's computations.")
+    max_batch: int = Field(64, ge=1, le=4096, description="Images in one run of the network.")
+    max_queue: int = Field(
+        1024, ge=1, description="Images waiting before more are refused with 503."
+    )
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Bytes of one request's body.")
+    max_pixels: int = Field(16 * 10**6, ge=1, description="Pixels of one picture.")
+    max_side: int = Field(16_384, ge=1, description="Pixels of one picture's longer side.")
+    max_images: int = Field(64, ge=1, le=1000, description="Pictures in one request.")
+    max_samples: int = Field(1000, ge=1, le=1000, description="Samples of one /uncertainty.")
+    body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
+    drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged; a request's line is info."
+    )
+
+    @field_validator("factories", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+
+def environment_name(field: str) -> str:
+    """Name the environment variable of a field."""
+    return PREFIX + field.upper()
