@@ -100,7 +100,8 @@ class Unreachable(DropserveError):
 
 def error_for(status: int, detail: str) -> DropserveError:
     """Make the error that a response of this status stands for."""
-    for kind in (*RequestError.__subclasses__(), Overloaded):
+    kinds: tuple[type[DropserveError], ...] = (*RequestError.__subclasses__(), Overloaded)
+    for kind in kinds:
         if kind.status == status:
             return kind(detail)
     return RequestError(detail) if 400 <= status < 500 else ServerError(detail)

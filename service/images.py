@@ -10,8 +10,16 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from service.errors import InvalidRequest, MalformedRequest, TooLarge, UnsupportedMediaType
+from service.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    RequestError,
+    TooLarge,
+    UnsupportedMediaType,
+)
 
+QUICK_BYTES = 16_384
+QUICK_PIXELS = 256 * 256
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _ACCEPTED = "send image/png, image/jpeg or image/webp"
 
@@ -42,19 +50,14 @@ def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.
         raise MalformedRequest("the image has no bytes")
     kind, size = _recognise(data)
     if size is not None:
-        _check_size(size, limits)
+        check_size(size, limits)
     if kind not in FORMATS.values():
         raise UnsupportedMediaType(f"this is no picture that is read here: {_ACCEPTED}")
-    claimed = FORMATS.get(content_type or "", kind)
-    if claimed != kind:
-        raise UnsupportedMediaType(f"the content type says {claimed}, the bytes are {kind}")
+    if content_type not in (None, "application/octet-stream") and FORMATS.get(content_type) != kind:
+        raise UnsupportedMediaType(f"the bytes are {kind}, the content type says otherwise")
     try:
-        image = Image.open(io.BytesIO(data), formats=(kind,))
-        _check_size(image.size, limits)
-        if getattr(image, "n_frames", 1) > 1:
-            raise InvalidRequest("the picture is animated: send one frame")
-        image.load()
-    except (TooLarge, InvalidRequest):
+        return _load(data, kind, limits)
+    except RequestError:
         raise
     except Image.DecompressionBombError as error:
         raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}") from error
@@ -62,6 +65,30 @@ def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.
         # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and
         # others, as the damage happens to lead them; all mean the same to the sender.
         raise InvalidRequest(f"the picture cannot be decoded: damaged or not {kind}") from error
+
+
+def is_quick(data: bytes, content_type: str) -> bool:
+    """Say if decoding is so little work that handing it to a thread would cost more."""
+    if content_type not in FORMATS or not 33 <= len(data) <= QUICK_BYTES:
+        return False
+    _, size = _recognise(data) if data[:4] == b"\x89PNG" else ("", None)
+    return size is not None and size[0] * size[1] <= QUICK_PIXELS
+
+
+def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    """Raise TooLarge, or InvalidRequest for nothing at all, if (width, height) is out of bounds."""
+    if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
+        raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}")
+    if min(size) < 1:
+        raise InvalidRequest("the picture has no pixels")
+
+
+def _load(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=(kind,))
+    check_size(image.size, limits)
+    if getattr(image, "n_frames", 1) > 1:
+        raise InvalidRequest("the picture is animated: send one frame")
+    image.load()
     return image
 
 
@@ -93,13 +120,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     if chunk == b"VP8 " and len(data) >= 30:
         return _little(data[26:28]) & 0x3FFF, _little(data[28:30]) & 0x3FFF
     raise InvalidRequest("the picture cannot be decoded: damaged or not WEBP")
-
-
-def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
-    if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
-        raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}")
-    if min(size) < 1:
-        raise InvalidRequest("the picture has no pixels")
 
 
 def _allowed(limits: ImageLimits) -> str:

@@ -1,0 +1,89 @@
+"""`create_app()` wires settings, inference and routes; nothing happens at import."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service.bodies import BodyLimits
+from service.errors import DropserveError, InvalidRequest, error_for, problem
+from service.images import ImageLimits
+from service.inference import Inference
+from service.middleware import RequestLog
+from service.routes import native, operations
+from service.settings import Settings
+
+
+def create_app(settings: Settings, inference: Inference | None = None) -> FastAPI:
+    """Make the application.
+
+    Args:
+        settings: what the deployer set.
+        inference: models and their thread; made from the settings at start-up if None.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        running = inference or Inference(settings)
+        app.state.inference = running
+        yield
+        app.state.inference = None
+        running.close()
+
+    app = FastAPIOffline(
+        title="Dropserve",
+        description="Predictions that say how sure they are.",
+        version=version("dropserve"),
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.settings = settings
+    app.state.body_limits = BodyLimits(
+        max_bytes=settings.max_body_bytes,
+        max_images=settings.max_images,
+        timeout=settings.body_timeout,
+        image=ImageLimits(settings.max_pixels, settings.max_side),
+    )
+    app.include_router(operations.router)
+    app.include_router(native.router)
+    app.add_middleware(RequestLog)
+    app.add_exception_handler(DropserveError, _known)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    return app
+
+
+async def _known(request: Request, error: Exception) -> Response:
+    """Translate our own errors: the one place where they become HTTP."""
+    if not isinstance(error, DropserveError):
+        raise error
+    content = problem(error.status, str(error), request.state.request_id)
+    return JSONResponse(content, error.status, error.headers, media_type="application/problem+json")
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """Say which parameter is wrong and what is allowed, and nothing of what was sent."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    details = []
+    for item in error.errors():
+        unknown = item["type"] == "extra_forbidden"
+        details.append("unknown parameter" if unknown else f"{item['loc'][-1]}: {item['msg']}")
+    return await _known(request, InvalidRequest("; ".join(sorted(set(details)))))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """Translate what the framework raises: no such route, no such method."""
+    if not isinstance(error, HTTPException):
+        raise error
+    known = error_for(error.status_code, str(error.detail))
+    content = problem(error.status_code, str(known), request.state.request_id)
+    headers = dict(error.headers or {})
+    return JSONResponse(content, error.status_code, headers, media_type="application/problem+json")

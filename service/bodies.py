@@ -1,0 +1,181 @@
+"""From a request's body to pictures: raw, multipart or JSON. Read with limits, parsed strictly."""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from starlette.requests import Request
+
+from service.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    RequestTimeout,
+    TooLarge,
+    UnsupportedMediaType,
+)
+from service.images import ImageLimits, check_size, decode
+from service.multipart import Part, parse_multipart
+
+_ACCEPTED = (
+    "send a picture with Content-Type image/png, image/jpeg or image/webp, multipart/form-data "
+    "with `file` parts, or application/json with `images` or `instances`"
+)
+_CLOSE = {"Connection": "close"}
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """What one request may send."""
+
+    max_bytes: int
+    max_images: int
+    timeout: float
+    image: ImageLimits
+
+
+async def read_body(request: Request, limits: BodyLimits) -> bytes:
+    """Read a body of bounded size in bounded time.
+
+    A sender of more than allowed is read out for as many bytes again, so that it gets to see the
+    answer; then the connection is closed.
+
+    Raises:
+        TooLarge: it has more bytes than allowed.
+        RequestTimeout: it did not arrive in time.
+        UnsupportedMediaType: it is compressed.
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body is compressed: send it as it is")
+    too_large = TooLarge(f"the body is larger than {limits.max_bytes} bytes", headers=_CLOSE)
+    announced = request.headers.get("content-length", "0")
+    if int(announced) > limits.max_bytes and "expect" in request.headers:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.timeout):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limits.max_bytes:
+                    chunks.append(chunk)
+                elif size > 2 * limits.max_bytes:
+                    break
+    except TimeoutError as error:
+        raise RequestTimeout(
+            f"the body did not arrive within {limits.timeout:g} seconds", headers=_CLOSE
+        ) from error
+    if size > limits.max_bytes:
+        raise too_large
+    return b"".join(chunks)
+
+
+def parse_images(body: bytes, content_type: str, limits: BodyLimits) -> list[Image.Image]:
+    """Decode the pictures of a body, in order; at least one.
+
+    Args:
+        body: all of it.
+        content_type: the header's value, with its parameters.
+        limits: of number and size.
+
+    Raises:
+        RequestError: the body cannot be read as it says it should.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type.startswith("image/"):
+        return [decode(body, media_type, limits.image)]
+    if media_type == "multipart/form-data":
+        parts = parse_multipart(body, content_type)
+        _check_count(len(parts), limits)
+        return [_decode_part(part, limits) for part in parts]
+    if media_type == "application/json":
+        return _parse_json(body, limits)
+    raise UnsupportedMediaType(_ACCEPTED)
+
+
+def _decode_part(part: Part, limits: BodyLimits) -> Image.Image:
+    if part.name != "file":
+        raise InvalidRequest("a part has another name than `file`")
+    if not part.has_filename:
+        raise InvalidRequest("a `file` part has no filename")
+    return decode(part.data, part.content_type, limits.image)
+
+
+def _parse_json(body: bytes, limits: BodyLimits) -> list[Image.Image]:
+    values = _load_json(body)
+    if not isinstance(values, dict) or len(values) != 1:
+        raise InvalidRequest("the JSON body must be an object with `images` or `instances` alone")
+    (key, items), *_ = values.items()
+    decoders = {"images": _decode_base64, "instances": _decode_numbers}
+    if key not in decoders:
+        raise InvalidRequest(
+            "the JSON body must have `images` or `instances`; options go in the query"
+        )
+    if not isinstance(items, list):
+        raise InvalidRequest(f"`{key}` must be a list")
+    _check_count(len(items), limits)
+    return [decoders[key](item, limits.image) for item in items]
+
+
+def _check_count(count: int, limits: BodyLimits) -> None:
+    if count == 0:
+        raise MalformedRequest("the body has no image")
+    if count > limits.max_images:
+        raise TooLarge(f"the body has more than {limits.max_images} images")
+
+
+def _load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
+    """Parse JSON as strictly as its standard: UTF-8, no name twice, no NaN."""
+    if not body:
+        raise MalformedRequest("the body is empty")
+    try:
+        return json.loads(
+            body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except InvalidRequest:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MalformedRequest("the body is not sound JSON in UTF-8") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError
+    return values
+
+
+def _refuse_constant(_name: str) -> None:
+    raise InvalidRequest("NaN and Infinity are no numbers of JSON")
+
+
+def _decode_base64(item: object, limits: ImageLimits) -> Image.Image:
+    if not isinstance(item, str):
+        raise InvalidRequest("`images` must hold base64 strings")
+    try:
+        data = base64.b64decode(item, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest("`images` must hold base64 strings: one of them is not") from error
+    return decode(data, None, limits)
+
+
+def _decode_numbers(item: object, limits: ImageLimits) -> Image.Image:
+    try:
+        pixels = np.array(item)
+    except (ValueError, OverflowError) as error:  # rows of different lengths; over 64 levels
+        raise InvalidRequest("`instances` must hold arrays of one shape, HxW or HxWxC") from error
+    if pixels.dtype.kind not in "iuf":
+        raise InvalidRequest("`instances` must hold numbers from 0 to 255")
+    if pixels.ndim not in (2, 3) or pixels.size == 0 or pixels.shape[2:] not in ((), (1,), (3,)):
+        raise InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
+    check_size((pixels.shape[1], pixels.shape[0]), limits)
+    if not bool(((pixels >= 0) & (pixels <= 255)).all()):
+        raise InvalidRequest("`instances` must hold numbers from 0 to 255")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return Image.fromarray(np.rint(pixels).astype(np.uint8))

@@ -1,0 +1,53 @@
+"""Runs the application under uvicorn."""
+
+import logging.config
+import os
+import sys
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from service import logs
+from service.app import create_app
+from service.inference import Inference
+from service.settings import Settings, environment_name
+
+
+def serve(settings: Settings) -> None:
+    """Load the models, then serve until SIGTERM or SIGINT; open requests are let finish.
+
+    Raises:
+        CheckpointError, UnsupportedModule, RegistryError: a model cannot be served. Nothing was
+            listened on.
+    """
+    logging.config.dictConfig(logs.config(settings.log_level))
+    inference = Inference(settings)
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "loop": "uvloop",
+        "http": "httptools",
+        "ws": "none",
+        "access_log": False,
+        "log_config": None,
+        "server_header": False,
+        "timeout_graceful_shutdown": settings.drain_seconds,
+    }
+    if settings.workers == 1:
+        server = uvicorn.Server(uvicorn.Config(create_app(settings, inference), **options))
+        server.run()
+        sys.exit(0 if server.started else 1)
+    inference.close()  # each worker loads its own; loading here has shown that they can
+    for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
+        os.environ[environment_name(name)] = (
+            ",".join(value) if isinstance(value, list) else str(value)
+        )
+    uvicorn.run("service.server:worker_app", factory=True, workers=settings.workers, **options)
+
+
+def worker_app() -> FastAPI:
+    """Make the application of one of several processes, from the environment."""
+    settings = Settings()
+    logging.config.dictConfig(logs.config(settings.log_level))
+    return create_app(settings)
