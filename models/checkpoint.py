@@ -7,7 +7,6 @@ bytes are read once, from one descriptor, and every claim of the header is check
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from models.catalogue import is_name, versions
 from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused, ConfigError
 from models.networks import NetworkConfig
 from models.preprocessing import Preprocessing
@@ -86,26 +86,6 @@ class Metadata:
         return metadata
 
 
-def is_name(name: str) -> bool:
-    """Say if `name` can name a model: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot."""
-    return re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name) is not None
-
-
-def versions(root: Path, name: str) -> list[int]:
-    """List a model's versions, in ascending order; folders that are not numbers are no versions."""
-    folder = root / name
-    if not is_name(name) or not folder.is_dir():
-        return []
-    numbered = (d for d in folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,8}", d.name))
-    return sorted(int(d.name) for d in numbered if d.is_dir())
-
-
-def find(root: Path) -> dict[str, list[int]]:
-    """List all models under `root` that have versions, and those versions, both in order."""
-    names = sorted(d.name for d in root.iterdir()) if root.is_dir() else []
-    return {name: found for name in names if (found := versions(root, name))}
-
-
 def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
     """Write the next version of `metadata.name`, whole or not at all.
 
@@ -115,13 +95,16 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
     Raises:
         CheckpointError: it could not be written; nothing is left behind.
     """
-    weights = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    )
+    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    weights = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
     metadata = replace(
         metadata, sha256=hashlib.sha256(weights).hexdigest(), torch_version=torch.__version__
     )
-    text = json.dumps(metadata.to_json(), indent=2, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(metadata.to_json(), indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{metadata.name}: not for JSON: {error}") from error
     if not is_name(metadata.name):
         raise CheckpointError(
             f"{metadata.name!r} cannot name a model: use 1 to 64 letters, digits, '.', '_' or '-'"
@@ -159,6 +142,9 @@ def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module,
     tensors = parse_tensors(weights, raw)
     if (got := hashlib.sha256(raw).hexdigest()) != metadata.sha256:
         raise CheckpointRefused(weights, f"SHA-256 is {got}, {METADATA} says {metadata.sha256}")
+    if metadata.network.is_builtin:  # a description may lie: weigh it before it takes memory
+        with torch.device("meta"):
+            _check_tensors(weights, tensors, metadata.network.build().state_dict())
     try:
         with torch.random.fork_rng(devices=[]):
             module = metadata.network.build(factories)

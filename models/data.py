@@ -5,10 +5,14 @@ All of a dataset lies in memory as uint8, and batches are sliced from it.
 
 import gzip
 import hashlib
+import http.client
+import math
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +63,10 @@ class Split:
         """Pick rows by an index tensor or a boolean mask."""
         return Split(self.images[index], self.labels[index])
 
+    def digest(self) -> str:
+        """SHA-256 over all images, then all labels."""
+        return _digest(self)
+
     def batches(self, size: int) -> Iterator["Split"]:
         """Yield it in order, `size` images at a time."""
         for start in range(0, len(self), size):
@@ -75,13 +83,14 @@ class Dataset:
     test: Split
     preprocessing: Preprocessing
 
+    def origin(self) -> dict[str, Any]:
+        """Say what a model was trained on, for its checkpoint."""
+        sizes = {"train": len(self.train), "test": len(self.test)}
+        return {"name": self.name, "digest": self.digest(), **sizes}
+
     def digest(self) -> str:
         """SHA-256 over all images and labels, train then test."""
-        sha = hashlib.sha256()
-        for split in (self.train, self.test):
-            sha.update(split.images.contiguous().numpy().data)
-            sha.update(split.labels.contiguous().numpy().data)
-        return sha.hexdigest()
+        return _digest(self.train, self.test)
 
 
 def load_dataset(
@@ -93,12 +102,15 @@ def load_dataset(
         name: "digits", "fashion-mnist", "mnist", or a folder: one sub-folder a class, or `train`
             and `test` folders of such.
         data_dir: where IDX files lie, or are downloaded to, in a sub-folder called like the set.
-        size: side in pixels that folder images are resized to (default 32).
-        invert: turn dark into light, in training and in serving.
+        size: side in pixels that a folder's images are resized to (default 32).
+        invert: turn dark into light in every picture that comes in: a folder's, and those that are
+            served. The named sets are pixels already, and what is dark in them stays dark.
 
     Raises:
         DataError: no such dataset, or its files are missing, damaged or empty.
     """
+    if size is not None and not Path(name).is_dir():
+        raise DataError(f"{name} has a size of its own: size is for a folder of images")
     if name == "digits":
         dataset = _digits()
     elif name == "fashion-mnist":
@@ -114,6 +126,14 @@ def load_dataset(
     if invert:
         dataset = replace(dataset, preprocessing=replace(dataset.preprocessing, invert=True))
     return dataset
+
+
+def _digest(*splits: Split) -> str:
+    sha = hashlib.sha256()
+    for split in splits:
+        sha.update(split.images.contiguous().numpy().data)
+        sha.update(split.labels.contiguous().numpy().data)
+    return sha.hexdigest()
 
 
 def _digits() -> Dataset:
@@ -150,14 +170,14 @@ def read_idx(path: Path) -> Tensor:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {error}") from error
     rank = raw[3] if len(raw) > 4 and raw[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(raw[4 : 4 + 4 * rank], ">u4") if rank else np.array([])
-    if not rank or len(shape) != rank or len(raw) != 4 + 4 * rank + shape.prod(dtype=np.int64):
-        raise DataError(f"{path}: not an IDX file of unsigned bytes, or cut short")
-    pixels = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    return torch.from_numpy(pixels.reshape(tuple(int(s) for s in shape)).copy())
+    start = 4 + 4 * rank
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+    if not rank or not len(raw) == start + math.prod(shape) > start:
+        raise DataError(f"{path}: not an IDX file of unsigned bytes, or empty, or cut short")
+    return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(shape)
 
 
 def _idx_files(folder: Path, sums: dict[str, str], url: str) -> list[Path]:
@@ -176,7 +196,7 @@ def download(url: str, path: Path, md5: str, fetch: Fetch | None = None) -> None
     """
     try:
         raw = (fetch or _fetch)(url)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"{path} is not there and {url} cannot be fetched ({error}); "
             f"put the file there, or name the folder that has it with --data-dir"

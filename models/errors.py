@@ -8,6 +8,7 @@ ModelsError
 │   └── CheckpointRefused   there, but not to be trusted
 └── SamplingError           Monte Carlo dropout cannot be run
     └── UnsupportedModule   ... on this module, whatever the input
+            └── NoDropout       ... because it has none
 """
 
 from pathlib import Path
@@ -53,3 +54,7 @@ class SamplingError(ModelsError):
 
 class UnsupportedModule(SamplingError):
     """Monte Carlo dropout cannot be run on this module, whatever the input; says what to change."""
+
+
+class NoDropout(UnsupportedModule):
+    """The module drops nothing, so every Monte Carlo sample would be the same."""

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import (
 )
 
 from models.data import Split
+from models.errors import NoDropout
 from models.montecarlo import Sampler
 from models.training import Normalize
 
@@ -50,6 +51,13 @@ def score(probabilities: Tensor, labels: Tensor) -> Scores:
     )
 
 
+def _sampler(module: nn.Module, example: Tensor) -> Sampler | None:
+    try:
+        return Sampler(module, example)
+    except NoDropout:
+        return None
+
+
 def evaluate(
     module: nn.Module,
     data: Split,
@@ -72,7 +80,7 @@ def evaluate(
         `{"images": N, "eval": {...}, "dropout": {..., "samples": T}}`, ready for JSON.
     """
     module.eval()
-    sampler = Sampler(module, normalize(data.images[:1])) if samples else None
+    sampler = _sampler(module, normalize(data.images[:1])) if samples else None
     plain, dropout = [], []
     done = 0
     for batch in data.batches(_BATCH):

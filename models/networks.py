@@ -43,8 +43,10 @@ class NetworkConfig:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mlp", "cnn") and ":" not in self.kind:
+        if not self.is_builtin and ":" not in self.kind:
             raise ConfigError(f"network must be mlp, cnn or package.module:factory: {self.kind!r}")
+        if len(self.input) != 3:
+            raise ConfigError(f"input must be (channels, height, width): {self.input}")
         widths = (*self.input, self.classes, *self.hidden, *self.channels)
         if not all(0 < w <= _MAX_WIDTH for w in widths) or self.classes < 2:
             raise ConfigError(f"widths must be 1 to {_MAX_WIDTH}, classes at least 2: {widths}")
@@ -56,6 +58,11 @@ class NetworkConfig:
             check_rate(p)
         if self.kind == "cnn" and min(self.input[1:]) >> len(self.channels) == 0:
             raise ConfigError(f"{len(self.channels)} blocks halve {self.input} to nothing")
+
+    @property
+    def is_builtin(self) -> bool:
+        """Say if it is made here, and not by a factory."""
+        return self.kind in ("mlp", "cnn")
 
     def build(self, factories: Collection[str] | None = None) -> nn.Module:
         """Make the module, with fresh weights from PyTorch's global generator.

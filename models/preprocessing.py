@@ -90,9 +90,9 @@ class Preprocessing:
                 channels=int(values["channels"]),
                 mean=tuple(float(v) for v in values["mean"]),
                 std=tuple(float(v) for v in values["std"]),
-                invert=bool(values["invert"]),
+                invert={True: True, False: False}[values["invert"]],
             )
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"preprocessing: {type(error).__name__}: {error}") from error
 
     @classmethod

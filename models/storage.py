@@ -28,13 +28,16 @@ def read_once(path: Path, limit: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointRefused(path, f"cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointRefused(path, "not a plain file")
         if status.st_size > limit:
             raise CheckpointRefused(path, f"{status.st_size} bytes, more than {limit}")
-        raw = file.read(status.st_size + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            raw = file.read(status.st_size + 1)
+    finally:
+        os.close(descriptor)
     if len(raw) != status.st_size:
         raise CheckpointRefused(path, "changed while it was being read")
     return raw

@@ -2,7 +2,8 @@
 
 Everything random (weights' initialisation aside) is drawn from generators seeded by (seed, epoch),
 so the state of a run between two epochs is its tensors and a few numbers, and a resumed run on the
-CPU ends with the very bits of an unbroken one. Lightning Fabric carries device and precision.
+CPU ends with the very bits of an unbroken one. Lightning Fabric carries device, precision and
+distribution over processes.
 """
 
 import json
@@ -64,8 +65,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.patience < 0 or self.shift < 0:
             raise ConfigError("epochs must be at least 1, batch_size 2, patience and shift 0")
-        if not 0 < self.learning_rate < 100 or self.weight_decay < 0:
-            raise ConfigError("learning_rate must be above 0, weight_decay at least 0")
+        if not 0 < self.learning_rate < 100 or not 0 <= self.weight_decay < 100:
+            raise ConfigError("learning_rate must be in (0, 100), weight_decay in [0, 100)")
         if not 0 <= self.label_smoothing < 1 or not 0 < self.validation_share < 1:
             raise ConfigError("label_smoothing must be in [0, 1), validation_share in (0, 1)")
         if self.optimizer not in ("adamw", "sgd"):
@@ -97,6 +98,19 @@ class Epoch:
     best: bool
 
 
+def launch(accelerator: str = "auto", devices: int = 1, precision: Precision = "32-true") -> Fabric:
+    """Choose where to train; with several devices, start this program again for each of the others.
+
+    Args:
+        accelerator: "auto", "cpu", "cuda", "mps".
+        devices: processes, a device each; a batch is divided among them.
+        precision: "32-true", "bf16-mixed", "16-mixed".
+    """
+    fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
+    fabric.launch()
+    return fabric
+
+
 def fit(
     module: nn.Module,
     data: Split,
@@ -104,8 +118,7 @@ def fit(
     recipe: Recipe,
     *,
     state_path: Path | None = None,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
+    fabric: Fabric | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Iterator[Epoch]:
     """Train in place; when the iterator is exhausted, the module holds its best weights.
@@ -117,8 +130,7 @@ def fit(
         recipe: how.
         state_path: a file that holds the run's state after each epoch. If it is there, the run
             continues from it.
-        accelerator: Fabric's: "auto", "cpu", "cuda", "mps".
-        precision: Fabric's: "32-true", "bf16-mixed", "16-mixed".
+        fabric: where to train, from `launch()`; None: one device of whatever there is.
         progress: called with (images done, images in all) of the epoch that runs.
 
     Raises:
@@ -126,8 +138,8 @@ def fit(
         CheckpointRefused: the state file is damaged.
     """
     train, validation = _hold_out(data, recipe)
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
-    state = State(module, _optimizer(module, recipe), _fingerprint(recipe, train))
+    fabric = fabric or launch()
+    state = State(module, _optimizer(module, recipe), _fingerprint(module, recipe, data))
     if state_path is not None and state_path.exists():
         state.restore(state_path)
     wrapped, optimizer = fabric.setup(module, state.optimizer)
@@ -136,14 +148,14 @@ def fit(
         started = time.perf_counter()
         module.train()
         with torch.random.fork_rng():
-            torch.manual_seed(_derived_seed(recipe.seed, state.epoch))
+            torch.manual_seed(_derived_seed(recipe.seed, state.epoch, fabric.global_rank))
             loss, accuracy = _train_epoch(
                 fabric, wrapped, optimizer, batches, recipe, state.epoch, progress
             )
         seconds = time.perf_counter() - started
-        score = accuracy_of(module, validation, normalize, fabric.device)
+        score = fabric.broadcast(accuracy_of(module, validation, normalize, fabric.device))
         best = state.finish_epoch(score)
-        if state_path is not None:
+        if state_path is not None and fabric.is_global_zero:
             state.write(state_path)
         yield Epoch(state.epoch, loss, accuracy, score, seconds, len(train) / seconds, best)
     state.load_best()
@@ -170,14 +182,17 @@ class _Batches:
         self._data = Split(data.images.to(fabric.device), data.labels.to(fabric.device))
         self._normalize = normalize
         self._recipe = recipe
+        self._share = slice(fabric.global_rank, None, fabric.world_size)
         self.steps = max(1, len(data) // recipe.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (input, labels); a last, smaller batch is left out of this epoch."""
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (input, labels), this process's share; a last, smaller batch is left out."""
         size = self._recipe.batch_size
-        order = torch.randperm(len(self._data)).to(self._data.labels.device)
+        generator = torch.Generator().manual_seed(_derived_seed(self._recipe.seed, number, -1))
+        order = torch.randperm(len(self._data), generator=generator)
+        order = order.to(self._data.labels.device)
         for step in range(self.steps):
-            batch = self._data.take(order[step * size : (step + 1) * size])
+            batch = self._data.take(order[step * size : (step + 1) * size][self._share])
             images = augment(batch.images, self._recipe.shift, self._recipe.flip)
             yield self._normalize(images), batch.labels
 
@@ -192,10 +207,8 @@ def _train_epoch(
     progress: Callable[[int, int], None],
 ) -> tuple[float, float]:
     """One pass; returns the mean loss and the accuracy on the batches as they came."""
-    loss_sum = torch.zeros((), device=fabric.device)
-    right = torch.zeros((), dtype=torch.int64, device=fabric.device)
-    seen = 0
-    for step, (x, labels) in enumerate(batches):
+    sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
+    for step, (x, labels) in enumerate(batches.epoch(epoch)):
         share = (epoch * batches.steps + step) / (recipe.epochs * batches.steps)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(share)
@@ -204,11 +217,11 @@ def _train_epoch(
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
-        loss_sum += loss.detach() * len(labels)
-        right += (logits.detach().argmax(-1) == labels).sum()
-        seen += len(labels)
-        progress(seen, batches.steps * recipe.batch_size)
-    return loss_sum.item() / seen, right.item() / seen
+        right = (logits.detach().argmax(-1) == labels).sum()
+        sums += torch.stack([loss.detach() * len(labels), right, right.new_tensor(len(labels))])
+        progress((step + 1) * recipe.batch_size, batches.steps * recipe.batch_size)
+    summed = fabric.all_reduce(sums, reduce_op="sum")
+    return float(summed[0] / summed[2]), float(summed[1] / summed[2])
 
 
 def _schedule(share: float, warm_up: float = 0.05) -> float:
@@ -238,11 +251,15 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
 
 
-def _fingerprint(recipe: Recipe, data: Split) -> str:
-    """Say what a state must have been made with to continue it."""
-    return json.dumps({**asdict(recipe), "images": list(data.images.shape)}, sort_keys=True)
+def _fingerprint(module: nn.Module, recipe: Recipe, data: Split) -> str:
+    """Say what a state must have been made with to continue it: layers, rates, recipe, images."""
+    parts = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
+    return json.dumps(parts, sort_keys=True)
 
 
-def _derived_seed(seed: int, epoch: int) -> int:
-    """Give each epoch of each run a seed of its own (the odd constant is 2^63 / golden ratio)."""
-    return (seed + (epoch + 1) * 0x4F1BBCDCBFA53E0B) % 2**63
+def _derived_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """Give each epoch and process a seed of its own; rank -1 is for what all processes share.
+
+    The odd constants are 2^63 and 2^64 by the golden ratio.
+    """
+    return (seed + (epoch + 1) * 0x4F1BBCDCBFA53E0B + rank * 0x9E3779B97F4A7C15) % 2**63

@@ -7,9 +7,36 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import CheckpointRefused, ConfigError
-from models.storage import MAX_HEADER_BYTES, parse_json, parse_tensors, read_once, replace_durably
+from models.storage import parse_json, parse_tensors, read_once, replace_durably
 
 _MAX_BYTES = 32 * 2**30
+
+
+def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
+    """Say how many epochs of an interrupted run will be continued; none is lost unasked.
+
+    Args:
+        state: the file that the run wrote; removed if it is not to be continued.
+        resume: continue it.
+        restart: discard it.
+
+    Raises:
+        ConfigError: there is one, and it was not said what to do with it.
+        CheckpointRefused: the file is damaged.
+    """
+    if resume and restart:
+        raise ConfigError("give --resume or --restart, not both")
+    if restart:
+        state.unlink(missing_ok=True)
+    if not state.exists():
+        return 0
+    finished = _finished_epochs(state)
+    if not resume:
+        raise ConfigError(
+            f"{state}: a run was interrupted after epoch {finished}; "
+            f"continue it with --resume, or discard it with --restart"
+        )
+    return finished
 
 
 class State:
@@ -76,18 +103,15 @@ class State:
             CheckpointRefused: the file is damaged.
             ConfigError: it belongs to another run.
         """
-        raw = read_once(path, _MAX_BYTES)
-        tensors = parse_tensors(path, raw)
-        size = min(int.from_bytes(raw[:8], "little"), MAX_HEADER_BYTES)
-        metadata = parse_json(path, raw[8 : 8 + size]).get("__metadata__", {})
+        tensors, metadata = _read(path)
         if metadata.get("fingerprint") != self._fingerprint:
             raise ConfigError(
-                f"{path} holds a run with another recipe or other data; resume it with the options "
-                f"it was started with, or start anew without --resume"
+                f"{path} holds a run of another network, recipe or data; resume it with the "
+                f"options it was started with, or discard it with --restart"
             )
         try:
             self._restore(tensors, metadata)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (LookupError, ValueError, RuntimeError) as error:
             raise CheckpointRefused(path, f"not this network's state: {error}") from error
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -100,8 +124,36 @@ class State:
         for name, tensor in parts["optimizer"].items():
             index, _, slot = name.partition(".")
             slots.setdefault(int(index), {})[slot] = tensor
+        self._check_slots(slots)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self._best = parts["best"]
         self.epoch = int(metadata["epoch"])
+        if self.epoch < 1 or self._best.keys() != parts["module"].keys():
+            raise ValueError("no finished epoch, or not all of its best weights")
         self._best_score = float(metadata["best_score"])
         self._best_epoch = int(metadata["best_epoch"])
+
+    def _check_slots(self, slots: dict[int, dict[str, Tensor]]) -> None:
+        """Raise if the optimizer would miss something, or take what is not a parameter's."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = next(iter(slots.values()), {}).keys()
+        for index, tensors in slots.items():  # an unused parameter has none
+            shape = parameters[index].shape
+            fits = all(t.dim() == 0 or t.shape == shape for t in tensors.values())
+            if not fits or tensors.keys() != names:
+                raise ValueError(f"the optimizer's state of parameter {index} does not fit")
+
+
+def _finished_epochs(state: Path) -> int:
+    try:
+        return int(_read(state)[1]["epoch"])
+    except (LookupError, ValueError) as error:
+        raise CheckpointRefused(state, f"not the state of a run: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a state file and the strings of its header."""
+    raw = read_once(path, _MAX_BYTES)
+    tensors = parse_tensors(path, raw)
+    size = int.from_bytes(raw[:8], "little")
+    return tensors, parse_json(path, raw[8 : 8 + size]).get("__metadata__", {})

@@ -11,7 +11,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service.bodies import BodyLimits
+from service.bodies import BodyLimits, BodyReader
 from service.errors import DropserveError, InvalidRequest, error_for, problem
 from service.images import ImageLimits
 from service.inference import Inference
@@ -45,12 +45,13 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         redirect_slashes=False,
     )
     app.state.settings = settings
-    app.state.body_limits = BodyLimits(
+    limits = BodyLimits(
         max_bytes=settings.max_body_bytes,
         max_images=settings.max_images,
         timeout=settings.body_timeout,
         image=ImageLimits(settings.max_pixels, settings.max_side),
     )
+    app.state.body_reader = BodyReader(limits, settings.max_held_bytes)
     app.include_router(operations.router)
     app.include_router(native.router)
     app.add_middleware(RequestLog)

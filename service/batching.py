@@ -115,10 +115,16 @@ class Batcher(Generic[Key, Item, Result]):
 
     async def _execute(self, key: Key, items: Sequence[Item]) -> Sequence[Result]:
         loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._executor, self._run, key, items)
+        results = await loop.run_in_executor(self._executor, self._call, key, items)
         if len(results) != len(items):
             raise RuntimeError(f"{len(items)} items in, {len(results)} results out")
         return results
+
+    def _call(self, key: Key, items: Sequence[Item]) -> Sequence[Result]:
+        try:
+            return self._run(key, items)
+        except StopIteration as error:  # a future cannot carry it: whoever awaits would hang
+            raise RuntimeError("run raised StopIteration") from error
 
     def _forget(self, key: Key, waiting: _Waiting[Item, Result]) -> None:
         """Give back the place of an item that nobody waits for any more."""

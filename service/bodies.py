@@ -4,7 +4,8 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from service.errors import (
     InvalidRequest,
     MalformedRequest,
+    Overloaded,
     RequestTimeout,
     TooLarge,
     UnsupportedMediaType,
@@ -39,44 +41,75 @@ class BodyLimits:
     image: ImageLimits
 
 
-async def read_body(request: Request, limits: BodyLimits) -> bytes:
-    """Read a body of bounded size in bounded time.
+class BodyReader:
+    """Reads bodies of bounded size in bounded time, and of bounded size together.
 
-    A sender of more than allowed is read out for as many bytes again, so that it gets to see the
-    answer; then the connection is closed.
-
-    Raises:
-        TooLarge: it has more bytes than allowed.
-        RequestTimeout: it did not arrive in time.
-        UnsupportedMediaType: it is compressed.
+    Args:
+        limits: of one body.
+        max_held: bytes of all bodies that are being read or decoded.
     """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("the body is compressed: send it as it is")
-    too_large = TooLarge(f"the body is larger than {limits.max_bytes} bytes", headers=_CLOSE)
-    announced = request.headers.get("content-length", "0")
-    if int(announced) > limits.max_bytes and "expect" in request.headers:
-        raise too_large
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(limits.timeout):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= limits.max_bytes:
-                    chunks.append(chunk)
-                elif size > 2 * limits.max_bytes:
-                    break
-    except TimeoutError as error:
-        raise RequestTimeout(
-            f"the body did not arrive within {limits.timeout:g} seconds", headers=_CLOSE
-        ) from error
-    if size > limits.max_bytes:
-        raise too_large
-    return b"".join(chunks)
+
+    def __init__(self, limits: BodyLimits, max_held: int) -> None:
+        self.limits = limits
+        self._max_held = max_held
+        self._held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Give a request's body, which counts as held inside the block.
+
+        Raises:
+            TooLarge: it has more bytes than allowed.
+            RequestTimeout: it did not arrive in time.
+            UnsupportedMediaType: it is compressed.
+            Overloaded: too many bytes are held already.
+        """
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("the body is compressed: send it as it is")
+        body = bytearray()
+        try:
+            await self._receive(request, body)
+            yield bytes(body)
+        finally:
+            self._held -= len(body)
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                await self._append(request, body)
+        except TimeoutError as error:
+            raise RequestTimeout(
+                f"the body did not arrive within {self.limits.timeout:g} seconds", headers=_CLOSE
+            ) from error
+
+    async def _append(self, request: Request, body: bytearray) -> None:
+        """Append to `body` what comes.
+
+        A sender of more than allowed is read out for as many bytes again, so that it gets to see
+        the answer; then the connection is closed.
+        """
+        most = self.limits.max_bytes
+        too_large = TooLarge(f"the body is larger than {most} bytes", headers=_CLOSE)
+        if int(request.headers.get("content-length", "0")) > most and "expect" in request.headers:
+            raise too_large
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > 2 * most:
+                break
+            if size <= most:
+                body += chunk
+                self._held += len(chunk)
+                if self._held > self._max_held:
+                    raise Overloaded("too many bodies at once; try again in a second")
+        if size > most:
+            raise too_large
 
 
-def parse_images(body: bytes, content_type: str, limits: BodyLimits) -> list[Image.Image]:
+def parse_images(body: bytes, content_type: str, limits: BodyLimits) -> Iterator[Image.Image]:
     """Decode the pictures of a body, in order; at least one.
+
+    One at a time, as they are asked for: all of a body's pictures may need far more memory than it.
 
     Args:
         body: all of it.
@@ -88,11 +121,11 @@ def parse_images(body: bytes, content_type: str, limits: BodyLimits) -> list[Ima
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type.startswith("image/"):
-        return [decode(body, media_type, limits.image)]
+        return iter([decode(body, media_type, limits.image)])
     if media_type == "multipart/form-data":
         parts = parse_multipart(body, content_type)
         _check_count(len(parts), limits)
-        return [_decode_part(part, limits) for part in parts]
+        return _bounded((_decode_part(part, limits) for part in parts), limits)
     if media_type == "application/json":
         return _parse_json(body, limits)
     raise UnsupportedMediaType(_ACCEPTED)
@@ -106,7 +139,7 @@ def _decode_part(part: Part, limits: BodyLimits) -> Image.Image:
     return decode(part.data, part.content_type, limits.image)
 
 
-def _parse_json(body: bytes, limits: BodyLimits) -> list[Image.Image]:
+def _parse_json(body: bytes, limits: BodyLimits) -> Iterator[Image.Image]:
     values = _load_json(body)
     if not isinstance(values, dict) or len(values) != 1:
         raise InvalidRequest("the JSON body must be an object with `images` or `instances` alone")
@@ -119,7 +152,18 @@ def _parse_json(body: bytes, limits: BodyLimits) -> list[Image.Image]:
     if not isinstance(items, list):
         raise InvalidRequest(f"`{key}` must be a list")
     _check_count(len(items), limits)
-    return [decoders[key](item, limits.image) for item in items]
+    return _bounded((decoders[key](item, limits.image) for item in items), limits)
+
+
+def _bounded(images: Iterable[Image.Image], limits: BodyLimits) -> Iterator[Image.Image]:
+    """Stop when the pictures have more pixels together than one may have."""
+    pixels = 0
+    for image in images:
+        pixels += image.width * image.height
+        if pixels > limits.image.max_pixels:
+            most = limits.image.max_pixels
+            raise TooLarge(f"the pictures have more than {most} pixels together")
+        yield image
 
 
 def _check_count(count: int, limits: BodyLimits) -> None:
@@ -165,17 +209,23 @@ def _decode_base64(item: object, limits: ImageLimits) -> Image.Image:
 
 
 def _decode_numbers(item: object, limits: ImageLimits) -> Image.Image:
+    not_numbers = InvalidRequest("`instances` must hold numbers from 0 to 255")
+    not_array = InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
     try:
-        pixels = np.array(item)
-    except (ValueError, OverflowError) as error:  # rows of different lengths; over 64 levels
-        raise InvalidRequest("`instances` must hold arrays of one shape, HxW or HxWxC") from error
-    if pixels.dtype.kind not in "iuf":
-        raise InvalidRequest("`instances` must hold numbers from 0 to 255")
-    if pixels.ndim not in (2, 3) or pixels.size == 0 or pixels.shape[2:] not in ((), (1,), (3,)):
-        raise InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
-    check_size((pixels.shape[1], pixels.shape[0]), limits)
+        items = np.array(item, dtype=object)  # no other dtype: it would pad and convert strings
+    except ValueError as error:
+        raise not_array from error
+    if items.ndim not in (2, 3) or items.size == 0 or items.shape[2:] not in ((), (1,), (3,)):
+        raise not_array
+    check_size((items.shape[1], items.shape[0]), limits)
+    if not {type(number) for number in items.flat} <= {int, float}:
+        raise not_numbers
+    try:
+        pixels = items.astype(np.float64)
+    except OverflowError as error:
+        raise not_numbers from error
     if not bool(((pixels >= 0) & (pixels <= 255)).all()):
-        raise InvalidRequest("`instances` must hold numbers from 0 to 255")
+        raise not_numbers
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     return Image.fromarray(np.rint(pixels).astype(np.uint8))

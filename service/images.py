@@ -8,7 +8,7 @@ accept what it cannot represent (PNG of 16 bits a channel, which it clips).
 import io
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from service.errors import (
     InvalidRequest,
@@ -86,9 +86,10 @@ def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 def _load(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=(kind,))
     check_size(image.size, limits)
-    if getattr(image, "n_frames", 1) > 1:
+    if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:  # a JPEG's others are its previews
         raise InvalidRequest("the picture is animated: send one frame")
     image.load()
+    ImageOps.exif_transpose(image, in_place=True)  # here, where damaged EXIF data is caught
     return image
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import checkpoint
+from models import catalogue, checkpoint
 from models.comparison import Layer, Moments, compare
 from models.montecarlo import MaskKind, Sampler, summarize
 from service.batching import Batcher, QueueFull
@@ -179,7 +179,7 @@ def load_all(settings: Settings) -> Registry[Classifier]:
     root = settings.checkpoints
     models = {
         name: {v: Classifier(name, v, root / name / str(v), settings.factories) for v in numbers}
-        for name, numbers in checkpoint.find(root).items()
+        for name, numbers in catalogue.find(root).items()
     }
     return Registry(models, settings.default_model, where=str(root))
 

@@ -41,5 +41,6 @@ def config(level: str) -> dict[str, Any]:
                 "stream": "ext://sys.stdout",
             }
         },
+        "loggers": {"python_multipart": {"level": "ERROR"}},  # it warns of each bad request
         "root": {"handlers": ["stdout"], "level": level.upper()},
     }

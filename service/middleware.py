@@ -46,7 +46,10 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
+            try:
+                await send(message)
+            except (OSError, RuntimeError) as error:  # uvloop's word for a closed connection
+                raise ClientDisconnect from error
 
         try:
             await self._app(scope, receive, send_with_id)

@@ -53,8 +53,9 @@ class Registry(Generic[Served]):
             raise NotFound("no such model; GET /v1/models lists them")
         if version is None:
             return versions[max(versions)]
-        number = int(version) if version.isascii() and version.isdecimal() else 0
-        if len(version) > 9 or number not in versions:
+        plain = version.isascii() and version.isdecimal() and len(version) <= 9
+        number = int(version) if plain else 0
+        if number not in versions:
             raise NotFound("no such version of the model; GET /v1/models lists them")
         return versions[number]
 

@@ -10,7 +10,9 @@ Probabilities = list[float]
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    """A field that a newer service adds is ignored by an older client."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
 
 class _Options(BaseModel):

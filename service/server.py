@@ -2,7 +2,9 @@
 
 import logging.config
 import os
+import signal
 import sys
+import warnings
 from typing import Any
 
 import uvicorn
@@ -21,7 +23,7 @@ def serve(settings: Settings) -> None:
         CheckpointError, UnsupportedModule, RegistryError: a model cannot be served. Nothing was
             listened on.
     """
-    logging.config.dictConfig(logs.config(settings.log_level))
+    _configure_logs(settings)
     inference = Inference(settings)
     options: dict[str, Any] = {
         "host": settings.host,
@@ -36,6 +38,9 @@ def serve(settings: Settings) -> None:
     }
     if settings.workers == 1:
         server = uvicorn.Server(uvicorn.Config(create_app(settings, inference), **options))
+        for stop in (signal.SIGTERM, signal.SIGINT):
+            # uvicorn drains on these, then raises them again; by then the work is done: exit 0
+            signal.signal(stop, lambda _signal, _frame: None)
         server.run()
         sys.exit(0 if server.started else 1)
     inference.close()  # each worker loads its own; loading here has shown that they can
@@ -49,5 +54,11 @@ def serve(settings: Settings) -> None:
 def worker_app() -> FastAPI:
     """Make the application of one of several processes, from the environment."""
     settings = Settings()
-    logging.config.dictConfig(logs.config(settings.log_level))
+    _configure_logs(settings)
     return create_app(settings)
+
+
+def _configure_logs(settings: Settings) -> None:
+    logging.config.dictConfig(logs.config(settings.log_level))
+    # Pillow warns of damaged metadata, in words that vary with it: they would pile up
+    warnings.filterwarnings("ignore", module=r"PIL\.")

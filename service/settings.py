@@ -1,9 +1,10 @@
 """What a deployer sets: environment variables that begin with DROPSERVE_."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DROPSERVE_"
@@ -32,7 +33,10 @@ class Settings(BaseSettings):
         1024, ge=1, description="Images waiting before more are refused with 503."
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Bytes of one request's body.")
-    max_pixels: int = Field(16 * 10**6, ge=1, description="Pixels of one picture.")
+    max_held_bytes: int = Field(
+        256 * 2**20, ge=1024, description="Bytes of all bodies at once; more: 503."
+    )
+    max_pixels: int = Field(16 * 10**6, ge=1, description="Pixels of one request's pictures.")
     max_side: int = Field(16_384, ge=1, description="Pixels of one picture's longer side.")
     max_images: int = Field(64, ge=1, le=1000, description="Pictures in one request.")
     max_samples: int = Field(1000, ge=1, le=1000, description="Samples of one /uncertainty.")
@@ -48,6 +52,15 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
+
+    @model_validator(mode="after")
+    def _refuse_unknown(self) -> Self:
+        """Refuse a misspelt variable, which would be ignored to its deployer's surprise."""
+        known = {environment_name(name) for name in type(self).model_fields}
+        unknown = {name for name in os.environ if name.upper().startswith(PREFIX)} - known
+        if unknown:
+            raise ValueError(f"no such setting: {', '.join(sorted(unknown))}")
+        return self
 
 
 def environment_name(field: str) -> str:

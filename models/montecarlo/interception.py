@@ -30,12 +30,14 @@ class Interception(TorchFunctionMode):
     """Inside `with Interception(scale_for):` dropout multiplies by what `scale_for` returns.
 
     Attributes:
-        widest: elements of the largest tensor that any call returned.
+        widest: elements of the largest tensor that any call returned from the first dropout on:
+            what comes before runs once, whatever the number of samples.
     """
 
     def __init__(self, scale_for: ScaleFor) -> None:
         super().__init__()
         self._scale_for = scale_for
+        self._masked = False
         self.widest = 0
 
     def __torch_function__(
@@ -51,30 +53,44 @@ class Interception(TorchFunctionMode):
                 return _attention_forward(*args, **{**kwargs, "training": True})
         dropout = _DROPOUTS.get(func)
         result = dropout(self._scale_for, *args, **kwargs) if dropout else func(*args, **kwargs)
-        if isinstance(result, Tensor):
+        self._masked = self._masked or dropout is not None
+        if self._masked and isinstance(result, Tensor):
             self.widest = max(self.widest, result.numel())
         return result
 
 
 def _elementwise(kind: Kind) -> Callable[..., Tensor]:
-    def dropout(scale_for: ScaleFor, x: Tensor, p: float = 0.5, *_: object, **__: object) -> Tensor:
+    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
+        x, p = _input_and_rate(*args, **kwargs)
         return _drop(x, kind, p, x.shape, scale_for)
 
     return dropout
 
 
 def _channelwise(kind: Kind) -> Callable[..., Tensor]:
-    def dropout(scale_for: ScaleFor, x: Tensor, p: float = 0.5, *_: object, **__: object) -> Tensor:
+    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
+        x, p = _input_and_rate(*args, **kwargs)
         channels = torch.Size((*x.shape[:2], *(1 for _ in x.shape[2:])))
         return _drop(x, kind, p, channels, scale_for)
 
     return dropout
 
 
+def _input_and_rate(
+    input: Tensor,  # noqa: A002  torch's name for it
+    p: float = 0.5,
+    *_: object,
+    **__: object,
+) -> tuple[Tensor, float]:
+    """Pick what matters of a dropout function's arguments, however they were passed."""
+    return input, p
+
+
 def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
     scale = scale_for(kind, float(p), shape) if p > 0 else None
     if scale is None:
         return x
+    scale = scale.to(x.dtype)
     if kind not in ("alpha", "feature_alpha"):
         return x * scale
     # Klambauer et al., "Self-Normalizing Neural Networks" (2017): dropped units take the value

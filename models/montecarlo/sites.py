@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.errors import UnsupportedModule
+from models.errors import NoDropout, UnsupportedModule
 from models.montecarlo.interception import Interception, Kind
 
 
@@ -68,7 +68,7 @@ class Survey:
 
     Attributes:
         sites: its dropout calls, in the order of a forward pass.
-        widest: elements in the widest intermediate result of one image.
+        widest: elements in the widest result of one image that depends on masks.
         classes: columns of its output.
     """
 
@@ -92,8 +92,9 @@ def survey(module: nn.Module, example: Tensor) -> Survey:
     between the two is its batch dimension, wherever the module put it.
 
     Raises:
-        UnsupportedModule: no dropout, a dropout that no mask can reach, or an output that is not
-            logits [B, C].
+        NoDropout: it calls none.
+        UnsupportedModule: it has a dropout that no mask can reach, or an output that is not logits
+            [B, C].
     """
     _refuse_unreachable(module)
     calls, widest, output = _watch(module, example, images=2)
@@ -104,13 +105,14 @@ def survey(module: nn.Module, example: Tensor) -> Survey:
             f"{output.dtype} {list(output.shape)}"
         )
     if not calls:
-        raise UnsupportedModule(
+        raise NoDropout(
             "the module calls no dropout with p > 0, so every Monte Carlo sample would be the "
             "same: add dropout (models.dropout.InvertedDropout or torch.nn.Dropout) and train"
         )
     if [(c.name, c.kind, c.p) for c in calls] != [(c.name, c.kind, c.p) for c in other]:
         raise UnsupportedModule("the module's dropout calls change with the size of the batch")
     sites = tuple(_site(two, three.shape) for two, three in zip(calls, other, strict=True))
+    widest = max(widest, *(call.shape.numel() for call in calls))
     return Survey(sites, widest // 2, output.shape[1])
 
 

@@ -67,7 +67,7 @@ def summarize(probabilities: Tensor, masks: MaskKind, level: float = 0.9) -> Sum
         predictive_entropy=predictive,
         expected_entropy=expected,
         mutual_information=(predictive - expected).clamp_min(0),
-        variation_ratio=1 - votes.amax(-1) / len(p),
+        variation_ratio=1 - votes.amax(-1).double() / len(p),
         lower=_quantile(ordered, (1 - level) / 2),
         upper=_quantile(ordered, (1 + level) / 2),
     )

@@ -1,14 +1,16 @@
 """The native routes: models, predict, uncertainty, compare."""
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
-from service.bodies import BodyLimits, parse_images, read_body
+from service.bodies import BodyReader, parse_images
 from service.errors import InvalidRequest
 from service.images import is_quick
 from service.inference import Classifier, Compare, Inference, Pixels, Predict, Task, Uncertainty
@@ -26,6 +28,7 @@ from service.schemas import Problem as ProblemBody
 
 router = APIRouter(tags=["models"])
 
+Result = TypeVar("Result")
 Find = Callable[..., Classifier]
 _MODEL = "/v1/models/{name}"
 _VERSION = _MODEL + "/versions/{version}"
@@ -192,20 +195,42 @@ async def _answer(
     inference = inference_of(request)
     pixels = await _read_pixels(request, inference, model)
     request.state.log.update(model=model.name, version=model.version, images=len(pixels))
-    answer = await inference.run(model, task, pixels)
+    answer = await _while_connected(request, inference.run(model, task, pixels))
     return {"model": model.name, "version": model.version, **head, **answer}
 
 
 async def _read_pixels(request: Request, inference: Inference, model: Classifier) -> Pixels:
     """Read a body into the network's pixels [B, C, H, W], off the event loop unless it is quick."""
-    limits: BodyLimits = request.app.state.body_limits
-    body = await read_body(request, limits)
+    reader: BodyReader = request.app.state.body_reader
     content_type = request.headers.get("content-type", "")
+    async with reader.read(request) as body:
 
-    def work() -> Pixels:
-        return np.stack([model.prepare(i) for i in parse_images(body, content_type, limits)])
+        def work() -> Pixels:
+            images = parse_images(body, content_type, reader.limits)
+            return np.stack([model.prepare(image) for image in images])
 
-    return work() if is_quick(body, content_type) else await inference.decode(work)
+        if is_quick(body, content_type):
+            return work()
+        return await _while_connected(request, inference.decode(work))
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Wait for work; give it up, and with it its place in the queue, if the client goes away."""
+    result = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnection(request))
+    try:
+        await asyncio.wait((result, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ClientDisconnect
+        return result.result()
+    finally:
+        result.cancel()
+        gone.cancel()
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _json(content: object) -> Response:

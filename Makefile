@@ -1,0 +1,45 @@
+# One environment, .venv, which `setup` makes; every other target runs in it.
+PYTHON := .venv/bin/python
+DROPSERVE := .venv/bin/dropserve
+# Asked for its version, because a version manager's stand-in may exist and not run.
+BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve train test check format bench clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile \
+		| while IFS='|' read -r name text; do printf '  %-8s %s\n' "$$name" "$$text"; done
+
+setup: .venv/.installed ## Make .venv and install the project and its tools, pinned
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(BOOTSTRAP) -m venv .venv
+	$(PYTHON) -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+serve: train ## Serve on 127.0.0.1:8000, after training the default model if there is none
+	$(DROPSERVE) serve
+
+train: setup ## Train the default model, digits, if there is none (seconds, no download)
+	$(DROPSERVE) train --dataset digits --if-missing --resume
+
+test: check ## Run every check and every test
+	$(PYTHON) -m pytest
+
+check: setup ## Lint, check the format and the types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: setup ## Format the code and fix what ruff can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: setup ## Time the Monte Carlo engine
+	$(PYTHON) -m bench.engine
+
+clean: ## Remove .venv, caches and builds; checkpoints and data stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find models service tests bench lab deploy -name __pycache__ -prune \
+		-exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,30 @@
+"""Which versions of which models there are: folder names alone, so that asking is quick."""
+
+import re
+from pathlib import Path
+
+
+def is_name(name: str) -> bool:
+    """Say if `name` can name a model: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot."""
+    return re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name) is not None
+
+
+def versions(root: Path, name: str) -> list[int]:
+    """List a model's versions, in ascending order; folders that are not numbers are no versions."""
+    folder = root / name
+    if not is_name(name) or not folder.is_dir():
+        return []
+    numbered = (d for d in folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,8}", d.name))
+    return sorted(int(d.name) for d in numbered if d.is_dir())
+
+
+def find(root: Path) -> dict[str, list[int]]:
+    """List all models under `root` that have versions, and those versions, both in order."""
+    names = sorted(d.name for d in root.iterdir()) if root.is_dir() else []
+    return {name: found for name in names if (found := versions(root, name))}
+
+
+def default_name(dataset: str, network: str) -> str:
+    """Name a model after its dataset, or the folder that holds it, and its network or factory."""
+    name = f"{Path(dataset).resolve().name}-{network.rpartition(':')[2]}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".")[:64]

@@ -1,0 +1,291 @@
+"""The command line: train, serve, predict, uncertainty, evaluate, models, settings.
+
+PyTorch is imported by the commands that need it, so that the others start at once.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+from pydantic import ValidationError
+
+from models import catalogue
+from models.errors import CheckpointNotFound, ModelsError
+from service import terminal
+from service.client import DEFAULT_URL, DropserveClient
+from service.errors import DropserveError, RequestError
+from service.registry import RegistryError
+from service.settings import Settings, environment_name
+from service.terminal import Refused
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train image classifiers with dropout, and serve predictions that say how sure they are.",
+)
+
+Parsed = TypeVar("Parsed")
+
+Opt = typer.Option
+Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
+DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
+AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
+Url = Annotated[str, Opt(help="Where the service listens.")]
+Pictures = Annotated[list[Path], typer.Argument(help="PNG, JPEG or WebP files.")]
+Model = Annotated[str | None, Opt(help="Model to ask; the service's default one if left out.")]
+Version = Annotated[int | None, Opt(min=1, help="Of the model; the latest if left out.")]
+
+_reported = terminal.reported(
+    wrong=(RequestError, ModelsError, RegistryError),
+    failed=(DropserveError, OSError),
+)
+
+
+def _settings(**given: object) -> Settings:
+    """Read the settings; options that were given win over the environment."""
+    options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    try:
+        return Settings(**options)
+    except ValidationError as error:
+        wrong = (
+            ": ".join(
+                [
+                    *(environment_name(str(field)) for field in e["loc"][:1]),
+                    e["msg"].removeprefix("Value error, "),
+                ]
+            )
+            for e in error.errors()
+        )
+        raise Refused("; ".join(wrong)) from error
+
+
+@app.command()
+@_reported
+def train(
+    dataset: Annotated[
+        str, Opt(help="digits, fashion-mnist, mnist, or a folder: one sub-folder a class.")
+    ] = "digits",
+    network: Annotated[str, Opt(help="mlp, cnn, or package.module:factory.")] = "mlp",
+    name: Annotated[str | None, Opt(help="Of the model; DATASET-NETWORK if left out.")] = None,
+    if_missing: Annotated[bool, Opt("--if-missing", help="Do nothing if there is one.")] = False,
+    resume: Annotated[bool, Opt("--resume", help="Continue an interrupted run.")] = False,
+    restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
+    epochs: Annotated[int | None, Opt(help="At most so many.")] = None,
+    batch_size: Annotated[int | None, Opt(help="Images a step.")] = None,
+    learning_rate: Annotated[float | None, Opt(help="At its peak.")] = None,
+    weight_decay: Annotated[float | None, Opt(help="Of matrices and kernels.")] = None,
+    optimizer: Annotated[Literal["adamw", "sgd"] | None, Opt(help="Of the weights.")] = None,
+    label_smoothing: Annotated[float | None, Opt(help="Share spread over all classes.")] = None,
+    shift: Annotated[int | None, Opt(help="Augment: shift by at most so many pixels.")] = None,
+    flip: Annotated[bool | None, Opt("--flip/--no-flip", help="Augment: mirror half.")] = None,
+    patience: Annotated[int | None, Opt(help="Stop after so many epochs without a gain.")] = None,
+    seed: Annotated[int, Opt(help="Of everything random.")] = 0,
+    hidden: Annotated[str | None, Opt(help="Widths of the hidden layers: 256,256.")] = None,
+    dropout: Annotated[str | None, Opt(help="Dropout rate after each of them: 0.2,0.5.")] = None,
+    network_arguments: Annotated[str | None, Opt(help="A factory's arguments, as JSON.")] = None,
+    size: Annotated[int | None, Opt(min=1, help="Side that a folder's images get.")] = None,
+    invert: Annotated[bool, Opt("--invert", help="Turn dark into light.")] = False,
+    samples: Annotated[int, Opt(min=0, help="T of the evaluation; 0: eval mode alone.")] = 100,
+    accelerator: Annotated[Literal["auto", "cpu", "cuda"], Opt(help="To train on.")] = "auto",
+    devices: Annotated[int, Opt(min=1, help="Processes that share the work.")] = 1,
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "16-mixed"], Opt(help="To train in.")
+    ] = "32-true",
+    checkpoints: Checkpoints = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Train a network and save it as the next version of a model."""
+    options = locals()  # among them the fields of a recipe, under their names
+    settings = _settings(checkpoints=checkpoints, data_dir=data_dir)
+    name = name or catalogue.default_name(dataset, network)
+    if if_missing and (found := catalogue.versions(settings.checkpoints, name)):
+        terminal.say(f"{name} has version {found[-1]} already: nothing to do")
+        return
+
+    from models import checkpoint, recipes
+    from models.data import load_dataset
+    from models.evaluation import evaluate as score
+    from models.training import Recipe, fit, launch
+    from models.training_state import earlier_run
+
+    _allow_local_modules()
+    recipes.check_run(name, accelerator)
+    given = {f.name: options[f.name] for f in fields(Recipe) if options.get(f.name) is not None}
+    recipe = replace(recipes.default_recipe(dataset, network), **given)
+    data = load_dataset(dataset, settings.data_dir, size=size, invert=invert)
+    prepared, normalize = data.preprocessing, data.preprocessing.normalize
+    config = recipes.network_config(
+        network,
+        prepared.shape,
+        len(data.classes),
+        hidden=_parsed("--hidden", hidden, lambda text: tuple(map(int, text.split(",")))),
+        dropout=_parsed("--dropout", dropout, lambda text: tuple(map(float, text.split(",")))),
+        arguments=_parsed("--network-arguments", network_arguments, lambda x: dict(json.loads(x))),
+    )
+    module = recipes.build_checked(config, normalize(data.train.images[:1]), seed)
+    state = settings.checkpoints / name / ".training" / "state.safetensors"
+    finished = earlier_run(state, resume=resume, restart=restart)
+    fabric = launch(accelerator, devices, precision)
+    run: dict[str, Any] = {"state_path": state, "fabric": fabric}
+    if not fabric.is_global_zero:  # one of several processes: the first shows and saves
+        list(fit(module, data.train, normalize, recipe, **run))
+        return
+    if resume:
+        terminal.say(f"epochs done in an interrupted run: {finished or 'none, starting anew'}")
+    with terminal.interruptible(state):
+        with terminal.TrainingProgress(recipe.epochs, finished) as shown:
+            for epoch in fit(module, data.train, normalize, recipe, progress=shown.batch, **run):
+                shown.epoch(**asdict(epoch))
+        with terminal.progress("evaluation") as moved:
+            evaluation = score(module, data.test, normalize, samples, progress=moved)
+    metadata = checkpoint.Metadata(
+        name, config, prepared, data.classes, asdict(recipe), data.origin(), evaluation
+    )
+    path = checkpoint.save(settings.checkpoints, module, metadata)
+    shutil.rmtree(state.parent)
+    terminal.show_scores(evaluation)
+    where = f" --checkpoints {checkpoints}" if checkpoints else ""
+    terminal.say(f"saved {path}", f"next: dropserve serve{where}")
+
+
+def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Parsed | None:
+    try:
+        return None if text is None else parse(text)
+    except (ValueError, TypeError) as error:
+        raise Refused(f"{option}: cannot be read: {error}") from error
+
+
+def _allow_local_modules() -> None:
+    """Let package.module:factory name a file in the current folder, as `python -m` does."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+
+
+@app.command()
+@_reported
+def evaluate(
+    name: Annotated[str, Opt(help="Of the model.")],
+    version: Version = None,
+    dataset: Annotated[str | None, Opt(help="The one it was trained on if left out.")] = None,
+    samples: Annotated[int, Opt(min=0, help="Thinned networks, T; 0: eval mode alone.")] = 100,
+    checkpoints: Checkpoints = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a saved model on a dataset's test images."""
+    from models import checkpoint, recipes
+    from models.evaluation import evaluate as score
+
+    _allow_local_modules()
+    settings = _settings(checkpoints=checkpoints, data_dir=data_dir)
+    found = catalogue.versions(settings.checkpoints, name)
+    if not found or version not in (None, *found):
+        there = f"there are {', '.join(map(str, found))}" if found else "there is none"
+        raise CheckpointNotFound(f"no such version of {name!r} in {settings.checkpoints}: {there}")
+    path = settings.checkpoints / name / str(version or found[-1])
+    module, metadata = checkpoint.load(path, settings.factories)
+    data = recipes.test_split(metadata, dataset, settings.data_dir)
+    with terminal.progress("evaluation") as moved:
+        normalize = metadata.preprocessing.normalize
+        evaluation = score(module, data, normalize, samples, progress=moved)
+    if as_json:
+        terminal.print_json(evaluation)
+    else:
+        terminal.show_scores(evaluation)
+
+
+@app.command()
+@_reported
+def serve(
+    checkpoints: Checkpoints = None,
+    host: Annotated[str | None, Opt(help="Address to listen on, or DROPSERVE_HOST.")] = None,
+    port: Annotated[int | None, Opt(help="Port to listen on, or DROPSERVE_PORT.")] = None,
+    workers: Annotated[int | None, Opt(help="Processes, or DROPSERVE_WORKERS.")] = None,
+) -> None:
+    """Serve the saved models over HTTP, until SIGTERM or Ctrl-C."""
+    from service import server
+
+    _allow_local_modules()
+    server.serve(_settings(checkpoints=checkpoints, host=host, port=port, workers=workers))
+
+
+@app.command()
+@_reported
+def predict(
+    images: Pictures,
+    url: Url = DEFAULT_URL,
+    model: Model = None,
+    version: Version = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a running service what images show, in eval mode."""
+    with _client(url, model, version) as client:
+        answer = client.predict(images, model=model, version=version)
+        if as_json:
+            terminal.say(answer.model_dump_json(indent=2))
+            return
+        classes = client.model(answer.model, answer.version).classes
+    for image, prediction in zip(images, answer.predictions, strict=True):
+        terminal.show_prediction(str(image), prediction, classes)
+
+
+@app.command()
+@_reported
+def uncertainty(
+    images: Pictures,
+    url: Url = DEFAULT_URL,
+    model: Model = None,
+    version: Version = None,
+    samples: Annotated[int, Opt(min=1, max=1000, help="Thinned networks, T.")] = 100,
+    seed: Annotated[int, Opt(min=0, max=2**63 - 1, help="Of the masks.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a running service what images show and how sure it is, under Monte Carlo dropout."""
+    with _client(url, model, version) as client:
+        answer = client.uncertainty(
+            images, model=model, version=version, samples=samples, seed=seed
+        )
+        if as_json:
+            terminal.say(answer.model_dump_json(indent=2))
+            return
+        classes = client.model(answer.model, answer.version).classes
+    for image, prediction in zip(images, answer.predictions, strict=True):
+        terminal.show_uncertainty(str(image), prediction, classes, answer.samples)
+
+
+@contextmanager
+def _client(url: str, model: str | None, version: int | None) -> Iterator[DropserveClient]:
+    if version is not None and not model:
+        raise Refused("--version is of a model: give --model as well")
+    with DropserveClient(url) as client:
+        yield client
+
+
+@app.command()
+@_reported
+def models(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+    """List the models of a running service."""
+    with DropserveClient(url) as client:
+        answer = client.models()
+    if as_json:
+        terminal.say(answer.model_dump_json(indent=2))
+    else:
+        terminal.show_models(answer)
+
+
+@app.command()
+@_reported
+def settings(as_json: AsJson = False) -> None:
+    """List the settings, all environment variables: what they mean and what they are now."""
+    rows = terminal.settings_rows(_settings())
+    if as_json:
+        terminal.print_json(rows)
+    else:
+        terminal.show_settings(rows)

@@ -1,0 +1,193 @@
+"""Fixtures of the tests of `service`: checkpoints to serve, and a real server on a socket."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from models import checkpoint
+from models.networks import NetworkConfig
+from models.preprocessing import Preprocessing
+from service.schemas import Problem
+from service.settings import environment_name
+
+SERVE = "from service.server import serve; from service.settings import Settings; serve(Settings())"
+DIGITS = Preprocessing((8, 8), 1, (0.3,), (0.4,), invert=True)
+COLOUR = Preprocessing((16, 16), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+def _save(root, name, network, preprocessing, seed):
+    """Write a version with weights that only the seed decides; BatchNorm has seen some noise."""
+    torch.manual_seed(seed)
+    module = network.build().train()
+    with torch.no_grad():
+        for _ in range(3):
+            module(torch.randn(16, *network.input))
+        for parameter in module.parameters():
+            parameter.mul_(1.5)  # answers are then far enough from uniform to tell apart
+    classes = tuple(f"class {k}" for k in range(network.classes))
+    return checkpoint.save(root, module, checkpoint.Metadata(name, network, preprocessing, classes))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder of two models: digits-mlp, versions 1 and 2, and colour-cnn."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    mlp = NetworkConfig("mlp", DIGITS.shape, 10, (32, 32), (0.2, 0.5))
+    cnn = NetworkConfig("cnn", COLOUR.shape, 4, (32,), (0.5,), (8, 16), 0.1)
+    with torch.random.fork_rng(devices=[]):
+        _save(root, "digits-mlp", mlp, DIGITS, seed=1)
+        _save(root, "digits-mlp", mlp, DIGITS, seed=2)
+        _save(root, "colour-cnn", cnn, COLOUR, seed=3)
+    return root
+
+
+class Server:
+    """A process that runs `service.server.serve`, its log in a file."""
+
+    def __init__(self, folder: Path, checkpoints: Path, **settings: object) -> None:
+        defaults = {"port": 0, "checkpoints": checkpoints, "default_model": "digits-mlp"}
+        self.settings = defaults | settings
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("DROPSERVE_")}
+        given = {k: v for k, v in self.settings.items() if v is not None}
+        environment |= {environment_name(k): str(v) for k, v in given.items()}
+        environment["OMP_NUM_THREADS"] = "1"
+        self.log = folder / "stdout.log"
+        self.errors = folder / "stderr.log"
+        with self.log.open("wb") as out, self.errors.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVE], env=environment, stdout=out, stderr=err
+            )
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def lines(self) -> list[dict]:
+        """The log so far; every whole line of it is JSON."""
+        text = self.log.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def line(self, request_id: str) -> dict:
+        """The log's line about a request, once it is there."""
+        for _ in range(500):
+            found = [e for e in self.lines() if e.get("request_id") == request_id]
+            if found:
+                return found[-1]
+            time.sleep(0.01)
+        raise AssertionError(f"no line about {request_id} in the log")
+
+    def start(self, seconds: float = 60) -> "Server":
+        """Wait until it answers /readyz."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            if self.port or self._find_port():
+                try:
+                    if httpx.get(self.url + "/readyz").status_code == 200:
+                        return self
+                except httpx.TransportError:
+                    pass
+            time.sleep(0.05)
+        raise AssertionError(f"not ready: {self.errors.read_text()}")
+
+    def _find_port(self) -> bool:
+        told = [e["message"] for e in self.lines() if "running on http" in e["message"]]
+        self.port = int(told[0].split(" (")[0].rpartition(":")[2]) if told else 0
+        return bool(told)
+
+    def exchange(self, raw: bytes, seconds: float = 10) -> bytes:
+        """Send bytes over a fresh connection; return what comes until the server closes it."""
+        with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
+            connection.sendall(raw)
+            return read_all(connection)
+
+    def resident(self) -> int:
+        """Bytes of memory that the process holds."""
+        statm = Path(f"/proc/{self.process.pid}/statm").read_text()
+        return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self, seconds: float = 30) -> int:
+        """Ask it to stop, and wait; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    try:
+        while chunk := connection.recv(65_536):
+            received += chunk
+    except ConnectionResetError:
+        pass
+    return received
+
+
+@pytest.fixture(scope="session")
+def make_server(tmp_path_factory, checkpoints):
+    """Start a server process with settings of its own; it may still be loading."""
+    made = []
+
+    def make(root=checkpoints, **settings):
+        made.append(Server(tmp_path_factory.mktemp("server"), root, **settings))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.process.terminate()
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(make_server):
+    """The server that most tests share; its log holds no failure when they are done."""
+    running = make_server(max_body_bytes=2**20, max_queue=100_000).start()
+    yield running
+    assert httpx.get(running.url + "/readyz").status_code == 200
+    assert [e for e in running.lines() if e.get("status") == 500 or "exception" in e] == []
+    assert "Traceback" not in running.errors.read_text()
+
+
+@pytest.fixture(scope="session")
+def tight_server(make_server):
+    """A server with next to no patience and room."""
+    return make_server(body_timeout=0.5, max_body_bytes=65_536, max_queue=4).start()
+
+
+@pytest.fixture(scope="session")
+def http(server):
+    """A client of the shared server."""
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def problem():
+    """Check that a response is a whole RFC 9457 problem of that status; return its detail."""
+
+    def check(response: httpx.Response, status: int) -> str:
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/problem+json"
+        found = Problem.model_validate_json(response.content, strict=True)
+        assert set(response.json()) == {"type", "title", "status", "detail", "request_id"}
+        assert found.status == status
+        assert found.request_id == response.headers["x-request-id"]
+        assert "MARKER" not in response.text
+        return found.detail
+
+    return check

@@ -1,0 +1,150 @@
+"""Masks: a pure function of (seed, site, sample), with the law that is claimed for them."""
+
+from itertools import combinations
+from math import sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.montecarlo.masks import BLOCK, MASK_KINDS, draw
+
+RATES = (0.01, 0.25, 0.3, 0.37, 0.5, 0.7, 0.99)
+SIGMAS = 5
+
+kinds = st.sampled_from(MASK_KINDS)
+seeds = st.integers(0, 2**63 - 1)
+sites = st.integers(0, 30)
+units = st.integers(1, 40)
+rates = st.floats(0, 1, exclude_max=True)
+
+
+def philox(seed, site, counter):
+    """Return Philox-4x64-10 of a 256-bit counter, after Salmon et al. (2011), section 3.3."""
+    word = 2**64 - 1
+    x = [counter >> (64 * i) & word for i in range(4)]
+    key = [seed, site]
+    for _ in range(10):
+        high0, low0 = divmod(0xD2E7470EE14C6C93 * x[0], 2**64)
+        high1, low1 = divmod(0xCA5A826395121157 * x[2], 2**64)
+        x = [high1 ^ x[1] ^ key[0], low1, high0 ^ x[3] ^ key[1], low0]
+        key = [key[0] + 0x9E3779B97F4A7C15 & word, key[1] + 0xBB67AE8584CAA73B & word]
+    return x
+
+
+def words(seed, site, row, width):
+    """Return row `row` of a site's table of 64-bit words, from the counter alone."""
+    counts = -(-width // 4)
+    return [w for c in range(counts) for w in philox(seed, site, row * counts + c + 1)]
+
+
+@pytest.mark.parametrize(("seed", "site"), [(0, 0), (2**63 - 1, 3)])
+def test_independent_masks_come_from_philox_by_the_counter(seed, site):
+    p, width = 0.37, 11
+    for t in (0, 1, 57):
+        halves = [h for w in words(seed, site, t, 6) for h in (w % 2**32, w >> 32)]
+        expected = [h >= p * 2**32 for h in halves[:width]]
+        assert draw("independent", seed, site, width, p, range(t, t + 1))[0].tolist() == expected
+
+
+@pytest.mark.parametrize(("seed", "site"), [(0, 0), (2**63 - 1, 3)])
+def test_stratified_masks_come_from_philox_by_the_counter(seed, site):
+    p, width = 0.37, 11  # three or, with probability .7, four of ten are dropped
+    for block in (0, 1, 5):
+        got = draw("stratified", seed, site, width, p, range(block * 10, block * 10 + 10))
+        for unit, word in enumerate(words(seed, site, block, width)[:width]):
+            size = 4 if (word >> 32) < 0.7 * 2**32 else 3
+            subsets = list(combinations(range(10), size))
+            dropped = subsets[(word % 2**32) * len(subsets) >> 32]
+            assert set(np.flatnonzero(~got[:, unit])) == set(dropped)
+
+
+@given(kinds, seeds, sites, units, rates, st.integers(0, 70), st.integers(0, 70))
+def test_any_range_of_samples_is_a_slice_of_all(kind, seed, site, units, p, a, b):
+    start, stop = sorted((a, b))
+    all_of_them = draw(kind, seed, site, units, p, range(stop))
+    got = draw(kind, seed, site, units, p, range(start, stop))
+    assert got.shape == (stop - start, units)
+    np.testing.assert_array_equal(got, all_of_them[start:])
+
+
+@given(seeds, sites, units, rates, st.integers(0, 5))
+def test_a_stratified_block_drops_each_unit_ten_p_times_to_rounding(seed, site, units, p, block):
+    keep = draw("stratified", seed, site, units, p, range(block * BLOCK, (block + 1) * BLOCK))
+    dropped = (~keep).sum(0)
+    assert ((dropped == np.floor(10 * p)) | (dropped == np.floor(10 * p) + 1)).all()
+    if 10 * p % 1 == 0:
+        assert (dropped == 10 * p).all()
+
+
+@settings(max_examples=30)
+@given(kinds, seeds, sites)
+def test_another_seed_or_another_site_gives_other_masks(kind, seed, site):
+    one = draw(kind, seed, site, 64, 0.5, range(20))
+    for seed_, site_ in (((seed + 1) % 2**63, site), (seed, site + 1), (site, seed % 2**32)):
+        if (seed_, site_) != (seed, site):
+            other = draw(kind, seed_, site_, 64, 0.5, range(20))
+            assert abs((one == other).mean() - 0.5) < SIGMAS * 0.5 / sqrt(one.size)
+
+
+@pytest.mark.parametrize("p", RATES)
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_every_sample_drops_each_unit_at_rate_p(kind, p):
+    """Units are independent within a sample, so the drops of one sample are binomial."""
+    count = 50_000
+    keep = draw(kind, 5, 1, count, p, range(13))  # a whole block and a bit
+    tolerance = SIGMAS * sqrt(p * (1 - p) / count)
+    assert (np.abs((~keep).mean(1) - p) <= tolerance).all()
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_the_expected_share_over_stratified_blocks_is_ten_p(p):
+    blocks = 5000
+    keep = draw("stratified", 2, 0, 8, p, range(blocks * BLOCK))
+    per_block = (~keep).reshape(blocks, BLOCK, 8).sum(1)
+    share = 10 * p % 1  # a block drops one more with this probability
+    tolerance = SIGMAS * sqrt(share * (1 - share) / blocks) + 1e-9
+    assert (np.abs(per_block.mean(0) - 10 * p) <= tolerance).all()
+
+
+def test_every_subset_of_a_stratified_block_is_equally_likely():
+    width = 45_000
+    keep = draw("stratified", 1, 0, width, 0.2, range(BLOCK))
+    pairs = np.flatnonzero(~keep.T.reshape(-1)).reshape(width, 2) % BLOCK
+    counts = np.array([(pairs == pair).all(1).sum() for pair in combinations(range(BLOCK), 2)])
+    assert counts.sum() == width
+    chi_square = ((counts - 1000) ** 2 / 1000).sum()  # 44 degrees of freedom
+    assert abs(chi_square - 44) <= SIGMAS * sqrt(2 * 44)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_units_are_independent_of_each_other_within_a_sample(kind, p):
+    samples, count = 5000, 41
+    keep = draw(kind, 11, 0, count, p, range(samples)).astype(float)
+    pairs = np.corrcoef(keep.T)[np.triu_indices(count, 1)]
+    assert np.abs(pairs).max() <= SIGMAS / sqrt(samples)
+    assert (pairs**2).mean() * samples == pytest.approx(1, abs=SIGMAS * sqrt(2 / len(pairs)))
+
+
+def test_sites_are_independent_of_each_other():
+    samples, count = 200, 500
+    one, other = (draw("stratified", 0, site, count, 0.5, range(samples)) for site in (0, 1))
+    assert abs((one == other).mean() - 0.5) <= SIGMAS * 0.5 / sqrt(samples * count)
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_independent_samples_are_independent_of_each_other(p):
+    keep = draw("independent", 3, 0, 20_000, p, range(11)).astype(float)
+    pairs = np.corrcoef(keep)[np.triu_indices(11, 1)]
+    assert np.abs(pairs).max() <= SIGMAS / sqrt(20_000)
+
+
+def test_samples_of_a_stratified_block_avoid_each_other():
+    """Ten exclusive slots: the correlation of two samples of a block is -1/9 at p = .1."""
+    keep = draw("stratified", 3, 0, 50_000, 0.1, range(20)).astype(float)
+    correlation = np.corrcoef(keep)
+    inside = correlation[:10, :10][np.triu_indices(10, 1)]
+    assert np.abs(inside + 1 / 9).max() <= SIGMAS / sqrt(50_000)
+    assert np.abs(correlation[:10, 10:]).max() <= SIGMAS / sqrt(50_000)

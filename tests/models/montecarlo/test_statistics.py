@@ -1,0 +1,148 @@
+"""Statistics against NumPy in float64, one formula at a time."""
+
+from dataclasses import fields
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.montecarlo.statistics import summarize
+
+LEVELS = (0.5, 0.9, 0.99)
+
+
+def draws(samples, batch=3, classes=4, seed=0, sharpness=2.0):
+    logits = sharpness * np.random.default_rng(seed).normal(size=(samples, batch, classes))
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def entropy(row):
+    return -sum(q * log(q) for q in row if q > 0)
+
+
+def entropies(p):
+    return np.apply_along_axis(entropy, -1, p)
+
+
+def votes_against_the_mode(p):
+    """Return, for each image, the share of samples that do not vote for the modal class."""
+    votes = p.argmax(-1)
+    return [1 - max(np.bincount(column)) / len(p) for column in votes.T]
+
+
+@pytest.mark.parametrize("samples", [2, 7, 10, 20, 33, 100])
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_figure_equals_numpy(samples, level):
+    p = draws(samples)
+    got = summarize(torch.from_numpy(p), "independent", level)
+    tail = (1 - level) / 2
+    expected = {
+        "mean": p.mean(0),
+        "variance": p.var(0, ddof=1),
+        "standard_error": np.sqrt(p.var(0, ddof=1) / samples),
+        "predictive_entropy": entropies(p.mean(0)),
+        "expected_entropy": entropies(p).mean(0),
+        "mutual_information": entropies(p.mean(0)) - entropies(p).mean(0),
+        "lower": np.quantile(p, tail, axis=0),
+        "upper": np.quantile(p, 1 - tail, axis=0),
+    }
+    assert expected.keys() | {"variation_ratio"} == {f.name for f in fields(got)}
+    for name, value in expected.items():
+        tensor = getattr(got, name)
+        assert tensor.dtype == torch.float64, name
+        np.testing.assert_allclose(tensor, value, rtol=1e-12, atol=1e-14, err_msg=name)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 100])
+def test_the_variation_ratio_counts_votes(samples):
+    p = draws(samples)
+    got = summarize(torch.from_numpy(p), "independent").variation_ratio
+    np.testing.assert_allclose(got, votes_against_the_mode(p), rtol=1e-12)
+    assert got.dtype == torch.float64
+
+
+def test_float32_probabilities_are_summed_in_float64():
+    p = torch.from_numpy(draws(1000)).float()
+    got = summarize(p, "independent")
+    np.testing.assert_allclose(got.mean, p.numpy().astype(float).mean(0), rtol=1e-14)
+    np.testing.assert_allclose(got.variance, p.numpy().astype(float).var(0, ddof=1), rtol=1e-11)
+
+
+@pytest.mark.parametrize("samples", [20, 23, 29, 30, 101])
+def test_the_stratified_standard_error_is_taken_between_blocks(samples):
+    p = draws(samples)
+    blocks, rest = divmod(samples, 10)
+    means = np.array([p[10 * k : 10 * k + 10].mean(0) for k in range(blocks)])
+    # The mean of all is (10 K m + sum of the rest) / T: two independent parts.
+    whole = (10 * blocks / samples) ** 2 * means.var(0, ddof=1) / blocks
+    partial = rest * p.var(0, ddof=1) / samples**2
+    got = summarize(torch.from_numpy(p), "stratified").standard_error
+    np.testing.assert_allclose(got, np.sqrt(whole + partial), rtol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [2, 9, 10, 19])
+def test_fewer_than_two_stratified_blocks_give_no_standard_error(samples):
+    got = summarize(torch.from_numpy(draws(samples)), "stratified")
+    assert got.standard_error is None
+    assert got.variance is not None
+
+
+@pytest.mark.parametrize("masks", ["stratified", "independent"])
+def test_a_single_sample_has_no_variance_and_no_standard_error(masks):
+    p = torch.from_numpy(draws(1))
+    got = summarize(p, masks)
+    assert got.variance is None
+    assert got.standard_error is None
+    assert torch.equal(got.mutual_information, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(got.variation_ratio, torch.zeros(3, dtype=torch.float64))
+    for figure in (got.mean, got.lower, got.upper):
+        assert torch.equal(figure, p[0])
+
+
+def test_certain_samples_that_contradict_each_other_are_all_mutual_information():
+    p = torch.eye(4).repeat(5, 1).unsqueeze(1)  # [20, 1, 4], exact zeros and ones
+    got = summarize(p, "independent")
+    assert got.predictive_entropy.item() == pytest.approx(log(4))
+    assert got.expected_entropy.item() == 0
+    assert got.mutual_information.item() == pytest.approx(log(4))
+    assert got.variation_ratio.item() == 0.75
+
+
+@pytest.mark.parametrize("masks", ["stratified", "independent"])
+def test_equal_samples_leave_no_doubt_about_the_model(masks):
+    p = torch.tensor([[[0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]]).expand(30, 2, 3)
+    got = summarize(p, masks)
+    assert got.mutual_information.tolist() == pytest.approx([0, 0], abs=1e-15)
+    assert got.variation_ratio.tolist() == [0, 0]
+    for field in fields(got):
+        assert torch.isfinite(getattr(got, field.name)).all(), field.name
+    assert got.standard_error.max() < 1e-9
+
+
+def test_rounding_makes_no_negative_mutual_information():
+    p = torch.from_numpy(draws(1, batch=1000)).expand(7, -1, -1)
+    got = summarize(p, "independent")
+    assert (got.predictive_entropy < got.expected_entropy).any(), "this test needs rounding errors"
+    assert (got.mutual_information >= 0).all()
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(2, 6))
+
+
+@settings(max_examples=60)
+@given(sizes, st.integers(0, 10**6), st.floats(0, 200), st.floats(0.01, 0.99))
+def test_doubt_adds_up_and_intervals_are_in_order(size, seed, sharpness, level):
+    p = torch.from_numpy(draws(*size, seed=seed, sharpness=sharpness))
+    got = summarize(p, "stratified", level)
+    assert (got.mutual_information >= 0).all()
+    total = got.expected_entropy + got.mutual_information
+    torch.testing.assert_close(got.predictive_entropy, total, rtol=0, atol=1e-12)
+    assert (got.predictive_entropy <= log(size[2]) + 1e-12).all()
+    assert (got.lower <= got.upper).all()
+    assert (got.lower >= p.amin(0)).all()
+    assert (got.upper <= p.amax(0)).all()
+    assert ((got.variation_ratio >= 0) & (got.variation_ratio <= 1 - 1 / size[2] + 1e-12)).all()

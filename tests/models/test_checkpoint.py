@@ -1,0 +1,258 @@
+"""Checkpoints: what is saved comes back to the bit; what was tampered with is refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+
+from models.catalogue import find, is_name, versions
+from models.checkpoint import METADATA, WEIGHTS, Metadata, load, save
+from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused
+from models.networks import NetworkConfig
+from models.preprocessing import Preprocessing
+
+INPUT = Preprocessing((8, 8), 1, (0.5,), (0.25,))
+MLP = NetworkConfig("mlp", (1, 8, 8), 3, (6,), (0.5,))
+CNN = NetworkConfig("cnn", (1, 8, 8), 3, (6,), (0.5,), (4, 4), 0.2)
+FACTORY = NetworkConfig(
+    "torch.nn:Linear", (1, 8, 8), 3, arguments={"in_features": 8, "out_features": 3}
+)
+
+
+def metadata(network=MLP, name="net"):
+    return Metadata(
+        name, network, INPUT, ("a", "b", "c"), {"epochs": 3}, {"digest": "d"}, {"accuracy": 0.5}
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return save(tmp_path, MLP.build(), metadata())
+
+
+def seal(path, raw):
+    """Put other weights there, and their SHA-256 into the metadata, as a forger would."""
+    (path / WEIGHTS).write_bytes(raw)
+    change_json(path, sha256=hashlib.sha256(raw).hexdigest())
+
+
+def change_json(path, **changes):
+    values = json.loads((path / METADATA).read_text())
+    (path / METADATA).write_text(json.dumps({**values, **changes}))
+
+
+def tensors(path):
+    return safetensors.torch.load((path / WEIGHTS).read_bytes())
+
+
+def refused(path, reason, file=WEIGHTS):
+    with pytest.raises(CheckpointRefused, match=reason) as caught:
+        load(path)
+    assert caught.value.path == path / file
+    assert caught.value.reason in str(caught.value)
+
+
+@pytest.mark.parametrize("network", [MLP, CNN, FACTORY], ids=lambda n: n.kind)
+def test_a_module_comes_back_to_the_bit_and_in_eval_mode(tmp_path, network):
+    module, x = network.build(), torch.randn(5, 1, 8, 8)
+    module(x)  # batch norms have something to remember
+    path = save(tmp_path, module, metadata(network))
+    again, about = load(path, factories={"torch.nn:Linear"})
+    assert path == tmp_path / "net" / "1"
+    assert not any(m.training for m in again.modules())
+    with torch.inference_mode():
+        assert torch.equal(again(x), module.eval()(x))
+    raw = (path / WEIGHTS).read_bytes()
+    sealed = {"sha256": hashlib.sha256(raw).hexdigest(), "torch_version": torch.__version__}
+    assert about == replace(metadata(network), **sealed)
+
+
+def test_a_version_holds_two_files_and_no_pickle(path):
+    assert sorted(p.name for p in path.iterdir()) == [METADATA, WEIGHTS]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["1"]
+    assert json.loads((path / METADATA).read_text())["name"] == "net"
+    assert tensors(path).keys() == MLP.build().state_dict().keys()
+
+
+def test_loading_draws_nothing_from_the_global_generator(path):
+    before = torch.random.get_rng_state()
+    load(path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_next_version_follows_the_highest(tmp_path):
+    def saved():
+        return int(save(tmp_path, MLP.build(), metadata()).name)
+
+    assert [saved(), saved()] == [1, 2]
+    (tmp_path / "net" / "9").mkdir()
+    assert saved() == 10
+    assert saved() == 11
+
+
+def test_versions_are_numbers_in_numerical_order(tmp_path):
+    for name in ("10", "9", "2", "0", "03", "-1", "x", ".new-abc", "1e3", "9999999999"):
+        (tmp_path / "net" / name).mkdir(parents=True)
+    (tmp_path / "net" / "5").write_text("a file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".hidden" / "1").mkdir(parents=True)
+    assert versions(tmp_path, "net") == [2, 9, 10]
+    assert versions(tmp_path, "..") == []
+    assert find(tmp_path) == {"net": [2, 9, 10]}
+    assert find(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("name", ["a", "digits-mlp", "Net_2.1", "x" * 64])
+def test_a_name_is_a_name(name):
+    assert is_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".x", "a/b", "a\\b", "a b", "é", "x" * 65, "a\n"])
+def test_what_could_leave_the_folder_is_no_name(tmp_path, name):
+    assert not is_name(name)
+    assert versions(tmp_path, name) == []
+    with pytest.raises(CheckpointError, match="cannot name a model"):
+        save(tmp_path, MLP.build(), metadata(name=name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shared_weights_are_saved_and_loaded(tmp_path):
+    module = MLP.build()
+    module.logits.weight.data = module.hidden1.weight.data[:3, :6]  # a view of another tensor
+    again, _ = load(save(tmp_path, module, metadata()))
+    assert torch.equal(again.logits.weight, module.logits.weight)
+
+
+def test_tied_parameters_are_saved_and_loaded(tmp_path):
+    square = replace(MLP, hidden=(64, 64), dropout=(0.5, 0.5))
+    module = square.build()
+    module.hidden2.weight = module.hidden1.weight
+    again, _ = load(save(tmp_path, module, metadata(square)))
+    assert torch.equal(again.hidden2.weight, module.hidden1.weight)
+
+
+def test_figures_that_json_cannot_hold_are_refused_and_leave_nothing(tmp_path):
+    about = replace(metadata(), evaluation={"nll": float("nan")})
+    with pytest.raises(CheckpointError):
+        save(tmp_path, MLP.build(), about)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_missing_version_is_not_found(tmp_path):
+    with pytest.raises(CheckpointNotFound, match="no such checkpoint"):
+        load(tmp_path / "net" / "1")
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, METADATA])
+def test_a_missing_file_is_refused(path, file):
+    (path / file).unlink()
+    refused(path, "cannot be opened: No such file", file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda raw: raw[:-1], "not sound safetensors"),
+        (lambda raw: raw[: len(raw) // 4], "truncated in its header|not sound safetensors"),
+        (lambda raw: raw + b"\0", "not sound safetensors"),
+        (lambda raw: (2**40).to_bytes(8, "little") + raw[8:], "a header of 1099511627776 bytes"),
+        (lambda _: pickle.dumps(MLP.build().state_dict()), "not safetensors"),
+    ],
+    ids=["truncated", "truncated early", "trailing byte", "huge header", "a renamed pickle"],
+)
+def test_damaged_weights_are_refused_even_if_their_sha_was_forged(path, damage, reason):
+    seal(path, damage((path / WEIGHTS).read_bytes()))
+    refused(path, reason)
+
+
+def test_a_flipped_bit_is_refused_by_its_sha(path):
+    raw = bytearray((path / WEIGHTS).read_bytes())
+    raw[-3] ^= 1
+    (path / WEIGHTS).write_bytes(raw)
+    refused(path, rf"SHA-256 is {hashlib.sha256(raw).hexdigest()}, model.json says [0-9a-f]{{64}}")
+
+
+def other(name, value):
+    return lambda weights: weights.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda w: w.pop("logits.bias"), "'logits.bias' is missing"),
+        (other("extra", torch.zeros(1)), "'extra' belongs to no layer"),
+        (other("logits.bias", torch.zeros(4)), r"'logits.bias' is torch.float32 \[4\].*\[3\]"),
+        (other("logits.bias", torch.zeros(3, 1)), r"\[3, 1\], the network needs torch.float32"),
+        (other("logits.bias", torch.zeros(3).double()), "float64 .*needs torch.float32"),
+        (other("logits.bias", torch.zeros(3).half()), "float16 .*needs torch.float32"),
+        (other("logits.bias", torch.tensor([0, torch.nan, 0])), "'logits.bias' holds NaN or inf"),
+        (other("logits.bias", torch.tensor([0, -torch.inf, 0])), "'logits.bias' holds NaN or inf"),
+    ],
+    ids=["missing", "extra", "shape", "rank", "float64", "float16", "nan", "infinity"],
+)
+def test_tensors_that_are_not_the_networks_are_refused_by_name(path, change, reason):
+    weights = tensors(path)
+    change(weights)
+    seal(path, safetensors.torch.save(weights))
+    refused(path, reason)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, METADATA])
+def test_a_link_is_refused(path, file):
+    (path / file).rename(path / "elsewhere")
+    (path / file).symlink_to("elsewhere")
+    refused(path, "cannot be opened", file)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("file", [WEIGHTS, METADATA])
+def test_a_pipe_is_refused_and_does_not_hang(path, file):
+    (path / file).unlink()
+    os.mkfifo(path / file)
+    refused(path, "not a plain file", file)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", "not sound JSON"),
+        (b"{}", "missing|KeyError"),
+        (b"[]", "not a JSON object"),
+        (b"{" + b" " * 1_000_001 + b"}", "more than 1000000"),
+        (b'{"name": "a", "name": "b"}', "a name stands twice"),
+    ],
+    ids=["empty", "no values", "a list", "too long", "a duplicate name"],
+)
+def test_metadata_that_are_no_metadata_are_refused(path, raw, reason):
+    (path / METADATA).write_bytes(raw)
+    refused(path, reason, METADATA)
+
+
+INFINITE = {**INPUT.to_json(), "channels": float("inf")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"surprise": 1}, "unknown fields: surprise"),
+        ({"classes": ["a", "b"]}, "one class name a logit"),
+        ({"classes": 3}, "TypeError"),
+        ({"recipe": "fast"}, "ValueError"),
+        ({"network": "mlp"}, "network"),
+        ({"network": {**MLP.to_json(), "input": [1, 8, 9]}}, "disagree on the input's shape"),
+        ({"network": {**MLP.to_json(), "dropout": [1.5]}}, r"\[0, 1\)"),
+        ({"network": FACTORY.to_json()}, "'torch.nn:Linear' is not trusted"),
+        ({"preprocessing": INFINITE}, "preprocessing"),
+        ({"preprocessing": {**INPUT.to_json(), "std": [0.0]}}, "above 0"),
+    ],
+    ids=lambda value: re.sub(r"\W+", " ", value) if isinstance(value, str) else "",
+)
+def test_metadata_that_make_no_sense_are_refused(path, changes, reason):
+    change_json(path, **changes)
+    refused(path, reason, METADATA)

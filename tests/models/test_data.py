@@ -1,0 +1,279 @@
+"""Datasets: sizes, labels and digests; damaged files are refused; nothing here uses a network."""
+
+import gzip
+import hashlib
+import http.client
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from models.data import Split, download, load_dataset, read_idx
+from models.errors import DataError
+
+DATA_DIR = Path(
+    os.environ.get("DROPSERVE_DATA_DIR") or Path(__file__).parents[2].parent / "shared" / "data"
+)
+needs_fashion = pytest.mark.skipif(
+    not (DATA_DIR / "fashion-mnist").is_dir(),
+    reason="Fashion-MNIST is not here: set DROPSERVE_DATA_DIR to the folder that has it",
+)
+
+
+def idx(array):
+    """Write an IDX file as its specification says: 0, 0, type 8, rank, sizes, bytes."""
+    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+ARRAY = np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
+GOOD = idx(ARRAY)
+GZIPPED = gzip.compress(GOOD)
+
+
+def test_digits_are_split_once_and_for_all(digits):
+    assert digits.train.images.shape == (1437, 1, 8, 8)
+    assert digits.test.images.shape == (360, 1, 8, 8)
+    assert digits.classes == tuple("0123456789")
+    assert digits.digest() == ("3616d13d9b8a0a7a70107bddfd1b1572ec4785e7884f0571b848e039b01e1a3f")
+
+
+def test_digits_are_scikit_learns_in_256_greys_without_loss(digits):
+    def rows(images, labels):
+        return sorted((*image, label) for image, label in zip(images, labels, strict=True))
+
+    raw = load_digits()
+    images = torch.cat([digits.train.images, digits.test.images]).flatten(1)
+    labels = torch.cat([digits.train.labels, digits.test.labels])
+    sixteenths = np.rint(images.numpy() * (16 / 255)).astype(int)
+    assert rows(sixteenths.tolist(), labels.tolist()) == rows(
+        raw.data.astype(int).tolist(), raw.target.tolist()
+    )
+    shares = torch.bincount(digits.test.labels).double() / torch.bincount(labels)
+    assert (shares - 0.2).abs().max() < 0.005  # stratified
+
+
+def test_digest_sees_any_pixel_and_any_label(digits):
+    image, label = digits.test.images.clone(), digits.test.labels.clone()
+    image[7, 0, 3, 3] ^= 1
+    label[7] = (label[7] + 1) % 10
+    changed = (Split(image, digits.test.labels), Split(digits.test.images, label))
+    digests = {replace(digits, test=test).digest() for test in (digits.test, *changed)}
+    assert len(digests) == 3
+
+
+def test_the_origin_of_a_dataset_is_its_name_digest_and_sizes(digits):
+    expected = {"name": "digits", "digest": digits.digest(), "train": 1437, "test": 360}
+    assert digits.origin() == expected
+    assert digits.train.digest() != digits.test.digest()
+
+
+def test_a_size_is_refused_where_the_dataset_has_its_own(tmp_path):
+    with pytest.raises(DataError, match="digits has a size of its own"):
+        load_dataset("digits", tmp_path, size=16)
+
+
+def test_invert_goes_into_the_preprocessing(tmp_path):
+    assert load_dataset("digits", tmp_path, invert=True).preprocessing.invert
+
+
+@pytest.mark.parametrize("raw", [GOOD, GZIPPED], ids=["plain", "gzipped"])
+def test_an_idx_file_is_read(tmp_path, raw):
+    (tmp_path / "file").write_bytes(raw)
+    assert torch.equal(read_idx(tmp_path / "file"), torch.from_numpy(ARRAY))
+
+
+def broken_deflate():
+    raw = bytearray(GZIPPED)
+    raw[10] |= 0b110  # block type 3 does not exist
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(GOOD[:-1], id="cut short"),
+        pytest.param(GOOD[:9], id="cut in the sizes"),
+        pytest.param(GOOD + b"\0", id="a byte too many"),
+        pytest.param(b"\x01" + GOOD[1:], id="wrong magic"),
+        pytest.param(GOOD[:2] + b"\x0d" + GOOD[3:], id="floats"),
+        pytest.param(GOOD[:3] + b"\0" + GOOD[4:], id="rank 0"),
+        pytest.param(idx(np.zeros((0, 2, 2))), id="no images"),
+        pytest.param(GZIPPED[:-9], id="gzip cut short"),
+        pytest.param(GZIPPED[:-8] + b"\0" * 8, id="gzip checksum"),
+        pytest.param(broken_deflate(), id="gzip damaged"),
+        pytest.param(
+            bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2**31, 2**31, 4)),
+            id="sizes that overflow",
+        ),
+    ],
+)
+def test_a_damaged_idx_file_is_refused_by_name(tmp_path, raw):
+    (tmp_path / "some-file").write_bytes(raw)
+    with pytest.raises(DataError, match="some-file"):
+        read_idx(tmp_path / "some-file")
+
+
+def test_a_missing_idx_file_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        read_idx(tmp_path / "nowhere")
+
+
+def write_mnist(folder, train=12, test=5, labels=None):
+    folder.mkdir()
+    for part, count in (("train", train), ("t10k", test)):
+        images = np.arange(count * 4).reshape(count, 2, 2)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        marks = np.arange(count) % 10 if labels is None else labels
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(marks))  # unpacked, also allowed
+
+
+def test_idx_files_in_the_data_folder_are_a_dataset(tmp_path):
+    write_mnist(tmp_path / "mnist")
+    data = load_dataset("mnist", tmp_path)
+    assert data.train.images.flatten().tolist() == list(range(48))
+    assert data.train.images.shape == (12, 1, 2, 2)
+    assert data.test.labels.tolist() == [0, 1, 2, 3, 4]
+    assert data.preprocessing.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(4), np.full(12, 10)], ids=["fewer", "a class 10"])
+def test_labels_that_do_not_belong_to_the_images_are_refused(tmp_path, labels):
+    write_mnist(tmp_path / "mnist", test=12, labels=labels)
+    with pytest.raises(DataError, match="do not belong together"):
+        load_dataset("mnist", tmp_path)
+
+
+@needs_fashion
+def test_fashion_mnist_is_whole_and_has_its_published_mean_and_std():
+    data = load_dataset("fashion-mnist", DATA_DIR)
+    assert data.train.images.shape == (60_000, 1, 28, 28)
+    assert torch.bincount(data.train.labels).tolist() == [6_000] * 10
+    assert torch.bincount(data.test.labels).tolist() == [1_000] * 10
+    assert data.classes[int(data.train.labels[0])] == "ankle boot"
+    assert data.preprocessing.mean[0] == pytest.approx(0.2860, abs=2e-3)
+    assert data.preprocessing.std[0] == pytest.approx(0.3530, abs=2e-3)
+
+
+def test_a_download_is_checked_and_put_in_place(tmp_path):
+    path = tmp_path / "new" / "file.gz"
+    asked = []
+    md5 = hashlib.md5(b"payload", usedforsecurity=False).hexdigest()
+    download("http://x/file.gz", path, md5, lambda url: asked.append(url) or b"payload")
+    assert asked == ["http://x/file.gz"]
+    assert path.read_bytes() == b"payload"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_download_with_another_md5_writes_nothing(tmp_path):
+    with pytest.raises(DataError, match=r"MD5 is [0-9a-f]{32}, published is 123; nothing"):
+        download("http://x/f", tmp_path / "new" / "f", "123", lambda _url: b"tampered")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("no route to host"), TimeoutError("timed out"), http.client.IncompleteRead(b"ab")],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_download_that_fails_says_what_to_do(tmp_path, error):
+    def fetch(_url):
+        raise error
+
+    with pytest.raises(DataError, match=r"cannot be fetched .*put the file there.*--data-dir"):
+        download("http://x/f", tmp_path / "f", "123", fetch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def paint(path, grey, size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (grey,) * 3).save(path)
+
+
+def test_a_folder_with_train_and_test_is_read_as_it_is(tmp_path):
+    for part, count in (("train", 3), ("test", 2)):
+        for i in range(count):
+            paint(tmp_path / part / "cat" / f"{i}.png", 10 * i)
+            paint(tmp_path / part / "dog" / "deep" / f"{i}.PNG", 100 + 10 * i)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    data = load_dataset(str(tmp_path), tmp_path, size=5)
+    assert data.classes == ("cat", "dog")
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 100, 110, 120]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test.images[:, 2, 4, 4].tolist() == [0, 10, 100, 110]
+    assert data.preprocessing.shape == (3, 5, 5)
+
+
+def test_a_folder_without_a_split_holds_the_same_images_out_whenever_it_grows(tmp_path):
+    def split(count):
+        for i in range(count):
+            paint(tmp_path / ("even" if i % 2 == 0 else "odd") / f"{i}.png", i)
+        data = load_dataset(str(tmp_path), tmp_path, size=4)
+        return [set(s.images[:, 0, 0, 0].tolist()) for s in (data.train, data.test)]
+
+    train, test = split(40)
+    more_train, more_test = split(100)
+    assert train | test == set(range(40))
+    assert not train & test
+    assert train <= more_train
+    assert test <= more_test
+    assert 8 <= len(more_test) <= 33  # 20 expected, three sigmas and a bit
+
+
+def only_one_class(root):
+    paint(root / "cat" / "a.png", 1)
+
+
+def an_empty_class(root):
+    only_one_class(root)
+    (root / "dog").mkdir()
+
+
+def a_broken_image(root):
+    an_empty_class(root)
+    (root / "dog" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+
+
+def a_test_folder_without_a_class(root):
+    for part in ("train/cat", "train/dog", "test/cat"):
+        paint(root / part / "a.png", 1)
+
+
+def too_few(root):
+    for name in ("cat", "dog"):
+        paint(root / name / "1.png", 1)  # its name says: for training
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (only_one_class, "at least two sub-folders"),
+        (an_empty_class, r"dog: no .png"),
+        (a_broken_image, r"broken.png: cannot be read"),
+        (a_test_folder_without_a_class, r"test.dog: no .png"),
+        (too_few, "too few images"),
+    ],
+)
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path, make, reason):
+    make(tmp_path)
+    with pytest.raises(DataError, match=reason):
+        load_dataset(str(tmp_path), tmp_path)
+
+
+def test_an_unknown_dataset_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no dataset 'imagenet': give digits, fashion-mnist, mnist"):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_a_split_is_taken_and_batched_in_order(digits):
+    rows = digits.test.take(torch.tensor([5, 3, 3]))
+    assert torch.equal(rows.images, digits.test.images[[5, 3, 3]])
+    batches = list(digits.test.batches(150))
+    assert [len(b) for b in batches] == [150, 150, 60]
+    assert torch.equal(torch.cat([b.labels for b in batches]), digits.test.labels)

@@ -1,0 +1,150 @@
+"""Networks: the description makes the round trip, the module is what it describes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.dropout import InvertedDropout, SpatialDropout
+from models.errors import ConfigError
+from models.networks import NetworkConfig, default_config
+
+MLP = NetworkConfig("mlp", (1, 8, 8), 10)
+CNN = NetworkConfig("cnn", (3, 28, 20), 7, (64,), (0.3,), (8, 16), 0.1)
+FACTORY = NetworkConfig(
+    "torch.nn:Linear", (1, 1, 4), 3, arguments={"in_features": 4, "out_features": 3}
+)
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("config", [MLP, CNN, FACTORY], ids=lambda c: c.kind)
+def test_a_description_survives_json(config):
+    assert NetworkConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_the_default_mlp_has_the_layers_and_size_it_is_known_by():
+    module = default_config("mlp", (1, 28, 28), 10).build()
+    assert [name for name, _ in module.named_children()] == [
+        "flatten", "hidden1", "hidden1_relu", "dropout1",
+        "hidden2", "hidden2_relu", "dropout2", "logits",
+    ]  # fmt: skip
+    assert [m.p for m in module if isinstance(m, InvertedDropout)] == [0.2, 0.5]
+    assert size(module) == 269_322
+
+
+def test_the_default_cnn_has_the_layers_and_size_it_is_known_by():
+    module = default_config("cnn", (1, 28, 28), 10).build()
+    blocks = [f"{kind}{i}" for i in (1, 2, 3) for kind in ("conv", "norm", "relu", "pool")]
+    head = ["flatten", "hidden1", "hidden1_relu", "dropout1", "logits"]
+    assert [name for name, _ in module.named_children()] == blocks + head
+    kernels = 9 * (1 * 32 + 32 * 64 + 64 * 128)
+    norms = 2 * (32 + 64 + 128)
+    assert size(module) == kernels + norms + (3 * 3 * 128 + 1) * 128 + 129 * 10
+
+
+@pytest.mark.parametrize("side", [2, 3, 8, 28, 32, 33])
+def test_the_default_cnn_fits_any_image(side):
+    module = default_config("cnn", (3, side, side), 5).build().eval()
+    assert module(torch.zeros(2, 3, side, side)).shape == (2, 5)
+
+
+def test_an_mlp_computes_what_numpy_does_by_hand():
+    module = replace(MLP, hidden=(6, 5), dropout=(0.2, 0.5)).build().eval()
+    w = {name: t.double().numpy() for name, t in module.state_dict().items()}
+    x = torch.randn(4, 1, 8, 8)
+    h = x.double().numpy().reshape(4, 64)
+    for layer in ("hidden1", "hidden2"):
+        h = np.maximum(h @ w[f"{layer}.weight"].T + w[f"{layer}.bias"], 0)
+    expected = h @ w["logits.weight"].T + w["logits.bias"]
+    np.testing.assert_allclose(module(x).detach().numpy(), expected, atol=1e-6)
+
+
+def test_a_cnn_drops_channels_between_its_blocks_only():
+    module = CNN.build()
+    assert [n for n, m in module.named_children() if isinstance(m, SpatialDropout)] == [
+        "spatial_dropout1"
+    ]
+    assert module.spatial_dropout1.p == 0.1
+    assert module(torch.zeros(2, 3, 28, 20)).shape == (2, 7)
+
+
+def test_a_zero_rate_makes_no_dropout_layer():
+    module = replace(MLP, dropout=(0.0, 0.5)).build()
+    assert [n for n, m in module.named_children() if isinstance(m, InvertedDropout)] == ["dropout2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kind": "rnn"}, "must be mlp, cnn or package.module:factory"),
+        ({"classes": 1}, "at least 2"),
+        ({"hidden": (0, 256)}, "widths must be"),
+        ({"hidden": (65_537, 256)}, "widths must be"),
+        ({"input": (1, -8, 8)}, "widths must be"),
+        ({"input": (1, 8)}, "input"),
+        ({"dropout": (0.2,)}, "one rate a hidden layer"),
+        ({"dropout": (0.2, 1.0)}, r"\[0, 1\)"),
+        ({"spatial_dropout": -0.1}, r"\[0, 1\)"),
+        ({"hidden": (8,) * 65, "dropout": (0.5,) * 65}, "at most 64 layers"),
+        ({"kind": "cnn", "channels": (4, 4, 4, 4)}, "to nothing"),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused(change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        replace(MLP, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input": [1, 8]}, {"input": None}, {"input": "abc"}, {"classes": "ten"},
+        {"classes": float("inf")}, {"hidden": 256}, {"dropout": ["a", "b"]}, {"arguments": 3},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_json_that_makes_no_sense_is_refused(change):
+    with pytest.raises(ConfigError, match="network"):
+        NetworkConfig.from_json({**MLP.to_json(), **change})
+
+
+@pytest.mark.parametrize("name", list(MLP.to_json()))
+def test_json_with_a_missing_value_is_refused_by_name(name):
+    values = MLP.to_json()
+    del values[name]
+    with pytest.raises(ConfigError, match=name):
+        NetworkConfig.from_json(values)
+
+
+@pytest.mark.parametrize("trusted", [None, {"torch.nn:Linear"}], ids=["any", "named"])
+def test_a_trusted_factory_makes_the_module(trusted):
+    module = FACTORY.build(trusted)
+    assert isinstance(module, nn.Linear)
+    assert (module.in_features, module.out_features) == (4, 3)
+
+
+@pytest.mark.parametrize("trusted", [(), {"torch.nn:Conv2d"}])
+def test_a_factory_that_is_not_trusted_is_not_called(trusted):
+    config = replace(FACTORY, kind="builtins:print", arguments={"nonsense": 1})
+    with pytest.raises(ConfigError, match=r"'builtins:print' is not trusted.*DROPSERVE_FACTORIES"):
+        config.build(trusted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("no.such.package:make", "ModuleNotFoundError"),
+        ("torch.nn:NoSuchLayer", "AttributeError"),
+        ("torch.nn:Conv2d", "TypeError"),
+        ("builtins:dict", "made a dict, not a torch.nn.Module"),
+        (":make", "ValueError"),
+    ],
+)
+def test_a_broken_factory_is_refused_with_its_error(kind, reason):
+    with pytest.raises(ConfigError, match=reason):
+        replace(FACTORY, kind=kind).build()

@@ -1,0 +1,158 @@
+"""Preprocessing, pixel by pixel, against NumPy."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.errors import ConfigError
+from models.preprocessing import Preprocessing
+
+GREY = Preprocessing((2, 3), 1, (0.5,), (0.25,))
+COLOUR = Preprocessing((2, 3), 3, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+PIXELS = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 14  # [H, W, C]
+
+TURNED = {  # EXIF orientation -> how the stored rows and columns are to be seen
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_exif_orientation_is_applied(orientation):
+    image = Image.fromarray(PIXELS)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    expected = TURNED[orientation](PIXELS)
+    got = replace(COLOUR, size=expected.shape[:2]).prepare(Image.open(file))
+    np.testing.assert_array_equal(got, expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 100, 254, 255])
+def test_transparency_is_laid_over_white(alpha):
+    image = Image.fromarray(np.dstack([PIXELS, np.full((2, 3), alpha, np.uint8)]), "RGBA")
+    expected = PIXELS * (alpha / 255) + 255 * (1 - alpha / 255)
+    got = COLOUR.prepare(image).transpose(1, 2, 0)
+    np.testing.assert_allclose(got, expected, atol=1)
+
+
+def test_a_transparent_palette_entry_and_a_transparent_grey_are_white():
+    palette = Image.new("P", (3, 2), 0)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    palette.info["transparency"] = 0
+    expected = np.full((2, 3, 3), 255)
+    expected[0, 1] = (200, 100, 50)
+    np.testing.assert_array_equal(COLOUR.prepare(palette).transpose(1, 2, 0), expected)
+    grey = Image.new("LA", (3, 2), (0, 0))
+    np.testing.assert_array_equal(GREY.prepare(grey), np.full((1, 2, 3), 255))
+
+
+def test_colour_becomes_grey_by_luma():
+    got = GREY.prepare(Image.fromarray(PIXELS))
+    np.testing.assert_allclose(got[0], PIXELS @ [0.299, 0.587, 0.114], atol=1)
+
+
+def test_black_and_white_and_cmyk_pictures_are_read():
+    assert GREY.prepare(Image.new("1", (3, 2), 1)).tolist() == [[[255] * 3] * 2]
+    assert COLOUR.prepare(Image.new("CMYK", (3, 2))).tolist() == [[[255] * 3] * 2] * 3
+
+
+def test_invert_turns_dark_into_light():
+    plain = COLOUR.prepare(Image.fromarray(PIXELS))
+    inverted = replace(COLOUR, invert=True).prepare(Image.fromarray(PIXELS))
+    np.testing.assert_array_equal(inverted, 255 - plain)
+
+
+def test_resizing_averages_when_it_shrinks():
+    checks = np.kron([[0, 200, 40], [90, 10, 250]], np.ones((8, 8))).astype(np.uint8)
+    got = replace(GREY, size=(1, 1)).prepare(Image.fromarray(checks))
+    assert abs(int(got[0, 0, 0]) - checks.mean()) < 30
+    assert GREY.prepare(Image.new("L", (50, 7), 77)).tolist() == [[[77] * 3] * 2]
+
+
+@pytest.mark.parametrize("preprocessing", [GREY, COLOUR])
+def test_normalising_equals_numpy(preprocessing):
+    c = preprocessing.channels
+    pixels = torch.randint(256, (5, c, 2, 3), dtype=torch.uint8)
+    mean, std = (np.reshape(v, (c, 1, 1)) for v in (preprocessing.mean, preprocessing.std))
+    got = preprocessing.normalize(pixels)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), (pixels.numpy() / 255 - mean) / std, atol=2e-6)
+
+
+def test_mean_and_std_are_measured_from_the_images():
+    pixels = torch.randint(256, (30, 3, 4, 5), dtype=torch.uint8)
+    got = Preprocessing.measured(pixels)
+    by_channel = pixels.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
+    assert got.size == (4, 5)
+    assert got.shape == (3, 4, 5)
+    np.testing.assert_allclose(got.mean, by_channel.mean(1), atol=5.1e-5)
+    np.testing.assert_allclose(got.std, by_channel.std(1, ddof=1), atol=5.1e-5)
+
+
+def test_constant_images_get_a_usable_std():
+    assert Preprocessing.measured(torch.zeros(3, 1, 2, 2, dtype=torch.uint8)).std == (1e-3,)
+
+
+floats = st.floats(-10, 10)
+preprocessings = st.integers(1, 4096).flatmap(
+    lambda side: st.builds(
+        Preprocessing,
+        size=st.tuples(st.just(side), st.integers(1, 4096)),
+        channels=st.just(3),
+        mean=st.tuples(floats, floats, floats),
+        std=st.tuples(*[st.floats(1e-3, 10)] * 3),
+        invert=st.booleans(),
+    )
+)
+
+
+@given(preprocessings)
+def test_preprocessing_survives_json(preprocessing):
+    values = json.loads(json.dumps(preprocessing.to_json()))
+    assert Preprocessing.from_json(values) == preprocessing
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"channels": 2}, "1 or 3"),
+        ({"size": (0, 8)}, "1 to 4096"),
+        ({"size": (8, 4097)}, "1 to 4096"),
+        ({"mean": (0.5, 0.5)}, "one value a channel"),
+        ({"std": (0.0,)}, "above 0"),
+        ({"std": (float("nan"),)}, "finite"),
+        ({"mean": (float("inf"),)}, "finite"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        replace(GREY, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": [8]}, {"size": 8}, {"channels": None}, {"mean": "x"}, {"std": [[1]]},
+        {"channels": float("inf")}, {"invert": "false"},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_json_that_makes_no_sense_is_refused(change):
+    with pytest.raises(ConfigError, match="preprocessing"):
+        Preprocessing.from_json({**GREY.to_json(), **change})

@@ -1,0 +1,189 @@
+"""The state of an interrupted run: refused where it is another run's, or damaged."""
+
+import os
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from models.errors import CheckpointRefused, ConfigError
+from models.networks import NetworkConfig
+from models.training import Recipe, fit, launch
+from models.training_state import State, earlier_run
+
+MLP = NetworkConfig("mlp", (1, 8, 8), 10, (16,), (0.3,))
+RECIPE = Recipe(epochs=3, batch_size=64)
+
+
+def start(digits, path, config=MLP, recipe=RECIPE, images=200):
+    data = digits.train.take(torch.arange(images))
+    normalize = digits.preprocessing.normalize
+    return fit(config.build(), data, normalize, recipe, state_path=path, fabric=launch("cpu"))
+
+
+@pytest.fixture
+def path(digits, tmp_path):
+    run = start(digits, tmp_path / "state.safetensors")
+    list(islice(run, 1))
+    run.close()
+    return tmp_path / "state.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 1e-3}, {"epochs": 4}, {"seed": 1}, {"flip": True}], ids=repr
+)
+def test_a_state_of_another_recipe_is_refused(digits, path, change):
+    with pytest.raises(ConfigError, match="another network, recipe or data"):
+        next(start(digits, path, recipe=replace(RECIPE, **change)))
+
+
+def test_a_state_of_other_data_is_refused(digits, path):
+    with pytest.raises(ConfigError, match="another network, recipe or data"):
+        next(start(digits, path, images=210))
+
+
+@pytest.mark.parametrize("change", [{"hidden": (17,)}, {"dropout": (0.4,)}], ids=repr)
+def test_a_state_of_another_network_is_refused(digits, path, change):
+    with pytest.raises(ConfigError, match="another network, recipe or data"):
+        next(start(digits, path, config=replace(MLP, **change)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda _raw: b"", id="empty"),
+        pytest.param(lambda raw: raw[:-1], id="truncated"),
+        pytest.param(lambda raw: raw[:20], id="truncated in the header"),
+        pytest.param(lambda raw: raw + b"\0", id="a byte too many"),
+        pytest.param(lambda raw: b"\x80\x04\x95" + raw[3:], id="a pickle"),
+    ],
+)
+def test_a_damaged_state_is_refused(digits, path, damage):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointRefused, match=r"state\.safetensors: "):
+        next(start(digits, path))
+
+
+def stepped():
+    """Return a state as it is after one epoch of one step."""
+    module = nn.Linear(4, 3)
+    state = State(module, torch.optim.AdamW(module.parameters(), fused=True), "some run")
+    module(torch.randn(5, 4)).square().mean().backward()
+    state.optimizer.step()
+    state.finish_epoch(0.5)
+    return state
+
+
+def set_tensor(name, value):
+    return lambda tensors, _: tensors.update({name: value})
+
+
+def drop_tensor(name):
+    return lambda tensors, _: tensors.pop(name)
+
+
+def set_number(name, value):
+    return lambda _, metadata: metadata.update({name: value})
+
+
+def drop_number(name):
+    return lambda _, metadata: metadata.pop(name)
+
+
+def write_changed(path, change):
+    stepped().write(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load(path.read_bytes())
+    change(tensors, metadata)
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def test_a_state_that_was_rewritten_unchanged_is_restored(tmp_path):
+    write_changed(tmp_path / "state", lambda *_: None)
+    state = stepped()
+    state.restore(tmp_path / "state")
+    assert state.epoch == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(drop_tensor("optimizer.0.exp_avg"), id="a missing moment"),
+        pytest.param(drop_tensor("optimizer.0.step"), id="a missing step"),
+        pytest.param(set_tensor("optimizer.0.exp_avg", torch.zeros(3)), id="a small moment"),
+        pytest.param(set_tensor("optimizer.99.step", torch.ones(())), id="a step too many"),
+        pytest.param(set_tensor("optimizer.x.step", torch.ones(())), id="a misnamed step"),
+        pytest.param(drop_tensor("module.bias"), id="a missing weight"),
+        pytest.param(set_tensor("module.bias", torch.zeros(7)), id="a long weight"),
+        pytest.param(drop_tensor("best.bias"), id="a missing best weight"),
+        pytest.param(set_tensor("other.x", torch.zeros(1)), id="an unknown part"),
+        pytest.param(set_number("epoch", "many"), id="no number of epochs"),
+        pytest.param(set_number("epoch", "-1"), id="a negative number of epochs"),
+        pytest.param(drop_number("best_score"), id="no best score"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_before_a_step_is_taken(tmp_path, change):
+    write_changed(tmp_path / "state", change)
+    with pytest.raises(CheckpointRefused):
+        stepped().restore(tmp_path / "state")
+
+
+def test_a_state_behind_a_link_or_a_pipe_is_refused(digits, path):
+    moved = path.rename(path.with_name("elsewhere"))
+    path.symlink_to(moved)
+    with pytest.raises(CheckpointRefused, match="cannot be opened"):
+        next(start(digits, path))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointRefused, match="not a plain file"):
+        next(start(digits, path))
+
+
+def test_an_epoch_leaves_one_state_and_no_half_written_one(digits, path):
+    stale = path.with_name(path.name + ".part")
+    stale.write_bytes(b"left by a crash")
+    before = path.read_bytes()
+    run = start(digits, path)
+    next(run)
+    run.close()
+    assert path.read_bytes() != before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_earlier_run_is_continued_or_discarded_as_asked_and_never_lost(path):
+    assert earlier_run(path, resume=True, restart=False) == 1
+    with pytest.raises(ConfigError, match=r"interrupted after epoch 1.*--resume.*--restart"):
+        earlier_run(path, resume=False, restart=False)
+    with pytest.raises(ConfigError, match="not both"):
+        earlier_run(path, resume=True, restart=True)
+    assert path.exists()
+    assert earlier_run(path, resume=False, restart=True) == 0
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("resume", "restart"), [(True, False), (False, True), (False, False)])
+def test_without_an_earlier_run_there_is_nothing_to_continue(tmp_path, resume, restart):
+    assert earlier_run(tmp_path / "nowhere", resume=resume, restart=restart) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(safetensors.torch.save({"a": torch.ones(1)})),
+        lambda path: path.write_bytes(safetensors.torch.save({"a": torch.ones(1)}, {"epoch": "x"})),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: path.rename(path.with_name("x")).parent.joinpath(path.name).symlink_to("x"),
+    ],
+    ids=["truncated", "empty", "no numbers", "no number of epochs", "a folder", "a link"],
+)
+def test_a_damaged_earlier_run_is_refused(path, damage):
+    damage(path)
+    with pytest.raises(CheckpointRefused):
+        earlier_run(path, resume=True, restart=False)

@@ -1,0 +1,239 @@
+"""The batcher alone: a thread to run on, and no network."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.batching import Batcher, QueueFull
+
+
+class Pause:
+    """Holds the runner once it has reached an item."""
+
+    def __init__(self):
+        self.reached, self.over = threading.Event(), threading.Event()
+
+    async def wait_until_reached(self):
+        assert await asyncio.to_thread(self.reached.wait, 10)
+
+
+class Runner:
+    """Answers (key, item), and remembers the batches."""
+
+    def __init__(self):
+        self.batches = []
+        self.pauses = {}
+
+    def pause_at(self, item):
+        self.pauses[item] = Pause()
+        return self.pauses[item]
+
+    def __call__(self, key, items):
+        self.batches.append((key, list(items)))
+        for pause in [self.pauses.pop(item) for item in items if item in self.pauses]:
+            pause.reached.set()
+            assert pause.over.wait(10)
+        if "poison" in items:
+            raise ValueError("poison")
+        if "stop" in items:
+            raise StopIteration
+        return [(key, item) for item in items if item != "short"]
+
+
+def run(scenario, *, max_batch=8, max_queue=100):
+    """Run `scenario(batcher, runner)` in an event loop; return the batches."""
+    runner = Runner()
+
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(runner, executor, max_batch=max_batch, max_queue=max_queue)
+            async with asyncio.timeout(20):
+                await scenario(batcher, runner)
+
+    asyncio.run(main())
+    return runner.batches
+
+
+@asynccontextmanager
+async def busy(batcher, runner):
+    """Hold the runner in a first batch; let it go at the end, and wait for it."""
+    pause = runner.pause_at("first")
+    first = asyncio.create_task(batcher.submit("a", "first"))
+    await pause.wait_until_reached()
+    yield
+    pause.over.set()
+    assert await first == ("a", "first")
+
+
+async def queued(*submissions):
+    """Start submissions in order and let each get into the queue."""
+    tasks = [asyncio.create_task(submission) for submission in submissions]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_an_idle_runner_gets_an_item_at_once_and_alone():
+    async def scenario(batcher, _runner):
+        assert await batcher.submit("a", 1) == ("a", 1)
+        assert await batcher.submit("a", 2) == ("a", 2)
+
+    assert run(scenario) == [("a", [1]), ("a", [2])]
+
+
+def test_what_arrives_while_a_batch_runs_is_the_next_batch():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            tasks = await queued(*(batcher.submit("a", i) for i in range(5)))
+        assert await asyncio.gather(*tasks) == [("a", i) for i in range(5)]
+
+    assert run(scenario) == [("a", ["first"]), ("a", [0, 1, 2, 3, 4])]
+
+
+def test_a_batch_is_at_most_max_batch_heavy_and_a_heavier_item_runs_alone():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            weights = [3, 4, 2, 50, 1, 8, 7, 1]
+            tasks = await queued(*(batcher.submit("a", w, w) for w in weights))
+        await asyncio.gather(*tasks)
+
+    batches = run(scenario)[1:]
+    assert [items for _, items in batches] == [[3, 4], [2], [50], [1], [8], [7, 1]]
+
+
+def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            tasks = await queued(batcher.submit("a", 1, 3))
+            with pytest.raises(QueueFull):
+                await batcher.submit("a", 2, 2)
+            tasks += await queued(batcher.submit("a", 3, 1))
+        await asyncio.gather(*tasks)
+        assert await batcher.submit("a", 4, 4) == ("a", 4)
+
+    assert run(scenario, max_queue=4) == [("a", ["first"]), ("a", [1, 3]), ("a", [4])]
+
+
+def test_an_empty_queue_takes_even_what_is_heavier_than_itself():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            (task,) = await queued(batcher.submit("a", 1, 99))
+        assert await task == ("a", 1)
+
+    run(scenario, max_queue=4)
+
+
+def test_a_cancelled_item_that_waits_is_never_computed_and_frees_its_place():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            gone, stays = await queued(batcher.submit("a", "gone", 3), batcher.submit("b", 1, 1))
+            gone.cancel()
+            await asyncio.sleep(0)
+            (late,) = await queued(batcher.submit("b", 2, 3))
+        assert await stays == ("b", 1)
+        assert await late == ("b", 2)
+        assert gone.cancelled()
+
+    assert run(scenario, max_queue=4) == [("a", ["first"]), ("b", [1, 2])]
+
+
+def test_an_item_cancelled_while_it_runs_disturbs_no_other():
+    async def scenario(batcher, runner):
+        pause = runner.pause_at(1)
+        async with busy(batcher, runner):
+            tasks = await queued(*(batcher.submit("a", i) for i in range(3)))
+        await pause.wait_until_reached()
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        pause.over.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [results[0], results[2]] == [("a", 0), ("a", 2)]
+        assert isinstance(results[1], asyncio.CancelledError)
+        assert await batcher.submit("a", 9) == ("a", 9)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"), [("poison", ValueError), ("short", RuntimeError), ("stop", RuntimeError)]
+)
+def test_one_bad_item_fails_alone_and_nothing_hangs(bad, error):
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            tasks = await queued(*(batcher.submit("a", item) for item in (1, bad, 3)))
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert results[0] == ("a", 1)
+        assert results[2] == ("a", 3)
+        assert type(results[1]) is error
+        with pytest.raises(error):
+            await batcher.submit("a", bad)
+        assert await batcher.submit("a", 4) == ("a", 4)
+
+    run(scenario)
+
+
+def test_keys_never_share_a_batch_and_take_turns():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            many = await queued(*(batcher.submit("a", i) for i in range(6)))
+            few = await queued(batcher.submit("b", 0), batcher.submit("c", 0))
+        await asyncio.gather(*many, *few)
+
+    keys = [key for key, _ in run(scenario, max_batch=2)]
+    assert keys == ["a", "a", "b", "c", "a", "a"]
+
+
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", "c"]),  # key
+        st.sampled_from(["good", "good", "good", "poison", "short"]),
+        st.integers(1, 6),  # weight
+        st.sampled_from(["wait", "wait", "cancel now", "cancel later"]),
+        st.integers(0, 3),  # turns of the loop before the next
+    ),
+    max_size=25,
+)
+
+
+async def submit_and_check(batcher, number, action):
+    key, kind, weight, *_ = action
+    item = number if kind == "good" else kind
+    if kind == "good":
+        assert await batcher.submit(key, item, weight) == (key, item)
+    else:
+        with pytest.raises((ValueError, RuntimeError)):
+            await batcher.submit(key, item, weight)
+
+
+async def start(batcher, actions):
+    """Submit, wait and cancel as the actions say; return the tasks."""
+    tasks = []
+    for number, action in enumerate(actions):
+        *_, fate, turns = action
+        tasks.append(asyncio.create_task(submit_and_check(batcher, number, action)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if fate == "cancel now":
+            tasks[-1].cancel()
+        elif fate == "cancel later":
+            asyncio.get_running_loop().call_later(0.001, tasks[-1].cancel)
+    return tasks
+
+
+@settings(max_examples=100, deadline=None)
+@given(actions=ACTIONS)
+def test_every_item_gets_its_own_result_whatever_the_interleaving(actions):
+    async def scenario(batcher, _runner):
+        tasks = await start(batcher, actions)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result, (*_, fate, _) in zip(results, actions, strict=True):
+            allowed = type(None) if fate == "wait" else (type(None), asyncio.CancelledError)
+            assert isinstance(result, allowed), result
+        assert await batcher.submit("z", "last") == ("z", "last")
+
+    for key, items in run(scenario, max_batch=7, max_queue=10_000):
+        assert all(actions[item][0] == key for item in items if isinstance(item, int))

@@ -1,0 +1,93 @@
+"""Bodies alone: how they are read into pictures."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.bodies import BodyLimits, parse_images
+from service.errors import InvalidRequest, MalformedRequest, TooLarge
+from service.images import ImageLimits
+
+LIMITS = BodyLimits(max_bytes=2**20, max_images=3, timeout=1, image=ImageLimits(100, 20))
+
+
+def png(shade, size=(2, 2)):
+    buffer = io.BytesIO()
+    Image.new("L", size, shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def base64_body(*pictures):
+    return json.dumps({"images": [base64.b64encode(data).decode() for data in pictures]}).encode()
+
+
+def form_body(*pictures):
+    head = b'--cut\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    return b"".join(head + data + b"\r\n" for data in pictures) + b"--cut--\r\n"
+
+
+KINDS = [("application/json", base64_body), ("multipart/form-data; boundary=cut", form_body)]
+
+
+def shades(images):
+    return [image.getpixel((0, 0)) for image in images]
+
+
+@pytest.mark.parametrize(("content_type", "body"), KINDS)
+def test_pictures_come_in_the_order_of_the_body(content_type, body):
+    images = parse_images(body(png(3), png(1), png(2)), content_type, LIMITS)
+    assert shades(images) == [3, 1, 2]
+
+
+@pytest.mark.parametrize(("content_type", "body"), KINDS)
+def test_a_picture_is_decoded_only_when_it_is_asked_for(content_type, body):
+    images = parse_images(body(png(3), png(9)[:40], png(2)), content_type, LIMITS)
+    assert next(images).getpixel((0, 0)) == 3
+    with pytest.raises(InvalidRequest):
+        next(images)
+
+
+@pytest.mark.parametrize(("content_type", "body"), KINDS)
+def test_their_number_is_limited_before_one_is_decoded(content_type, body):
+    with pytest.raises(TooLarge, match="more than 3 images"):
+        parse_images(body(*[b"x"] * 4), content_type, LIMITS)
+    with pytest.raises(MalformedRequest):
+        parse_images(body(), content_type, LIMITS)
+
+
+@pytest.mark.parametrize(("content_type", "body"), KINDS)
+def test_their_pixels_are_limited_together(content_type, body):
+    fits = body(png(3, (10, 5)), png(1, (5, 10)))
+    assert shades(parse_images(fits, content_type, LIMITS)) == [3, 1]
+    with pytest.raises(TooLarge, match="100 pixels together"):
+        list(parse_images(body(png(3, (10, 5)), png(1, (6, 10))), content_type, LIMITS))
+
+
+def test_the_media_type_is_read_without_regard_to_case_and_parameters():
+    assert shades(parse_images(png(3), " IMAGE/PNG ; a=b", LIMITS)) == [3]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([[0, 255]], [[0, 255]]),
+        ([[0.4, 0.6, 254.6]], [[0, 1, 255]]),
+        ([[[7], [8]]], [[7, 8]]),
+        ([[[1, 2, 3]]], [[[1, 2, 3]]]),
+    ],
+)
+def test_numbers_become_the_pixels_they_are(numbers, expected):
+    body = json.dumps({"instances": [numbers]}).encode()
+    (image,) = parse_images(body, "application/json", LIMITS)
+    assert np.asarray(image).tolist() == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 21), (21, 1), (11, 10), (11, 10, 3)])
+def test_numbers_have_the_limits_of_pictures(shape):
+    body = json.dumps({"instances": [np.zeros(shape).tolist()]}).encode()
+    with pytest.raises(TooLarge):
+        list(parse_images(body, "application/json", LIMITS))

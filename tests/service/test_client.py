@@ -1,0 +1,279 @@
+"""The client against a transport that answers without a network."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service import errors
+from service.client import AsyncDropserveClient, DropserveClient
+
+PNG = b"\x89PNG\r\n\x1a\n picture"
+JPEG = b"\xff\xd8\xff picture"
+WEBP = b"RIFF\0\0\0\0WEBP picture"
+PREDICTED = {
+    "model": "digits",
+    "version": 3,
+    "predictions": [
+        {"label": "b", "index": 1, "probability": 0.75, "probabilities": [0.25, 0.75]},
+    ],
+}
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+class Caller:
+    """Calls a method of one of the two clients; notes what was sent and how long it waited."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.sent: list[httpx.Request] = []
+        self.waited: list[float] = []
+
+    def __call__(self, handler: Handler, method: str, *args: Any, **kwargs: Any) -> Any:
+        options = {k: kwargs.pop(k) for k in ("retries", "max_wait") if k in kwargs}
+        options["transport"] = httpx.MockTransport(self._noting(handler))
+        url = "http://service.test/prefix"
+        if self.kind == "sync":
+            with DropserveClient(url, sleep=self.waited.append, **options) as client:
+                return getattr(client, method)(*args, **kwargs)
+
+        async def sleep(seconds: float) -> None:
+            self.waited.append(seconds)
+
+        async def run() -> Any:
+            async with AsyncDropserveClient(url, sleep=sleep, **options) as client:
+                return await getattr(client, method)(*args, **kwargs)
+
+        return asyncio.run(run())
+
+    def _noting(self, handler: Handler) -> Handler:
+        def handle(request: httpx.Request) -> httpx.Response:
+            self.sent.append(request)
+            return handler(request)
+
+        return handle
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request):
+    return Caller(request.param)
+
+
+def answering(status: int, body: object, headers: dict[str, str] | None = None) -> Handler:
+    return lambda _: httpx.Response(status, json=body, headers=headers)
+
+
+def busy(times: int, headers: dict[str, str]) -> Handler:
+    """503 so many times, then an answer."""
+    left = [httpx.Response(503, headers=headers) for _ in range(times)]
+    return lambda _: left.pop() if left else httpx.Response(200, json=PREDICTED)
+
+
+def test_an_answer_comes_back_typed(call):
+    answer = call(answering(200, PREDICTED), "predict", PNG)
+    assert (answer.model, answer.version) == ("digits", 3)
+    assert answer.predictions[0].label == "b"
+    assert answer.predictions[0].probabilities == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("image", "content_type"),
+    [
+        (PNG, "image/png"),
+        (JPEG, "image/jpeg"),
+        (WEBP, "image/webp"),
+        (b"GIF89a", "application/octet-stream"),
+    ],
+)
+def test_one_image_is_the_body_itself_under_its_own_type(call, image, content_type):
+    call(answering(200, PREDICTED), "predict", [image])
+    assert call.sent[0].headers["content-type"] == content_type
+    assert call.sent[0].content == image
+
+
+def test_several_images_are_parts_of_a_form_in_their_order(call):
+    call(answering(200, PREDICTED), "predict", [PNG, JPEG])
+    request = call.sent[0]
+    assert request.headers["content-type"].startswith("multipart/form-data; boundary=")
+    parts = request.content.split(request.headers["content-type"].partition("=")[2].encode())
+    assert b'name="file"' in parts[1]
+    assert b"Content-Type: image/png" in parts[1]
+    assert PNG in parts[1]
+    assert b"Content-Type: image/jpeg" in parts[2]
+    assert JPEG in parts[2]
+
+
+def test_a_path_is_read(call, tmp_path):
+    (tmp_path / "nine.png").write_bytes(PNG)
+    call(answering(200, PREDICTED), "predict", tmp_path / "nine.png")
+    assert call.sent[0].content == PNG
+
+
+def test_a_path_that_is_not_there_raises_what_python_raises(call, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        call(answering(200, PREDICTED), "predict", tmp_path / "nine.png")
+    assert call.sent == []
+
+
+@pytest.mark.parametrize("images", [[], "nine.png", ["nine.png"]])
+def test_no_image_and_a_bare_string_are_refused(call, images):
+    with pytest.raises(ValueError, match="at least one image"):
+        call(answering(200, PREDICTED), "predict", images)
+
+
+@pytest.mark.parametrize("action", ["predict", "uncertainty", "compare"])
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ({}, "/{}"),
+        ({"model": "a"}, "/v1/models/a/{}"),
+        ({"model": "a", "version": 2}, "/v1/models/a/versions/2/{}"),
+        ({"model": "a/b c?d"}, "/v1/models/a%2Fb%20c%3Fd/{}"),
+    ],
+)
+def test_a_model_and_a_version_stand_quoted_in_the_path(call, action, target, path):
+    with pytest.raises(errors.NotFound):
+        call(answering(404, {}), action, PNG, **target)
+    sent = call.sent[0].url.raw_path.decode().partition("?")[0]
+    assert sent == "/prefix" + path.format(action)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "path"),
+    [
+        ("models", (), "/v1/models"),
+        ("model", ("a",), "/v1/models/a"),
+        ("model", ("a", 2), "/v1/models/a/versions/2"),
+    ],
+)
+def test_models_are_read_from_their_routes(call, method, arguments, path):
+    with pytest.raises(errors.NotFound):
+        call(answering(404, {}), method, *arguments)
+    assert (call.sent[0].method, call.sent[0].url.path) == ("GET", "/prefix" + path)
+
+
+@pytest.mark.parametrize("target", [{"version": 1}, {"model": ""}, {"model": ".."}])
+def test_a_version_without_a_model_and_a_name_that_is_none_are_refused(call, target):
+    with pytest.raises(ValueError, match="model"):
+        call(answering(200, PREDICTED), "predict", PNG, **target)
+
+
+def test_options_go_into_the_query(call):
+    options = {"samples": 20, "seed": 2**63 - 1, "masks": "independent", "include_samples": True}
+    with pytest.raises(errors.InvalidRequest):
+        call(answering(422, {}), "uncertainty", PNG, **options)
+    assert dict(call.sent[0].url.params) == {
+        "samples": "20",
+        "seed": "9223372036854775807",
+        "masks": "independent",
+        "include_samples": "true",
+    }
+
+
+def test_a_503_is_tried_again_after_what_retry_after_asks_for(call):
+    assert call(busy(2, {"Retry-After": "3"}), "predict", PNG).version == 3
+    assert len(call.waited) == 2
+    assert all(3 <= seconds < 3.3 for seconds in call.waited)
+    assert [request.content for request in call.sent] == [PNG] * 3
+
+
+def test_a_form_is_sent_again_whole(call):
+    call(busy(1, {}), "predict", [PNG, JPEG])
+    first, second = (request.content.count(b'name="file"') for request in call.sent)
+    assert first == second == 2
+
+
+def test_without_retry_after_the_delay_doubles_within_its_jitter(call):
+    call(busy(4, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), "predict", PNG)
+    for seconds, most in zip(call.waited, [0.1, 0.2, 0.4, 0.8], strict=True):
+        assert most / 2 <= seconds <= most
+
+
+def test_it_gives_up_after_the_last_retry(call):
+    with pytest.raises(errors.Overloaded) as caught:
+        call(busy(9, {"Retry-After": "1"}), "predict", PNG, retries=2)
+    assert len(call.sent) == 3
+    assert caught.value.headers == {"retry-after": "1"}
+
+
+def test_it_does_not_wait_for_longer_than_it_may(call):
+    with pytest.raises(errors.Overloaded):
+        call(busy(9, {"Retry-After": "20"}), "predict", PNG, max_wait=30)
+    assert len(call.waited) == 1
+    with pytest.raises(errors.Overloaded):
+        call(busy(9, {"Retry-After": "9" * 400}), "predict", PNG)
+    assert len(call.waited) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, errors.MalformedRequest),
+        (404, errors.NotFound),
+        (413, errors.TooLarge),
+        (415, errors.UnsupportedMediaType),
+        (418, errors.RequestError),
+        (422, errors.InvalidRequest),
+        (500, errors.ServerError),
+    ],
+)
+def test_a_problem_becomes_its_error_and_is_not_tried_again(call, status, kind):
+    problem = {"type": "about:blank", "title": "t", "status": status, "detail": "what was wrong"}
+    with pytest.raises(errors.DropserveError) as caught:
+        call(answering(status, problem | {"request_id": "r-1"}), "predict", PNG)
+    assert type(caught.value) is kind
+    assert str(caught.value) == "what was wrong"
+    assert caught.value.request_id == "r-1"
+    assert len(call.sent) == 1
+
+
+def test_an_error_without_json_is_named_by_its_status(call):
+    def page(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(502, text="<html>", headers={"X-Request-ID": "r-2"})
+
+    with pytest.raises(errors.ServerError, match="502 Bad Gateway") as caught:
+        call(page, "predict", PNG)
+    assert caught.value.request_id == "r-2"
+
+
+def test_an_answer_of_something_else_is_no_answer(call):
+    with pytest.raises(errors.ServerError, match="PredictResponse"):
+        call(answering(200, {"hello": "world"}), "predict", PNG)
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("too slow")])
+def test_no_answer_says_what_to_check(call, error):
+    def fail(_: httpx.Request) -> httpx.Response:
+        raise error
+
+    with pytest.raises(errors.Unreachable, match=f"service.test.*{error}.*dropserve serve"):
+        call(fail, "predict", PNG)
+    assert call(fail, "ready") is False
+
+
+@pytest.mark.parametrize("client", [DropserveClient, AsyncDropserveClient])
+def test_a_url_that_is_none_is_unreachable(client):
+    with pytest.raises(errors.Unreachable, match="http://host:port"):
+        client("http://host:port")
+
+
+@pytest.mark.parametrize(("status", "ready"), [(200, True), (503, False)])
+def test_ready_is_asked_once(call, status, ready):
+    assert call(answering(status, {"status": "ready"}), "ready") is ready
+    assert [request.url.path for request in call.sent] == ["/prefix/readyz"]
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = (
+        "import sys, json, service.client; heavy = ('torch', 'numpy', 'fastapi', 'models');"
+        "print(json.dumps([m for m in heavy if m in sys.modules]))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
+    assert json.loads(done.stdout) == []

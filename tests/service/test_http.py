@@ -1,0 +1,223 @@
+"""The edges of HTTP, over a socket: ids, methods, slow and broken connections, large bodies."""
+
+import io
+import socket
+import time
+
+import httpx
+import pytest
+from PIL import Image
+
+
+def _png():
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 77).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = _png()
+PNG_TYPE = {"Content-Type": "image/png"}
+
+
+def head(length, *lines, path="/predict"):
+    """The head of a POST of a PNG, as bytes."""
+    fixed = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: image/png"]
+    if length is not None:
+        fixed.append(f"Content-Length: {length}")
+    return "\r\n".join([*fixed, *lines, "", ""]).encode()
+
+
+def connect(server, seconds=10):
+    return socket.create_connection(("127.0.0.1", server.port), seconds)
+
+
+def read_until(connection, end):
+    received = b""
+    while end not in received and (got := connection.recv(65_536)):
+        received += got
+    return received
+
+
+def read_to_the_end(connection):
+    received = b""
+    try:
+        while got := connection.recv(65_536):
+            received += got
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def test_a_request_id_is_echoed_and_one_is_made_where_there_is_none(http):
+    assert http.get("/livez", headers={"X-Request-ID": "a-B.9:_"}).headers["x-request-id"] == (
+        "a-B.9:_"
+    )
+    made = {http.get("/livez").headers["x-request-id"] for _ in range(2)}
+    assert len(made) == 2
+    assert all(len(one) == 32 for one in made)
+
+
+@pytest.mark.parametrize("hostile", ["a b", "a" * 129, '"', "<x>", "\u00e9", "a\tb", "%0a", "{}"])
+def test_a_hostile_request_id_is_replaced(hostile, http):
+    response = http.get("/nowhere", headers={"X-Request-ID": hostile.encode("latin-1")})
+    assert response.status_code == 404
+    assert response.json()["request_id"] == response.headers["x-request-id"]
+    assert len(response.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/predict"), ("PUT", "/predict"), ("DELETE", "/v1/models"), ("TRACE", "/livez")],
+)
+def test_another_method_is_405_and_says_which_is_allowed(method, path, http, problem):
+    response = http.request(method, path)
+    problem(response, 405)
+    assert response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/MARKER", "/v1/models/", "/predict/", "/v2", "//predict", "/livez/../MARKER"]
+)
+def test_an_unknown_route_is_404(path, http, problem):
+    problem(http.request("POST", httpx.URL(http.base_url, raw_path=path.encode())), 404)
+
+
+def test_an_expected_body_is_asked_for_and_an_oversize_one_refused_unread(server):
+    with connect(server) as connection:
+        connection.sendall(head(len(PNG), "Expect: 100-continue"))
+        assert read_until(connection, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(PNG)
+        assert read_until(connection, b"}]}").startswith(b"HTTP/1.1 200")
+    answer = server.exchange(head(2**40, "Expect: 100-continue"))
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize("size", [2**20 + 1, 2 * 2**20, 3 * 2**20])
+def test_a_body_over_the_limit_is_413_to_a_client_that_sends_all_of_it(size, server, problem):
+    response = httpx.post(
+        server.url + "/predict", content=bytes(size), headers={"Content-Type": "image/png"}
+    )
+    problem(response, 413)
+    assert response.headers["connection"] == "close"
+
+
+def test_a_body_without_end_is_cut_and_takes_no_memory(server):
+    before = server.resident()
+    chunks = (b"10000\r\n" + bytes(0x10000) + b"\r\n") * 1000
+    with connect(server) as connection:
+        connection.sendall(head(None, "Transfer-Encoding: chunked"))
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            connection.sendall(chunks)
+    assert server.resident() - before < 30_000_000
+
+
+def test_a_body_that_drips_in_is_408_within_the_time_allowed(tight_server):
+    with connect(tight_server) as connection:
+        connection.sendall(head(len(PNG)) + PNG[:10])
+        started = time.monotonic()
+        answer = read_to_the_end(connection)
+    assert time.monotonic() - started < 5
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"application/problem+json" in answer
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(server):
+    with connect(server) as connection:
+        connection.sendall(head(500_000, "X-Request-ID: leaver") + bytes(1000))
+    line = server.line("leaver")
+    assert (line["status"], line["level"]) == (499, "info")
+
+
+def test_a_body_shorter_than_announced_gets_no_answer_but_a_closed_connection(server):
+    with connect(server) as connection:
+        connection.sendall(head(len(PNG) + 1, "X-Request-ID: short") + PNG)
+        connection.shutdown(socket.SHUT_WR)
+        assert read_to_the_end(connection) == b""
+    assert server.line("short")["status"] == 499
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        head(5, "Content-Length: 6") + b"aaaaaa",
+        head(5, "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+        head(None, "Transfer-Encoding: chunked") + b"5\r\naaaaaXX",
+        head(None, "Transfer-Encoding: chunked") + b"zz\r\n",
+        head(0, "X-A: a\0b"),
+        head("-1"),
+        head("9" * 30),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"BREW /pot HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/9.9\r\nHost: x\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+    ids=[
+        *("two lengths", "a length and chunks", "a bad chunk end", "a bad chunk size"),
+        *("NUL in a header", "negative length", "huge length", "TLS", "unknown method"),
+        *("unknown version", "bytes in the path"),
+    ],
+)
+def test_broken_http_is_refused_and_the_connection_closed(raw, server):
+    answer = server.exchange(raw)
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 404")) or answer == b""
+
+
+def test_pipelined_requests_are_answered_in_order(server):
+    ids = [f"X-Request-ID: pipelined-{n}" for n in range(20)]
+    raw = b"".join(head(len(PNG), line) + PNG for line in ids[:-1])
+    answer = server.exchange(raw + head(len(PNG), ids[-1], "Connection: close") + PNG)
+    found = [line for line in answer.decode().split("\r\n") if line.startswith("x-request-id")]
+    assert found == [line.lower() for line in ids]
+    assert answer.count(b"HTTP/1.1 200") == 20
+
+
+def test_a_client_that_leaves_its_pipelined_requests_leaves_no_traceback(server):
+    path = "/v1/models/colour-cnn/uncertainty?samples=300&seed={}"
+    with connect(server) as connection:
+        for n in range(5):
+            line = f"X-Request-ID: abandoned-{n}"
+            connection.sendall(head(len(PNG), line, path=path.format(n)) + PNG)
+    assert "exception" not in server.line("abandoned-0")
+    assert httpx.post(server.url + "/predict", content=PNG, headers=PNG_TYPE).status_code == 200
+    assert [line for line in server.lines() if "exception" in line] == []
+
+
+def test_what_pillow_warns_of_stays_out_of_the_log(server):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x09\0"  # nine entries, and none follows
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 77).save(buffer, "JPEG", exif=exif)
+    headers = {"Content-Type": "image/jpeg"}
+    response = httpx.post(server.url + "/predict", content=buffer.getvalue(), headers=headers)
+    assert response.status_code == 200
+    assert server.errors.read_text() == ""
+
+
+def test_http_1_0_is_answered_and_closed(server):
+    raw = head(len(PNG)).replace(b"HTTP/1.1", b"HTTP/1.0") + PNG
+    assert server.exchange(raw).startswith(b"HTTP/1.1 200")
+
+
+def test_a_range_is_ignored(http):
+    response = http.get("/v1/models", headers={"Range": "bytes=0-1"})
+    assert response.status_code == 200
+    assert len(response.content) > 2
+
+
+def test_bodies_are_held_within_a_limit_and_give_their_room_back(make_server, problem):
+    server = make_server(max_body_bytes=65_536, max_held_bytes=100_000).start()
+    body = PNG + bytes(60_000 - len(PNG))  # what follows a picture is ignored
+    answers = []
+    with connect(server) as slow:
+        slow.sendall(head(65_000) + body)
+        end = time.monotonic() + 10
+        while 503 not in answers and time.monotonic() < end:
+            answer = httpx.post(server.url + "/predict", content=body, headers=PNG_TYPE)
+            answers.append(answer.status_code)
+    assert answers[-1] == 503
+    assert "bodies" in problem(answer, 503)
+    assert answer.headers["retry-after"] == "1"
+    while answer.status_code == 503 and time.monotonic() < end:
+        answer = httpx.post(server.url + "/predict", content=body, headers=PNG_TYPE)
+    assert answer.status_code == 200

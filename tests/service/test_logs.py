@@ -1,0 +1,90 @@
+"""Logs: one JSON object a line, the formatter alone and the real server's."""
+
+import json
+import logging
+import re
+
+import pytest
+
+from service.logs import FIELDS, JsonFormatter, config
+
+
+def record(message, *, fields=None, error=None):
+    info = (type(error), error, None) if error else None
+    made = logging.LogRecord("dropserve.x", logging.INFO, "x.py", 1, message, (), info)
+    if fields is not None:
+        setattr(made, FIELDS, fields)
+    return json.loads(JsonFormatter().format(made))
+
+
+def test_a_record_is_one_line_of_json_with_its_fields():
+    line = record("hello\nthere", fields={"status": 200, "route": None})
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert line == {
+        "level": "info",
+        "logger": "dropserve.x",
+        "message": "hello\nthere",
+        "status": 200,
+        "route": None,
+    }
+
+
+def test_an_exception_is_a_field_of_its_line():
+    assert "ValueError: bad" in record("failed", error=ValueError("bad"))["exception"]
+
+
+def test_a_field_that_json_does_not_know_is_written_as_text():
+    assert record("x", fields={"path": ValueError("y")})["path"] == "y"
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_the_configuration_takes_the_level(level):
+    assert config(level)["root"]["level"] == level.upper()
+
+
+def test_a_request_has_a_line_that_says_what_it_cost(server, http):
+    http.post(
+        "/v1/models/digits-mlp/versions/1/uncertainty?samples=2",
+        json={"instances": [[[0]], [[1]], [[2]]]},
+        headers={"X-Request-ID": "logged"},
+    )
+    line = server.line("logged")
+    assert 0 < line.pop("milliseconds") < 60_000
+    line.pop("time")
+    assert line == {
+        "level": "info",
+        "logger": "dropserve.requests",
+        "message": "request",
+        "request_id": "logged",
+        "method": "POST",
+        "route": "/v1/models/{name}/versions/{version}/uncertainty",
+        "model": "digits-mlp",
+        "version": 1,
+        "images": 3,
+        "status": 200,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "route"),
+    [
+        ("GET", "/MARKER", 404, None),
+        ("POST", "/predict", 415, "/predict"),
+        ("POST", "/v1/models/MARKER/predict", 404, "/v1/models/{name}/predict"),
+    ],
+)
+def test_a_refused_request_has_a_line_without_what_was_sent(
+    method, path, status, route, server, http
+):
+    request_id = http.request(method, path).headers["x-request-id"]
+    line = server.line(request_id)
+    assert (line["status"], line["route"], line["level"]) == (status, route, "info")
+    assert "MARKER" not in json.dumps(line)
+
+
+def test_every_line_of_the_server_is_json(server, http):
+    http.get("/livez")
+    text = server.log.read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n")].splitlines()]
+    assert len(lines) > 3
+    assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)

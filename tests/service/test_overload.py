@@ -1,0 +1,92 @@
+"""More than the server can do: refused with 503, and it stays awake."""
+
+import asyncio
+import io
+import socket
+import statistics
+import time
+
+import httpx
+import numpy as np
+from PIL import Image
+
+
+def _png():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = _png()
+SLOW = "/v1/models/colour-cnn/uncertainty?samples=1000&seed={}"  # no two seeds share a batch
+HEADERS = {"Content-Type": "image/png"}
+
+
+def storm(url, count):
+    """Send slow requests all at once, and probe the while; return responses and probe seconds."""
+
+    async def probe(client, seconds):
+        while True:
+            started = time.perf_counter()
+            assert (await client.get("/livez")).status_code == 200
+            seconds.append(time.perf_counter() - started)
+            await asyncio.sleep(0.02)
+
+    async def main():
+        limits = httpx.Limits(max_connections=count + 1)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            seconds = []
+            probing = asyncio.create_task(probe(client, seconds))
+            posts = (
+                client.post(SLOW.format(n), content=PNG, headers=HEADERS) for n in range(count)
+            )
+            responses = await asyncio.gather(*posts)
+            probing.cancel()
+            return responses, seconds
+
+    return asyncio.run(main())
+
+
+def test_a_full_queue_is_503_with_when_to_try_again_and_passes(tight_server, problem):
+    responses, _ = storm(tight_server.url, 40)
+    refused = [response for response in responses if response.status_code == 503]
+    served = [response for response in responses if response.status_code == 200]
+    assert len(refused) + len(served) == 40
+    assert len(served) >= 5  # one runs, four wait
+    assert refused
+    for response in refused:
+        problem(response, 503)
+        assert int(response.headers["retry-after"]) >= 1
+    again = httpx.post(tight_server.url + "/predict", content=PNG, headers=HEADERS)
+    assert again.status_code == 200
+
+
+def test_the_event_loop_answers_while_the_network_runs(server):
+    responses, seconds = storm(server.url, 12)
+    assert {response.status_code for response in responses} == {200}
+    assert len(seconds) > 3
+    assert statistics.median(seconds) < 0.25
+
+
+def raw(n, request_id):
+    head = f"POST {SLOW.format(n)} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n"
+    return f"{head}Content-Type: image/png\r\nContent-Length: {len(PNG)}\r\n\r\n".encode() + PNG
+
+
+def test_a_client_that_leaves_frees_its_place_in_the_queue(tight_server):
+    ids = [f"left-{n}" for n in range(5)]
+    sockets = []
+    for n, request_id in enumerate(ids):
+        sockets.append(socket.create_connection(("127.0.0.1", tight_server.port)))
+        sockets[-1].sendall(raw(100 + n, request_id))
+    for connection in sockets:
+        connection.close()
+    lines = [tight_server.line(request_id) for request_id in ids]
+    assert {line["status"] for line in lines} <= {499, 200}
+    assert lines[-1]["status"] == 499  # it waited behind the others
+    started = time.perf_counter()
+    answer = httpx.post(tight_server.url + "/predict", content=PNG, headers=HEADERS)
+    assert answer.status_code == 200
+    assert time.perf_counter() - started < 2
+    assert not tight_server.errors.read_text()

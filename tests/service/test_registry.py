@@ -1,0 +1,62 @@
+"""Names and versions."""
+
+import pytest
+
+from service.errors import NotFound
+from service.registry import Registry, RegistryError
+
+MODELS = {"b": {2: "b2", 10: "b10", 1: "b1"}, "a": {3: "a3"}}
+
+
+@pytest.fixture
+def registry():
+    return Registry(MODELS, "b", "here")
+
+
+def test_the_latest_version_by_number_is_meant_where_none_is_named(registry):
+    assert registry.find() == "b10"
+    assert registry.find("b") == "b10"
+    assert registry.find("a") == "a3"
+    assert registry.find("b", "2") == "b2"
+    assert registry.find(None, "1") == "b1"
+
+
+def test_versions_are_listed_in_order_and_models_as_they_came(registry):
+    assert registry.versions("b") == [1, 2, 10]
+    assert list(registry) == ["b", "a"]
+
+
+@pytest.mark.parametrize("name", ["c", "", ".", "..", "a/3", "A", "a\0", "\ud800"])
+def test_an_unknown_name_is_not_found_and_not_repeated(name, registry):
+    with pytest.raises(NotFound, match=r"^no such model; GET /v1/models lists them$"):
+        registry.find(name)
+
+
+@pytest.mark.parametrize(
+    "version", ["0", "-1", "3", "", "+2", " 2", "2.0", "٢", "²", "1e1", "9" * 20, "9" * 5000, "a"]
+)
+def test_an_unknown_version_is_not_found(version, registry):
+    with pytest.raises(NotFound, match="no such version"):
+        registry.find("b", version)
+
+
+def test_the_only_model_is_the_default():
+    assert Registry({"a": {3: "a3"}}, None, "here").find() == "a3"
+
+
+def test_several_models_have_no_default_unless_one_is_chosen():
+    registry = Registry(MODELS, None, "here")
+    assert registry.default is None
+    with pytest.raises(NotFound, match="several models and no default"):
+        registry.find()
+    assert registry.find("a") == "a3"
+
+
+def test_no_model_is_an_error_that_says_where_and_what_to_do():
+    with pytest.raises(RegistryError, match="here: no checkpoint in it; make one with"):
+        Registry({}, None, "here")
+
+
+def test_an_unknown_default_is_an_error_that_lists_what_there_is():
+    with pytest.raises(RegistryError, match=r"here: the default model 'c' is not in it; .* a, b"):
+        Registry(MODELS, "c", "here")

@@ -1,0 +1,480 @@
+"""The wheel, the Dockerfile and the Compose file, run as they stand but without Docker.
+
+The tests read the command lines, environments and the health check from those files, and run them
+in an environment that holds the wheel and what it asks for, and nothing else.
+"""
+
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import check_jsonschema
+import httpx
+import jsonschema
+import pytest
+import typer
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from service.cli import app
+from service.settings import Settings, environment_name
+
+ROOT = Path(__file__).parents[1]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES = sorted(COMPOSE["services"])
+CONTAINER_PORT = "8000"
+
+# Reading the files
+
+
+def instructions(dockerfile):
+    """Read (keyword, arguments) pairs, one list a stage."""
+    text = re.sub(r"^\s*#.*\n", "", dockerfile, flags=re.MULTILINE).replace("\\\n", " ")
+    stages = []
+    for line in filter(str.strip, text.splitlines()):
+        keyword, arguments = line.split(maxsplit=1)
+        if keyword == "FROM":
+            stages.append([])
+        if stages:
+            stages[-1].append((keyword, arguments))
+    return stages
+
+
+BUILDER, FINAL = instructions((ROOT / "Dockerfile").read_text())
+
+
+def last(keyword):
+    """Read the arguments of the final stage's last such instruction: the one that counts."""
+    return [arguments for name, arguments in FINAL if name == keyword][-1]
+
+
+def build_context():
+    """List what the builder copies from the source tree."""
+    copies = [shlex.split(arguments) for name, arguments in BUILDER if name == "COPY"]
+    return [source for *sources, _ in copies for source in sources]
+
+
+def image_environment():
+    """Read the final stage's ENV on top of a bare system's PATH."""
+    environment = {"PATH": os.defpath}
+    for name, arguments in FINAL:
+        if name == "ENV":
+            pairs = [pair.split("=", 1) for pair in shlex.split(arguments)]
+            expanded = {k: string.Template(v).substitute(environment) for k, v in pairs}
+            environment |= expanded
+    return environment
+
+
+def seconds(duration):
+    """Read a Compose duration; the file uses whole seconds alone."""
+    assert re.fullmatch(r"\d+s", duration)
+    return int(duration[:-1])
+
+
+# The Compose file
+
+
+def compose_validator():
+    folder = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
+    schema = json.loads((folder / "compose-spec.json").read_text())
+    return jsonschema.validators.validator_for(schema)(schema)
+
+
+def test_compose_file_follows_the_compose_specification():
+    compose_validator().validate(COMPOSE)
+
+
+def test_compose_specification_refuses_a_misspelt_key():
+    broken = json.loads(json.dumps(COMPOSE))
+    broken["services"]["service"]["stop_grace"] = "30s"
+    with pytest.raises(jsonschema.ValidationError, match="stop_grace"):
+        compose_validator().validate(broken)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_container_has_no_privileges_and_bounded_resources(name):
+    container = COMPOSE["services"][name]
+    assert container["read_only"] is True
+    assert container["cap_drop"] == ["ALL"]
+    assert "cap_add" not in container
+    assert "privileged" not in container
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert container["init"] is True
+    assert set(container["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}
+    (tmpfs,) = container["tmpfs"]
+    assert re.match(r"/tmp:size=\d+m,", tmpfs)  # noqa: S108
+
+
+@pytest.mark.parametrize(("name", "read_only"), [("trainer", False), ("service", True)])
+def test_only_the_trainer_may_write_the_checkpoints(name, read_only):
+    volumes = {volume["target"]: volume for volume in COMPOSE["services"][name]["volumes"]}
+    assert volumes["/checkpoints"]["source"] == "checkpoints"
+    assert volumes["/checkpoints"].get("read_only", False) is read_only
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_volumes_cover_folders_that_the_image_gives_to_its_user(name):
+    targets = {volume["target"] for volume in COMPOSE["services"][name]["volumes"]}
+    assert targets <= owned_folders()
+
+
+def owned_folders():
+    (command,) = [run for name, run in FINAL if name == "RUN"]
+    user, group = last("USER").split(":")
+    install = shlex.split(command)
+    assert install[:4] == ["install", "--directory", f"--owner={user}", f"--group={group}"]
+    return set(install[4:])
+
+
+def test_service_starts_after_training_succeeded():
+    trainer, service = COMPOSE["services"]["trainer"], COMPOSE["services"]["service"]
+    assert service["depends_on"] == {"trainer": {"condition": "service_completed_successfully"}}
+    assert trainer["restart"] == "no"
+    assert service["restart"] == "unless-stopped"
+
+
+def test_image_is_built_once_and_never_pulled():
+    images = {container["image"] for container in COMPOSE["services"].values()}
+    assert len(images) == 1
+    assert [name for name in SERVICES if "build" in COMPOSE["services"][name]] == ["trainer"]
+    assert {container["pull_policy"] for container in COMPOSE["services"].values()} == {"never"}
+
+
+def test_service_is_published_to_this_machine_only():
+    (port,) = COMPOSE["services"]["service"]["ports"]
+    assert port == f"127.0.0.1:${{DROPSERVE_PORT:-8000}}:{CONTAINER_PORT}"
+    assert last("EXPOSE") == CONTAINER_PORT
+
+
+def test_grace_period_is_longer_than_the_drain():
+    service = COMPOSE["services"]["service"]
+    drain = int(service["environment"][environment_name("drain_seconds")])
+    assert seconds(service["stop_grace_period"]) > drain
+
+
+def test_health_check_gives_up_in_bounded_time():
+    check = COMPOSE["services"]["service"]["healthcheck"]
+    assert f"http://127.0.0.1:{CONTAINER_PORT}/readyz" in check["test"][-1]
+    assert 0 < seconds(check["timeout"]) < seconds(check["interval"])
+    assert check["retries"] > 0
+    assert seconds(check["start_period"]) > 0
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_settings_in_the_environment_exist(name):
+    known = {environment_name(field) for field in Settings.model_fields}
+    environment = image_environment() | COMPOSE["services"][name]["environment"]
+    assert {key for key in environment if key.startswith("DROPSERVE_")} <= known
+
+
+# The Dockerfile
+
+
+def test_image_runs_as_a_numbered_user_that_is_not_root():
+    user, group = (int(number) for number in last("USER").split(":"))
+    assert user > 0
+    assert group > 0
+
+
+def test_final_stage_installs_and_compiles_nothing():
+    assert [arguments for name, arguments in FINAL if name == "COPY"] == [
+        "--from=builder /opt/dropserve /opt/dropserve"
+    ]
+    ran = " ".join(arguments for name, arguments in FINAL if name == "RUN")
+    assert not re.search(r"\b(apt|apt-get|gcc|pip|curl|wget)\b", ran)
+
+
+def test_both_stages_run_one_python():
+    assert BUILDER[0][1].removesuffix(" AS builder") == FINAL[0][1] == "python:3.11-slim"
+
+
+def test_build_context_lets_through_what_the_image_copies_and_no_more():
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in rules
+    assert sorted(rule[1:] for rule in rules if rule.startswith("!")) == sorted(build_context())
+
+
+def test_commands_exist():
+    scripts = project()["scripts"]
+    assert json.loads(last("ENTRYPOINT"))[0] in scripts
+    named = [json.loads(last("CMD")), *(c["command"] for c in COMPOSE["services"].values())]
+    assert {command[0] for command in named} <= set(typer.main.get_command(app).commands)
+
+
+# The constraints
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins():
+    text = (ROOT / "constraints.txt").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in (x.split("==") for x in lines)}
+
+
+def versions(requirements):
+    """Map what requirements lead to to the versions at hand, less local parts such as +cpu."""
+    return {
+        canonicalize_name(distribution.name): Version(distribution.version).public
+        for distribution in needed(requirements)
+    }
+
+
+def test_constraints_pin_what_the_tests_run_with_and_nothing_else():
+    extra = project()["optional-dependencies"]["dev"]
+    at_hand = versions([*project()["dependencies"], *extra])
+    # On some machines PyTorch brings a GPU's libraries along, and chooses their versions itself.
+    unpinned = at_hand.keys() - pins().keys() - versions(["torch"]).keys()
+    assert not unpinned
+    assert pins() == {name: at_hand.get(name) for name in pins()}
+
+
+def test_constraints_suit_any_build_of_a_version():
+    assert not [version for version in pins().values() if Version(version).local]
+
+
+# The wheel
+
+
+def run(*command, **options):
+    """Run a command to its end; what it printed is shown if it fails."""
+    result = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Build the wheel from what the Dockerfile copies."""
+    context, dist = tmp_path_factory.mktemp("context"), tmp_path_factory.mktemp("dist")
+    for source in build_context():
+        if (ROOT / source).is_dir():
+            skip = shutil.ignore_patterns("__pycache__")  # as .dockerignore does
+            shutil.copytree(ROOT / source, context / source, ignore=skip)
+        else:
+            shutil.copyfile(ROOT / source, context / source)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, context)
+    (path,) = dist.iterdir()
+    return path
+
+
+def test_wheel_holds_the_two_packages_whole_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    metadata = f"dropserve-{project()['version']}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"models", "service", metadata}
+    assert {name for name in names if not name.startswith(metadata)} == set(package_files())
+
+
+def package_files():
+    for package in ("models", "service"):
+        for path in (ROOT / package).rglob("*"):
+            if path.is_file() and path.suffix != ".pyc":
+                yield path.relative_to(ROOT).as_posix()
+
+
+# The containers, without the containers
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Install the wheel where what it asks for can be imported, and nothing else.
+
+    Dependencies are linked from the environment at hand, which has the constraints' versions, as
+    another test sees to: pip would fetch and unpack a gigabyte for the same outcome.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    for distribution in needed(project()["dependencies"]):
+        for name in top_level(distribution):
+            if not (packages / name).exists():  # several may share a namespace
+                (packages / name).symlink_to(distribution.locate_file(name))
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python")
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    run(*pip, "check")
+    return folder
+
+
+def needed(requirements):
+    """Find the installed distributions that requirements lead to, directly or not."""
+    found, seen = {}, set()
+    pending = [(Requirement(text), "") for text in requirements]
+    while pending:
+        requirement, extra = pending.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in {("", name), *((e, name) for e in requirement.extras)} - seen:
+            seen.add(wanted)
+            found[name] = importlib.metadata.distribution(name)
+            pending += [(Requirement(text), wanted[0]) for text in found[name].requires or ()]
+    return list(found.values())
+
+
+def top_level(distribution):
+    """Name a distribution's files and folders in site-packages; its scripts lie elsewhere."""
+    return {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Containers:
+    """The Compose file's services as processes, in folders that stand for the containers'."""
+
+    installed: Path
+    home: Path
+    port: str
+
+    @property
+    def checkpoints(self):
+        return self.home / "checkpoints"
+
+    def command(self, name):
+        return [*json.loads(last("ENTRYPOINT")), *COMPOSE["services"][name]["command"]]
+
+    def options(self, name):
+        """Give the process its environment, with this machine's folders for the image's."""
+        folders = {"/opt/dropserve": self.installed, "/tmp": self.home}  # noqa: S108
+        folders |= {folder: self.home / folder[1:] for folder in owned_folders()}
+        pattern = re.compile("|".join(map(re.escape, folders)))
+        environment = {
+            key: pattern.sub(lambda found: str(folders[found[0]]), value)
+            for key, value in (
+                image_environment() | COMPOSE["services"][name]["environment"]
+            ).items()
+        }
+        environment[environment_name("port")] = self.port
+        return {"env": environment, "cwd": self.home}
+
+    def train(self):
+        return run(*self.command("trainer"), **self.options("trainer"))
+
+    def healthy(self):
+        check = COMPOSE["services"]["service"]["healthcheck"]
+        assert check["test"][0] == "CMD"
+        command = [part.replace(f":{CONTAINER_PORT}", f":{self.port}") for part in check["test"]]
+        done = subprocess.run(
+            command[1:],
+            check=False,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds(check["timeout"]),
+            **self.options("service"),
+        )
+        return done.returncode == 0
+
+    def files(self):
+        """List every checkpoint's files and folders, with sizes and times of change."""
+        stats = {path: path.stat() for path in self.checkpoints.rglob("*")}
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+@pytest.fixture(scope="module")
+def containers(installed, tmp_path_factory):
+    """Make empty volumes and run the trainer over them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    containers = Containers(installed, tmp_path_factory.mktemp("volumes"), port)
+    containers.checkpoints.mkdir()
+    containers.train()
+    return containers
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the service did between its start and its end."""
+
+    answer: httpx.Response
+    files_before: dict
+    files_after: dict
+    seconds_to_end: float
+    exit_code: int
+    log: str
+
+
+@pytest.fixture(scope="module")
+def served(containers):
+    """Run the service: wait until it is healthy, ask it for a digit, end it by SIGTERM."""
+    grace = seconds(COMPOSE["services"]["service"]["stop_grace_period"])
+    log_path = containers.home / "service.log"
+    before = containers.files()
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            containers.command("service"), stdout=log, stderr=log, **containers.options("service")
+        )
+    try:
+        wait_until_healthy(containers, process, log_path)
+        answer = httpx.post(f"http://127.0.0.1:{containers.port}/predict", **picture_of_zero())
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        exit_code = process.wait(timeout=grace)
+        ended = time.monotonic() - start
+    finally:
+        process.kill()
+        process.wait()
+    return Served(answer, before, containers.files(), ended, exit_code, log_path.read_text())
+
+
+def wait_until_healthy(containers, process, log_path):
+    check = COMPOSE["services"]["service"]["healthcheck"]
+    patience = seconds(check["start_period"]) + check["retries"] * seconds(check["interval"])
+    deadline = time.monotonic() + patience
+    while not containers.healthy():
+        assert process.poll() is None, log_path.read_text()
+        assert time.monotonic() < deadline, log_path.read_text()
+
+
+def picture_of_zero():
+    pixels = (load_digits().images[0] * (255 / 16)).round().astype("uint8")
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    return {"content": png.getvalue(), "headers": {"content-type": "image/png"}}
+
+
+def test_trainer_writes_one_version(containers):
+    assert [path.name for path in containers.checkpoints.glob("*/*")] == ["1"]
+
+
+def test_trainer_leaves_a_trained_model_alone(containers):
+    before = containers.files()
+    containers.train()
+    assert containers.files() == before
+
+
+def test_service_classifies_a_digit(served):
+    assert served.answer.status_code == 200, served.log
+    assert served.answer.json()["version"] == 1
+    assert [p["label"] for p in served.answer.json()["predictions"]] == ["0"]
+
+
+def test_service_writes_nothing_to_the_checkpoints(served):
+    assert served.files_after == served.files_before
+
+
+def test_service_ends_cleanly_on_sigterm_before_it_is_killed(served):
+    assert served.exit_code == 0, served.log
+    # Nothing was open, so nothing had to be drained.
+    drain = int(COMPOSE["services"]["service"]["environment"][environment_name("drain_seconds")])
+    assert served.seconds_to_end < drain

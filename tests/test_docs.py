@@ -1,0 +1,132 @@
+"""The documentation is held against the code: commands, outputs, settings, routes, the map."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from service.app import create_app
+from service.cli import app as command_line
+from service.settings import Settings, environment_name
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs/api.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+URL = "http://127.0.0.1:8000"
+DROPSERVE = Path(sys.executable).with_name("dropserve")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(program: str) -> list[str]:
+    """Every line of a shell block, on any page, that calls a program."""
+    lines = (
+        line for page in PAGES for b in blocks(page.read_text(), "bash") for line in b.splitlines()
+    )
+    return sorted({line.partition("  #")[0] for line in lines if line.startswith(program + " ")})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, make_server):
+    """The default model, trained and served as the README says, but on a free port."""
+    root = tmp_path_factory.mktemp("readme")
+    train = [DROPSERVE, "train", "--dataset", "digits", "--epochs", "3", "--checkpoints", root]
+    subprocess.run(train, check=True, stdout=subprocess.DEVNULL)
+    return make_server(root, default_model=None).start().url
+
+
+def shape(text: str) -> str:
+    """An output with its numbers, digests and guessed labels masked: how it is built."""
+    text = re.sub(r'("label":")\d|[0-9a-f]{64}', r"\1#", text)
+    return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", text)
+
+
+@pytest.mark.parametrize("block", blocks(README, "console"), ids=lambda b: b[2:60])
+def test_readme_shows_what_its_commands_print(block, served):
+    command, output = re.fullmatch(r"\$ (.*?[^\\])\n(.*)\n", block, re.DOTALL).groups()
+    assert URL in command
+    run = subprocess.run(  # noqa: S602  our own README
+        command.replace(URL, served),
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown, printed = shape(output), shape(run.stdout)
+    if "head -c" in command:  # numbers differ in length, so the cut falls elsewhere
+        length = min(len(shown), len(printed)) - 40
+        shown, printed = shown[:length], printed[:length]
+    assert shown == printed
+
+
+def test_readme_python_runs(served, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks(README, "python")
+    exec(code.replace(URL, served), {})  # noqa: S102  our own README
+    assert len(capsys.readouterr().out.split()) == 3
+
+
+@pytest.mark.parametrize("command", commands("dropserve"))
+def test_documented_commands_and_options_exist(command):
+    _, name, *arguments = shlex.split(command)
+    group = typer.main.get_command(command_line)
+    found = group.get_command(None, name)
+    assert found is not None
+    found.make_context(name, arguments)  # parses and checks; runs nothing
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_documented_make_targets_exist(command):
+    target = command.split()[1]
+    assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_readme_lists_every_setting_with_its_default_and_meaning():
+    rows = re.findall(r"^\| `(DROPSERVE_\w+)` \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    expected = [
+        (
+            environment_name(name),
+            f"`{f.default}`" if f.default not in (None, ()) else "",
+            f.description,
+        )
+        for name, f in Settings.model_fields.items()
+    ]
+    assert rows == expected
+
+
+def test_api_page_lists_every_route_and_option():
+    app = create_app(Settings())
+    schema = app.openapi()
+    served = {
+        f"{method.upper()} {path}" for path, item in schema["paths"].items() for method in item
+    }
+    listed = set(re.findall(r"`((?:GET|POST) /\S*)`", API))
+    assert listed == served | {"GET /"}
+    for path, item in schema["paths"].items():
+        for operation in item.values():
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "query":
+                    assert f"`{parameter['name']}`" in API, path
+
+
+def test_the_map_shows_every_room_and_no_other():
+    page = (ROOT / "docs/architecture.md").read_text()
+    drawn = blocks(page, "")[1]
+    mapped = set(re.findall(r"\b(\w+\.py)\b", drawn))
+    rooms = {p.name for top in ("models", "service", "bench") for p in (ROOT / top).rglob("*.py")}
+    assert mapped == rooms - {"__init__.py"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
