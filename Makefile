@@ -41,5 +41,4 @@ bench: setup ## Time the Monte Carlo engine
 
 clean: ## Remove .venv, caches and builds; checkpoints and data stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
-	find models service tests bench lab deploy -name __pycache__ -prune \
-		-exec rm -rf {} + 2>/dev/null || true
+	find models service tests bench -name __pycache__ -prune -exec rm -rf {} +

@@ -93,11 +93,14 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
         The version's folder.
 
     Raises:
-        CheckpointError: it could not be written; nothing is left behind.
+        CheckpointError: it could not be written, or could not be read again (a weight is NaN, there
+            are too many tensors); nothing is left behind.
     """
     # Copies, because safetensors refuses tensors that share memory, as tied weights do.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
     weights = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+    # By the reader's own checks: a version that would be refused must not come to be.
+    _check_tensors(Path(WEIGHTS), parse_tensors(Path(WEIGHTS), weights), tensors)
     metadata = replace(
         metadata, sha256=hashlib.sha256(weights).hexdigest(), torch_version=torch.__version__
     )
@@ -112,6 +115,7 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
     folder = root / metadata.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(root)
         with _temporary_folder(folder) as temporary:
             write_durably(temporary / WEIGHTS, weights)
             write_durably(temporary / METADATA, text.encode())

@@ -22,6 +22,8 @@ from torch import Tensor
 from models.errors import DataError
 from models.preprocessing import Preprocessing
 
+NAMED = ("digits", "fashion-mnist", "mnist")
+
 _FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -231,9 +233,8 @@ def _folder(root: Path, size: int, invert: bool) -> Dataset:
         if not 0 < held_out.sum() < len(names):
             raise DataError(f"{root}: too few images to hold some out for testing")
         train, test = train.take(~held_out), train.take(held_out)
-    return Dataset(
-        root.resolve().name, classes, train, test, Preprocessing.measured(train.images, invert)
-    )
+    name = f"{root.resolve().name}/"  # the slash tells it from the named sets
+    return Dataset(name, classes, train, test, Preprocessing.measured(train.images, invert))
 
 
 def _held_out(name: str) -> bool:

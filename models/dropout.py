@@ -25,7 +25,7 @@ def random_mask(
 ) -> Tensor:
     """Draw which units are kept: independent, each dropped with probability `p`.
 
-    Sixteen random bits decide an element, so `p` is met to 2^-17. That is several times cheaper
+    Sixteen random bits decide an element, so `p` is met to 2^-16. That is several times cheaper
     than `bernoulli_`, which spends a whole floating-point draw on each.
 
     Returns:

@@ -2,13 +2,14 @@
 
 ModelsError
 ├── ConfigError             a network, recipe or rate that makes no sense
+├── TrainingDiverged        the loss is no number any more
 ├── DataError               a dataset that is missing, damaged or empty
 ├── CheckpointError
 │   ├── CheckpointNotFound  nothing there
 │   └── CheckpointRefused   there, but not to be trusted
 └── SamplingError           Monte Carlo dropout cannot be run
     └── UnsupportedModule   ... on this module, whatever the input
-            └── NoDropout       ... because it has none
+        └── NoDropout           ... because it has none
 """
 
 from pathlib import Path
@@ -20,6 +21,10 @@ class ModelsError(Exception):
 
 class ConfigError(ModelsError, ValueError):
     """A network, recipe or dropout rate makes no sense; says which, and what is allowed."""
+
+
+class TrainingDiverged(ModelsError):
+    """The loss is not finite; says in which epoch, and what to change."""
 
 
 class DataError(ModelsError):

@@ -10,6 +10,7 @@ from torch import nn
 
 from models.dropout import InvertedDropout, SpatialDropout, check_rate
 from models.errors import ConfigError
+from models.storage import whole_numbers
 
 _MAX_WIDTH = 65_536
 _MAX_DEPTH = 64
@@ -92,14 +93,14 @@ class NetworkConfig:
             ConfigError: a value is missing or makes no sense.
         """
         try:
-            channels, height, width = (int(v) for v in values["input"])
+            channels, height, width = whole_numbers(values["input"])
             return cls(
                 kind=str(values["kind"]),
                 input=(channels, height, width),
-                classes=int(values["classes"]),
-                hidden=tuple(int(v) for v in values["hidden"]),
+                classes=whole_numbers([values["classes"]])[0],
+                hidden=whole_numbers(values["hidden"]),
                 dropout=tuple(float(v) for v in values["dropout"]),
-                channels=tuple(int(v) for v in values["channels"]),
+                channels=whole_numbers(values["channels"]),
                 spatial_dropout=float(values["spatial_dropout"]),
                 arguments=dict(values["arguments"]),
             )

@@ -7,10 +7,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from models.errors import ConfigError
+from models.storage import whole_numbers
 
 Pixels = npt.NDArray[np.uint8]
 BACKGROUND = (255, 255, 255)
@@ -58,7 +59,9 @@ class Preprocessing:
 
         EXIF orientation is applied, transparency is laid over white, colour profiles are ignored.
         """
-        image = _flatten(ImageOps.exif_transpose(image))
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        image = _flatten(image)
         image = image.convert("L" if self.channels == 1 else "RGB")
         height, width = self.size
         if image.size != (width, height):
@@ -85,9 +88,10 @@ class Preprocessing:
             ConfigError: a value is missing or makes no sense.
         """
         try:
+            height, width = whole_numbers(values["size"])
             return cls(
-                size=(int(values["size"][0]), int(values["size"][1])),
-                channels=int(values["channels"]),
+                size=(height, width),
+                channels=whole_numbers([values["channels"]])[0],
                 mean=tuple(float(v) for v in values["mean"]),
                 std=tuple(float(v) for v in values["std"]),
                 invert={True: True, False: False}[values["invert"]],

@@ -1,7 +1,7 @@
 """From what somebody asks for to what is trained and scored, with what we suggest for the rest."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.catalogue import is_name
 from models.checkpoint import Metadata
-from models.data import Split, load_dataset
+from models.data import NAMED, Dataset, Split, load_dataset
 from models.errors import ConfigError, DataError, ModelsError
 from models.montecarlo import Sampler
 from models.networks import NetworkConfig, default_config
@@ -25,34 +25,66 @@ def default_recipe(dataset: str, network: str) -> Recipe:
         network: as `models.networks.NetworkConfig.kind`.
     """
     if dataset == "digits":
-        return Recipe(epochs=40, batch_size=64)
+        return Recipe(epochs=40, batch_size=64, label_smoothing=0.05)
     if (dataset, network) == ("fashion-mnist", "cnn"):
-        return Recipe(epochs=20, learning_rate=3e-3, weight_decay=0.05, shift=1, flip=True)
+        return Recipe(epochs=14, learning_rate=3e-3, weight_decay=0.05, shift=1, flip=True)
+    if (dataset, network) == ("fashion-mnist", "mlp"):
+        return Recipe(epochs=30, learning_rate=1e-3)
     return Recipe()
 
 
-def network_config(
-    kind: str,
-    input_shape: tuple[int, int, int],
-    classes: int,
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained, checked before the work starts: fresh weights in `module`."""
+
+    data: Dataset
+    config: NetworkConfig
+    recipe: Recipe
+    module: nn.Module
+
+
+def plan(
+    dataset: str,
+    network: str,
+    data_dir: Path,
     *,
+    recipe: Mapping[str, Any],
+    size: int | None = None,
+    invert: bool = False,
     hidden: tuple[int, ...] | None = None,
     dropout: tuple[float, ...] | None = None,
     arguments: Mapping[str, Any] | None = None,
-) -> NetworkConfig:
-    """Describe the network we suggest of a kind, changed where something is asked for.
+) -> Plan:
+    """Suggest all that is not asked for, and see that it can be trained and sampled.
+
+    Args:
+        dataset: as `models.data.load_dataset` takes it, with `data_dir`, `size` and `invert`.
+        network: "mlp", "cnn" or "package.module:factory".
+        data_dir: of datasets.
+        recipe: the fields of `Recipe` that are asked for.
+        size: as `models.data.load_dataset` takes it.
+        invert: likewise.
+        hidden: widths of an mlp's or cnn's hidden layers.
+        dropout: rates after them.
+        arguments: of a factory.
 
     Raises:
-        ConfigError: a value makes no sense, or is not of this kind of network.
+        ConfigError, DataError, UnsupportedModule: it cannot.
     """
-    factory = ":" in kind
-    if factory and (hidden is not None or dropout is not None):
+    chosen = replace(default_recipe(dataset, network), **recipe)
+    data = load_dataset(dataset, data_dir, size=size, invert=invert)
+    prepared = data.preprocessing
+    if ":" in network and (hidden is not None or dropout is not None):
         raise ConfigError("hidden widths and dropout rates are for mlp and cnn: use arguments")
-    if not factory and arguments is not None:
-        raise ConfigError(f"arguments are for a factory, package.module:factory, not for {kind!r}")
+    if ":" not in network and arguments is not None:
+        raise ConfigError(
+            f"arguments are for a factory, package.module:factory, not for {network!r}"
+        )
     asked = {"hidden": hidden, "dropout": dropout, "arguments": arguments}
-    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    return replace(default_config(kind, input_shape, classes), **changes)
+    changes: dict[str, Any] = {field: value for field, value in asked.items() if value is not None}
+    config = replace(default_config(network, prepared.shape, len(data.classes)), **changes)
+    example = prepared.normalize(data.train.images[:1])
+    return Plan(data, config, chosen, build_checked(config, example, chosen.seed))
 
 
 def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Module:
@@ -94,7 +126,7 @@ def check_run(name: str, accelerator: str) -> None:
         raise ConfigError("no accelerator cuda: PyTorch finds no CUDA device here")
 
 
-def test_split(metadata: Metadata, dataset: str | None, data_dir: Path) -> Split:
+def evaluation_images(metadata: Metadata, dataset: str | None, data_dir: Path) -> Split:
     """Load test images to score a saved model on, prepared as its own were.
 
     Args:
@@ -107,8 +139,8 @@ def test_split(metadata: Metadata, dataset: str | None, data_dir: Path) -> Split
     """
     prepared = metadata.preprocessing
     name = dataset or metadata.data.get("name")
-    if not name:
-        raise DataError(f"the checkpoint of {metadata.name} names no dataset: give --dataset")
+    if not name or (dataset is None and name not in NAMED):
+        raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
     size = prepared.size[0] if Path(name).is_dir() else None
     data = load_dataset(name, data_dir, size=size, invert=prepared.invert)
     if (data.preprocessing.shape, data.classes) != (prepared.shape, metadata.classes):
@@ -116,4 +148,6 @@ def test_split(metadata: Metadata, dataset: str | None, data_dir: Path) -> Split
             f"{name} has images {data.preprocessing.shape} of {', '.join(data.classes)}; "
             f"{metadata.name} takes {prepared.shape} of {', '.join(metadata.classes)}"
         )
+    if dataset is None and data.digest() != metadata.data.get("digest"):
+        raise DataError(f"{name} is not the data that {metadata.name} was trained on any more")
     return data.test

@@ -1,8 +1,11 @@
 """Files that are read with distrust and written to last: safetensors and JSON."""
 
+import fcntl
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,19 @@ def parse_tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
     Raises:
         CheckpointRefused: not a sound safetensors file.
     """
+    check_header(path, raw)
+    try:
+        return safetensors.torch.load(raw)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointRefused(path, f"not sound safetensors: {error}") from error
+
+
+def check_header(path: Path, raw: bytes) -> dict[str, Any]:
+    """Return the header of a safetensors file, if what it claims is within bounds.
+
+    Raises:
+        CheckpointRefused: it is not.
+    """
     size = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or size > MAX_HEADER_BYTES:
         raise CheckpointRefused(path, f"not safetensors: a header of {size} bytes")
@@ -59,10 +75,7 @@ def parse_tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
     header = parse_json(path, raw[8 : 8 + size])
     if len(header) > MAX_TENSORS + 1:
         raise CheckpointRefused(path, f"{len(header)} tensors, more than {MAX_TENSORS}")
-    try:
-        return safetensors.torch.load(raw)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointRefused(path, f"not sound safetensors: {error}") from error
+    return header
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
@@ -98,6 +111,30 @@ def replace_durably(path: Path, data: bytes) -> None:
     write_durably(part, data)
     part.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask out of a folder for the length of the block.
+
+    Raises:
+        BlockingIOError: somebody is in there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def whole_numbers(values: object) -> tuple[int, ...]:
+    """Return a list of JSON's whole numbers as they are; nothing is rounded or parsed.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(values, list | tuple) or any(type(v) is not int for v in values):
+        raise TypeError(f"a list of whole numbers is needed, not {values!r}")
+    return tuple(values)
 
 
 def sync_folder(path: Path) -> None:

@@ -9,10 +9,10 @@ distribution over processes.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models.augmentation import augment
 from models.data import Split
-from models.errors import ConfigError
+from models.errors import ConfigError, TrainingDiverged
 from models.training_state import State
 
 Normalize = Callable[[Tensor], Tensor]
@@ -118,6 +118,7 @@ def fit(
     recipe: Recipe,
     *,
     state_path: Path | None = None,
+    description: Mapping[str, Any] | None = None,
     fabric: Fabric | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Iterator[Epoch]:
@@ -130,16 +131,23 @@ def fit(
         recipe: how.
         state_path: a file that holds the run's state after each epoch. If it is there, the run
             continues from it.
+        description: what else a state must have been made with to be continued: the network's
+            config, say.
         fabric: where to train, from `launch()`; None: one device of whatever there is.
         progress: called with (images done, images in all) of the epoch that runs.
 
     Raises:
-        ConfigError: the state is of another recipe, or there are too few images.
+        ConfigError: the state is of another run, there are too few images, or a batch cannot be
+            divided among the processes.
+        TrainingDiverged: the loss is not finite; the state is that of the epoch before.
         CheckpointRefused: the state file is damaged.
     """
     train, validation = _hold_out(data, recipe)
     fabric = fabric or launch()
-    state = State(module, _optimizer(module, recipe), _fingerprint(module, recipe, data))
+    if recipe.batch_size % fabric.world_size:
+        raise ConfigError(f"batch_size must be a multiple of {fabric.world_size}, the processes")
+    fingerprint = _fingerprint(module, recipe, data, description or {})
+    state = State(module, _optimizer(module, recipe), fingerprint)
     if state_path is not None and state_path.exists():
         state.restore(state_path)
     wrapped, optimizer = fabric.setup(module, state.optimizer)
@@ -153,11 +161,16 @@ def fit(
                 fabric, wrapped, optimizer, batches, recipe, state.epoch, progress
             )
         seconds = time.perf_counter() - started
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
+            )
         score = fabric.broadcast(accuracy_of(module, validation, normalize, fabric.device))
         best = state.finish_epoch(score)
         if state_path is not None and fabric.is_global_zero:
             state.write(state_path)
-        yield Epoch(state.epoch, loss, accuracy, score, seconds, len(train) / seconds, best)
+        speed = batches.steps * min(recipe.batch_size, len(train)) / seconds
+        yield Epoch(state.epoch, loss, accuracy, score, seconds, speed, best)
     state.load_best()
     module.cpu().eval()
 
@@ -251,15 +264,17 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
 
 
-def _fingerprint(module: nn.Module, recipe: Recipe, data: Split) -> str:
+def _fingerprint(
+    module: nn.Module, recipe: Recipe, data: Split, description: Mapping[str, Any]
+) -> str:
     """Say what a state must have been made with to continue it: layers, rates, recipe, images."""
     parts = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
-    return json.dumps(parts, sort_keys=True)
+    return json.dumps({**parts, "description": description}, sort_keys=True)
 
 
 def _derived_seed(seed: int, epoch: int, rank: int = 0) -> int:
     """Give each epoch and process a seed of its own; rank -1 is for what all processes share.
 
-    The odd constants are 2^63 and 2^64 by the golden ratio.
+    Odd constants without a small multiple in common keep the sums apart.
     """
-    return (seed + (epoch + 1) * 0x4F1BBCDCBFA53E0B + rank * 0x9E3779B97F4A7C15) % 2**63
+    return (seed + (epoch + 1) * 0x4F1BBCDCBFA53E0B + rank * 0x6C8E9CF570932BD5) % 2**63

@@ -1,5 +1,8 @@
 """What a training run must remember between two epochs to go on as if it had never stopped."""
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -7,9 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import CheckpointRefused, ConfigError
-from models.storage import parse_json, parse_tensors, read_once, replace_durably
+from models.storage import alone_in, check_header, parse_tensors, read_once, replace_durably
 
 _MAX_BYTES = 32 * 2**30
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run's state, so that no other run of the model takes it over.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    with ExitStack() as held:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # else a further process of the same run
+            try:
+                held.enter_context(alone_in(folder))
+            except BlockingIOError as error:
+                raise ConfigError(f"{folder}: another run of this model is going on") from error
+        yield
 
 
 def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
@@ -24,8 +43,6 @@ def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
         ConfigError: there is one, and it was not said what to do with it.
         CheckpointRefused: the file is damaged.
     """
-    if resume and restart:
-        raise ConfigError("give --resume or --restart, not both")
     if restart:
         state.unlink(missing_ok=True)
     if not state.exists():
@@ -94,7 +111,9 @@ class State:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        replace_durably(path, safetensors.torch.save(contiguous, metadata))
+        raw = safetensors.torch.save(contiguous, metadata)
+        check_header(path, raw)
+        replace_durably(path, raw)
 
     def restore(self, path: Path) -> None:
         """Continue from a state written by `write()`.
@@ -148,12 +167,11 @@ def _finished_epochs(state: Path) -> int:
     try:
         return int(_read(state)[1]["epoch"])
     except (LookupError, ValueError) as error:
-        raise CheckpointRefused(state, f"not the state of a run: {error}") from error
+        raise CheckpointRefused(state, f"no state of a run ({error}): give --restart") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a state file and the strings of its header."""
     raw = read_once(path, _MAX_BYTES)
     tensors = parse_tensors(path, raw)
-    size = int.from_bytes(raw[:8], "little")
-    return tensors, parse_json(path, raw[8 : 8 + size]).get("__metadata__", {})
+    return tensors, check_header(path, raw).get("__metadata__", {})

@@ -1,5 +1,6 @@
 """`create_app()` wires settings, inference and routes; nothing happens at import."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -12,12 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service.bodies import BodyLimits, BodyReader
-from service.errors import DropserveError, InvalidRequest, error_for, problem
+from service.errors import DropserveError, InvalidRequest, problem
 from service.images import ImageLimits
 from service.inference import Inference
+from service.logs import FIELDS
 from service.middleware import RequestLog
 from service.routes import native, operations
 from service.settings import Settings
+
+_log = logging.getLogger("dropserve.errors")
 
 
 def create_app(settings: Settings, inference: Inference | None = None) -> FastAPI:
@@ -33,7 +37,6 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         running = inference or Inference(settings)
         app.state.inference = running
         yield
-        app.state.inference = None
         running.close()
 
     app = FastAPIOffline(
@@ -65,6 +68,8 @@ async def _known(request: Request, error: Exception) -> Response:
     """Translate our own errors: the one place where they become HTTP."""
     if not isinstance(error, DropserveError):
         raise error
+    if error.status == 500:
+        _log.error(str(error), extra={FIELDS: {"request_id": request.state.request_id}})
     content = problem(error.status, str(error), request.state.request_id)
     return JSONResponse(content, error.status, error.headers, media_type="application/problem+json")
 
@@ -84,7 +89,6 @@ async def _http(request: Request, error: Exception) -> Response:
     """Translate what the framework raises: no such route, no such method."""
     if not isinstance(error, HTTPException):
         raise error
-    known = error_for(error.status_code, str(error.detail))
-    content = problem(error.status_code, str(known), request.state.request_id)
+    content = problem(error.status_code, str(error.detail), request.state.request_id)
     headers = dict(error.headers or {})
     return JSONResponse(content, error.status_code, headers, media_type="application/problem+json")

@@ -1,7 +1,8 @@
 """A micro-batcher: what arrives while a batch runs makes up the next one.
 
-It knows neither torch nor HTTP. Items of one key run together; keys take turns, so that none
-starves another. Nothing waits while the worker is idle.
+It knows neither torch nor HTTP. Items of one key run together; keys take turns, a batch each,
+in the order of their first item, so that a key with many items holds up no other for longer than a
+batch. (A sender of many keys has as many turns.) Nothing waits while the worker is idle.
 """
 
 import asyncio

@@ -28,6 +28,7 @@ _ACCEPTED = (
     "send a picture with Content-Type image/png, image/jpeg or image/webp, multipart/form-data "
     "with `file` parts, or application/json with `images` or `instances`"
 )
+_MAX_ELEMENTS = 1_000_000
 _CLOSE = {"Connection": "close"}
 
 
@@ -177,6 +178,8 @@ def _load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
     """Parse JSON as strictly as its standard: UTF-8, no name twice, no NaN."""
     if not body:
         raise MalformedRequest("the body is empty")
+    if body.count(b",") + body.count(b"[") > _MAX_ELEMENTS:  # parsing holds up all threads
+        raise TooLarge(f"the JSON body has more than {_MAX_ELEMENTS} elements")
     try:
         return json.loads(
             body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant

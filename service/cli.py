@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -110,49 +110,58 @@ def train(
         return
 
     from models import checkpoint, recipes
-    from models.data import load_dataset
     from models.evaluation import evaluate as score
     from models.training import Recipe, fit, launch
-    from models.training_state import earlier_run
+    from models.training_state import claimed, earlier_run
 
     _allow_local_modules()
+    if resume and restart:
+        raise Refused("give --resume or --restart, not both")
     recipes.check_run(name, accelerator)
-    given = {f.name: options[f.name] for f in fields(Recipe) if options.get(f.name) is not None}
-    recipe = replace(recipes.default_recipe(dataset, network), **given)
-    data = load_dataset(dataset, settings.data_dir, size=size, invert=invert)
-    prepared, normalize = data.preprocessing, data.preprocessing.normalize
-    config = recipes.network_config(
+    plan = recipes.plan(
+        dataset,
         network,
-        prepared.shape,
-        len(data.classes),
+        settings.data_dir,
+        recipe={f.name: options[f.name] for f in fields(Recipe) if options.get(f.name) is not None},
+        size=size,
+        invert=invert,
         hidden=_parsed("--hidden", hidden, lambda text: tuple(map(int, text.split(",")))),
         dropout=_parsed("--dropout", dropout, lambda text: tuple(map(float, text.split(",")))),
         arguments=_parsed("--network-arguments", network_arguments, lambda x: dict(json.loads(x))),
     )
-    module = recipes.build_checked(config, normalize(data.train.images[:1]), seed)
+    data, module, normalize = plan.data, plan.module, plan.data.preprocessing.normalize
     state = settings.checkpoints / name / ".training" / "state.safetensors"
-    finished = earlier_run(state, resume=resume, restart=restart)
-    fabric = launch(accelerator, devices, precision)
-    run: dict[str, Any] = {"state_path": state, "fabric": fabric}
-    if not fabric.is_global_zero:  # one of several processes: the first shows and saves
-        list(fit(module, data.train, normalize, recipe, **run))
-        return
-    if resume:
-        terminal.say(f"epochs done in an interrupted run: {finished or 'none, starting anew'}")
-    with terminal.interruptible(state):
-        with terminal.TrainingProgress(recipe.epochs, finished) as shown:
-            for epoch in fit(module, data.train, normalize, recipe, progress=shown.batch, **run):
+    with claimed(state.parent), terminal.interruptible(state):
+        finished = earlier_run(state, resume=resume, restart=restart)
+        fabric = launch(accelerator, devices, precision)
+        made_with = {"network": plan.config.to_json(), "on": [precision, devices]}
+        run: dict[str, Any] = {"state_path": state, "description": made_with, "fabric": fabric}
+        if not fabric.is_global_zero:  # one of several processes: the first shows and saves
+            list(fit(module, data.train, normalize, plan.recipe, **run))
+            return
+        if resume:
+            terminal.say(f"epochs done in an interrupted run: {finished or 'none, starting anew'}")
+        with terminal.TrainingProgress(plan.recipe.epochs, finished) as shown:
+            run["progress"] = shown.batch
+            for epoch in fit(module, data.train, normalize, plan.recipe, **run):
                 shown.epoch(**asdict(epoch))
         with terminal.progress("evaluation") as moved:
             evaluation = score(module, data.test, normalize, samples, progress=moved)
-    metadata = checkpoint.Metadata(
-        name, config, prepared, data.classes, asdict(recipe), data.origin(), evaluation
-    )
-    path = checkpoint.save(settings.checkpoints, module, metadata)
-    shutil.rmtree(state.parent)
+        metadata = checkpoint.Metadata(
+            name=name,
+            network=plan.config,
+            preprocessing=data.preprocessing,
+            classes=data.classes,
+            recipe=asdict(plan.recipe),
+            data=data.origin(),
+            evaluation=evaluation,
+        )
+        path = checkpoint.save(settings.checkpoints, module, metadata)
+        shutil.rmtree(state.parent)
     terminal.show_scores(evaluation)
+    trust = "" if plan.config.is_builtin else f"DROPSERVE_FACTORIES={network} "
     where = f" --checkpoints {checkpoints}" if checkpoints else ""
-    terminal.say(f"saved {path}", f"next: dropserve serve{where}")
+    terminal.say(f"saved {path}", f"next: {trust}dropserve serve{where}")
 
 
 def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Parsed | None:
@@ -191,7 +200,7 @@ def evaluate(
         raise CheckpointNotFound(f"no such version of {name!r} in {settings.checkpoints}: {there}")
     path = settings.checkpoints / name / str(version or found[-1])
     module, metadata = checkpoint.load(path, settings.factories)
-    data = recipes.test_split(metadata, dataset, settings.data_dir)
+    data = recipes.evaluation_images(metadata, dataset, settings.data_dir)
     with terminal.progress("evaluation") as moved:
         normalize = metadata.preprocessing.normalize
         evaluation = score(module, data, normalize, samples, progress=moved)

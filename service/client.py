@@ -20,7 +20,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from service import schemas
-from service.errors import DropserveError, ServerError, Unreachable, error_for
+from service.errors import DropserveError, NotFound, ServerError, Unreachable, error_for
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 Images = bytes | Path | Sequence[bytes | Path]
@@ -241,7 +241,7 @@ def _path(model: object, version: object, action: str = "") -> str:
     if model is None and version is not None:
         raise ValueError("a version is one of a model: name the model as well")
     if not str(model).strip("."):
-        raise ValueError("no model has an empty name, or one of dots alone")
+        raise NotFound("no model has an empty name, or one of dots alone")
     path = "" if model is None else f"/v1/models/{quote(str(model), safe='')}"
     path += "" if version is None else f"/versions/{version}"
     return f"{path}/{action}".rstrip("/")

@@ -21,6 +21,9 @@ from service.errors import Overloaded, ServerError
 from service.registry import Registry
 from service.settings import Settings
 
+_MAX_PROBABILITIES = 2**22
+"""Sampled probabilities [T, B, C] summarised at once: 32 MiB of float64, a few times over."""
+
 Pixels = npt.NDArray[np.uint8]
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
@@ -74,6 +77,11 @@ class Classifier:
         blank = torch.zeros(1, *self._preprocessing.shape, dtype=torch.uint8)
         self._sampler = Sampler(self._module, self._preprocessing.normalize(blank))
         self.run(Uncertainty(samples=2), [blank.numpy()])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of probabilities."""
+        return self._metadata.classes
 
     def prepare(self, image: Image.Image) -> Pixels:
         """Turn a picture into the network's pixels, uint8 [C, H, W]; any thread may call it."""
@@ -135,6 +143,12 @@ class Classifier:
         ]
 
     def _uncertainty(self, task: Uncertainty, x: Tensor) -> list[Answer]:
+        """Answer a few images at a time where all would take too much memory at once."""
+        size = max(1, _MAX_PROBABILITIES // (task.samples * len(self.classes)))
+        parts = (self._uncertainty_of_few(task, part) for part in torch.split(x, size))
+        return [answer for part in parts for answer in part]
+
+    def _uncertainty_of_few(self, task: Uncertainty, x: Tensor) -> list[Answer]:
         sampled = self._sampler.sample(x, task.samples, task.seed, task.masks)
         summary = summarize(_finite(sampled), task.masks, task.level)
         fields = {name: _float32(value) for name, value in vars(summary).items()}
@@ -198,6 +212,7 @@ class Inference:
         self._settings = settings
         self._worker = ThreadPoolExecutor(1, "inference")
         self._decoders = ThreadPoolExecutor(2, "decoding")
+        self._decoding = 0
         self._batcher: Batcher[tuple[Classifier, Task], Pixels, Answer] = Batcher(
             lambda key, requests: key[0].run(key[1], requests),
             self._worker,
@@ -211,8 +226,18 @@ class Inference:
         return load(self._settings)
 
     async def decode(self, work: Callable[[], Pixels]) -> Pixels:
-        """Run decoding off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        """Run decoding off the event loop.
+
+        Raises:
+            Overloaded: as many requests as the queue holds images wait to be decoded.
+        """
+        if self._decoding >= self._settings.max_queue:
+            raise Overloaded("too many pictures are waiting; try again in a second")
+        self._decoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        finally:
+            self._decoding -= 1
 
     async def run(self, classifier: Classifier, task: Task, pixels: Pixels) -> Answer:
         """Answer one request, together with others of the same task that wait.
@@ -231,9 +256,9 @@ class Inference:
             raise Overloaded("too many images are waiting; try again in a second") from error
 
     def close(self) -> None:
-        """Stop the threads; nothing may be running any more."""
-        self._worker.shutdown()
-        self._decoders.shutdown()
+        """Stop the threads when what they are at is done; what waits is dropped."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
 
 def _finite(values: Tensor) -> Tensor:

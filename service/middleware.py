@@ -3,6 +3,7 @@
 Pure ASGI: Starlette's `@app.middleware("http")` would hide a client's disconnect from the routes.
 """
 
+import asyncio
 import logging
 import re
 import time
@@ -34,44 +35,66 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
-        asked = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = asked if _SAFE_ID.fullmatch(asked) else uuid.uuid4().hex
-        fields: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, log=fields)
-        status = 0
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            try:
-                await send(message)
-            except (OSError, RuntimeError) as error:  # uvloop's word for a closed connection
-                raise ClientDisconnect from error
-
+        exchange = _Exchange(scope, send)
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
-            status = CLIENT_CLOSED
+            exchange.status = CLIENT_CLOSED
+        except asyncio.CancelledError:  # the time for open requests is over at shutdown
+            if exchange.status:
+                raise
+            await exchange.fail(503, "the service is stopping")
         except Exception:
-            _log.exception("request failed", extra={FIELDS: {"request_id": request_id}})
-            if status:
+            _log.exception("request failed", extra={FIELDS: {"request_id": exchange.request_id}})
+            if exchange.status:
                 raise  # half an answer is out: let the server break the connection
-            await _send_failure(send_with_id, request_id)
+            await exchange.fail(500, "the service failed; its log says why")
         finally:
-            if _log.isEnabledFor(logging.INFO):
-                milliseconds = round(1000 * (time.perf_counter() - started), 3)
-                route = getattr(scope.get("route"), "path", None)
-                line = {"request_id": request_id, "method": scope["method"], "route": route}
-                line |= fields | {"status": status, "milliseconds": milliseconds}
-                _log.info("request", extra={FIELDS: line})
+            exchange.log()
 
 
-async def _send_failure(send: Send, request_id: str) -> None:
-    body = orjson.dumps(problem(500, "the service failed; its log says why", request_id))
-    headers = [(b"content-type", b"application/problem+json")]
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+class _Exchange:
+    """One request and what becomes of it."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._started = time.perf_counter()
+        self._scope = scope
+        self._send = send
+        asked = Headers(scope=scope).get(REQUEST_ID, "")
+        self.request_id = asked if _SAFE_ID.fullmatch(asked) else uuid.uuid4().hex
+        self.status = 0
+        self._fields: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(request_id=self.request_id, log=self._fields)
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on, with the request's id on the first."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)[REQUEST_ID] = self.request_id
+        try:
+            await self._send(message)
+        except (OSError, RuntimeError) as error:  # RuntimeError is uvloop's for a closed connection
+            raise ClientDisconnect from error
+
+    async def fail(self, status: int, detail: str) -> None:
+        """Answer in place of code that did not."""
+        body = orjson.dumps(problem(status, detail, self.request_id))
+        headers = {"content-type": "application/problem+json", "content-length": str(len(body))}
+        if status == 503:
+            headers["retry-after"] = "1"
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+        await self.send({"type": "http.response.body", "body": body})
+
+    def log(self) -> None:
+        """Write the request's line."""
+        if _log.isEnabledFor(logging.INFO):
+            line = {
+                "request_id": self.request_id,
+                "method": self._scope["method"],
+                "route": getattr(self._scope.get("route"), "path", None),
+                **self._fields,
+                "status": self.status,
+                "milliseconds": round(1000 * (time.perf_counter() - self._started), 3),
+            }
+            _log.info("request", extra={FIELDS: line})

@@ -191,7 +191,7 @@ class ModelDetails(ModelSummary):
 class Health(_Answer):
     """`/livez`, `/readyz`, `/healthz`."""
 
-    status: Literal["ok", "ready", "stopping"]
+    status: Literal["ok", "ready"]
 
 
 class Problem(BaseModel):

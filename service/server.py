@@ -24,7 +24,6 @@ def serve(settings: Settings) -> None:
             listened on.
     """
     _configure_logs(settings)
-    inference = Inference(settings)
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
@@ -36,18 +35,24 @@ def serve(settings: Settings) -> None:
         "server_header": False,
         "timeout_graceful_shutdown": settings.drain_seconds,
     }
-    if settings.workers == 1:
-        server = uvicorn.Server(uvicorn.Config(create_app(settings, inference), **options))
-        for stop in (signal.SIGTERM, signal.SIGINT):
-            # uvicorn drains on these, then raises them again; by then the work is done: exit 0
-            signal.signal(stop, lambda _signal, _frame: None)
-        server.run()
-        sys.exit(0 if server.started else 1)
-    inference.close()  # each worker loads its own; loading here has shown that they can
+    if settings.workers > 1:
+        _serve_with_workers(settings, options)
+        return
+    app = create_app(settings, Inference(settings))
+    server = uvicorn.Server(uvicorn.Config(app, **options))
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn drains on these, then raises them again; by then the work is done: exit 0
+        signal.signal(stop, lambda _signal, _frame: None)
+    server.run()
+    sys.exit(0 if server.started else 1)
+
+
+def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
+    """Run several processes, each with its own models and queue."""
+    Inference(settings).close()  # a worker that cannot load them would be started for ever
     for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
-        os.environ[environment_name(name)] = (
-            ",".join(value) if isinstance(value, list) else str(value)
-        )
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        os.environ[environment_name(name)] = text
     uvicorn.run("service.server:worker_app", factory=True, workers=settings.workers, **options)
 
 

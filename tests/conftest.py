@@ -108,7 +108,18 @@ class Server:
         """Send bytes over a fresh connection; return what comes until the server closes it."""
         with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
             connection.sendall(raw)
-            return read_all(connection)
+            return self.read_all(connection)
+
+    @staticmethod
+    def read_all(connection: socket.socket) -> bytes:
+        """Return what comes until the other side closes the connection."""
+        received = b""
+        try:
+            while chunk := connection.recv(65_536):
+                received += chunk
+        except ConnectionResetError:
+            pass
+        return received
 
     def resident(self) -> int:
         """Bytes of memory that the process holds."""
@@ -125,16 +136,6 @@ class Server:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
-
-
-def read_all(connection: socket.socket) -> bytes:
-    received = b""
-    try:
-        while chunk := connection.recv(65_536):
-            received += chunk
-    except ConnectionResetError:
-        pass
-    return received
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The native routes: models, predict, uncertainty, compare."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from service.bodies import BodyReader, parse_images
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
 from service.inference import Classifier, Compare, Inference, Pixels, Predict, Task, Uncertainty
 from service.schemas import (
@@ -29,9 +29,12 @@ from service.schemas import Problem as ProblemBody
 router = APIRouter(tags=["models"])
 
 Result = TypeVar("Result")
-Find = Callable[..., Classifier]
+Find = Callable[..., Awaitable[Classifier]]
 _MODEL = "/v1/models/{name}"
 _VERSION = _MODEL + "/versions/{version}"
+_MAX_NUMBERS = 1_000_000
+"""Sampled probabilities in one answer: about 12 MB of JSON."""
+
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PICTURES: dict[str, Any] = {
     "required": True,
@@ -79,7 +82,7 @@ _PICTURES: dict[str, Any] = {
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemBody, "content": {"application/problem+json": {}}}
-    for status in (400, 404, 408, 413, 415, 422, 503)
+    for status in (400, 404, 408, 413, 415, 422, 500, 503)
 }
 
 
@@ -89,17 +92,17 @@ def inference_of(request: Request) -> Inference:
     return inference
 
 
-def default_model(request: Request) -> Classifier:
+async def default_model(request: Request) -> Classifier:
     """Find the default model's latest version."""
     return inference_of(request).registry.find()
 
 
-def named_model(request: Request, name: str) -> Classifier:
+async def named_model(request: Request, name: str) -> Classifier:
     """Find a model's latest version."""
     return inference_of(request).registry.find(name)
 
 
-def versioned_model(request: Request, name: str, version: str) -> Classifier:
+async def versioned_model(request: Request, name: str, version: str) -> Classifier:
     """Find one version of a model."""
     return inference_of(request).registry.find(name, version)
 
@@ -194,9 +197,20 @@ async def _answer(
     """Read the pictures, run the task, and put the answer together."""
     inference = inference_of(request)
     pixels = await _read_pixels(request, inference, model)
+    if isinstance(task, Uncertainty) and task.include_samples:
+        _check_length(task.samples * len(pixels) * len(model.classes))
     request.state.log.update(model=model.name, version=model.version, images=len(pixels))
     answer = await _while_connected(request, inference.run(model, task, pixels))
     return {"model": model.name, "version": model.version, **head, **answer}
+
+
+def _check_length(numbers: int) -> None:
+    """Refuse, before the work, an answer that would be too long to write."""
+    if numbers > _MAX_NUMBERS:
+        raise TooLarge(
+            f"samples x images x classes is more than {_MAX_NUMBERS}: ask for less at once, or "
+            f"without include_samples"
+        )
 
 
 async def _read_pixels(request: Request, inference: Inference, model: Classifier) -> Pixels:

@@ -256,3 +256,13 @@ INFINITE = {**INPUT.to_json(), "channels": float("inf")}
 def test_metadata_that_make_no_sense_are_refused(path, changes, reason):
     change_json(path, **changes)
     refused(path, reason, METADATA)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
+    module = MLP.build()
+    with torch.no_grad():
+        module.logits.bias[1] = value
+    with pytest.raises(CheckpointError, match=r"logits\.bias.*NaN or infinity"):
+        save(tmp_path, module, metadata())
+    assert list(tmp_path.rglob("*")) == []

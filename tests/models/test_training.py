@@ -9,7 +9,7 @@ from torch import nn
 
 from models.data import Split
 from models.dropout import InvertedDropout
-from models.errors import ConfigError
+from models.errors import ConfigError, TrainingDiverged
 from models.networks import NetworkConfig
 from models.preprocessing import Preprocessing
 from models.training import Recipe, accuracy_of, fit, launch
@@ -233,3 +233,13 @@ def test_a_recipe_that_makes_no_sense_is_refused(change):
 def test_too_few_images_are_refused(digits):
     with pytest.raises(ConfigError, match="2 images are too few"):
         next(start(build(MLP), digits, SHORT, images=2))
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_state_before(digits, tmp_path):
+    state = tmp_path / "state.safetensors"
+    module = MLP.build()
+    with torch.no_grad():
+        module.logits.weight.fill_(1e38)
+    with pytest.raises(TrainingDiverged, match="lower the learning rate"):
+        list(start(module, digits, Recipe(epochs=3, batch_size=64), state_path=state))
+    assert not state.exists()

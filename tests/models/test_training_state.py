@@ -13,7 +13,7 @@ from torch import nn
 from models.errors import CheckpointRefused, ConfigError
 from models.networks import NetworkConfig
 from models.training import Recipe, fit, launch
-from models.training_state import State, earlier_run
+from models.training_state import State, claimed, earlier_run
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (16,), (0.3,))
 RECIPE = Recipe(epochs=3, batch_size=64)
@@ -159,8 +159,6 @@ def test_an_earlier_run_is_continued_or_discarded_as_asked_and_never_lost(path):
     assert earlier_run(path, resume=True, restart=False) == 1
     with pytest.raises(ConfigError, match=r"interrupted after epoch 1.*--resume.*--restart"):
         earlier_run(path, resume=False, restart=False)
-    with pytest.raises(ConfigError, match="not both"):
-        earlier_run(path, resume=True, restart=True)
     assert path.exists()
     assert earlier_run(path, resume=False, restart=True) == 0
     assert not path.exists()
@@ -187,3 +185,14 @@ def test_a_damaged_earlier_run_is_refused(path, damage):
     damage(path)
     with pytest.raises(CheckpointRefused):
         earlier_run(path, resume=True, restart=False)
+
+
+def test_one_run_of_a_model_at_a_time(tmp_path):
+    with (
+        claimed(tmp_path / "run"),
+        pytest.raises(ConfigError, match="another run"),
+        claimed(tmp_path / "run"),
+    ):
+        pass
+    with claimed(tmp_path / "run"):
+        pass

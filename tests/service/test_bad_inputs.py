@@ -120,6 +120,7 @@ JSON = {
     "a list": (422, b'["MARKER"]'),
     "a string": (422, b'"MARKER"'),
     "an empty object": (422, b"{}"),
+    "a million empty lists": (413, b'{"instances": [' + b"[]," * 350_000 + b"[]]}"),
     "too long": (413, b'{"images": ["' + b"A" * 1_100_000 + b'"]}'),
     "strings that NumPy would pad to 200 GB": (
         422,

@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner
 
 from models import catalogue, checkpoint, recipes
 from models.data import load_dataset
-from models.training import fit
+from models.training import Recipe, fit
 from service.cli import app
 from service.settings import Settings, environment_name
 
@@ -174,11 +176,11 @@ def interrupted(tmp_path_factory):
     root = tmp_path_factory.mktemp("interrupted")
     data = load_dataset("digits", Path("none"))
     normalize = data.preprocessing.normalize
-    config = recipes.network_config("mlp", data.preprocessing.shape, 10)
-    module = recipes.build_checked(config, normalize(data.train.images[:1]), 0)
-    recipe = recipes.replace(recipes.default_recipe("digits", "mlp"), epochs=2)
+    plan = recipes.plan("digits", "mlp", Path("none"), recipe={"epochs": 2})
     state = root / "digits-mlp" / ".training" / "state.safetensors"
-    epochs = fit(module, data.train, normalize, recipe, state_path=state)
+    made_with = {"network": plan.config.to_json(), "on": ["32-true", 1]}
+    options = {"state_path": state, "description": made_with}
+    epochs = fit(plan.module, data.train, normalize, plan.recipe, **options)
     next(epochs)
     epochs.close()
     return root
@@ -238,6 +240,11 @@ def test_two_processes_share_the_work_and_save_one_version(tmp_path):
     assert [f.name for f in (tmp_path / "digits-mlp").iterdir()] == ["1"]
     _, metadata = checkpoint.load(tmp_path / "digits-mlp" / "1")
     assert metadata.evaluation["eval"]["accuracy"] > 0.85
+
+
+def test_every_field_of_a_recipe_is_an_option():
+    options = {p.name for p in typer.main.get_command(app).get_command(None, "train").params}
+    assert {field.name for field in fields(Recipe)} - options == {"validation_share"}
 
 
 def test_a_damaged_state_is_refused(stopped):

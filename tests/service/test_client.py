@@ -160,7 +160,7 @@ def test_models_are_read_from_their_routes(call, method, arguments, path):
 
 @pytest.mark.parametrize("target", [{"version": 1}, {"model": ""}, {"model": ".."}])
 def test_a_version_without_a_model_and_a_name_that_is_none_are_refused(call, target):
-    with pytest.raises(ValueError, match="model"):
+    with pytest.raises((ValueError, errors.NotFound), match="model"):
         call(answering(200, PREDICTED), "predict", PNG, **target)
 
 

@@ -38,16 +38,6 @@ def read_until(connection, end):
     return received
 
 
-def read_to_the_end(connection):
-    received = b""
-    try:
-        while got := connection.recv(65_536):
-            received += got
-    except ConnectionResetError:
-        pass
-    return received
-
-
 def test_a_request_id_is_echoed_and_one_is_made_where_there_is_none(http):
     assert http.get("/livez", headers={"X-Request-ID": "a-B.9:_"}).headers["x-request-id"] == (
         "a-B.9:_"
@@ -116,7 +106,7 @@ def test_a_body_that_drips_in_is_408_within_the_time_allowed(tight_server):
     with connect(tight_server) as connection:
         connection.sendall(head(len(PNG)) + PNG[:10])
         started = time.monotonic()
-        answer = read_to_the_end(connection)
+        answer = tight_server.read_all(connection)
     assert time.monotonic() - started < 5
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"application/problem+json" in answer
@@ -134,7 +124,7 @@ def test_a_body_shorter_than_announced_gets_no_answer_but_a_closed_connection(se
     with connect(server) as connection:
         connection.sendall(head(len(PNG) + 1, "X-Request-ID: short") + PNG)
         connection.shutdown(socket.SHUT_WR)
-        assert read_to_the_end(connection) == b""
+        assert server.read_all(connection) == b""
     assert server.line("short")["status"] == 499
 
 

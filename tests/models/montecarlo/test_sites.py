@@ -113,7 +113,7 @@ class PerBatch(nn.Module):
         (nn.Sequential(nn.Dropout(P), nn.LSTMCell(6, 3)), "one tensor of logits"),
         (PerBatch(), "change with the size of the batch"),
     ],
-    ids=["in-place result thrown away", 
+    ids=["in-place result thrown away",
         "none", "rate 0", "rate 1", "gru", "lstm", "three dimensions", "one dimension", "a pair",
         "by batch",
     ],

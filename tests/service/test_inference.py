@@ -1,0 +1,59 @@
+"""Classifiers: what one version answers, and how much at once."""
+
+import asyncio
+import threading
+
+import httpx
+import numpy as np
+import pytest
+
+from service.errors import Overloaded
+from service.inference import Classifier, Inference, Uncertainty
+from service.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def classifier(checkpoints):
+    return Classifier("digits-mlp", 1, checkpoints / "digits-mlp" / "1")
+
+
+def test_more_than_fits_at_once_is_answered_in_parts_that_agree(classifier):
+    pixels = np.random.default_rng(0).integers(0, 256, (450, 1, 8, 8), np.uint8)
+    task = Uncertainty(samples=1000)  # 4.5 million probabilities; some 4.2 fit
+    (whole,) = classifier.run(task, [pixels])
+    (end,) = classifier.run(task, [pixels[-20:]])
+    assert len(whole["predictions"]) == 450
+    for one, other in zip(whole["predictions"][-20:], end["predictions"], strict=True):
+        np.testing.assert_allclose(one["mean"], other["mean"], atol=1e-5)
+        np.testing.assert_allclose(one["variance"], other["variance"], atol=1e-5)
+
+
+def test_an_answer_too_long_to_write_is_refused_before_the_work(make_server, problem):
+    server = make_server(max_images=101).start()
+    body = {"instances": [[[0]]] * 101}
+    url = server.url + "/uncertainty?samples=1000"
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    refused = httpx.post(url + "&include_samples=true", json=body, timeout=60)
+    assert "include_samples" in problem(refused, 413)
+
+
+def test_what_waits_to_be_decoded_is_limited(checkpoints):
+    settings = Settings(checkpoints=checkpoints, max_queue=3, default_model="digits-mlp")
+    inference = Inference(settings)
+    gate = threading.Event()
+
+    def work():
+        gate.wait(10)
+        return np.zeros((1, 1, 8, 8), np.uint8)
+
+    async def main():
+        waiting = [asyncio.create_task(inference.decode(work)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await inference.decode(work)
+        gate.set()
+        await asyncio.gather(*waiting)
+        assert (await inference.decode(work)).shape == (1, 1, 8, 8)
+
+    asyncio.run(main())
+    inference.close()
