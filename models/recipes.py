@@ -25,7 +25,7 @@ def default_recipe(dataset: str, network: str) -> Recipe:
         network: as `models.networks.NetworkConfig.kind`.
     """
     if dataset == "digits":
-        return Recipe(epochs=40, batch_size=64, label_smoothing=0.05)
+        return Recipe(epochs=60, batch_size=32, learning_rate=1e-3)
     if (dataset, network) == ("fashion-mnist", "cnn"):
         return Recipe(epochs=14, learning_rate=3e-3, weight_decay=0.05, shift=1, flip=True)
     if (dataset, network) == ("fashion-mnist", "mlp"):
