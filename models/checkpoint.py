@@ -145,7 +145,9 @@ def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module,
     raw = read_once(weights, _MAX_BYTES)
     tensors = parse_tensors(weights, raw)
     if (got := hashlib.sha256(raw).hexdigest()) != metadata.sha256:
-        raise CheckpointRefused(weights, f"SHA-256 is {got}, {METADATA} says {metadata.sha256}")
+        raise CheckpointRefused(
+            weights, f"damaged or exchanged: SHA-256 is {got}, {METADATA} says {metadata.sha256}"
+        )
     if metadata.network.is_builtin:  # a description may lie: weigh it before it takes memory
         with torch.device("meta"):
             _check_tensors(weights, tensors, metadata.network.build().state_dict())

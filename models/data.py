@@ -6,6 +6,7 @@ All of a dataset lies in memory as uint8, and batches are sliced from it.
 import gzip
 import hashlib
 import http.client
+import io
 import math
 import urllib.request
 import zlib
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.errors import DataError
-from models.preprocessing import Preprocessing
+from models.preprocessing import Pixels, Preprocessing
 
 NAMED = ("digits", "fashion-mnist", "mnist")
 
@@ -229,18 +230,25 @@ def _folder(root: Path, size: int, invert: bool) -> Dataset:
     if split:
         _, test = _read_images(root / "test", classes, plain)
     else:
-        held_out = torch.tensor([_held_out(name) for name in names])
-        if not 0 < held_out.sum() < len(names):
-            raise DataError(f"{root}: too few images to hold some out for testing")
+        held_out = _held_out(names, train.labels)
         train, test = train.take(~held_out), train.take(held_out)
     name = f"{root.resolve().name}/"  # the slash tells it from the named sets
     return Dataset(name, classes, train, test, Preprocessing.measured(train.images, invert))
 
 
-def _held_out(name: str) -> bool:
-    """Decide by the file's name whether an image is for testing, so that it stays there."""
-    first = hashlib.sha256(name.encode()).digest()[0]
-    return first < 256 * _TEST_SHARE
+def _held_out(names: list[str], labels: Tensor) -> Tensor:
+    """Choose about a fifth for testing by the hash of each file's name, at least one a class.
+
+    A picture stays where it is when others come. Returns bool [N].
+    """
+    digests = [hashlib.sha256(name.encode()).digest() for name in names]
+    chosen = torch.tensor([digest[0] < 256 * _TEST_SHARE for digest in digests])
+    for label in range(int(labels.max()) + 1):
+        members = sorted((labels == label).nonzero().flatten().tolist(), key=digests.__getitem__)
+        if len(members) < 2:
+            raise DataError(f"{names[members[0]]} is alone in its class: there is none to test on")
+        chosen[members[0]], chosen[members[-1]] = True, False
+    return chosen
 
 
 def _read_images(
@@ -252,11 +260,18 @@ def _read_images(
         if not files:
             raise DataError(f"{root / name}: no .png, .jpg or .webp image in it")
         for path in files:
-            try:
-                with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
-                    images.append(preprocessing.prepare(image))
-            except Exception as error:  # Pillow's parsers raise whatever a bad file makes them
-                raise DataError(f"{path}: cannot be read as an image: {error}") from error
+            images.append(_read_image(path, preprocessing))
             names.append(path.relative_to(root).as_posix())
             labels.append(label)
     return names, Split(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+
+
+def _read_image(path: Path, preprocessing: Preprocessing) -> Pixels:
+    raw = path.read_bytes()
+    if raw[:4] == b"\x89PNG" and raw[24:25] == b"\x10":
+        raise DataError(f"{path}: 16 bits a channel, which would be clipped: save it with 8")
+    try:
+        with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")) as image:
+            return preprocessing.prepare(image)
+    except Exception as error:  # Pillow's parsers raise whatever a bad file makes them
+        raise DataError(f"{path}: cannot be read as an image: {error}") from error

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from models import catalogue
 from models.errors import CheckpointNotFound, ModelsError
 from service import terminal
-from service.client import DEFAULT_URL, DropserveClient
+from service.client import DropserveClient
 from service.errors import DropserveError, RequestError
 from service.registry import RegistryError
 from service.settings import Settings, environment_name
@@ -37,7 +37,7 @@ Opt = typer.Option
 Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
 DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
 AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
-Url = Annotated[str, Opt(help="Where the service listens.")]
+Url = Annotated[str | None, Opt(help="Of the service; from DROPSERVE_HOST and _PORT.")]
 Pictures = Annotated[list[Path], typer.Argument(help="PNG, JPEG or WebP files.")]
 Model = Annotated[str | None, Opt(help="Model to ask; the service's default one if left out.")]
 Version = Annotated[int | None, Opt(min=1, help="Of the model; the latest if left out.")]
@@ -139,8 +139,7 @@ def train(
         if not fabric.is_global_zero:  # one of several processes: the first shows and saves
             list(fit(module, data.train, normalize, plan.recipe, **run))
             return
-        if resume:
-            terminal.say(f"epochs done in an interrupted run: {finished or 'none, starting anew'}")
+        terminal.say_what_is_read(data.name, len(data.train), len(data.test), finished)
         with terminal.TrainingProgress(plan.recipe.epochs, finished) as shown:
             run["progress"] = shown.batch
             for epoch in fit(module, data.train, normalize, plan.recipe, **run):
@@ -229,7 +228,7 @@ def serve(
 @_reported
 def predict(
     images: Pictures,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     model: Model = None,
     version: Version = None,
     as_json: AsJson = False,
@@ -249,7 +248,7 @@ def predict(
 @_reported
 def uncertainty(
     images: Pictures,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     model: Model = None,
     version: Version = None,
     samples: Annotated[int, Opt(min=1, max=1000, help="Thinned networks, T.")] = 100,
@@ -270,18 +269,18 @@ def uncertainty(
 
 
 @contextmanager
-def _client(url: str, model: str | None, version: int | None) -> Iterator[DropserveClient]:
+def _client(url: str | None, model: str | None, version: int | None) -> Iterator[DropserveClient]:
     if version is not None and not model:
         raise Refused("--version is of a model: give --model as well")
-    with DropserveClient(url) as client:
+    with DropserveClient(url or _settings().url) as client:
         yield client
 
 
 @app.command()
 @_reported
-def models(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+def models(url: Url = None, as_json: AsJson = False) -> None:
     """List the models of a running service."""
-    with DropserveClient(url) as client:
+    with _client(url, None, None) as client:
         answer = client.models()
     if as_json:
         terminal.say(answer.model_dump_json(indent=2))

@@ -47,7 +47,9 @@ class Registry(Generic[Served]):
             NotFound: no such model or version, or no default.
         """
         if name is None and self.default is None:
-            raise NotFound("there are several models and no default: name one in the path")
+            raise NotFound(
+                "there are several models and no default: name one, or set DROPSERVE_DEFAULT_MODEL"
+            )
         versions = self._models.get(self.default or "" if name is None else name)
         if versions is None:
             raise NotFound("no such model; GET /v1/models lists them")

@@ -1,6 +1,7 @@
 """What a deployer sets: environment variables that begin with DROPSERVE_."""
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -59,8 +60,16 @@ class Settings(BaseSettings):
         known = {environment_name(name) for name in type(self).model_fields}
         unknown = {name for name in os.environ if name.upper().startswith(PREFIX)} - known
         if unknown:
-            raise ValueError(f"no such setting: {', '.join(sorted(unknown))}")
+            like = get_close_matches(min(unknown), known, 1)
+            hint = f"; did you mean {like[0]}?" if like else ""
+            raise ValueError(f"no such setting: {', '.join(sorted(unknown))}{hint}")
         return self
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds the service."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104  not bound
+        return f"http://{host}:{self.port}"
 
 
 def environment_name(field: str) -> str:

@@ -63,6 +63,12 @@ def say(*lines: str) -> None:
         _console().print(line, soft_wrap=True)
 
 
+def say_what_is_read(name: str, train: int, test: int, finished: int) -> None:
+    """Say what a run trains on, and how much of it is done already."""
+    before = f"; epochs done before: {finished}" if finished else ""
+    say(f"{name}: {train:,} images to train on, {test:,} to test on{before}")
+
+
 def print_json(value: object) -> None:
     """Print plain values as JSON, and nothing around it."""
     say(json.dumps(value, indent=2))
@@ -149,7 +155,7 @@ def show_prediction(image: str, prediction: Prediction, classes: Sequence[str]) 
     table = Table.grid(padding=(0, 2))
     for index in _ranked(prediction.probabilities):
         p = prediction.probabilities[index]
-        table.add_row(f"  {classes[index]}", _bar(p, p, p), f"{p:.1%}")
+        table.add_row(f"  {classes[index]}", _bar(p, p, p), f"{p:6.1%}")
     _console().print(table)
 
 
@@ -163,10 +169,10 @@ def show_uncertainty(
     for index in _ranked(mean):
         lower, upper = interval.lower[index], interval.upper[index]
         bar = _bar(lower, mean[index], upper)
-        numbers = f"{mean[index]:.1%}  [{lower:.1%}, {upper:.1%}]"
+        numbers = f"{mean[index]:6.1%}  [{lower:.1%}, {upper:.1%}]"
         table.add_row(f"  {classes[index]}", bar, numbers)
     _console().print(table)
-    say(f"  [ ]: {interval.level:.0%} of the thinned networks lie in it; in the bar: ▓ mean ░")
+    say(f"  █▓ up to the mean; ▓░ and [ ]: where {interval.level:.0%} of the thinned networks lie")
     _console().print(_doubt(prediction))
 
 

@@ -61,11 +61,12 @@ def test_nothing_is_pickled_and_no_file_outgrows_a_sitting(path):
 
 
 def test_the_client_needs_only_the_schemas_the_errors_and_httpx():
-    path = ROOT / "service/client.py"
-    ours = {name for name in imports(path) if name.startswith("service.")}
-    assert all(name.startswith(("service.schemas", "service.errors")) for name in ours)
-    others = packages(path) - {"service"} - sys.stdlib_module_names
-    assert others <= {"httpx", "pydantic"}
+    light = ("service.schemas", "service.errors", "service.calls")
+    for path in (ROOT / "service/client.py", ROOT / "service/calls.py"):
+        ours = {name for name in imports(path) if name.startswith("service.")}
+        assert all(name.startswith(light) for name in ours)
+        others = packages(path) - {"service"} - sys.stdlib_module_names
+        assert others <= {"httpx", "pydantic"}
 
 
 def test_the_batcher_knows_neither_torch_nor_http():

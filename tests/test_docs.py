@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from models.networks import default_config
+from models.recipes import default_recipe
 from service.app import create_app
 from service.cli import app as command_line
 from service.settings import Settings, environment_name
@@ -115,6 +117,21 @@ def test_api_page_lists_every_route_and_option():
             for parameter in operation.get("parameters", []):
                 if parameter["in"] == "query":
                     assert f"`{parameter['name']}`" in API, path
+
+
+def test_training_page_states_the_recipes_and_sizes_that_are_used():
+    page = (ROOT / "docs/training.md").read_text()
+    row = r"^\| (\S+), (mlp|cnn): .*? \| ([\d,]+) \| (\d+) \| (\d+) \| (\.\d+) \| (\.\d+) \|"
+    rows = re.findall(row, page, re.MULTILINE)
+    assert len(rows) == 3
+    for dataset, network, parameters, *numbers in rows:
+        recipe = default_recipe(dataset, network)
+        stated = [float(number) for number in numbers]
+        fields = recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.weight_decay
+        assert stated == list(fields), (dataset, network)
+        shape = (1, 8, 8) if dataset == "digits" else (1, 28, 28)
+        module = default_config(network, shape, 10).build()
+        assert sum(p.numel() for p in module.parameters()) == int(parameters.replace(",", ""))
 
 
 def test_the_map_shows_every_room_and_no_other():

@@ -175,7 +175,8 @@ def test_a_flipped_bit_is_refused_by_its_sha(path):
     raw = bytearray((path / WEIGHTS).read_bytes())
     raw[-3] ^= 1
     (path / WEIGHTS).write_bytes(raw)
-    refused(path, rf"SHA-256 is {hashlib.sha256(raw).hexdigest()}, model.json says [0-9a-f]{{64}}")
+    digest = hashlib.sha256(raw).hexdigest()
+    refused(path, rf"exchanged: SHA-256 is {digest}, model.json says [0-9a-f]{{64}}")
 
 
 def other(name, value):

@@ -257,7 +257,7 @@ def too_few(root):
         (an_empty_class, r"dog: no .png"),
         (a_broken_image, r"broken.png: cannot be read"),
         (a_test_folder_without_a_class, r"test.dog: no .png"),
-        (too_few, "too few images"),
+        (too_few, "alone in its class"),
     ],
 )
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path, make, reason):

@@ -56,7 +56,7 @@ def foreign(tmp_path_factory):
 
 
 REFUSED = {
-    "a damaged checkpoint": "model.safetensors: SHA-256 is",
+    "a damaged checkpoint": "model.safetensors: damaged or exchanged: SHA-256 is",
     "an empty folder": "no checkpoint in it; make one with",
     "an unknown default": "the default model 'other' is not in it",
     "an untrusted factory": "the factory 'os.path:join' is not trusted here",
