@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from models.networks import NetworkConfig
 from models.preprocessing import Preprocessing
 from models.storage import (
     MAX_HEADER_BYTES,
+    dump_tensors,
     parse_json,
     parse_tensors,
     read_once,
@@ -96,11 +96,9 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
         CheckpointError: it could not be written, or could not be read again (a weight is NaN, there
             are too many tensors); nothing is left behind.
     """
-    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-    weights = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+    weights = dump_tensors(Path(WEIGHTS), module.state_dict())
     # By the reader's own checks: a version that would be refused must not come to be.
-    _check_tensors(Path(WEIGHTS), parse_tensors(Path(WEIGHTS), weights), tensors)
+    _check_tensors(Path(WEIGHTS), parse_tensors(Path(WEIGHTS), weights), module.state_dict())
     metadata = replace(
         metadata, sha256=hashlib.sha256(weights).hexdigest(), torch_version=torch.__version__
     )
@@ -156,7 +154,8 @@ def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module,
             module = metadata.network.build(factories)
     except ConfigError as error:
         raise CheckpointRefused(path / METADATA, str(error)) from error
-    _check_tensors(weights, tensors, module.state_dict())
+    if not metadata.network.is_builtin:
+        _check_tensors(weights, tensors, module.state_dict())
     module.load_state_dict(tensors)
     return module.eval(), metadata
 

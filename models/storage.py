@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,22 @@ def parse_tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
         return safetensors.torch.load(raw)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointRefused(path, f"not sound safetensors: {error}") from error
+
+
+def dump_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> bytes:
+    """Return the bytes of a safetensors file that `parse_tensors` will accept.
+
+    Of copies, because safetensors refuses tensors that share memory, as tied weights do.
+
+    Raises:
+        CheckpointRefused: there are more tensors, or longer names, than a reader takes.
+    """
+    copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    raw = safetensors.torch.save(copies, metadata)
+    check_header(path, raw)
+    return raw
 
 
 def check_header(path: Path, raw: bytes) -> dict[str, Any]:

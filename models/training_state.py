@@ -5,12 +5,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from models.errors import CheckpointRefused, ConfigError
-from models.storage import alone_in, check_header, parse_tensors, read_once, replace_durably
+from models.storage import (
+    alone_in,
+    check_header,
+    dump_tensors,
+    parse_tensors,
+    read_once,
+    replace_durably,
+)
 
 _MAX_BYTES = 32 * 2**30
 
@@ -110,10 +116,7 @@ class State:
             "best_epoch": str(self._best_epoch),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        raw = safetensors.torch.save(contiguous, metadata)
-        check_header(path, raw)
-        replace_durably(path, raw)
+        replace_durably(path, dump_tensors(path, tensors, metadata))
 
     def restore(self, path: Path) -> None:
         """Continue from a state written by `write()`.

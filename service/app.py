@@ -1,7 +1,7 @@
 """`create_app()` wires settings, inference and routes; nothing happens at import."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -70,8 +70,7 @@ async def _known(request: Request, error: Exception) -> Response:
         raise error
     if error.status == 500:
         _log.error(str(error), extra={FIELDS: {"request_id": request.state.request_id}})
-    content = problem(error.status, str(error), request.state.request_id)
-    return JSONResponse(content, error.status, error.headers, media_type="application/problem+json")
+    return _problem(request, error.status, str(error), error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -89,6 +88,11 @@ async def _http(request: Request, error: Exception) -> Response:
     """Translate what the framework raises: no such route, no such method."""
     if not isinstance(error, HTTPException):
         raise error
-    content = problem(error.status_code, str(error.detail), request.state.request_id)
-    headers = dict(error.headers or {})
-    return JSONResponse(content, error.status_code, headers, media_type="application/problem+json")
+    return _problem(request, error.status_code, str(error.detail), error.headers)
+
+
+def _problem(
+    request: Request, status: int, detail: str, headers: Mapping[str, str] | None
+) -> Response:
+    content = problem(status, detail, request.state.request_id)
+    return JSONResponse(content, status, headers, media_type="application/problem+json")

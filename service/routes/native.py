@@ -21,10 +21,10 @@ from service.schemas import (
     ModelList,
     PredictOptions,
     PredictResponse,
+    Problem,
     UncertaintyOptions,
     UncertaintyResponse,
 )
-from service.schemas import Problem as ProblemBody
 
 router = APIRouter(tags=["models"])
 
@@ -81,7 +81,7 @@ _PICTURES: dict[str, Any] = {
     },
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ProblemBody, "content": {"application/problem+json": {}}}
+    status: {"model": Problem, "content": {"application/problem+json": {}}}
     for status in (400, 404, 408, 413, 415, 422, 500, 503)
 }
 
