@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from service.bodies import BodyReader, parse_images
+from service.classifier import Classifier, Compare, Pixels, Predict, Task, Uncertainty
 from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
-from service.inference import Classifier, Compare, Inference, Pixels, Predict, Task, Uncertainty
+from service.inference import Inference
 from service.schemas import (
     CompareOptions,
     CompareResponse,

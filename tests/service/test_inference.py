@@ -7,8 +7,9 @@ import httpx
 import numpy as np
 import pytest
 
+from service.classifier import Classifier, Uncertainty
 from service.errors import Overloaded
-from service.inference import Classifier, Inference, Uncertainty
+from service.inference import Inference
 from service.settings import Settings
 
 

@@ -1,0 +1,203 @@
+"""One version of a model, ready to answer: the door between traffic and what is learned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models import checkpoint
+from models.comparison import Layer, Moments, compare
+from models.montecarlo import MaskKind, Sampler, summarize
+from service.errors import ServerError
+
+_MAX_PROBABILITIES = 2**22
+"""Sampled probabilities [T, B, C] summarised at once: 32 MiB of float64, a few times over."""
+
+Pixels = npt.NDArray[np.uint8]
+Answer = Mapping[str, Any]
+"""Ready for JSON, with NumPy float32 for numbers."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Eval mode."""
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Monte Carlo dropout."""
+
+    samples: int = 100
+    seed: int = 0
+    masks: MaskKind = "stratified"
+    level: float = 0.9
+    include_samples: bool = False
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train mode beside eval mode."""
+
+    passes: int = 8
+    seed: int = 0
+
+
+Task = Predict | Uncertainty | Compare
+
+
+class Classifier:
+    """One version of a model: loaded, verified, and run once.
+
+    Args:
+        name: the model's.
+        version: of it.
+        path: the version's folder.
+        factories: that its checkpoint may import and call.
+
+    Raises:
+        CheckpointError, UnsupportedModule: it cannot be served; says why.
+    """
+
+    def __init__(self, name: str, version: int, path: Path, factories: Sequence[str] = ()) -> None:
+        self.name = name
+        self.version = version
+        self._module, self._metadata = checkpoint.load(path, factories)
+        self._preprocessing = self._metadata.preprocessing
+        blank = torch.zeros(1, *self._preprocessing.shape, dtype=torch.uint8)
+        self._sampler = Sampler(self._module, self._preprocessing.normalize(blank))
+        self.run(Uncertainty(samples=2), [blank.numpy()])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of probabilities."""
+        return self._metadata.classes
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Turn a picture into the network's pixels, uint8 [C, H, W]; any thread may call it."""
+        return self._preprocessing.prepare(image)
+
+    def run(self, task: Task, requests: Sequence[Pixels]) -> list[Answer]:
+        """Answer requests of one task together.
+
+        Args:
+            task: what to do.
+            requests: pixels uint8 [B, C, H, W], a request each.
+
+        Returns:
+            An answer a request; `predictions` are in the order of its images.
+        """
+        if isinstance(task, Compare):
+            return [self._compare(task, self._input(pixels)) for pixels in requests]
+        x = self._input(np.concatenate(requests) if len(requests) > 1 else requests[0])
+        rest = iter(self._predict(x) if isinstance(task, Predict) else self._uncertainty(task, x))
+        return [{"predictions": [next(rest) for _ in pixels]} for pixels in requests]
+
+    def details(self) -> dict[str, Any]:
+        """Describe this version; the fields of `ModelDetails` that it knows."""
+        metadata, preprocessing = self._metadata, self._preprocessing
+        return {
+            "classes": list(metadata.classes),
+            "input": {
+                "height": preprocessing.size[0],
+                "width": preprocessing.size[1],
+                "channels": preprocessing.channels,
+                "mean": list(preprocessing.mean),
+                "std": list(preprocessing.std),
+                "invert": preprocessing.invert,
+            },
+            "training": self._module.training,
+            "parameters": sum(p.numel() for p in self._module.parameters()),
+            "sites": [
+                {"name": s.name, "kind": s.kind, "p": s.p, "shape": list(s.shape)}
+                for s in self._sampler.sites
+            ],
+            "path": self._sampler.path,
+            "network": metadata.network.to_json(),
+            "data": dict(metadata.data),
+            "evaluation": dict(metadata.evaluation),
+            "sha256": metadata.sha256,
+            "torch_version": metadata.torch_version,
+        }
+
+    def _input(self, pixels: Pixels) -> Tensor:
+        return self._preprocessing.normalize(torch.from_numpy(pixels))
+
+    @torch.inference_mode()
+    def _predict(self, x: Tensor) -> list[Answer]:
+        probabilities = _finite(self._module(x).float().softmax(-1)).numpy()
+        best = probabilities.argmax(1)
+        return [
+            {**self._label(k), "probability": row[k], "probabilities": row}
+            for row, k in zip(probabilities, best, strict=True)
+        ]
+
+    def _uncertainty(self, task: Uncertainty, x: Tensor) -> list[Answer]:
+        """Answer a few images at a time where all would take too much memory at once."""
+        size = max(1, _MAX_PROBABILITIES // (task.samples * len(self.classes)))
+        parts = (self._uncertainty_of_few(task, part) for part in torch.split(x, size))
+        return [answer for part in parts for answer in part]
+
+    def _uncertainty_of_few(self, task: Uncertainty, x: Tensor) -> list[Answer]:
+        sampled = self._sampler.sample(x, task.samples, task.seed, task.masks)
+        summary = summarize(_finite(sampled), task.masks, task.level)
+        fields = {name: _float32(value) for name, value in vars(summary).items()}
+        lower, upper = fields.pop("lower"), fields.pop("upper")
+        best = fields["mean"].argmax(1)
+        answers: list[Answer] = []
+        for i, k in enumerate(best):
+            answer = self._label(k)
+            answer |= {n: None if v is None else v[i] for n, v in fields.items()}
+            answer["interval"] = {"level": task.level, "lower": lower[i], "upper": upper[i]}
+            if task.include_samples:
+                answer["sample_probabilities"] = sampled[:, i].contiguous().numpy()
+            answers.append(answer)
+        return answers
+
+    def _compare(self, task: Compare, x: Tensor) -> Answer:
+        found = compare(self._module, self._sampler, x, task.passes, task.seed)
+        plain, train = _finite(found.eval).numpy(), _finite(found.train).numpy()
+        distance = _float32(found.distance())
+        predictions = [
+            {
+                "eval": list(plain[:, i]),
+                "train": list(train[:, i]),
+                "train_mean": train[:, i].mean(0),
+                "distance": distance[i],
+            }
+            for i in range(len(x))
+        ]
+        return {"predictions": predictions, "layers": [_layer(layer) for layer in found.layers]}
+
+    def _label(self, index: int) -> dict[str, Any]:
+        return {"label": self._metadata.classes[index], "index": int(index)}
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise ServerError("the network's output is not finite for this image")
+    return values
+
+
+def _float32(values: Tensor | None) -> Any:  # noqa: ANN401  None stays None
+    """Round to float32: JSON then has as many digits as the network's answer means."""
+    return None if values is None else values.float().numpy()
+
+
+def _layer(layer: Layer) -> Answer:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "p": layer.p,
+        "eval": _moments(layer.eval),
+        "train": _moments(layer.train),
+    }
+
+
+def _moments(moments: Moments) -> Answer:
+    return {"mean": np.float32(moments.mean), "variance": np.float32(moments.variance)}
