@@ -1,23 +1,27 @@
 """Runs many thinned networks over one batch."""
 
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import SamplingError, UnsupportedModule
-from models.montecarlo import masks as mask_source
+from models.montecarlo.folded import Folded
 from models.montecarlo.interception import Interception, Kind
-from models.montecarlo.masks import MASK_KINDS, MaskKind
+from models.montecarlo.masks import BLOCK, MASK_KINDS, MaskKind
+from models.montecarlo.precision import Choice, Precision, choose
+from models.montecarlo.scales import Scales, ScaleStore
 from models.montecarlo.sites import Site, survey
+from models.montecarlo.statistics import Statistics, Summary
 
 MAX_SEED = 2**63 - 1
 _CHUNK_ELEMENTS = 2**22
 """Widest intermediate result held for one chunk of samples: 16 MiB of float32."""
 
-Scales = tuple[Tensor, ...]
-"""For each site, what its units are multiplied by: [T, *template], zero where dropped."""
+Path = Literal["folded", "vmap", "loop"]
 
 
 class Sampler:
@@ -27,13 +31,18 @@ class Sampler:
     not T x batch x units; each image alone still meets T draws from the right distribution.
 
     Args:
-        module: maps images [B, ...] to logits [B, C]; in eval mode, and left as it is.
+        module: maps images [B, ...] to logits [B, C]; in eval mode, and left as it is. Its weights
+            are read here: a sampler is made anew when they change.
         example: a batch [B, ...] to look at the module with.
+        precision: of the computation; "auto" takes bfloat16 where it is faster here and hardly
+            changes the answer (`models.montecarlo.precision`).
 
     Attributes:
         sites: the module's dropout calls, in the order of a forward pass.
-        path: "vmap" (everything before the first mask runs once) or "loop" (a pass a sample),
-            where the module cannot be vectorised.
+        path: "folded" (sequential modules; the fastest), "vmap" (any other; like "folded" it runs
+            once what comes before the first mask) or "loop" (a pass a sample, where the module
+            cannot be vectorised).
+        precision: what was chosen, and why.
         classes: C.
 
     Raises:
@@ -41,20 +50,27 @@ class Sampler:
         SamplingError: the module is in training mode.
     """
 
-    def __init__(self, module: nn.Module, example: Tensor) -> None:
+    def __init__(
+        self, module: nn.Module, example: Tensor, precision: Precision = "float32"
+    ) -> None:
         self._module = module
         self._require_eval_mode()
         found = survey(module, example)
         self.sites: tuple[Site, ...] = found.sites
         self.classes = found.classes
         self._widest = found.widest
-        self.path: Literal["vmap", "loop"] = self._choose_path(example[:1])
+        self._store = ScaleStore(self.sites)
+        self._folded: Folded | None = None
+        self._dtype = torch.float32
+        probe = _probe(example)
+        self._require_effect(probe)
+        self.path: Path = self._choose_path(probe)
+        self.precision: Choice = choose(precision, partial(self._at, probe))
 
-    @torch.inference_mode()
     def sample(
         self, x: Tensor, samples: int = 100, seed: int = 0, masks: MaskKind = "stratified"
     ) -> Tensor:
-        """Run `samples` thinned networks over a batch.
+        """Run `samples` thinned networks over a batch and keep what each one says.
 
         Args:
             x: images [B, ...].
@@ -69,6 +85,36 @@ class Sampler:
             SamplingError: an argument is out of range, or the module's dropout calls are not those
                 that it made on the example.
         """
+        chunks = list(self.chunks(x, samples, seed, masks))
+        return (torch.cat(chunks, 2) if len(chunks) > 1 else chunks[0]).permute(2, 1, 0)
+
+    def summarize(
+        self,
+        x: Tensor,
+        samples: int = 100,
+        seed: int = 0,
+        masks: MaskKind = "stratified",
+        level: float = 0.9,
+    ) -> Summary:
+        """Run `samples` thinned networks over a batch and keep what they say together.
+
+        Takes what `sample` takes, and the `level` of the interval.
+        """
+        statistics = Statistics(samples, masks, level)
+        for chunk in self.chunks(x, samples, seed, masks):
+            statistics.add(chunk)
+        return statistics.summary()
+
+    def chunks(
+        self, x: Tensor, samples: int = 100, seed: int = 0, masks: MaskKind = "stratified"
+    ) -> Iterator[Tensor]:
+        """Run thinned networks a few at a time, so that memory stays bounded for any T.
+
+        Takes what `sample` takes.
+
+        Yields:
+            Probabilities [C, B, t] of the next samples, for `Statistics.add`.
+        """
         self._require_eval_mode()
         if samples < 1:
             raise SamplingError(f"samples must be at least 1, not {samples}")
@@ -76,13 +122,23 @@ class Sampler:
             raise SamplingError(f"seed must be 0 to 2^63-1, not {seed}")
         if masks not in MASK_KINDS:
             raise SamplingError(f"masks must be one of {', '.join(MASK_KINDS)}, not {masks!r}")
-        run = self._vectorised if self.path == "vmap" else self._loop
-        chunk = max(1, _CHUNK_ELEMENTS // max(1, len(x) * self._widest))
-        logits = [
-            run(x, self._scales(masks, seed, range(t, min(t + chunk, samples)), x.device))
-            for t in range(0, samples, chunk)
-        ]
-        return torch.cat(logits).float().softmax(-1)
+        return self._chunks(x, samples, seed, masks)
+
+    def _chunks(self, x: Tensor, samples: int, seed: int, masks: MaskKind) -> Iterator[Tensor]:
+        with torch.inference_mode():
+            run = self._prepared(x)
+        for start in range(0, samples, self._store.chunk):
+            with torch.inference_mode():  # not across a yield: it belongs to the thread
+                chosen = range(start, min(start + self._store.chunk, samples))
+                logits = run(self._store.get(masks, seed, chosen, x.device))
+                chunk = logits.float().permute(2, 0, 1).contiguous().softmax(0)
+            yield chunk
+
+    def warm_up(self, x: Tensor, samples: int = 100) -> None:
+        """Draw the default seed's first masks, for good, and run them over `x` [B, ...]."""
+        with torch.inference_mode():
+            chosen = range(min(samples, self._store.chunk))
+            self._prepared(x)(self._store.get("stratified", 0, chosen, x.device, pin=True))
 
     def thinned(self, x: Tensor, seed: int, masks: MaskKind, sample: int) -> Tensor:
         """Run one thinned network by a plain forward pass: sample number `sample` of `sample()`.
@@ -90,64 +146,79 @@ class Sampler:
         Returns:
             Logits [B, C].
         """
-        scales = self._scales(masks, seed, range(sample, sample + 1), x.device)
-        return self._forward(x, tuple(scale[0] for scale in scales))
+        scales = self._store.draw(masks, seed, range(sample, sample + 1), x.device)
+        return self._forward(x, tuple(factor[0] for factor in scales.factors))
 
     def _require_eval_mode(self) -> None:
         if any(child.training for child in self._module.modules()):
             raise SamplingError("the module is in training mode: call module.eval() first")
 
-    def _scales(self, masks: MaskKind, seed: int, samples: range, device: torch.device) -> Scales:
-        """Draw the masks of some samples, ready to multiply by."""
-        scales = []
-        for index, site in enumerate(self.sites):
-            keep = mask_source.draw(masks, seed, index, site.units, site.p, samples)
-            scale = torch.from_numpy(keep).to(device, torch.float32).mul_(site.survivor)
-            scales.append(scale.view(len(samples), *site.template))
-        return tuple(scales)
+    def _prepared(self, x: Tensor) -> Callable[[Scales], Tensor]:
+        """Do what no mask changes, once; the rest maps masks to logits [B, T, C]."""
+        if self.path == "folded" and self._folded is not None:
+            return partial(self._folded.head, self._folded.prefix(x))
+        return partial(self._vectorised if self.path == "vmap" else self._loop, x)
 
     def _vectorised(self, x: Tensor, scales: Scales) -> Tensor:
-        """Logits [T, B, C], the passes vectorised: what comes before the first mask runs once."""
-        return torch.vmap(lambda *one: self._forward(x, one))(*scales)
+        """Logits [B, T, C], the passes vectorised: what comes before the first mask runs once."""
+        chunk = max(1, _CHUNK_ELEMENTS // max(1, len(x) * self._widest))
+        return torch.vmap(
+            lambda *one: self._forward(x, one), out_dims=1, chunk_size=min(chunk, scales.samples)
+        )(*scales.factors)
 
     def _loop(self, x: Tensor, scales: Scales) -> Tensor:
-        """Logits [T, B, C], one plain pass after another."""
-        return torch.stack([self._forward(x, one) for one in zip(*scales, strict=True)])
+        """Logits [B, T, C], one plain pass after another."""
+        passes = [self._forward(x, one) for one in zip(*scales.factors, strict=True)]
+        return torch.stack(passes, 1)
 
-    def _forward(self, x: Tensor, scales: Scales) -> Tensor:
-        """Logits [B, C] of the thinned network that `scales` [*template] describe."""
-        feed = _Feed(self.sites, scales)
-        with Interception(feed):
+    def _forward(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Logits [B, C] of the thinned network that `factors` [*template] describe."""
+        feed = _Feed(self.sites, factors)
+        low = self._dtype != torch.float32
+        with torch.autocast(x.device.type, self._dtype, enabled=low), Interception(feed):
             logits: Tensor = self._module(x)
         feed.finish()
         return logits
 
     @torch.inference_mode()
-    def _choose_path(self, example: Tensor) -> Literal["vmap", "loop"]:
-        """Take the vectorised path if it runs and agrees with the plain loop."""
-        self._require_effect(example)
-        scales = self._scales("independent", 0, range(3), example.device)
-        expected = self._loop(example, scales)
+    def _choose_path(self, probe: Tensor) -> Path:
+        """Take the fastest path that agrees with the plain loop."""
+        scales = self._store.draw("independent", 0, range(3), probe.device)
+        expected = self._loop(probe, scales)
+        self._folded = Folded.of(self._module, self.sites)
+        if self._folded is not None:
+            try:
+                h = self._folded.prefix(probe)
+                for _, way in self._folded.ways(h, scales):
+                    _compare(way(h, scales), expected)
+            except Exception:  # a module may fail in any way; the next path may do
+                self._folded = None
+            else:
+                return "folded"
         try:
-            got = self._vectorised(example, scales)
-            coarse = 4 * torch.finfo(got.dtype).eps
-            torch.testing.assert_close(
-                got, expected, rtol=max(1e-3, coarse), atol=max(1e-4, coarse)
-            )
+            _compare(self._vectorised(probe, scales), expected)
         except Exception as error:  # a module may fail under vmap in any way
             warnings.warn(
-                f"Monte Carlo dropout runs one pass a sample: {_first_line(error)}", stacklevel=3
+                f"Monte Carlo dropout runs one pass a sample: {_first_line(error)}", stacklevel=4
             )
             return "loop"
         return "vmap"
 
-    def _require_effect(self, example: Tensor) -> None:
+    def _at(self, probe: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Compute in `dtype` from now on; return a call that gives a predictive mean [B, C]."""
+        self._dtype = dtype
+        if self.path == "folded":
+            self._folded = Folded.of(self._module, self.sites, dtype)
+        return lambda: self.summarize(probe, 2 * BLOCK).mean
+
+    @torch.inference_mode()
+    def _require_effect(self, probe: Tensor) -> None:
         """Refuse a module whose masks change nothing, as where in-place results are thrown away."""
         (all_kept, all_dropped) = (
-            tuple(torch.full(site.template, value, device=example.device) for site in self.sites)
+            tuple(torch.full(site.template, value, device=probe.device) for site in self.sites)
             for value in (1.0, 0.0)
         )
-        if torch.equal(self._forward(example, all_kept), self._forward(example, all_dropped)):
+        if torch.equal(self._forward(probe, all_kept), self._forward(probe, all_dropped)):
             raise UnsupportedModule(
                 "dropping every unit changes nothing: use the value that dropout returns, also "
                 "where it is called with inplace=True"
@@ -157,9 +228,9 @@ class Sampler:
 class _Feed:
     """Hands out the masks of one forward pass in the order of the sites."""
 
-    def __init__(self, sites: tuple[Site, ...], scales: Scales) -> None:
+    def __init__(self, sites: tuple[Site, ...], factors: tuple[Tensor, ...]) -> None:
         self._sites = sites
-        self._scales = scales
+        self._factors = factors
         self._next = 0
 
     def __call__(self, kind: Kind, p: float, shape: torch.Size) -> Tensor:
@@ -169,7 +240,7 @@ class _Feed:
         site = self._sites[index]
         scale = None
         if (kind, p) == (site.kind, site.p):
-            scale = site.fit(self._scales[index], shape)
+            scale = site.fit(self._factors[index], shape)
         if scale is None:
             raise SamplingError(
                 f"{site.name}: expected {site.kind} with p={site.p} over {list(site.template)} an "
@@ -186,3 +257,15 @@ class _Feed:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _probe(example: Tensor) -> Tensor:
+    """Put noise beside the first image of `example`: two images that no path may mix up."""
+    noise = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0))
+    return torch.cat([example[:1], noise.to(example)])
+
+
+def _compare(got: Tensor, expected: Tensor) -> None:
+    """Raise if two paths' logits differ by more than rounding."""
+    coarse = 4 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=max(1e-3, coarse), atol=max(1e-4, coarse))

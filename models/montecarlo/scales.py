@@ -1,0 +1,124 @@
+"""Masks as tensors, drawn when they are first needed and kept for the seeds used last."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.montecarlo import masks
+from models.montecarlo.masks import MaskKind
+from models.montecarlo.sites import Site
+
+if TYPE_CHECKING:
+    from models.montecarlo.thinned import Thinned
+
+_MAX_BYTES = 64 * 2**20
+"""Most that a sampler keeps of masks, besides those that were drawn at load."""
+
+_MAX_ELEMENTS = 2**22
+"""Units of one chunk of samples: 16 MiB of float32."""
+
+CHUNK = 100
+"""Most samples run at once: whole blocks, a few milliseconds' work for a small network."""
+
+
+class Scales:
+    """What T thinned networks multiply by at each site.
+
+    Attributes:
+        sites: of the module.
+        factors: for each site [T, *template]: zero where a unit is dropped, else `site.survivor`.
+        thinned: what a path has made of them, to be kept as long as they are.
+    """
+
+    def __init__(self, sites: Sequence[Site], factors: tuple[Tensor, ...]) -> None:
+        self.sites = sites
+        self.factors = factors
+        self.thinned: Thinned | None = None
+
+    @property
+    def samples(self) -> int:
+        """T."""
+        return len(self.factors[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        derived = self.thinned.nbytes if self.thinned is not None else 0
+        return sum(factor.nbytes for factor in self.factors) + derived
+
+    @cached_property
+    def by_unit(self) -> Tensor:
+        """The first site's factors, a row a unit: [units, T]."""
+        return self.factors[0].flatten(1).t().contiguous()
+
+    def head(self, samples: int) -> "Scales":
+        """Return those of the first samples."""
+        if samples == self.samples:
+            return self
+        return Scales(self.sites, tuple(factor[:samples] for factor in self.factors))
+
+
+class ScaleStore:
+    """Draws `Scales`, and keeps the latest.
+
+    Args:
+        sites: of the module.
+        dtype: of the factors.
+    """
+
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype = torch.float32) -> None:
+        self._sites = sites
+        self._dtype = dtype
+        self._kept: OrderedDict[tuple[MaskKind, int, int, torch.device], Scales] = OrderedDict()
+        self._pinned: set[tuple[MaskKind, int, int, torch.device]] = set()
+        self._lock = threading.Lock()
+        units = sum(site.units for site in sites)
+        blocks = min(CHUNK, _MAX_ELEMENTS // units) // masks.BLOCK
+        self.chunk = blocks * masks.BLOCK or 1
+        """Samples of a chunk: whole blocks where the units are not too many."""
+
+    def get(
+        self, kind: MaskKind, seed: int, samples: range, device: torch.device, pin: bool = False
+    ) -> Scales:
+        """Return the masks of some samples.
+
+        Args:
+            kind: "stratified" or "independent".
+            seed: 0 to 2^63-1.
+            samples: which; a chunk of them.
+            device: where the tensors are to be.
+            pin: keep them for good.
+        """
+        key = (kind, seed, samples.start, device)
+        with self._lock:
+            scales = self._kept.pop(key, None)
+            if scales is None or scales.samples < len(samples):
+                scales = self.draw(kind, seed, samples, device)
+            self._kept[key] = scales
+            if pin:
+                self._pinned.add(key)
+            self._forget()
+        return scales.head(len(samples))
+
+    def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> Scales:
+        """Draw masks and keep nothing."""
+        factors = []
+        for index, site in enumerate(self._sites):
+            keep = masks.draw(kind, seed, index, site.units, site.p, samples)
+            factor = torch.from_numpy(keep).to(device, self._dtype).mul_(site.survivor)
+            factors.append(factor.view(len(samples), *site.template))
+        return Scales(self._sites, tuple(factors))
+
+    def _forget(self) -> None:
+        """Drop what was used longest ago, until the rest is small enough."""
+        loose = [key for key in self._kept if key not in self._pinned]
+        held = sum(self._kept[key].nbytes for key in loose)
+        for key in loose:
+            if held <= _MAX_BYTES:
+                break
+            held -= self._kept.pop(key).nbytes

@@ -1,0 +1,196 @@
+"""Thinned networks as networks of their own, smaller than the one they are cut from.
+
+Srivastava et al. (2014), section 1: dropout samples one of 2^n thinned networks. Where a mask is
+shared by a batch of images, that can be taken literally: a layer's weight is cut down to the units
+that are kept on both its sides, and what a mask would set to zero is never computed. At p = 1/2 on
+both sides that leaves a quarter.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.montecarlo.scales import Scales
+
+Step = Callable[[Tensor], Tensor]
+
+_GROUP = 20
+"""Samples run together, cut to the size of the largest of them."""
+
+_IMAGES = 64
+"""Images run together."""
+
+_LEAST = 20
+"""Below as many images, reading the weights takes longer than multiplying by them."""
+
+_CUT = 150
+"""What cutting out one weight costs, in multiply-adds."""
+
+_MAX_WEIGHTS = 2**23
+"""Most weights of all thinned networks together: 32 MiB."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer and what follows it.
+
+    Attributes:
+        weight: [in, out].
+        bias: [out].
+        activations: element by element.
+        masked: whether a mask follows.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    activations: list[Step]
+    masked: bool
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A layer of some thinned networks: weight [t, out, in] and bias [t, out, 1]."""
+
+    weight: Tensor
+    bias: Tensor
+    activations: list[Step]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Some thinned networks.
+
+    Attributes:
+        inputs: [t, in], units that the first layer's cut reads; one past the last for none.
+        outputs: [t, out], units that it makes.
+        cuts: the layers.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    cuts: list[_Cut]
+
+
+class Thinned:
+    """T thinned networks of linear layers; the first layer's inputs are masked.
+
+    Args:
+        layers: of the network that they are cut from.
+        scales: the masks.
+    """
+
+    def __init__(self, layers: Sequence[Layer], scales: Scales) -> None:
+        self._layers = layers
+        self._groups: list[_Group] | None = None
+        first = scales.sites[0]
+        self._complement = first.p <= 0.5
+        self._survivor = first.survivor
+        self._weights = self._count(scales)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the cut weights take."""
+        return 4 * self._weights if self._groups is not None else 0
+
+    def cost(self, images: int) -> float:
+        """Estimate the multiply-adds for some images; infinite if there are too many weights."""
+        if self._weights > _MAX_WEIGHTS:
+            return float("inf")
+        cutting = _CUT if self._groups is None else 0
+        return self._weights * (max(images, _LEAST) + cutting)
+
+    def __call__(self, h: Tensor, scales: Scales) -> Tensor:
+        """Run what comes after the first mask: [B, units] to logits [B, T, C]."""
+        if self._groups is None:
+            size = range(0, scales.samples, _GROUP)
+            self._groups = [self._cut(scales, slice(i, i + _GROUP)) for i in size]
+        logits = [self._run(self._groups, images) for images in torch.split(h, _IMAGES)]
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+    def _run(self, groups: Sequence[_Group], h: Tensor) -> Tensor:
+        images = len(h)
+        columns = _with_nothing(h.t())
+        first = self._layers[0]
+        whole = None
+        if self._complement:
+            whole = h.new_zeros(len(first.bias) + 1, images)
+            torch.addmm(
+                first.bias.unsqueeze(1),
+                first.weight.t(),
+                columns[:-1],
+                alpha=self._survivor,
+                out=whole[:-1],
+            )
+        logits = []
+        for group in groups:
+            read = columns.index_select(0, group.inputs.flatten())
+            read = read.view(*group.inputs.shape, images)
+            cut, *others = group.cuts
+            if whole is None:
+                y = torch.baddbmm(cut.bias, cut.weight, read)
+            else:
+                y = whole.index_select(0, group.outputs.flatten())
+                y = y.view(*group.outputs.shape, images).baddbmm_(cut.weight, read)
+            for activation in cut.activations:
+                y = activation(y)
+            for layer in others:
+                y = torch.baddbmm(layer.bias, layer.weight, y)
+                for activation in layer.activations:
+                    y = activation(y)
+            logits.append(y)
+        return torch.cat(logits).permute(2, 0, 1)
+
+    def _cut(self, scales: Scales, samples: slice) -> _Group:
+        """Cut the weights of some samples out."""
+        masks = iter([factor[samples].flatten(1) for factor in scales.factors])
+        first = next(masks)
+        inputs = read = _chosen((first == 0) if self._complement else (first != 0))
+        factor = -self._survivor if self._complement else self._survivor
+        cuts: list[_Cut] = []
+        outputs = inputs
+        survivors = iter([site.survivor for site in scales.sites[1:]])
+        for layer in self._layers:
+            out_features = layer.weight.shape[1]
+            if layer.masked:
+                made = _chosen(next(masks) != 0)
+            else:
+                made = torch.arange(out_features, device=inputs.device).expand(len(inputs), -1)
+            weight = _with_nothing(_with_nothing(layer.weight).t()).t().mul(factor).contiguous()
+            one_by_one = [
+                weight.index_select(0, rows).index_select(1, columns)
+                for rows, columns in zip(read, made, strict=True)
+            ]
+            bias = _with_nothing(layer.bias)[made].unsqueeze(2)
+            cuts.append(_Cut(torch.stack(one_by_one).transpose(1, 2), bias, layer.activations))
+            if layer is self._layers[0]:
+                outputs = made
+            read = made
+            factor = next(survivors) if layer.masked else 1.0
+        return _Group(inputs, outputs, cuts)
+
+    def _count(self, scales: Scales) -> int:
+        """Count the weights of all thinned networks, on average over their masks."""
+        rates = iter([site.p for site in scales.sites])
+        p = next(rates)
+        inputs, total = min(p, 1 - p), 0.0
+        for layer in self._layers:
+            outputs = 1 - next(rates) if layer.masked else 1.0
+            total += inputs * outputs * layer.weight.numel()
+            inputs = outputs
+        return round(scales.samples * total)
+
+
+def _chosen(which: Tensor) -> Tensor:
+    """List the units that are True in each row of [t, units], filled up with one past the last."""
+    counts = which.sum(1)
+    order = which.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    order = order[:, : int(counts.max())]
+    place = torch.arange(order.shape[1], device=which.device)
+    return order.masked_fill(place >= counts.unsqueeze(1), which.shape[1])
+
+
+def _with_nothing(x: Tensor) -> Tensor:
+    """Append a row of zeros: what index `len(x)` reads."""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
