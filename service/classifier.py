@@ -1,7 +1,7 @@
 """One version of a model, ready to answer: the door between traffic and what is learned."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from models import checkpoint
 from models.comparison import Layer, Moments, compare
-from models.montecarlo import MaskKind, Sampler, summarize
+from models.montecarlo import MaskKind, Precision, Sampler, Statistics, Summary
+from models.sequential import lay_out, streamline
 from service.errors import ServerError
 
-_MAX_PROBABILITIES = 2**22
-"""Sampled probabilities [T, B, C] summarised at once: 32 MiB of float64, a few times over."""
+_TOGETHER = 64
+"""Images sampled together: enough to be quick, few enough for other work to run in between."""
 
 Pixels = npt.NDArray[np.uint8]
 Answer = Mapping[str, Any]
@@ -59,19 +60,33 @@ class Classifier:
         version: of it.
         path: the version's folder.
         factories: that its checkpoint may import and call.
+        precision: of Monte Carlo dropout.
 
     Raises:
         CheckpointError, UnsupportedModule: it cannot be served; says why.
     """
 
-    def __init__(self, name: str, version: int, path: Path, factories: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        path: Path,
+        factories: Sequence[str] = (),
+        precision: Precision = "float32",
+    ) -> None:
         self.name = name
         self.version = version
         self._module, self._metadata = checkpoint.load(path, factories)
         self._preprocessing = self._metadata.preprocessing
+        lay_out(self._module)
         blank = torch.zeros(1, *self._preprocessing.shape, dtype=torch.uint8)
-        self._sampler = Sampler(self._module, self._preprocessing.normalize(blank))
-        self.run(Uncertainty(samples=2), [blank.numpy()])
+        x = self._preprocessing.normalize(blank)
+        self._eval = streamline(self._module, x)
+        self._sampler = Sampler(self._module, x, precision)
+        self._sampler.warm_up(x)
+        for task in (Predict(), Uncertainty()):
+            for _ in self.run(task, [blank.numpy()]):
+                pass
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -82,8 +97,8 @@ class Classifier:
         """Turn a picture into the network's pixels, uint8 [C, H, W]; any thread may call it."""
         return self._preprocessing.prepare(image)
 
-    def run(self, task: Task, requests: Sequence[Pixels]) -> list[Answer]:
-        """Answer requests of one task together.
+    def run(self, task: Task, requests: Sequence[Pixels]) -> Generator[None, None, list[Answer]]:
+        """Answer requests of one task together, in steps: other work may run between them.
 
         Args:
             task: what to do.
@@ -93,9 +108,18 @@ class Classifier:
             An answer a request; `predictions` are in the order of its images.
         """
         if isinstance(task, Compare):
-            return [self._compare(task, self._input(pixels)) for pixels in requests]
+            answers: list[Answer] = []
+            for pixels in requests:
+                if answers:
+                    yield
+                answers.append(self._compare(task, self._input(pixels)))
+            return answers
         x = self._input(np.concatenate(requests) if len(requests) > 1 else requests[0])
-        rest = iter(self._predict(x) if isinstance(task, Predict) else self._uncertainty(task, x))
+        if isinstance(task, Predict):
+            found = self._predict(x)
+        else:
+            found = yield from self._uncertainty(task, x)
+        rest = iter(found)
         return [{"predictions": [next(rest) for _ in pixels]} for pixels in requests]
 
     def details(self) -> dict[str, Any]:
@@ -118,6 +142,7 @@ class Classifier:
                 for s in self._sampler.sites
             ],
             "path": self._sampler.path,
+            "precision": asdict(self._sampler.precision),
             "network": metadata.network.to_json(),
             "data": dict(metadata.data),
             "evaluation": dict(metadata.evaluation),
@@ -130,32 +155,44 @@ class Classifier:
 
     @torch.inference_mode()
     def _predict(self, x: Tensor) -> list[Answer]:
-        probabilities = _finite(self._module(x).float().softmax(-1)).numpy()
+        probabilities = _finite(self._eval(x).float().softmax(-1)).numpy()
         best = probabilities.argmax(1)
         return [
             {**self._label(k), "probability": row[k], "probabilities": row}
             for row, k in zip(probabilities, best, strict=True)
         ]
 
-    def _uncertainty(self, task: Uncertainty, x: Tensor) -> list[Answer]:
-        """Answer a few images at a time where all would take too much memory at once."""
-        size = max(1, _MAX_PROBABILITIES // (task.samples * len(self.classes)))
-        parts = (self._uncertainty_of_few(task, part) for part in torch.split(x, size))
-        return [answer for part in parts for answer in part]
+    def _uncertainty(self, task: Uncertainty, x: Tensor) -> Generator[None, None, list[Answer]]:
+        answers: list[Answer] = []
+        for part in torch.split(x, _TOGETHER):
+            if answers:
+                yield
+            statistics = Statistics(task.samples, task.masks, task.level)
+            sampled = []
+            for chunk in self._sampler.chunks(part, task.samples, task.seed, task.masks):
+                statistics.add(chunk)
+                if task.include_samples:
+                    sampled.append(chunk)
+                if not statistics.complete:
+                    yield
+            answers += self._answers(task, statistics.summary(), sampled)
+        return answers
 
-    def _uncertainty_of_few(self, task: Uncertainty, x: Tensor) -> list[Answer]:
-        sampled = self._sampler.sample(x, task.samples, task.seed, task.masks)
-        summary = summarize(_finite(sampled), task.masks, task.level)
+    def _answers(
+        self, task: Uncertainty, summary: Summary, sampled: Sequence[Tensor]
+    ) -> list[Answer]:
+        """Put a summary into words, an answer an image; `sampled` probabilities are [C, B, t]."""
+        _finite(summary.mean)
         fields = {name: _float32(value) for name, value in vars(summary).items()}
         lower, upper = fields.pop("lower"), fields.pop("upper")
-        best = fields["mean"].argmax(1)
         answers: list[Answer] = []
-        for i, k in enumerate(best):
+        for i, k in enumerate(fields["mean"].argmax(1).tolist()):
             answer = self._label(k)
             answer |= {n: None if v is None else v[i] for n, v in fields.items()}
             answer["interval"] = {"level": task.level, "lower": lower[i], "upper": upper[i]}
             if task.include_samples:
-                answer["sample_probabilities"] = sampled[:, i].contiguous().numpy()
+                rows = torch.cat([chunk[:, i] for chunk in sampled], 1)
+                answer["sample_probabilities"] = rows.T.contiguous().numpy()
             answers.append(answer)
         return answers
 
@@ -186,7 +223,7 @@ def _finite(values: Tensor) -> Tensor:
 
 def _float32(values: Tensor | None) -> Any:  # noqa: ANN401  None stays None
     """Round to float32: JSON then has as many digits as the network's answer means."""
-    return None if values is None else values.float().numpy()
+    return None if values is None else values.float().contiguous().numpy()
 
 
 def _layer(layer: Layer) -> Answer:

@@ -282,10 +282,10 @@ def models(url: Url = None, as_json: AsJson = False) -> None:
     """List the models of a running service."""
     with _client(url, None, None) as client:
         answer = client.models()
-    if as_json:
-        terminal.say(answer.model_dump_json(indent=2))
-    else:
-        terminal.show_models(answer)
+        if as_json:
+            terminal.say(answer.model_dump_json(indent=2))
+        else:
+            terminal.show_models([client.model(m.name, m.version) for m in answer.models])
 
 
 @app.command()

@@ -8,7 +8,7 @@ import torch
 
 from models import catalogue
 from service.batching import Batcher, QueueFull
-from service.classifier import Answer, Classifier, Pixels, Task
+from service.classifier import Answer, Classifier, Pixels, Predict, Task
 from service.errors import Overloaded
 from service.registry import Registry
 from service.settings import Settings
@@ -22,9 +22,14 @@ def load_all(settings: Settings) -> Registry[Classifier]:
         RegistryError: there is none, or the default is not among them.
     """
     root = settings.checkpoints
+
+    def classifier(name: str, version: int) -> Classifier:
+        path = root / name / str(version)
+        return Classifier(name, version, path, settings.factories, settings.precision)
+
     models = {
-        name: {v: Classifier(name, v, root / name / str(v), settings.factories) for v in numbers}
-        for name, numbers in catalogue.find(root).items()
+        name: {version: classifier(name, version) for version in versions}
+        for name, versions in catalogue.find(root).items()
     }
     return Registry(models, settings.default_model, where=str(root))
 
@@ -73,6 +78,8 @@ class Inference:
     async def run(self, classifier: Classifier, task: Task, pixels: Pixels) -> Answer:
         """Answer one request, together with others of the same task that wait.
 
+        A prediction goes before other tasks: it waits for one step of theirs at most.
+
         Args:
             classifier: from the registry.
             task: what to do.
@@ -82,11 +89,14 @@ class Inference:
             Overloaded: the queue is full.
         """
         try:
-            return await self._batcher.submit((classifier, task), pixels, len(pixels))
+            return await self._batcher.submit(
+                (classifier, task), pixels, len(pixels), urgent=isinstance(task, Predict)
+            )
         except QueueFull as error:
             raise Overloaded("too many images are waiting; try again in a second") from error
 
     def close(self) -> None:
         """Stop the threads when what they are at is done; what waits is dropped."""
+        self._batcher.close()
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)

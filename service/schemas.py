@@ -157,6 +157,14 @@ class Input(_Answer):
     invert: bool
 
 
+class Precision(_Answer):
+    """What Monte Carlo samples are computed in."""
+
+    dtype: Literal["float32", "bfloat16"]
+    speedup: float | None = Field(description="Of bfloat16 here; null: not measured.")
+    error: float | None = Field(description="Most that bfloat16 moved a mean on the probe.")
+
+
 class ModelSummary(_Answer):
     """A model in the list of models."""
 
@@ -180,7 +188,10 @@ class ModelDetails(ModelSummary):
     training: Literal[False] = Field(description="Always: the module is served in eval mode.")
     parameters: int
     sites: list[DropoutSite]
-    path: Literal["vmap", "loop"] = Field(description="How Monte Carlo samples are run.")
+    path: Literal["folded", "vmap", "loop"] = Field(
+        description="How Monte Carlo samples are run; folded is the fastest."
+    )
+    precision: Precision
     network: dict[str, Any]
     data: dict[str, Any]
     evaluation: dict[str, Any]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from service.errors import DropserveError
-from service.schemas import ModelList, Prediction, UncertainPrediction
+from service.schemas import ModelDetails, Prediction, UncertainPrediction
 from service.settings import Settings, environment_name
 
 Errors = tuple[type[Exception], ...]
@@ -176,12 +176,14 @@ def show_uncertainty(
     _console().print(_doubt(prediction))
 
 
-def show_models(models: ModelList) -> None:
-    """Print the models of a service."""
-    table = Table("model", "version", "all versions", "default")
-    for model in models.models:
+def show_models(models: Sequence[ModelDetails]) -> None:
+    """Print the models of a service, and how Monte Carlo dropout runs on each."""
+    table = Table("model", "version", "all versions", "default", "path", "precision")
+    for model in models:
         versions = ", ".join(map(str, model.versions))
-        table.add_row(model.name, str(model.version), versions, "yes" if model.default else "")
+        default = "yes" if model.default else ""
+        how = (model.path, model.precision.dtype)
+        table.add_row(model.name, str(model.version), versions, default, *how)
     _console().print(table)
 
 

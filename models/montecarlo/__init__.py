@@ -5,8 +5,19 @@ Learning" (ICML 2016).
 """
 
 from models.montecarlo.masks import MASK_KINDS, MaskKind
+from models.montecarlo.precision import PRECISIONS, Precision
 from models.montecarlo.sampler import Sampler
 from models.montecarlo.sites import Site
-from models.montecarlo.statistics import Summary, summarize
+from models.montecarlo.statistics import Statistics, Summary, summarize
 
-__all__ = ["MASK_KINDS", "MaskKind", "Sampler", "Site", "Summary", "summarize"]
+__all__ = [
+    "MASK_KINDS",
+    "PRECISIONS",
+    "MaskKind",
+    "Precision",
+    "Sampler",
+    "Site",
+    "Statistics",
+    "Summary",
+    "summarize",
+]

@@ -32,12 +32,16 @@ class Scales:
     Attributes:
         sites: of the module.
         factors: for each site [T, *template]: zero where a unit is dropped, else `site.survivor`.
+        pinned: whether they stay, so that what is made of them once need not be made again.
         thinned: what a path has made of them, to be kept as long as they are.
     """
 
-    def __init__(self, sites: Sequence[Site], factors: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, sites: Sequence[Site], factors: tuple[Tensor, ...], *, pinned: bool = False
+    ) -> None:
         self.sites = sites
         self.factors = factors
+        self.pinned = pinned
         self.thinned: Thinned | None = None
 
     @property
@@ -75,7 +79,6 @@ class ScaleStore:
         self._sites = sites
         self._dtype = dtype
         self._kept: OrderedDict[tuple[MaskKind, int, int, torch.device], Scales] = OrderedDict()
-        self._pinned: set[tuple[MaskKind, int, int, torch.device]] = set()
         self._lock = threading.Lock()
         units = sum(site.units for site in sites)
         blocks = min(CHUNK, _MAX_ELEMENTS // units) // masks.BLOCK
@@ -100,8 +103,7 @@ class ScaleStore:
             if scales is None or scales.samples < len(samples):
                 scales = self.draw(kind, seed, samples, device)
             self._kept[key] = scales
-            if pin:
-                self._pinned.add(key)
+            scales.pinned |= pin
             self._forget()
         return scales.head(len(samples))
 
@@ -116,7 +118,7 @@ class ScaleStore:
 
     def _forget(self) -> None:
         """Drop what was used longest ago, until the rest is small enough."""
-        loose = [key for key in self._kept if key not in self._pinned]
+        loose = [key for key, scales in self._kept.items() if not scales.pinned]
         held = sum(self._kept[key].nbytes for key in loose)
         for key in loose:
             if held <= _MAX_BYTES:

@@ -6,15 +6,14 @@ that are kept on both its sides, and what a mask would set to zero is never comp
 both sides that leaves a quarter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.montecarlo.scales import Scales
-
-Step = Callable[[Tensor], Tensor]
+from models.sequential import Step
 
 _GROUP = 20
 """Samples run together, cut to the size of the largest of them."""
@@ -87,6 +86,7 @@ class Thinned:
         first = scales.sites[0]
         self._complement = first.p <= 0.5
         self._survivor = first.survivor
+        self._pinned = scales.pinned
         self._weights = self._count(scales)
 
     @property
@@ -95,10 +95,13 @@ class Thinned:
         return 4 * self._weights if self._groups is not None else 0
 
     def cost(self, images: int) -> float:
-        """Estimate the multiply-adds for some images; infinite if there are too many weights."""
+        """Estimate the multiply-adds for some images; infinite if there are too many weights.
+
+        Cutting counts even if it is done: the same images and seed go the same way every time.
+        """
         if self._weights > _MAX_WEIGHTS:
             return float("inf")
-        cutting = _CUT if self._groups is None else 0
+        cutting = 0 if self._pinned else _CUT
         return self._weights * (max(images, _LEAST) + cutting)
 
     def __call__(self, h: Tensor, scales: Scales) -> Tensor:

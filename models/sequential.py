@@ -1,0 +1,148 @@
+"""Sequential networks in eval mode, as a list of steps without what inference does not need.
+
+The same figures to rounding for about half the time of calling the modules one by one, on a CPU:
+batch normalisation goes into the layer before it, ReLU overwrites what a linear layer has just
+made, and weights lie the way products of few rows read them.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from models.dropout import InvertedDropout, SpatialDropout
+
+Step = Callable[[Tensor], Tensor]
+
+ELEMENTWISE = (nn.Dropout, InvertedDropout)
+DROPOUTS = (*ELEMENTWISE, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, SpatialDropout)
+"""Modules that multiply by a mask in train mode and do nothing in eval mode."""
+
+
+class Linear:
+    """A linear layer whose weight lies [in, out]: over few rows it takes a third of the time."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        self.weight = layer.weight.detach().t().to(dtype).contiguous()
+        bias = self.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+        self.bias = bias.detach().to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        if x.dim() != 2:
+            return x @ self.weight + self.bias
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def lay_out(module: nn.Module) -> nn.Module:
+    """Store weights the way inference on a CPU reads them; values and shapes stay.
+
+    Convolutions with channels last take a third of the time, pooling included. What `steps` makes
+    then shares its linear weights with the module.
+
+    Returns:
+        The module itself.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+        elif isinstance(layer, nn.Conv2d):
+            # a copy: with one input channel, .contiguous() would see nothing to do
+            last = torch.empty_like(layer.weight.data, memory_format=torch.channels_last)
+            layer.weight.data = last.copy_(layer.weight.data)
+    return module
+
+
+def streamline(module: nn.Module, example: Tensor) -> Step:
+    """Return what computes the same as a module in eval mode, faster if it is sequential.
+
+    Args:
+        module: in eval mode.
+        example: a batch of inputs, to check on.
+    """
+    flat = list(steps([leaf for _, leaf in leaves(module)], example.dtype))
+
+    def run(x: Tensor) -> Tensor:
+        for step in flat:
+            x = step(x)
+        return x
+
+    if len(flat) < 2 or example.dtype != torch.float32:
+        return module
+    with torch.inference_mode():
+        close = torch.allclose(run(example), module(example), rtol=1e-3, atol=1e-4)
+    return run if close else module
+
+
+def leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """List what is inside nested `nn.Sequential`s, in order, with its full name."""
+    if type(module) is not nn.Sequential or _hooked(module):
+        yield name, module
+        return
+    for child, inner in module._modules.items():  # noqa: SLF001  named_children() skips repetitions
+        if inner is not None:
+            yield from leaves(inner, f"{name}.{child}" if name else child)
+
+
+def is_mask(leaf: nn.Module) -> bool:
+    """Say if a module drops units in train mode."""
+    return isinstance(leaf, DROPOUTS) and leaf.p > 0
+
+
+def mask(x: Tensor) -> Tensor:
+    """Stand for a dropout in a list of steps: in eval mode, nothing."""
+    return x
+
+
+def steps(leaves: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[Step]:
+    """Turn modules in eval mode into what runs them; `mask` stands for each dropout with p > 0.
+
+    Args:
+        leaves: in order.
+        dtype: to compute in.
+    """
+    fresh = False
+    for leaf in _fused(leaves):
+        plain = not _hooked(leaf)
+        if is_mask(leaf):
+            yield mask
+        elif type(leaf) is nn.Linear and plain:
+            yield Linear(leaf, dtype)
+        elif type(leaf) is nn.ReLU and plain:
+            yield torch.relu_ if fresh else torch.relu
+        elif not isinstance(leaf, DROPOUTS) or not plain:
+            kept = next(iter(leaf.parameters()), None)
+            yield leaf if kept is None or kept.dtype == dtype else copy.deepcopy(leaf).to(dtype)
+        fresh = type(leaf) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def _fused(leaves: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Put batch normalisation into the layer before it."""
+    remaining = list(leaves)
+    while remaining:
+        leaf = remaining.pop(0)
+        fused = _fuse(leaf, remaining[0]) if remaining else None
+        if fused is not None:
+            remaining.pop(0)
+        yield fused or leaf
+
+
+def _fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+    """Make a layer and the batch normalisation after it one, if they are that."""
+    batch_norm = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_mean is not None
+    if not batch_norm or _hooked(layer) or _hooked(norm):
+        return None
+    pair = (type(layer), type(norm))
+    if pair in ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d)):
+        fused: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var, arg-type]
+        return lay_out(fused)
+    if pair == (nn.Linear, nn.BatchNorm1d):
+        return fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var, arg-type]
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Say if calling the module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001  no other way
