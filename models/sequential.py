@@ -7,6 +7,7 @@ made, and weights lie the way products of few rows read them.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,8 @@ def steps(leaves: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[Step]:
             yield Linear(leaf, dtype)
         elif type(leaf) is nn.ReLU and plain:
             yield torch.relu_ if fresh else torch.relu
+        elif type(leaf) is nn.Flatten and plain:
+            yield partial(torch.flatten, start_dim=leaf.start_dim, end_dim=leaf.end_dim)
         elif not isinstance(leaf, DROPOUTS) or not plain:
             kept = next(iter(leaf.parameters()), None)
             yield leaf if kept is None or kept.dtype == dtype else copy.deepcopy(leaf).to(dtype)

@@ -54,6 +54,7 @@ class Sampler:
         self, module: nn.Module, example: Tensor, precision: Precision = "float32"
     ) -> None:
         self._module = module
+        self._parts = tuple(module.modules())
         self._require_eval_mode()
         found = survey(module, example)
         self.sites: tuple[Site, ...] = found.sites
@@ -125,10 +126,10 @@ class Sampler:
         return self._chunks(x, samples, seed, masks)
 
     def _chunks(self, x: Tensor, samples: int, seed: int, masks: MaskKind) -> Iterator[Tensor]:
-        with torch.inference_mode():
-            run = self._prepared(x)
+        run = None
         for start in range(0, samples, self._store.chunk):
             with torch.inference_mode():  # not across a yield: it belongs to the thread
+                run = run or self._prepared(x)
                 chosen = range(start, min(start + self._store.chunk, samples))
                 logits = run(self._store.get(masks, seed, chosen, x.device))
                 chunk = logits.float().permute(2, 0, 1).contiguous().softmax(0)
@@ -150,7 +151,7 @@ class Sampler:
         return self._forward(x, tuple(factor[0] for factor in scales.factors))
 
     def _require_eval_mode(self) -> None:
-        if any(child.training for child in self._module.modules()):
+        if any(child.training for child in self._parts):
             raise SamplingError("the module is in training mode: call module.eval() first")
 
     def _prepared(self, x: Tensor) -> Callable[[Scales], Tensor]:

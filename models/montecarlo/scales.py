@@ -29,25 +29,28 @@ CHUNK = 100
 class Scales:
     """What T thinned networks multiply by at each site.
 
-    Attributes:
+    Args:
         sites: of the module.
         factors: for each site [T, *template]: zero where a unit is dropped, else `site.survivor`.
+        whole: of which these are the first samples; None: of nothing larger.
+
+    Attributes:
+        samples: T.
+        whole: itself, or what it is a part of; what is made of masks is made of these and kept.
         pinned: whether they stay, so that what is made of them once need not be made again.
-        thinned: what a path has made of them, to be kept as long as they are.
+        thinned: what the folded path makes of them.
     """
 
     def __init__(
-        self, sites: Sequence[Site], factors: tuple[Tensor, ...], *, pinned: bool = False
+        self, sites: Sequence[Site], factors: tuple[Tensor, ...], whole: "Scales | None" = None
     ) -> None:
         self.sites = sites
         self.factors = factors
-        self.pinned = pinned
+        self.samples = factors[0].shape[0]
+        self.whole = whole or self
+        self.pinned = False
         self.thinned: Thinned | None = None
-
-    @property
-    def samples(self) -> int:
-        """T."""
-        return len(self.factors[0])
+        self._heads: dict[int, Scales] = {}
 
     @property
     def nbytes(self) -> int:
@@ -58,13 +61,18 @@ class Scales:
     @cached_property
     def by_unit(self) -> Tensor:
         """The first site's factors, a row a unit: [units, T]."""
+        if self.whole is not self:
+            return self.whole.by_unit[:, : self.samples]
         return self.factors[0].flatten(1).t().contiguous()
 
     def head(self, samples: int) -> "Scales":
         """Return those of the first samples."""
         if samples == self.samples:
             return self
-        return Scales(self.sites, tuple(factor[:samples] for factor in self.factors))
+        if samples not in self._heads:
+            factors = tuple(factor[:samples] for factor in self.factors)
+            self._heads[samples] = Scales(self.sites, factors, self.whole)
+        return self._heads[samples]
 
 
 class ScaleStore:
@@ -102,9 +110,9 @@ class ScaleStore:
             scales = self._kept.pop(key, None)
             if scales is None or scales.samples < len(samples):
                 scales = self.draw(kind, seed, samples, device)
+                self._forget()
             self._kept[key] = scales
             scales.pinned |= pin
-            self._forget()
         return scales.head(len(samples))
 
     def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> Scales:

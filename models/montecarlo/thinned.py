@@ -7,12 +7,13 @@ both sides that leaves a quarter.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from models.montecarlo.scales import Scales
+from models.montecarlo.sites import Site
 from models.sequential import Step
 
 _GROUP = 20
@@ -71,9 +72,14 @@ class _Group:
     outputs: Tensor
     cuts: list[_Cut]
 
+    def head(self, samples: int) -> "_Group":
+        """Return the first of them."""
+        cuts = [replace(c, weight=c.weight[:samples], bias=c.bias[:samples]) for c in self.cuts]
+        return _Group(self.inputs[:samples], self.outputs[:samples], cuts)
+
 
 class Thinned:
-    """T thinned networks of linear layers; the first layer's inputs are masked.
+    """Thinned networks of linear layers; the first layer's inputs are masked.
 
     Args:
         layers: of the network that they are cut from.
@@ -82,35 +88,50 @@ class Thinned:
 
     def __init__(self, layers: Sequence[Layer], scales: Scales) -> None:
         self._layers = layers
-        self._groups: list[_Group] | None = None
+        self._scales = scales
+        self._groups: list[_Group] = []
         first = scales.sites[0]
         self._complement = first.p <= 0.5
         self._survivor = first.survivor
-        self._pinned = scales.pinned
-        self._weights = self._count(scales)
+        self._weights = _weights_a_sample(layers, scales.sites)
 
     @property
     def nbytes(self) -> int:
         """Memory that the cut weights take."""
-        return 4 * self._weights if self._groups is not None else 0
+        weights = (cut.weight.nbytes for group in self._groups for cut in group.cuts)
+        return sum(weights)
 
-    def cost(self, images: int) -> float:
+    def cost(self, images: int, scales: Scales) -> float:
         """Estimate the multiply-adds for some images; infinite if there are too many weights.
 
-        Cutting counts even if it is done: the same images and seed go the same way every time.
+        Cutting counts even if it is done, but for masks that stay: the same images and seed go the
+        same way every time.
         """
-        if self._weights > _MAX_WEIGHTS:
+        if self._weights * self._scales.samples > _MAX_WEIGHTS:
             return float("inf")
-        cutting = 0 if self._pinned else _CUT
-        return self._weights * (max(images, _LEAST) + cutting)
+        cutting = 0 if self._scales.pinned else _CUT
+        return self._weights * scales.samples * (max(images, _LEAST) + cutting)
 
     def __call__(self, h: Tensor, scales: Scales) -> Tensor:
-        """Run what comes after the first mask: [B, units] to logits [B, T, C]."""
-        if self._groups is None:
-            size = range(0, scales.samples, _GROUP)
-            self._groups = [self._cut(scales, slice(i, i + _GROUP)) for i in size]
-        logits = [self._run(self._groups, images) for images in torch.split(h, _IMAGES)]
+        """Run what comes after the first mask: [B, units] to logits [B, T, C].
+
+        Args:
+            h: what the first mask is put on.
+            scales: the masks, or the first of them.
+        """
+        groups = self._first(scales.samples)
+        logits = [self._run(groups, images) for images in torch.split(h, _IMAGES)]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+    def _first(self, samples: int) -> list[_Group]:
+        """Return the networks of the first samples; cut out those that no one asked for before."""
+        whole, rest = divmod(samples, _GROUP)
+        for i in range(len(self._groups), whole + (rest > 0)):
+            self._groups.append(self._cut(slice(_GROUP * i, _GROUP * (i + 1))))
+        groups = self._groups[:whole]
+        if rest:
+            groups = [*groups, self._groups[whole].head(rest)]
+        return groups
 
     def _run(self, groups: Sequence[_Group], h: Tensor) -> Tensor:
         images = len(h)
@@ -136,30 +157,25 @@ class Thinned:
             else:
                 y = whole.index_select(0, group.outputs.flatten())
                 y = y.view(*group.outputs.shape, images).baddbmm_(cut.weight, read)
-            for activation in cut.activations:
-                y = activation(y)
+            y = _activate(y, cut)
             for layer in others:
-                y = torch.baddbmm(layer.bias, layer.weight, y)
-                for activation in layer.activations:
-                    y = activation(y)
+                y = _activate(torch.baddbmm(layer.bias, layer.weight, y), layer)
             logits.append(y)
         return torch.cat(logits).permute(2, 0, 1)
 
-    def _cut(self, scales: Scales, samples: slice) -> _Group:
-        """Cut the weights of some samples out."""
-        masks = iter([factor[samples].flatten(1) for factor in scales.factors])
-        first = next(masks)
-        inputs = read = _chosen((first == 0) if self._complement else (first != 0))
+    def _cut(self, samples: slice) -> _Group:
+        """Cut the networks of some samples out."""
+        first, *others = (factor[samples].flatten(1) for factor in self._scales.factors)
+        masks = iter(others)
+        survivors = iter([site.survivor for site in self._scales.sites[1:]])
+        inputs = read = _chosen((first == 0) == self._complement)
         factor = -self._survivor if self._complement else self._survivor
-        cuts: list[_Cut] = []
-        outputs = inputs
-        survivors = iter([site.survivor for site in scales.sites[1:]])
+        cuts, makes = [], []
         for layer in self._layers:
-            out_features = layer.weight.shape[1]
             if layer.masked:
                 made = _chosen(next(masks) != 0)
             else:
-                made = torch.arange(out_features, device=inputs.device).expand(len(inputs), -1)
+                made = torch.arange(len(layer.bias), device=read.device).expand(len(read), -1)
             weight = _with_nothing(_with_nothing(layer.weight).t()).t().mul(factor).contiguous()
             one_by_one = [
                 weight.index_select(0, rows).index_select(1, columns)
@@ -167,22 +183,28 @@ class Thinned:
             ]
             bias = _with_nothing(layer.bias)[made].unsqueeze(2)
             cuts.append(_Cut(torch.stack(one_by_one).transpose(1, 2), bias, layer.activations))
-            if layer is self._layers[0]:
-                outputs = made
+            makes.append(made)
             read = made
             factor = next(survivors) if layer.masked else 1.0
-        return _Group(inputs, outputs, cuts)
+        return _Group(inputs, makes[0], cuts)
 
-    def _count(self, scales: Scales) -> int:
-        """Count the weights of all thinned networks, on average over their masks."""
-        rates = iter([site.p for site in scales.sites])
-        p = next(rates)
-        inputs, total = min(p, 1 - p), 0.0
-        for layer in self._layers:
-            outputs = 1 - next(rates) if layer.masked else 1.0
-            total += inputs * outputs * layer.weight.numel()
-            inputs = outputs
-        return round(scales.samples * total)
+
+def _activate(y: Tensor, layer: _Cut) -> Tensor:
+    for activation in layer.activations:
+        y = activation(y)
+    return y
+
+
+def _weights_a_sample(layers: Sequence[Layer], sites: Sequence[Site]) -> float:
+    """Count the weights of a thinned network, on average over masks."""
+    rates = iter([site.p for site in sites])
+    p = next(rates)
+    inputs, total = min(p, 1 - p), 0.0
+    for layer in layers:
+        outputs = 1 - next(rates) if layer.masked else 1.0
+        total += inputs * outputs * layer.weight.numel()
+        inputs = outputs
+    return total
 
 
 def _chosen(which: Tensor) -> Tensor:
