@@ -110,7 +110,7 @@ class Folded:
         for start in range(0, scales.samples, tile):
             first, *others = (factor[start : start + tile] for factor in scales.factors)
             rows = (h.unsqueeze(1) * first.squeeze(1).to(h.dtype)).flatten(0, 1)
-            logits.append(_rows(self._rest, rows, others, h.shape[0]))
+            logits.append(_rows(self._rest, rows, others, (h.shape[0], first.shape[0])))
         return torch.cat(logits, 1) if len(logits) > 1 else logits[0]
 
     def _active(self, h: Tensor, scales: Scales) -> Tensor:
@@ -127,20 +127,22 @@ class Folded:
                 kept = by_unit.index_select(0, units)
                 kept.mul_(image.index_select(0, units).unsqueeze(1))
                 torch.addmm(linear.bias, kept.t(), linear.weight.index_select(0, units), out=out)
-            logits.append(_rows(rest, rows.flatten(0, 1), scales.factors[1:], images.shape[0]))
+            logits.append(_rows(rest, rows.flatten(0, 1), scales.factors[1:], rows.shape[:2]))
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
-def _rows(steps: Sequence[Step], rows: Tensor, factors: Sequence[Tensor], images: int) -> Tensor:
-    """Run steps over rows [images * T, ...] with masks [T, 1, ...]: logits [images, T, C]."""
+def _rows(
+    steps: Sequence[Step], rows: Tensor, factors: Sequence[Tensor], grid: Sequence[int]
+) -> Tensor:
+    """Run steps over rows [B * T, ...], (B, T) = `grid`, with masks [T, 1, ...]: [B, T, C]."""
     remaining = iter(factors)
     for step in steps:
         if step is mask:
-            grid = rows.view(images, -1, *rows.shape[1:])
-            rows = (grid * next(remaining).squeeze(1).to(rows.dtype)).flatten(0, 1)
+            factor = next(remaining).squeeze(1).to(rows.dtype)
+            rows = (rows.view(*grid, *rows.shape[1:]) * factor).flatten(0, 1)
         else:
             rows = step(rows)
-    return rows.view(images, -1, *rows.shape[1:])
+    return rows.view(*grid, *rows.shape[1:])
 
 
 def _layers(leaves: Sequence[nn.Module]) -> list[Layer] | None:
