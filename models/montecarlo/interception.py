@@ -51,6 +51,8 @@ class Interception(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention_forward(*args, **{**kwargs, "training": True})
+        if func is F.linear:
+            func = _linear
         dropout = _DROPOUTS.get(func)
         result = dropout(self._scale_for, *args, **kwargs) if dropout else func(*args, **kwargs)
         self._masked = self._masked or dropout is not None
@@ -130,6 +132,19 @@ def _attention(
         weights = weights + attn_mask
     weights = weights.softmax(-1)
     return _drop(weights, "attention", dropout_p, weights.shape, scale_for) @ value
+
+
+def _linear(
+    input: Tensor,  # noqa: A002  torch's name for it
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`F.linear` with all leading dimensions as rows of one product.
+
+    Under vmap, tokens that do not lie together would otherwise become a product each.
+    """
+    rows = input.reshape(-1, input.shape[-1]) if input.dim() > 2 else input
+    return F.linear(rows, weight, bias).reshape(*input.shape[:-1], weight.shape[0])
 
 
 def _unguarded(function: FunctionType) -> FunctionType:

@@ -18,8 +18,9 @@ from models.montecarlo.sites import Site, survey
 from models.montecarlo.statistics import Statistics, Summary
 
 MAX_SEED = 2**63 - 1
-_CHUNK_ELEMENTS = 2**22
-"""Widest intermediate result held for one chunk of samples: 16 MiB of float32."""
+_CHUNK_ELEMENTS = 2**20
+"""Widest intermediate result held for one chunk of samples: 4 MiB of float32. Twice as much takes
+half as long again: the allocator then gives the pages back and fetches them anew each time."""
 
 Path = Literal["folded", "vmap", "loop"]
 
