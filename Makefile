@@ -5,11 +5,11 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test check format bench clean
+.PHONY: help setup serve train test check format bench bench-http bench-report clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile \
-		| while IFS='|' read -r name text; do printf '  %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
+		| while IFS='|' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
 
 setup: .venv/.installed ## Make .venv and install the project and its tools, pinned
 
@@ -36,9 +36,17 @@ format: setup ## Format the code and fix what ruff can
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: setup ## Time the Monte Carlo engine
+bench: setup ## Measure the engine: speed, what masks are worth, training, memory (minutes)
 	$(PYTHON) -m bench.engine
 
+bench-http: setup ## Load the service and its peers, each in its own environment, with wrk (an hour)
+	@command -v wrk >/dev/null || { echo "wrk is needed: apt-get install wrk"; exit 1; }
+	$(PYTHON) -m bench.http
+
+bench-report: setup ## Make docs/benchmarks.md and its pictures from what was measured
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
+	$(PYTHON) -m bench.report
+
 clean: ## Remove .venv, caches and builds; checkpoints and data stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv bench/.venvs bench/.cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find models service tests bench -name __pycache__ -prune -exec rm -rf {} +

@@ -1,124 +1,198 @@
-"""Times T Monte Carlo samples four ways: `python -m bench.engine`.
+"""Measures the Monte Carlo engine in one run: `python -m bench.engine`; writes results/engine.json.
 
-For each network and batch size: one prediction in eval mode, the usual loop of T passes with
-`nn.Dropout` in train mode, one pass over a T-fold batch, and `Sampler`. The four take turns, so
-that a change in the machine's speed meets all of them; medians are reported.
+Speed beside the usual ways, what a sample is worth, memory, training throughput; then each claim of
+the documentation with its target and what was measured.
 """
 
 import argparse
 import json
+import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
-from models.montecarlo import Sampler
+from bench import efficiency, memory, networks, timing, training
+from bench.claims import claims
+from bench.claims import table as claims_table
+from bench.networks import NETWORKS, Network
+from bench.progress import follow
+from models.data import Dataset
 
-Contender = Callable[[], Tensor]
+RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 
-def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]]:
-    """Return name -> (module in eval mode, shape of one image, batch sizes)."""
-    mlp = nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(784, 256), nn.ReLU(), nn.Dropout(0.2)),
-        *(nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.5)),
-        nn.Linear(256, 10),
-    )
-    cnn = nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Dropout(0.25), nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(0.5)),
-        nn.Linear(128, 10),
-    )
-    return {
-        "MLP 784-256-256-10": (mlp.eval(), (1, 28, 28), (1, 64)),
-        "CNN 2 conv + 3136-128-10": (cnn.eval(), (1, 28, 28), (1, 32)),
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    rounds: int = 7
+    sweep: tuple[int, ...] = (10, 20, 100, 1000)
+    sweep_rounds: int = 3
+    images: int = 64
+    passes: int = 100_000
+    seeds: int = 40
+    sizes: tuple[int, ...] = efficiency.SIZES
+    training_images: int = 6400
+    training_rounds: int = 3
+    epochs: int = 3
+    batches: int | None = None
+    contenders: tuple[str, ...] = ("eval", "loop", "fold", "ours", "ours_summary")
+
+
+QUICK = Scale(
+    rounds=1,
+    sweep=(10,),
+    sweep_rounds=1,
+    images=8,
+    passes=3000,
+    seeds=4,
+    sizes=(10, 50),
+    training_images=256,
+    training_rounds=1,
+    epochs=1,
+    batches=1,
+    contenders=(),
+)
+"""A smoke run: some seconds, on digits, T=50, and no figure that means much."""
+
+
+class Bench:
+    """The networks, the images, and what is measured on them."""
+
+    def __init__(self, data: Dataset, scale: Scale, samples: int, cache: Path) -> None:
+        self.scale, self.samples, self.data = scale, samples, data
+        self.modules = {n: networks.ready(n, data, scale.epochs, cache) for n in NETWORKS}
+        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+        self._test = data.preprocessing.normalize(data.test.images[order[:256]])
+
+    def x(self, images: int) -> Tensor:
+        """Return test images, normalised [B, C, H, W]."""
+        return self._test[:images]
+
+    def cases(self) -> list[tuple[Network, nn.Module, Tensor]]:
+        """List the networks with a batch of each size."""
+        return [
+            (network, module, self.x(batch))
+            for network, module in self.modules.items()
+            for batch in network.batches[: self.scale.batches]
+        ]
+
+    def trained(self) -> list[tuple[Network, nn.Module]]:
+        """List the networks that are trained."""
+        return [(network, module) for network, module in self.modules.items() if network.trained]
+
+    def engine(self) -> list[dict[str, Any]]:
+        """Time the contenders."""
+        return [timing.row(*case, self.samples, self.scale.rounds) for case in self.cases()]
+
+    def sweep(self) -> list[dict[str, Any]]:
+        """Time the loop and ours over T."""
+        scale = self.scale
+        found = [
+            timing.sweep(*case, scale.sweep, scale.sweep_rounds)
+            for case in self.cases()
+            if case[0].trained
+        ]
+        return [row for rows in found for row in rows]
+
+    def efficiency(self) -> list[dict[str, Any]]:
+        """Measure what a sample is worth."""
+        scale = self.scale
+        x = self.x(scale.images)
+        return [
+            efficiency.study(network, module, x, scale.passes, scale.seeds, scale.sizes)
+            for network, module in self.trained()
+        ]
+
+    def memory(self) -> list[dict[str, Any]]:
+        """Measure what the contenders take, and T = 1,000 at batch 64 on the CNN."""
+        calls = [(*case, self.samples, self.scale.contenders) for case in self.cases()]
+        largest = [(*case, self.x(64), 1000, ("ours_summary",)) for case in self.trained()]
+        calls = [call for call in calls if call[-1]] + [c for c in largest if c[0].name == "cnn"]
+        return [memory.row(*call) for call in follow(calls, "memory")]
+
+    def training(self) -> list[dict[str, Any]]:
+        """Measure training throughput."""
+        images = self.data.train.take(torch.arange(self.scale.training_images))
+        normalize, rounds = self.data.preprocessing.normalize, self.scale.training_rounds
+        trained = [n for n, _ in self.trained()][: self.scale.batches]
+        return [training.throughput(n, images, normalize, rounds) for n in trained]
+
+
+PARTS: dict[str, tuple[Callable[[Bench], list[dict[str, Any]]], Callable[..., Any]]] = {
+    "engine": (Bench.engine, timing.table),
+    "sweep": (Bench.sweep, timing.sweep_table),
+    "efficiency": (Bench.efficiency, efficiency.table),
+    "memory": (Bench.memory, memory.table),
+    "training": (Bench.training, training.table),
+}
+"""Name, also in JSON -> what measures it, what shows it."""
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine."""
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system()}
+
+
+def run(bench: Bench, parts: Sequence[str], console: Console) -> dict[str, Any]:
+    """Measure the parts; print a table of each and one of the claims."""
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "quick": bench.scale is QUICK,
+        "data": bench.data.name,
+        "samples": bench.samples,
+        "threads": torch.get_num_threads(),
+        "contenders": timing.CONTENDERS,
     }
+    for name in parts:
+        measure, table = PARTS[name]
+        result[name] = measure(bench)
+        console.print(table(result[name]))
+    found = claims(result)
+    console.print(claims_table(found))
+    return {**result, "claims": [claim.to_json() for claim in found]}
 
 
-def contenders(module: nn.Module, x: Tensor, samples: int) -> dict[str, Contender]:
-    """Return name -> a call that answers the batch `x` once."""
-    sampler = Sampler(module, x)
-
-    def evaluate() -> Tensor:
-        result: Tensor = module(x).softmax(-1)
-        return result
-
-    def with_dropout(batch: Tensor) -> Tensor:
-        _switch_dropout(module, training=True)
-        try:
-            result: Tensor = module(batch).softmax(-1)
-        finally:
-            _switch_dropout(module, training=False)
-        return result
-
-    def loop() -> Tensor:
-        return torch.stack([with_dropout(x) for _ in range(samples)]).mean(0)
-
-    def fold() -> Tensor:
-        batch = x.repeat(samples, *(1 for _ in x.shape[1:]))
-        return with_dropout(batch).view(samples, len(x), -1).mean(0)
-
-    def ours() -> Tensor:
-        return sampler.sample(x, samples).mean(0)
-
-    return {"eval": evaluate, "loop": loop, "fold": fold, "dropserve": ours}
-
-
-def _switch_dropout(module: nn.Module, *, training: bool) -> None:
-    for child in module.modules():
-        if isinstance(child, nn.Dropout):
-            child.train(training)
-
-
-def measure(calls: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """Return name -> median microseconds of a call; the contenders take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in track(range(rounds + 1), transient=True):
-        for name, call in calls.items():
-            repeats = 20 if name == "eval" else 1
-            started = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if turn:  # the first turn warms up
-                times[name].append((time.perf_counter() - started) / repeats * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def main() -> None:
-    """Measure, print a table and, if asked, write JSON."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--samples", type=int, help="T (default 100), a multiple of fifty")
+    parser.add_argument("--threads", type=int, default=1, help="of all but training")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("DROPSERVE_DATA_DIR", "data")),
+        help="folder of datasets, or DROPSERVE_DATA_DIR; digits are taken without it",
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="a smoke run, on digits")
+    parser.add_argument("--cache", type=Path, default=networks.CACHE, help="of trained weights")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    samples = options.samples or (50 if options.quick else 100)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    table = Table("network", "batch", "eval us", "loop", "T-fold batch", "dropserve", "loop/ours")
-    rows = []
-    for name, (module, shape, batches) in networks().items():
-        for batch in batches:
-            with torch.inference_mode():
-                calls = contenders(module, torch.randn(batch, *shape), options.samples)
-                medians = measure(calls, options.rounds)
-            ratio = medians["loop"] / medians["dropserve"]
-            rows.append({"network": name, "batch": batch, **medians, "loop/ours": ratio})
-            figures = [f"{value:,.0f}" for value in medians.values()]
-            table.add_row(name, str(batch), *figures, f"{ratio:.1f}x")
-    Console().print(table)
-    if options.json:
-        about = {"torch": torch.__version__, "python": platform.python_version()}
-        about |= {"samples": options.samples, "threads": options.threads}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    data = networks.load_images(options.data_dir, stand_in=options.quick)
+    bench = Bench(data, QUICK if options.quick else Scale(), samples, options.cache)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    console.print(f"{data.name}, T={samples}, {options.threads} thread(s)")
+    result = run(bench, options.only, console)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

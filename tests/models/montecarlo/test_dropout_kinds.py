@@ -1,4 +1,4 @@
-"""Every kind of dropout: the values under a mask are the exact ones, on both paths."""
+"""Every kind of dropout: the values under a mask are the exact ones, on every path."""
 
 import pytest
 import torch
@@ -79,11 +79,11 @@ def kept(masks, site, shape):
 
 
 def assert_samples(module, x, masks, expected):
-    """Hold both paths, and one thinned network at a time, against the logits expected."""
+    """Hold every path, and one thinned network at a time, against the logits expected."""
     sampler = Sampler(module, x)
-    assert sampler.path == "vmap"
     before = x.clone()
-    for path in ("vmap", "loop"):
+    assert sampler.path != "loop"
+    for path in {sampler.path, "vmap", "loop"}:
         sampler.path = path
         got = sampler.sample(x, T, 8, masks)
         torch.testing.assert_close(got, expected.softmax(-1), rtol=0, atol=1e-6)
@@ -177,7 +177,7 @@ def test_a_transformer_encoder_layer_drops_at_its_four_sites(batch_first, masks)
     keeps = [kept(masks, i, s.shape) for i, s in enumerate(sites)]
     expected = [encoder_by_hand(module.layer, x, [k[t] for k in keeps]) for t in range(T)]
     sampler = Sampler(module, x)
-    for path in (sampler.path, "loop"):
+    for path in {sampler.path, "vmap", "loop"}:
         sampler.path = path
         got = sampler.sample(x, T, 8, masks)
         torch.testing.assert_close(got, torch.stack(expected).softmax(-1), rtol=0, atol=2e-6)
@@ -200,7 +200,7 @@ def test_attention_that_returns_its_weights_is_dropped_too():
     keep = kept("stratified", 0, (2, 5, 5))
     with torch.no_grad():
         expected = torch.stack([attention(module.attention, x, k).mean(1) for k in keep])
-    for path in (sampler.path, "loop"):
+    for path in {sampler.path, "vmap", "loop"}:
         sampler.path = path
         got = sampler.sample(x, T, 8)
         torch.testing.assert_close(got, expected.softmax(-1), rtol=0, atol=2e-6)

@@ -22,7 +22,7 @@ def network():
     return module.eval()
 
 
-@pytest.mark.parametrize("path", ["vmap", "loop"])
+@pytest.mark.parametrize("path", ["folded", "vmap", "loop"])
 def test_sampling_leaves_flags_buffers_parameters_and_hooks_as_they_are(path):
     module, x = network(), torch.randn(9, 1, 8, 8)
     before = {name: t.clone() for name, t in module.state_dict().items()}
@@ -34,7 +34,7 @@ def test_sampling_leaves_flags_buffers_parameters_and_hooks_as_they_are(path):
     assert int(after["norm1.num_batches_tracked"]) == 3
     assert not any(m.training for m in module.modules())
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())  # noqa: SLF001
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def test_batch_norm_uses_its_running_statistics_while_sampling():
@@ -57,7 +57,7 @@ def test_sampling_draws_nothing_from_the_global_generator():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("path", ["vmap", "loop"])
+@pytest.mark.parametrize("path", ["folded", "vmap", "loop"])
 def test_an_eval_prediction_in_another_thread_stays_bit_for_bit_what_it_was(path):
     module, x = network(), torch.randn(4, 1, 8, 8)
     with torch.inference_mode():

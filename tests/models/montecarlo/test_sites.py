@@ -34,7 +34,7 @@ def test_the_default_networks_name_their_sites():
         ("dropout2", "dropout", 0.5, (256,)),
     ]
     assert mlp.classes == 10
-    assert mlp.path == "vmap"
+    assert mlp.path == "folded"
 
 
 def test_a_function_in_a_forward_is_named_after_the_module_and_the_kind():

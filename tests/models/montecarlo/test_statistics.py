@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.montecarlo.statistics import summarize
+from models.errors import SamplingError
+from models.montecarlo.statistics import Statistics, summarize
 
 LEVELS = (0.5, 0.9, 0.99)
 
@@ -146,3 +147,42 @@ def test_doubt_adds_up_and_intervals_are_in_order(size, seed, sharpness, level):
     assert (got.lower >= p.amin(0)).all()
     assert (got.upper <= p.amax(0)).all()
     assert ((got.variation_ratio >= 0) & (got.variation_ratio <= 1 - 1 / size[2] + 1e-12)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_chunks_add_up_to_what_numpy_says_of_all_samples(data):
+    total = data.draw(st.integers(1, 260))
+    level = data.draw(st.floats(0.01, 0.99))
+    masks = data.draw(st.sampled_from(["stratified", "independent"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    p = rng.dirichlet(np.full(4, 0.4), (total, 3))  # [T, B, C]
+    if data.draw(st.booleans()):
+        p = p.round(1)  # ties
+    statistics = Statistics(total, masks, level)
+    start = 0
+    while start < total:
+        assert not statistics.complete
+        stop = start + 10 * data.draw(st.integers(1, 9))
+        statistics.add(torch.from_numpy(p[start:stop].transpose(2, 1, 0).copy()))
+        start = stop
+    assert statistics.complete
+    assert statistics._ordered.shape[2] <= (1 - level) * total + 4
+    got, whole = statistics.summary(), summarize(torch.from_numpy(p), masks, level)
+    np.testing.assert_allclose(got.mean, p.mean(0), atol=1e-12)
+    if total > 1:
+        np.testing.assert_allclose(got.variance, p.var(0, ddof=1), atol=1e-12)
+    np.testing.assert_allclose(got.lower, np.quantile(p, (1 - level) / 2, 0), atol=1e-12)
+    np.testing.assert_allclose(got.upper, np.quantile(p, (1 + level) / 2, 0), atol=1e-12)
+    for name, value in vars(whole).items():
+        mine = getattr(got, name)
+        assert (mine is None) == (value is None)
+        if value is not None:
+            np.testing.assert_allclose(mine, value, atol=1e-12)
+
+
+def test_a_summary_needs_all_samples():
+    statistics = Statistics(20, "stratified")
+    statistics.add(torch.full((2, 1, 10), 0.5))
+    with pytest.raises(SamplingError, match="10 samples of 20"):
+        statistics.summary()

@@ -1,0 +1,26 @@
+-- POSTs the pictures of a folder in turn; prints what wrk measured as one line of JSON.
+-- Arguments: how many bodies, their content type, the folder with files 0, 1, ...
+
+local requests, turn = {}, 0
+
+function init(args)
+   local headers = { ["Content-Type"] = args[2] }
+   for i = 0, tonumber(args[1]) - 1 do
+      local file = assert(io.open(args[3] .. "/" .. i, "rb"))
+      requests[i] = wrk.format("POST", nil, headers, file:read("*a"))
+      file:close()
+   end
+end
+
+function request()
+   turn = (turn + 1) % (#requests + 1)
+   return requests[turn]
+end
+
+function done(summary, latency)
+   local e = summary.errors
+   io.write(string.format(
+      '\n{"requests": %d, "microseconds": %d, "p50_us": %d, "p99_us": %d, "refused": %d, "broken": %d}\n',
+      summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+      e.status, e.connect + e.read + e.write + e.timeout))
+end

@@ -1,0 +1,100 @@
+"""Peak memory of one call, above a process that has loaded the network and answered once.
+
+Each call is made in a process of its own, `python -m bench.memory`, because memory that was freed
+before would hide what it takes. Linux alone: the kernel's own count, VmHWM.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.networks import NETWORKS, Network
+from bench.timing import contenders
+from models.storage import dump_tensors, parse_tensors, read_once
+
+_MAX_BYTES = 2**30
+_INPUT = "x"
+
+
+def peak(network: Network, module: nn.Module, x: Tensor, samples: int, contender: str) -> float:
+    """Return the MiB that one call takes at most, above idle.
+
+    Args:
+        network: which.
+        module: it, with its weights.
+        x: the batch [B, ...].
+        samples: T.
+        contender: as in `bench.timing.CONTENDERS`.
+    """
+    with tempfile.TemporaryDirectory(prefix="dropserve-bench-") as folder:
+        path = Path(folder) / "network.safetensors"
+        path.write_bytes(dump_tensors(path, {**module.state_dict(), _INPUT: x}))
+        command = [sys.executable, "-m", "bench.memory", network.name, str(path), contender]
+        found = subprocess.run([*command, str(samples)], capture_output=True, text=True, check=True)
+    mib: float = json.loads(found.stdout)["mib"]
+    return mib
+
+
+def row(
+    network: Network, module: nn.Module, x: Tensor, samples: int, names: Sequence[str]
+) -> dict[str, Any]:
+    """Measure some contenders."""
+    about = {"network": network.name, "title": network.title, "batch": len(x), "samples": samples}
+    return {**about, "mib": {name: peak(network, module, x, samples, name) for name in names}}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show what `row` measured."""
+    names = list(dict.fromkeys(name for r in rows for name in r["mib"]))
+    shown = Table("peak MiB above idle", "batch", "T", *names)
+    for r in rows:
+        figures = [f"{r['mib'][name]:,.0f}" if name in r["mib"] else "" for name in names]
+        shown.add_row(r["network"], str(r["batch"]), str(r["samples"]), *figures)
+    return shown
+
+
+def main() -> None:
+    """Make one call, and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", choices=[network.name for network in NETWORKS])
+    parser.add_argument("file", type=Path, help="weights and batch, safetensors")
+    parser.add_argument("contender")
+    parser.add_argument("samples", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tensors = parse_tensors(options.file, read_once(options.file, _MAX_BYTES))
+    x = tensors.pop(_INPUT)
+    network = next(network for network in NETWORKS if network.name == options.network)
+    module = network.build(nn.Dropout).eval()
+    module.load_state_dict(tensors)
+    with torch.inference_mode():
+        calls = contenders(module, x, options.samples)
+        calls["eval"]()
+        with suppress(OSError):  # where it may not be reset, it can only come out higher
+            Path("/proc/self/clear_refs").write_text("5")
+        idle = _mib("VmRSS")
+        calls[options.contender]()
+        print(json.dumps({"mib": max(0.0, _mib("VmHWM") - idle)}))  # the parent reads it
+
+
+def _mib(field: str) -> float:
+    """Read a count of this process: VmRSS, what it holds, or VmHWM, the most that it held."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(found[1]) / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Times T Monte Carlo samples in the usual ways and in ours, the contenders taking turns.
+
+So a change in the machine's speed meets all of them, and ratios of medians hold where times do not.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.networks import Network, with_dropout
+from bench.progress import follow
+from models.montecarlo import Sampler
+from models.sequential import lay_out, streamline
+
+Call = Callable[[], Tensor]
+_SHORT = 0.01  # seconds; shorter calls are repeated to fill it
+_MAX_GAP = 0.05
+"""Most RMS between means of two times fifty samples or more: some three times what chance gives."""
+
+CONTENDERS = {
+    "eval_pytorch": "one prediction in eval mode, the module as PyTorch makes it",
+    "eval": "one prediction in eval mode, as the service runs it",
+    "loop": "T passes with nn.Dropout in train mode",
+    "loop_laid_out": "the same, with our module's memory layout",
+    "fold": "one pass over a batch of T times the images",
+    "ours": "Sampler.sample(...).mean(0): what the loop computes",
+    "ours_summary": "Sampler.summarize(...): all statistics",
+}
+
+
+def contenders(module: nn.Module, x: Tensor, samples: int) -> dict[str, Call]:
+    """Return name -> a call that answers the batch `x` [B, ...] once; see `CONTENDERS`."""
+    ours = lay_out(copy.deepcopy(module))
+    sampler = Sampler(ours, x)
+    sampler.warm_up(x[:1])  # as the service does
+    streamlined = streamline(ours, x)
+    noisy, laid_out = with_dropout(module), lay_out(with_dropout(module))
+    return {
+        "eval_pytorch": lambda: module(x).softmax(-1),
+        "eval": lambda: streamlined(x).softmax(-1),
+        "loop": lambda: _loop(noisy, x, samples),
+        "loop_laid_out": lambda: _loop(laid_out, x, samples),
+        "fold": lambda: _fold(noisy, x, samples),
+        "ours": lambda: sampler.sample(x, samples).mean(0),
+        "ours_summary": lambda: sampler.summarize(x, samples).mean,
+    }
+
+
+def _loop(module: nn.Module, x: Tensor, samples: int) -> Tensor:
+    return torch.stack([module(x).softmax(-1) for _ in range(samples)]).mean(0)
+
+
+def _fold(module: nn.Module, x: Tensor, samples: int) -> Tensor:
+    rows: Tensor = module(x.repeat(samples, *(1 for _ in x.shape[1:]))).softmax(-1)
+    return rows.view(samples, len(x), -1).mean(0)
+
+
+def row(
+    network: Network, module: nn.Module, x: Tensor, samples: int, rounds: int
+) -> dict[str, Any]:
+    """Measure one network at one batch size, and a fifth of the samples: as good if stratified."""
+    calls = contenders(module, x, samples)
+    gap = _gap(calls)
+    fewer = contenders(module, x, samples // 5)
+    calls |= {f"{name}_fifth": fewer[name] for name in ("ours", "ours_summary")}
+    times = measure(calls, rounds, f"{network.title}, batch {len(x)}")
+    return {
+        "network": network.name,
+        "title": network.title,
+        "trained": network.trained,
+        "batch": len(x),
+        "samples": samples,
+        "gap": gap,
+        "path": Sampler(module, x).path,
+        "microseconds": times,
+        "ratios": {
+            **{f"{name}/ours": times[name] / times["ours"] for name in ("loop", "fold")},
+            "loop_laid_out/ours": times["loop_laid_out"] / times["ours"],
+            "loop/ours_summary": times["loop"] / times["ours_summary"],
+            "loop/ours_fifth": times["loop"] / times["ours_fifth"],
+            "ours/eval": times["ours"] / times["eval"],
+            "ours_summary/eval": times["ours_summary"] / times["eval"],
+        },
+    }
+
+
+def _gap(calls: Mapping[str, Call]) -> float:
+    """Return the RMS between the loop's means and ours, if it is chance's, and chance is there.
+
+    Raises:
+        RuntimeError: they do not measure the same.
+    """
+    with torch.inference_mode():
+        loop, again, fold, ours = (calls[name]() for name in ("loop", "loop", "fold", "ours"))
+    gaps = [float((other - ours).square().mean().sqrt()) for other in (loop, fold)]
+    if torch.equal(loop, again) or max(gaps) > _MAX_GAP:
+        raise RuntimeError(f"the contenders disagree: {gaps}")
+    return gaps[0]
+
+
+def sweep(
+    network: Network, module: nn.Module, x: Tensor, sizes: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Measure the loop and ours for several T."""
+    rows = []
+    for samples in sizes:
+        calls = contenders(module, x, samples)
+        few = {name: calls[name] for name in ("eval", "loop", "ours", "ours_summary")}
+        times = measure(few, rounds, f"{network.title}, batch {len(x)}, T={samples}")
+        about = {"network": network.name, "batch": len(x), "samples": samples}
+        rows.append({**about, "microseconds": times, "loop/ours": times["loop"] / times["ours"]})
+    return rows
+
+
+def measure(calls: Mapping[str, Call], rounds: int, title: str) -> dict[str, float]:
+    """Return name -> median microseconds of a call; a first turn warms up and is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    with torch.inference_mode():
+        for turn in follow(range(rounds + 1), title):
+            for name, call in calls.items():
+                seconds = _time(call, repeats[name])
+                if turn:
+                    times[name].append(seconds * 1e6)
+                elif seconds < _SHORT:
+                    repeats[name] = max(1, round(_SHORT / _time(call, 1)))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _time(call: Call, repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) / repeats
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show what `row` measured: milliseconds and ratios."""
+    names = ("eval", "loop", "loop_laid_out", "fold", "ours", "ours_summary")
+    heads = ("eval ms", "loop", "loop laid out", "T-fold batch", "ours", "with statistics")
+    shown = Table("network", "batch", *heads, "loop/ours", "laid out/ours", "ours/eval", "path")
+    for r in rows:
+        figures = [f"{r['microseconds'][name] / 1e3:,.2f}" for name in names]
+        ratios = [r["ratios"][k] for k in ("loop/ours", "loop_laid_out/ours", "ours/eval")]
+        figures += [f"{ratio:.1f}x" for ratio in ratios]
+        shown.add_row(r["network"], str(r["batch"]), *figures, r["path"])
+    return shown
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show what `sweep` measured."""
+    shown = Table("network", "batch", "T", "loop ms", "ours", "with statistics", "loop/ours")
+    for r in rows:
+        times = [r["microseconds"][name] / 1e3 for name in ("loop", "ours", "ours_summary")]
+        figures = [f"{ms:,.2f}" for ms in times]
+        shown.add_row(
+            *map(str, (r["network"], r["batch"], r["samples"])), *figures, f"{r['loop/ours']:.1f}x"
+        )
+    return shown
