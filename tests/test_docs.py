@@ -138,7 +138,12 @@ def test_the_map_shows_every_room_and_no_other():
     page = (ROOT / "docs/architecture.md").read_text()
     drawn = blocks(page, "")[1]
     mapped = set(re.findall(r"\b(\w+\.py)\b", drawn))
-    rooms = {p.name for top in ("models", "service", "bench") for p in (ROOT / top).rglob("*.py")}
+    rooms = {
+        path.name
+        for top in ("models", "service", "bench")
+        for path in (ROOT / top).rglob("*.py")
+        if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    }
     assert mapped == rooms - {"__init__.py"}
 
 
