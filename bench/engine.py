@@ -41,7 +41,7 @@ class Scale:
     sizes: tuple[int, ...] = efficiency.SIZES
     training_images: int = 6400
     training_rounds: int = 3
-    epochs: int = 3
+    epochs: int | None = None
     batches: int | None = None
     contenders: tuple[str, ...] = ("eval", "loop", "fold", "ours", "ours_summary")
 

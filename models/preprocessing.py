@@ -60,15 +60,16 @@ class Preprocessing:
 
         EXIF orientation is applied, transparency is laid over white, colour profiles are ignored.
         """
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        image = _flatten(image)
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        mode = "L" if self.channels == 1 else "RGB"
+        if image.mode != mode or image.info:  # where orientation and transparency would be
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            image = _flatten(image).convert(mode)
         height, width = self.size
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-        pixels = np.asarray(image, np.uint8).reshape(height, width, self.channels)
-        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, self.channels)
+        pixels = np.array(pixels.transpose(2, 0, 1), order="C")  # a copy, to be written to
         return 255 - pixels if self.invert else pixels
 
     def normalize(self, pixels: Tensor) -> Tensor:

@@ -1,41 +1,50 @@
 """`create_app()` wires settings, inference and routes; nothing happens at import."""
 
-import logging
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service.bodies import BodyLimits, BodyReader
-from service.errors import DropserveError, InvalidRequest, problem
+from service.errors import problem
 from service.images import ImageLimits
 from service.inference import Inference
-from service.logs import FIELDS
 from service.middleware import RequestLog
 from service.routes import native, operations
+from service.routes.tasks import TaskRoutes
 from service.settings import Settings
+from service.workers import StartingLine
 
-_log = logging.getLogger("dropserve.errors")
 
-
-def create_app(settings: Settings, inference: Inference | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    inference: Inference | None = None,
+    line: StartingLine | None = None,
+) -> FastAPI:
     """Make the application.
 
     Args:
         settings: what the deployer set.
         inference: models and their thread; made from the settings at start-up if None.
+        line: where it waits for the other workers, if there are any.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        running = inference or Inference(settings)
+        try:
+            running = inference or Inference(settings)
+        finally:  # a worker that fails must not leave the others waiting
+            if line is not None:
+                line.arrive(str(os.getpid()))
         app.state.inference = running
+        if line is not None:
+            await line.wait()
         yield
         running.close()
 
@@ -46,6 +55,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # asked of each request
     )
     app.state.settings = settings
     limits = BodyLimits(
@@ -54,45 +64,20 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         timeout=settings.body_timeout,
         image=ImageLimits(settings.max_pixels, settings.max_side),
     )
-    app.state.body_reader = BodyReader(limits, settings.max_held_bytes)
     app.include_router(operations.router)
     app.include_router(native.router)
     app.add_middleware(RequestLog)
-    app.add_exception_handler(DropserveError, _known)
-    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    reader = BodyReader(limits, settings.max_held_bytes)
+    app.middleware_stack = TaskRoutes(app.build_middleware_stack(), settings, reader)
     return app
-
-
-async def _known(request: Request, error: Exception) -> Response:
-    """Translate our own errors: the one place where they become HTTP."""
-    if not isinstance(error, DropserveError):
-        raise error
-    if error.status == 500:
-        _log.error(str(error), extra={FIELDS: {"request_id": request.state.request_id}})
-    return _problem(request, error.status, str(error), error.headers)
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    """Say which parameter is wrong and what is allowed, and nothing of what was sent."""
-    if not isinstance(error, RequestValidationError):
-        raise error
-    details = []
-    for item in error.errors():
-        unknown = item["type"] == "extra_forbidden"
-        details.append("unknown parameter" if unknown else f"{item['loc'][-1]}: {item['msg']}")
-    return await _known(request, InvalidRequest("; ".join(sorted(set(details)))))
 
 
 async def _http(request: Request, error: Exception) -> Response:
     """Translate what the framework raises: no such route, no such method."""
     if not isinstance(error, HTTPException):
         raise error
-    return _problem(request, error.status_code, str(error.detail), error.headers)
-
-
-def _problem(
-    request: Request, status: int, detail: str, headers: Mapping[str, str] | None
-) -> Response:
-    content = problem(status, detail, request.state.request_id)
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
+    content = problem(error.status_code, str(error.detail), request.state.request_id)
+    return JSONResponse(
+        content, error.status_code, error.headers, media_type="application/problem+json"
+    )

@@ -1,43 +1,93 @@
-"""A micro-batcher: what arrives while a batch runs makes up the next one.
+"""A micro-batcher: what arrives while a step runs makes up the next batch.
 
-It knows neither torch nor HTTP. Items of one key run together; keys take turns, a batch each,
-in the order of their first item, so that a key with many items holds up no other for longer than a
-batch. (A sender of many keys has as many turns.) Nothing waits while the worker is idle.
+It knows neither torch nor HTTP. Items of one key run together, as one job, and a job is a
+generator: it runs on the executor from one `yield` to the next, and in between others have their
+turn. Turns go round so that nobody waits long and nobody is left out:
+
+- an urgent batch gets every other turn at least: it waits for one step of another job;
+- of the rest, keys that wait to start and jobs under way take turns, each in their own order.
+
+A key with many items has one turn a batch, like any other. (A sender of many keys has as many
+turns.) Nothing waits while the executor is idle.
 """
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Run = Callable[[Key, Sequence[Item]], Sequence[Result]]
+Steps = Generator[None, None, Sequence[Result]]
+Run = Callable[[Key, Sequence[Item]], Steps[Result]]
 
 
 class QueueFull(Exception):
     """More would wait than the queue holds."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Waiting(Generic[Item, Result]):
     item: Item
     weight: int
     future: asyncio.Future[Result]
 
 
+@dataclass(eq=False, slots=True)
+class _Job(Generic[Key, Item, Result]):
+    """A batch, and how far it has come."""
+
+    key: Key
+    batch: list[_Waiting[Item, Result]]
+    steps: Steps[Result] | None = None
+    results: Sequence[Result] | None = None
+    error: Exception | None = None
+    closed: bool = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits for it any more."""
+        return all(waiting.future.done() for waiting in self.batch)
+
+    def advance(self, run: Run[Key, Item, Result]) -> None:
+        """Run to the next `yield`, the end or an error; or give up if it is abandoned."""
+        try:
+            self.results = self._advance(run)
+        except Exception as error:
+            self.error = error
+
+    def _advance(self, run: Run[Key, Item, Result]) -> Sequence[Result] | None:
+        try:
+            if self.steps is None:
+                self.steps = run(self.key, [waiting.item for waiting in self.batch])
+            if self.abandoned:
+                self.closed = True
+                self.steps.close()
+            else:
+                next(self.steps)
+        except StopIteration as end:
+            results: Sequence[Result] = end.value
+            if len(results) != len(self.batch):
+                raise RuntimeError(f"{len(self.batch)} items in, {len(results)} out") from None
+            return results
+        return None
+
+
 class Batcher(Generic[Key, Item, Result]):
-    """Runs items in batches on an executor, one batch at a time.
+    """Runs items in batches on an executor, one step at a time.
 
     Args:
-        run: `(key, items) -> results`, one each, in order; called on the executor.
+        run: `(key, items) -> steps`, a generator that returns a result each, in order; the executor
+            runs it, and closes it if all who wait for it have gone.
         executor: where it runs.
         max_batch: most weight in one batch; an item heavier than that runs alone.
-        max_queue: most weight waiting; `submit` raises beyond it.
+        max_queue: most weight waiting to start; `submit` raises beyond it.
+        max_jobs: most jobs under way; further keys wait for one of them to end. Urgent ones do not.
     """
 
     def __init__(
@@ -47,16 +97,26 @@ class Batcher(Generic[Key, Item, Result]):
         *,
         max_batch: int,
         max_queue: int,
+        max_jobs: int = 16,
     ) -> None:
         self._run = run
         self._executor = executor
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._queues: OrderedDict[Key, deque[_Waiting[Item, Result]]] = OrderedDict()
+        self._max_jobs = max_jobs
+        self._urgent: _Queues[Key, Item, Result] = OrderedDict()
+        self._others: _Queues[Key, Item, Result] = OrderedDict()
+        self._jobs: deque[_Job[Key, Item, Result]] = deque()
         self._queued = 0
-        self._worker: asyncio.Task[None] | None = None
+        self._busy = False
+        self._closed = False
+        self._turns = cycle(
+            (self._start_urgent, self._start_other, self._start_urgent, self._continue)
+        )
 
-    async def submit(self, key: Key, item: Item, weight: int = 1) -> Result:
+    async def submit(
+        self, key: Key, item: Item, weight: int = 1, *, urgent: bool = False
+    ) -> Result:
         """Queue an item and wait for its result; cancelling the wait takes it out of the queue.
 
         Raises:
@@ -65,79 +125,109 @@ class Batcher(Generic[Key, Item, Result]):
         """
         if self._queued and self._queued + weight > self._max_queue:
             raise QueueFull
-        waiting = _Waiting[Item, Result](item, weight, asyncio.get_running_loop().create_future())
-        self._queues.setdefault(key, deque()).append(waiting)
+        loop = asyncio.get_running_loop()
+        waiting: _Waiting[Item, Result] = _Waiting(item, weight, loop.create_future())
+        queues = self._urgent if urgent else self._others
+        queues.setdefault(key, deque()).append(waiting)
         self._queued += weight
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._next_step, loop)  # what else arrives in this tick comes along
         try:
             return await waiting.future
         finally:
             if waiting.future.cancelled():
-                self._forget(key, waiting)
+                self._forget(queues, key, waiting)
 
-    async def _work(self) -> None:
-        """Run batches until nothing waits."""
-        while self._queues:
-            key, batch = self._next_batch()
-            if batch:
-                await self._run_batch(key, batch)
+    def close(self) -> None:
+        """Start nothing more, and drop what waits and what is under way."""
+        self._closed = True
+        self._urgent.clear()
+        self._others.clear()
+        self._jobs.clear()
+        self._queued = 0
 
-    def _next_batch(self) -> tuple[Key, list[_Waiting[Item, Result]]]:
-        """Take from the key whose turn it is as much as fits; a key with more goes to the back."""
-        key, queue = self._queues.popitem(last=False)
-        batch: list[_Waiting[Item, Result]] = []
-        weight = 0
-        while queue and (not batch or weight + queue[0].weight <= self._max_batch):
-            waiting = queue.popleft()
-            self._queued -= waiting.weight
-            if not waiting.future.done():
-                batch.append(waiting)
-                weight += waiting.weight
-        if queue:
-            self._queues[key] = queue
-        return key, batch
+    def _next_step(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hand the executor the next step, if there is one."""
+        job = None if self._closed else self._next_job()
+        self._busy = job is not None
+        if job is not None:
+            self._executor.submit(self._step, job, loop)
 
-    async def _run_batch(self, key: Key, batch: list[_Waiting[Item, Result]]) -> None:
-        """Run a batch; if it fails, run its items one by one, so that only the bad ones fail."""
-        try:
-            results = await self._execute(key, [waiting.item for waiting in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                _settle(batch[0].future, error)
-                return
-            for waiting in batch:
+    def _step(self, job: _Job[Key, Item, Result], loop: asyncio.AbstractEventLoop) -> None:
+        """Run a step, on the executor. One call back to the loop is all that the hop costs."""
+        job.advance(self._run)
+        loop.call_soon_threadsafe(self._after_step, job, loop)
+
+    def _after_step(self, job: _Job[Key, Item, Result], loop: asyncio.AbstractEventLoop) -> None:
+        """Answer those who waited for a job, or let it wait for its next turn."""
+        if job.error is not None:
+            self._fail(job, job.error)
+        elif job.results is not None:
+            for waiting, result in zip(job.batch, job.results, strict=True):
                 if not waiting.future.done():
-                    await self._run_batch(key, [waiting])
-            return
-        for waiting, result in zip(batch, results, strict=True):
-            if not waiting.future.done():
-                waiting.future.set_result(result)
+                    waiting.future.set_result(result)
+        elif not job.closed:
+            self._jobs.append(job)
+        self._next_step(loop)
 
-    async def _execute(self, key: Key, items: Sequence[Item]) -> Sequence[Result]:
-        loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._executor, self._call, key, items)
-        if len(results) != len(items):
-            raise RuntimeError(f"{len(items)} items in, {len(results)} results out")
-        return results
+    def _fail(self, job: _Job[Key, Item, Result], error: Exception) -> None:
+        """Run the items of a failed batch one by one, so that only the bad ones fail."""
+        left = [waiting for waiting in job.batch if not waiting.future.done()]
+        if len(job.batch) > 1:
+            self._jobs.extend(_Job(job.key, [waiting]) for waiting in left)
+        elif left:
+            left[0].future.set_exception(error)
 
-    def _call(self, key: Key, items: Sequence[Item]) -> Sequence[Result]:
-        try:
-            return self._run(key, items)
-        except StopIteration as error:  # a future cannot carry it: whoever awaits would hang
-            raise RuntimeError("run raised StopIteration") from error
+    def _next_job(self) -> _Job[Key, Item, Result] | None:
+        """Go round until somebody has something to do; once is enough to ask all."""
+        for _ in range(4):
+            job = next(self._turns)()
+            if job is not None:
+                return job
+        return None
 
-    def _forget(self, key: Key, waiting: _Waiting[Item, Result]) -> None:
+    def _start_urgent(self) -> _Job[Key, Item, Result] | None:
+        return self._start(self._urgent)
+
+    def _start_other(self) -> _Job[Key, Item, Result] | None:
+        return self._start(self._others) if len(self._jobs) < self._max_jobs else None
+
+    def _continue(self) -> _Job[Key, Item, Result] | None:
+        return self._jobs.popleft() if self._jobs else None
+
+    def _start(self, queues: "_Queues[Key, Item, Result]") -> _Job[Key, Item, Result] | None:
+        """Take from the key whose turn it is as much as fits; a key with more goes to the back."""
+        while queues:
+            key, queue = queues.popitem(last=False)
+            batch: list[_Waiting[Item, Result]] = []
+            weight = 0
+            while queue and (not batch or weight + queue[0].weight <= self._max_batch):
+                waiting = queue.popleft()
+                self._queued -= waiting.weight
+                if not waiting.future.done():
+                    batch.append(waiting)
+                    weight += waiting.weight
+            if queue:
+                queues[key] = queue
+            if batch:
+                return _Job(key, batch)
+        return None
+
+    def _forget(
+        self,
+        queues: "_Queues[Key, Item, Result]",
+        key: Key,
+        waiting: _Waiting[Item, Result],
+    ) -> None:
         """Give back the place of an item that nobody waits for any more."""
-        queue = self._queues.get(key)
+        queue = queues.get(key)
         if queue is None or waiting not in queue:
             return
         queue.remove(waiting)
         self._queued -= waiting.weight
         if not queue:
-            del self._queues[key]
+            del queues[key]
 
 
-def _settle(future: asyncio.Future[Result], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+_Queues = OrderedDict[Key, deque[_Waiting[Item, Result]]]

@@ -1,17 +1,16 @@
 """From a request's body to pictures: raw, multipart or JSON. Read with limits, parsed strictly."""
 
-import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from service.errors import (
     InvalidRequest,
@@ -23,6 +22,7 @@ from service.errors import (
 )
 from service.images import ImageLimits, check_size, decode
 from service.multipart import Part, parse_multipart
+from service.waiting import Deadline
 
 _ACCEPTED = (
     "send a picture with Content-Type image/png, image/jpeg or image/webp, multipart/form-data "
@@ -52,59 +52,68 @@ class BodyReader:
 
     def __init__(self, limits: BodyLimits, max_held: int) -> None:
         self.limits = limits
+        self._most = limits.max_bytes
         self._max_held = max_held
         self._held = 0
 
-    @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Give a request's body, which counts as held inside the block.
+    async def read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+        """Read a request's body, which counts as held until it is released.
+
+        Args:
+            headers: of the request, names in lower case.
+            receive: the request's ASGI channel.
 
         Raises:
             TooLarge: it has more bytes than allowed.
             RequestTimeout: it did not arrive in time.
             UnsupportedMediaType: it is compressed.
             Overloaded: too many bytes are held already.
+            ClientDisconnect: the client went away.
         """
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UnsupportedMediaType("the body is compressed: send it as it is")
-        body = bytearray()
+        if b"expect" in headers and int(headers.get(b"content-length", b"0")) > self._most:
+            raise self._too_large()
+        chunks: list[bytes] = []
         try:
-            await self._receive(request, body)
-            yield bytes(body)
-        finally:
-            self._held -= len(body)
+            with Deadline(self.limits.timeout, self._too_late):
+                await self._append(receive, chunks)
+        except BaseException:
+            self._held -= sum(map(len, chunks))
+            raise
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    async def _receive(self, request: Request, body: bytearray) -> None:
-        try:
-            async with asyncio.timeout(self.limits.timeout):
-                await self._append(request, body)
-        except TimeoutError as error:
-            raise RequestTimeout(
-                f"the body did not arrive within {self.limits.timeout:g} seconds", headers=_CLOSE
-            ) from error
+    def release(self, body: bytes) -> None:
+        """Give back the room of a body that `read` returned."""
+        self._held -= len(body)
 
-    async def _append(self, request: Request, body: bytearray) -> None:
-        """Append to `body` what comes.
+    async def _append(self, receive: Receive, chunks: list[bytes]) -> None:
+        """Append to `chunks` what comes.
 
         A sender of more than allowed is read out for as many bytes again, so that it gets to see
         the answer; then the connection is closed.
         """
-        most = self.limits.max_bytes
-        too_large = TooLarge(f"the body is larger than {most} bytes", headers=_CLOSE)
-        if int(request.headers.get("content-length", "0")) > most and "expect" in request.headers:
-            raise too_large
-        size = 0
-        async for chunk in request.stream():
+        size, more = 0, True
+        while more and size <= 2 * self._most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk, more = message["body"], message["more_body"]
             size += len(chunk)
-            if size > 2 * most:
-                break
-            if size <= most:
-                body += chunk
+            if size <= self._most:
+                chunks.append(chunk)
                 self._held += len(chunk)
                 if self._held > self._max_held:
                     raise Overloaded("too many bodies at once; try again in a second")
-        if size > most:
-            raise too_large
+        if size > self._most:
+            raise self._too_large()
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is larger than {self._most} bytes", headers=_CLOSE)
+
+    def _too_late(self) -> RequestTimeout:
+        seconds = f"{self.limits.timeout:g} seconds"
+        return RequestTimeout(f"the body did not arrive within {seconds}", headers=_CLOSE)
 
 
 def parse_images(body: bytes, content_type: str, limits: BodyLimits) -> Iterator[Image.Image]:

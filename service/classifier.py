@@ -223,7 +223,7 @@ def _finite(values: Tensor) -> Tensor:
 
 def _float32(values: Tensor | None) -> Any:  # noqa: ANN401  None stays None
     """Round to float32: JSON then has as many digits as the network's answer means."""
-    return None if values is None else values.float().contiguous().numpy()
+    return None if values is None else values.contiguous().numpy().astype(np.float32)
 
 
 def _layer(layer: Layer) -> Answer:

@@ -5,23 +5,23 @@ Pure ASGI: Starlette's `@app.middleware("http")` would hide a client's disconnec
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import problem
+from service.errors import DropserveError, problem
 from service.logs import FIELDS
 
-REQUEST_ID = "X-Request-ID"
+_REQUEST_ID = b"x-request-id"
 CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
 _log = logging.getLogger("dropserve.requests")
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestLog:
@@ -40,10 +40,14 @@ class RequestLog:
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
             exchange.status = CLIENT_CLOSED
+        except DropserveError as error:
+            if error.status == 500:
+                _log.error(str(error), extra={FIELDS: {"request_id": exchange.request_id}})
+            await exchange.fail(error.status, str(error), error.headers)
         except asyncio.CancelledError:  # the time for open requests is over at shutdown
             if exchange.status:
                 raise
-            await exchange.fail(503, "the service is stopping")
+            await exchange.fail(503, "the service is stopping", {"Retry-After": "1"})
         except Exception:
             _log.exception("request failed", extra={FIELDS: {"request_id": exchange.request_id}})
             if exchange.status:
@@ -60,8 +64,7 @@ class _Exchange:
         self._started = time.perf_counter()
         self._scope = scope
         self._send = send
-        asked = Headers(scope=scope).get(REQUEST_ID, "")
-        self.request_id = asked if _SAFE_ID.fullmatch(asked) else uuid.uuid4().hex
+        self.request_id = _asked_id(scope) or os.urandom(16).hex()
         self.status = 0
         self._fields: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=self.request_id, log=self._fields)
@@ -70,21 +73,28 @@ class _Exchange:
         """Pass a message on, with the request's id on the first."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID] = self.request_id
+            message["headers"] = [*message["headers"], (_REQUEST_ID, self.request_id.encode())]
         try:
             await self._send(message)
         except (OSError, RuntimeError) as error:  # RuntimeError is uvloop's for a closed connection
             raise ClientDisconnect from error
 
-    async def fail(self, status: int, detail: str) -> None:
+    async def fail(
+        self, status: int, detail: str, more_headers: Mapping[str, str] | None = None
+    ) -> None:
         """Answer in place of code that did not."""
         body = orjson.dumps(problem(status, detail, self.request_id))
-        headers = {"content-type": "application/problem+json", "content-length": str(len(body))}
-        if status == 503:
-            headers["retry-after"] = "1"
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": status, "headers": raw})
-        await self.send({"type": "http.response.body", "body": body})
+        headers = {
+            "content-type": "application/problem+json",
+            "content-length": str(len(body)),
+            **(more_headers or {}),
+        }
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        try:
+            await self.send({"type": "http.response.start", "status": status, "headers": raw})
+            await self.send({"type": "http.response.body", "body": body})
+        except ClientDisconnect:
+            self.status = CLIENT_CLOSED
 
     def log(self) -> None:
         """Write the request's line."""
@@ -98,3 +108,11 @@ class _Exchange:
                 "milliseconds": round(1000 * (time.perf_counter() - self._started), 3),
             }
             _log.info("request", extra={FIELDS: line})
+
+
+def _asked_id(scope: Scope) -> str | None:
+    """Return the id that the client chose, if it did and it is safe to log."""
+    for name, value in scope["headers"]:
+        if name == _REQUEST_ID:
+            return value.decode() if _SAFE_ID.fullmatch(value) else None
+    return None

@@ -14,6 +14,7 @@ from service import logs
 from service.app import create_app
 from service.inference import Inference
 from service.settings import Settings, environment_name
+from service.workers import StartingLine, starting_line
 
 
 def serve(settings: Settings) -> None:
@@ -31,6 +32,7 @@ def serve(settings: Settings) -> None:
         "http": "httptools",
         "ws": "none",
         "access_log": False,
+        "proxy_headers": False,  # who sent a request is neither used nor logged
         "log_config": None,
         "server_header": False,
         "timeout_graceful_shutdown": settings.drain_seconds,
@@ -53,14 +55,15 @@ def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
     for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
         text = ",".join(value) if isinstance(value, list) else str(value)
         os.environ[environment_name(name)] = text
-    uvicorn.run("service.server:worker_app", factory=True, workers=settings.workers, **options)
+    with starting_line():
+        uvicorn.run("service.server:worker_app", factory=True, workers=settings.workers, **options)
 
 
 def worker_app() -> FastAPI:
     """Make the application of one of several processes, from the environment."""
     settings = Settings()
     _configure_logs(settings)
-    return create_app(settings)
+    return create_app(settings, line=StartingLine.of_this_worker(settings.workers))
 
 
 def _configure_logs(settings: Settings) -> None:

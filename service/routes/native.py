@@ -1,19 +1,13 @@
-"""The native routes: models, predict, uncertainty, compare."""
+"""The native routes: models; and predict, uncertainty and compare as the document shows them."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
 
-from service.bodies import BodyReader, parse_images
-from service.classifier import Classifier, Compare, Pixels, Predict, Task, Uncertainty
-from service.errors import InvalidRequest, TooLarge
-from service.images import is_quick
+from service.classifier import Classifier
 from service.inference import Inference
 from service.schemas import (
     CompareOptions,
@@ -33,9 +27,6 @@ Result = TypeVar("Result")
 Find = Callable[..., Awaitable[Classifier]]
 _MODEL = "/v1/models/{name}"
 _VERSION = _MODEL + "/versions/{version}"
-_MAX_NUMBERS = 1_000_000
-"""Sampled probabilities in one answer: about 12 MB of JSON."""
-
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PICTURES: dict[str, Any] = {
     "required": True,
@@ -137,7 +128,10 @@ def _add_details(path: str, find: Find) -> None:
 
 
 def _add_tasks(prefix: str, find: Find) -> None:
-    """Register predict, uncertainty and compare under a prefix that says which model."""
+    """Declare predict, uncertainty and compare under a prefix that says which model.
+
+    For the OpenAPI document, and for 405 on other methods; `tasks.py` answers them.
+    """
     Model = Annotated[Classifier, Depends(find)]  # noqa: N806  a type
 
     def post(path: str, response: type[BaseModel]) -> Callable[..., Any]:
@@ -149,103 +143,27 @@ def _add_tasks(prefix: str, find: Find) -> None:
         )
 
     @post("/predict", PredictResponse)
-    async def predict(
-        request: Request,
-        model: Model,
-        options: Annotated[PredictOptions, Query()],  # noqa: ARG001  refuses unknown ones
-    ) -> Response:
+    async def predict(model: Model, options: Annotated[PredictOptions, Query()]) -> Response:
         """Classify pictures in eval mode."""
-        return _json(await _answer(request, model, Predict(), {}))
+        raise NotImplementedError
 
     @post("/uncertainty", UncertaintyResponse)
     async def uncertainty(
-        request: Request,
-        model: Model,
-        options: Annotated[UncertaintyOptions, Query()],
+        model: Model, options: Annotated[UncertaintyOptions, Query()]
     ) -> Response:
         """Classify pictures by Monte Carlo dropout, and say how sure the answer is."""
-        most = request.app.state.settings.max_samples
-        if options.samples > most:
-            raise InvalidRequest(f"samples: at most {most} here")
-        head = {
-            "method": "dropout",
-            "samples": options.samples,
-            "seed": options.seed,
-            "masks": options.masks,
-            "log_base": "e",
-        }
-        return _json(await _answer(request, model, Uncertainty(**dict(options)), head))
+        raise NotImplementedError
 
     @post("/compare", CompareResponse)
-    async def compare(
-        request: Request,
-        model: Model,
-        options: Annotated[CompareOptions, Query()],
-    ) -> Response:
+    async def compare(model: Model, options: Annotated[CompareOptions, Query()]) -> Response:
         """Show pictures in train mode and in eval mode, layer by layer."""
-        return _json(await _answer(request, model, Compare(**dict(options)), dict(options)))
+        raise NotImplementedError
 
 
 for _prefix, _find in (("", default_model), (_MODEL, named_model), (_VERSION, versioned_model)):
     if _prefix:
         _add_details(_prefix, _find)
     _add_tasks(_prefix, _find)
-
-
-async def _answer(
-    request: Request, model: Classifier, task: Task, head: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Read the pictures, run the task, and put the answer together."""
-    inference = inference_of(request)
-    pixels = await _read_pixels(request, inference, model)
-    if isinstance(task, Uncertainty) and task.include_samples:
-        _check_length(task.samples * len(pixels) * len(model.classes))
-    request.state.log.update(model=model.name, version=model.version, images=len(pixels))
-    answer = await _while_connected(request, inference.run(model, task, pixels))
-    return {"model": model.name, "version": model.version, **head, **answer}
-
-
-def _check_length(numbers: int) -> None:
-    """Refuse, before the work, an answer that would be too long to write."""
-    if numbers > _MAX_NUMBERS:
-        raise TooLarge(
-            f"samples x images x classes is more than {_MAX_NUMBERS}: ask for less at once, or "
-            f"without include_samples"
-        )
-
-
-async def _read_pixels(request: Request, inference: Inference, model: Classifier) -> Pixels:
-    """Read a body into the network's pixels [B, C, H, W], off the event loop unless it is quick."""
-    reader: BodyReader = request.app.state.body_reader
-    content_type = request.headers.get("content-type", "")
-    async with reader.read(request) as body:
-
-        def work() -> Pixels:
-            images = parse_images(body, content_type, reader.limits)
-            return np.stack([model.prepare(image) for image in images])
-
-        if is_quick(body, content_type):
-            return work()
-        return await _while_connected(request, inference.decode(work))
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Wait for work; give it up, and with it its place in the queue, if the client goes away."""
-    result = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnection(request))
-    try:
-        await asyncio.wait((result, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            raise ClientDisconnect
-        return result.result()
-    finally:
-        result.cancel()
-        gone.cancel()
-
-
-async def _disconnection(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _json(content: object) -> Response:

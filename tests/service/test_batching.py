@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,10 +24,16 @@ class Pause:
 
 
 class Runner:
-    """Answers (key, item), and remembers the batches."""
+    """Answers (key, item), and remembers the batches; key "slow 3" yields three times.
+
+    Attributes:
+        batches: (key, items) of each run, in the order of their start.
+        steps: the key of each step, in order; "closed" where a run was closed on the executor.
+    """
 
     def __init__(self):
         self.batches = []
+        self.steps = []
         self.pauses = {}
 
     def pause_at(self, item):
@@ -35,6 +42,19 @@ class Runner:
 
     def __call__(self, key, items):
         self.batches.append((key, list(items)))
+        self.steps.append(key)
+        self._step(items)
+        try:
+            for _ in range(int(key.partition(" ")[2] or 0)):
+                yield
+                self.steps.append(key)
+        except GeneratorExit:
+            here = threading.current_thread() is threading.main_thread()
+            self.steps.append("dropped" if here else "closed")
+            raise
+        return [(key, item) for item in items if item != "short"]
+
+    def _step(self, items):
         for pause in [self.pauses.pop(item) for item in items if item in self.pauses]:
             pause.reached.set()
             assert pause.over.wait(10)
@@ -42,21 +62,27 @@ class Runner:
             raise ValueError("poison")
         if "stop" in items:
             raise StopIteration
-        return [(key, item) for item in items if item != "short"]
 
 
-def run(scenario, *, max_batch=8, max_queue=100):
+def run(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
     """Run `scenario(batcher, runner)` in an event loop; return the batches."""
+    return run_steps(scenario, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs).batches
+
+
+def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
+    """Run `scenario(batcher, runner)` in an event loop; return the runner."""
     runner = Runner()
 
     async def main():
         with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(runner, executor, max_batch=max_batch, max_queue=max_queue)
+            batcher = Batcher(
+                runner, executor, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs
+            )
             async with asyncio.timeout(20):
                 await scenario(batcher, runner)
 
     asyncio.run(main())
-    return runner.batches
+    return runner
 
 
 @asynccontextmanager
@@ -187,33 +213,142 @@ def test_keys_never_share_a_batch_and_take_turns():
     assert keys == ["a", "a", "b", "c", "a", "a"]
 
 
+def test_jobs_that_yield_take_turns_with_each_other_and_with_keys_that_start():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            tasks = await queued(*(batcher.submit(k, 1) for k in ("x 2", "y 2", "b", "c", "d")))
+        assert await asyncio.gather(*tasks) == [(k, 1) for k in ("x 2", "y 2", "b", "c", "d")]
+
+    steps = run_steps(scenario).steps
+    assert steps == ["a", "x 2", "x 2", "y 2", "x 2", "b", "y 2", "c", "y 2", "d"]
+
+
+def test_an_urgent_item_waits_for_one_step_of_another():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            slow = await queued(*(batcher.submit(f"{k} 3", 1) for k in "xyz"))
+            quick = await queued(*(batcher.submit(k, 1, 8, urgent=True) for k in "uvuv"))
+        await asyncio.gather(*slow, *quick)
+
+    steps = run_steps(scenario).steps
+    turns = [i for i, key in enumerate(steps) if key in "uv"]
+    assert [steps[i] for i in turns] == ["u", "v", "u", "v"]
+    assert np.diff([0, *turns]).max() <= 2
+
+
+def test_urgent_items_without_end_leave_every_other_turn_to_the_rest():
+    async def scenario(batcher, _runner):
+        async def keep_asking():
+            while True:
+                await asyncio.gather(*(batcher.submit(k, 1, urgent=True) for k in "uvw"))
+
+        asking = asyncio.create_task(keep_asking())
+        assert await batcher.submit("x 50", 1) == ("x 50", 1)
+        asking.cancel()
+
+    steps = run_steps(scenario).steps
+    first = steps.index("x 50")
+    assert steps[first : steps.index("x 50", first + 1)].count("u") <= 1
+    assert len(steps) < 160
+
+
+def test_a_job_that_all_have_left_is_closed_where_it_ran():
+    async def scenario(batcher, runner):
+        pause = runner.pause_at("gone")
+        tasks = await queued(batcher.submit("x 9", "gone"), batcher.submit("x 9", "too"))
+        await pause.wait_until_reached()
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+        (stays,) = await queued(batcher.submit("b 1", 1))
+        pause.over.set()
+        assert await stays == ("b 1", 1)
+        assert await batcher.submit("c", 1) == ("c", 1)
+
+    steps = run_steps(scenario).steps
+    assert sorted(steps) == ["b 1", "b 1", "c", "closed", "x 9"]
+
+
+def test_a_job_that_all_leave_between_its_steps_is_closed_on_the_executor():
+    async def scenario(batcher, runner):
+        (task,) = await queued(batcher.submit("x 9", 1))
+        pause = runner.pause_at("stop here")
+        (other,) = await queued(batcher.submit("b", "stop here"))
+        await pause.wait_until_reached()
+        task.cancel()
+        await asyncio.sleep(0)
+        pause.over.set()
+        assert await other == ("b", "stop here")
+        assert await batcher.submit("c", 1) == ("c", 1)
+
+    steps = run_steps(scenario).steps
+    assert steps[steps.index("b") + 1 :].count("x 9") == 0
+    assert steps.count("closed") == 1
+
+
+def test_a_job_that_one_of_two_leaves_goes_on_for_the_other():
+    async def scenario(batcher, runner):
+        pause = runner.pause_at("gone")
+        leaves, stays = await queued(batcher.submit("x 3", "gone"), batcher.submit("x 3", 2))
+        await pause.wait_until_reached()
+        leaves.cancel()
+        pause.over.set()
+        assert await stays == ("x 3", 2)
+
+    assert run_steps(scenario).steps == ["x 3"] * 4
+
+
+def test_the_jobs_under_way_are_limited_and_urgent_ones_pass():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            slow = await queued(*(batcher.submit(f"{k} 5", 1) for k in "xyz"))
+            (quick,) = await queued(batcher.submit("u", 1, urgent=True))
+        await asyncio.gather(*slow, quick)
+
+    steps = run_steps(scenario, max_jobs=2).steps
+    assert steps.index("u") <= 2
+    assert steps.index("z 5") > min(i for i, k in enumerate(steps) if steps[: i + 1].count(k) == 6)
+
+
+def test_what_is_closed_starts_nothing_more():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            (waits,) = await queued(batcher.submit("a", 1))
+            batcher.close()
+        waits.cancel()
+        await asyncio.wait([waits])
+
+    assert run(scenario) == [("a", ["first"])]
+
+
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["a", "b", "c"]),  # key
+        st.sampled_from(["a", "b 1", "c 3"]),  # key
         st.sampled_from(["good", "good", "good", "poison", "short"]),
         st.integers(1, 6),  # weight
         st.sampled_from(["wait", "wait", "cancel now", "cancel later"]),
         st.integers(0, 3),  # turns of the loop before the next
+        st.booleans(),  # urgent
     ),
     max_size=25,
 )
 
 
 async def submit_and_check(batcher, number, action):
-    key, kind, weight, *_ = action
+    key, kind, weight, *_, urgent = action
     item = number if kind == "good" else kind
     if kind == "good":
-        assert await batcher.submit(key, item, weight) == (key, item)
+        assert await batcher.submit(key, item, weight, urgent=urgent) == (key, item)
     else:
         with pytest.raises((ValueError, RuntimeError)):
-            await batcher.submit(key, item, weight)
+            await batcher.submit(key, item, weight, urgent=urgent)
 
 
 async def start(batcher, actions):
     """Submit, wait and cancel as the actions say; return the tasks."""
     tasks = []
     for number, action in enumerate(actions):
-        *_, fate, turns = action
+        *_, fate, turns, _ = action
         tasks.append(asyncio.create_task(submit_and_check(batcher, number, action)))
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -230,7 +365,7 @@ def test_every_item_gets_its_own_result_whatever_the_interleaving(actions):
     async def scenario(batcher, _runner):
         tasks = await start(batcher, actions)
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        for result, (*_, fate, _) in zip(results, actions, strict=True):
+        for result, (*_, fate, _, _) in zip(results, actions, strict=True):
             allowed = type(None) if fate == "wait" else (type(None), asyncio.CancelledError)
             assert isinstance(result, allowed), result
         assert await batcher.submit("z", "last") == ("z", "last")

@@ -5,6 +5,7 @@ import struct
 import tracemalloc
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -201,3 +202,18 @@ def test_the_limits_are_the_ones_given():
 )
 def test_only_small_plain_png_is_decoded_on_the_event_loop(data, content_type, quick):
     assert is_quick(data, content_type) is quick
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("side", [1, 7, 28, 300])
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_plain_png_is_decoded_as_pillow_would(mode, side, noise):
+    shape = (side, side + 3, 3)[: 2 if mode == "L" else 3]
+    noisy = np.random.default_rng(side).integers(0, 256, shape, np.uint8)
+    smooth = np.indices(shape).sum(0).astype(np.uint8)
+    pixels = noisy if noise else smooth
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    image = decode(buffer.getvalue(), "image/png", ImageLimits(10**6, 10**4))
+    assert image.mode == mode
+    np.testing.assert_array_equal(np.asarray(image), pixels)

@@ -18,11 +18,20 @@ def classifier(checkpoints):
     return Classifier("digits-mlp", 1, checkpoints / "digits-mlp" / "1")
 
 
+def finish(steps):
+    """Run a generator to its end; return what it returns."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
+
+
 def test_more_than_fits_at_once_is_answered_in_parts_that_agree(classifier):
     pixels = np.random.default_rng(0).integers(0, 256, (450, 1, 8, 8), np.uint8)
     task = Uncertainty(samples=1000)  # 4.5 million probabilities; some 4.2 fit
-    (whole,) = classifier.run(task, [pixels])
-    (end,) = classifier.run(task, [pixels[-20:]])
+    (whole,) = finish(classifier.run(task, [pixels]))
+    (end,) = finish(classifier.run(task, [pixels[-20:]]))
     assert len(whole["predictions"]) == 450
     for one, other in zip(whole["predictions"][-20:], end["predictions"], strict=True):
         np.testing.assert_allclose(one["mean"], other["mean"], atol=1e-5)

@@ -98,9 +98,12 @@ def test_what_is_not_done_when_the_drain_is_over_gets_503_and_not_silence(make_s
     pixels = [[[7] * 16] * 16] * 64
 
     def post(n):
-        return httpx.post(server.url + SLOW.format(n), json={"instances": pixels}, timeout=60)
+        return client.post(SLOW.format(n), json={"instances": pixels})
 
-    with ThreadPoolExecutor(12) as clients:
+    with (
+        httpx.Client(base_url=server.url, timeout=60) as client,  # one: to make them takes long
+        ThreadPoolExecutor(12) as clients,
+    ):
         answers = [clients.submit(post, n) for n in range(12)]
         time.sleep(1.5)
         assert server.stop() == 0

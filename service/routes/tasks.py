@@ -1,0 +1,175 @@
+"""Predict, uncertainty and compare: what runs when they are asked for.
+
+`native.py` declares these routes, so that the OpenAPI document has them. They run here, before
+FastAPI's middleware, router, dependencies and response: those take about as long as decoding a
+picture and running a small network together (docs/benchmarks.md).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.bodies import BodyReader, parse_images
+from service.classifier import Classifier, Compare, Pixels, Predict, Task, Uncertainty
+from service.errors import InvalidRequest, TooLarge
+from service.images import is_quick
+from service.inference import Inference
+from service.middleware import RequestLog
+from service.schemas import CompareOptions, PredictOptions, UncertaintyOptions
+from service.settings import Settings
+from service.waiting import WhileConnected
+
+_PATH = re.compile(
+    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?"
+    r"/(?P<task>predict|uncertainty|compare)"
+)
+_OPTIONS: Mapping[str, type[BaseModel]] = {
+    "predict": PredictOptions,
+    "uncertainty": UncertaintyOptions,
+    "compare": CompareOptions,
+}
+_MAX_NUMBERS = 1_000_000
+"""Sampled probabilities in one answer: about 12 MB of JSON."""
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a query asks for, and what the answer repeats of it."""
+
+    task: Task
+    head: Mapping[str, Any]
+
+
+class TaskRoutes:
+    """ASGI application: answers what asks for a task, and leaves the rest to another one.
+
+    Args:
+        behind: gets every other path and method.
+        settings: for the most samples.
+        reader: of bodies.
+    """
+
+    def __init__(self, behind: ASGIApp, settings: Settings, reader: BodyReader) -> None:
+        self._behind = behind
+        self._max_samples = settings.max_samples
+        self._reader = reader
+        self._front = RequestLog(self._answer)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            found = _PATH.fullmatch(scope["path"])
+            if found is not None:
+                scope["path_params"] = found.groupdict()
+                await self._front(scope, receive, send)
+                return
+        await self._behind(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Find the model, read the pictures, run the task, write the answer."""
+        name, version, kind = scope["path_params"].values()
+        log = scope["state"]["log"]
+        log["route"] = _template(name, version, kind)
+        inference: Inference = scope["app"].state.inference
+        model = inference.registry.find(name, version)
+        order = _order(kind, scope["query_string"])
+        if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
+            raise InvalidRequest(f"samples: at most {self._max_samples} here")
+        pixels = await self._read_pixels(scope, receive, inference, model)
+        _check_length(order.task, model, pixels)
+        log.update(model=model.name, version=model.version, images=len(pixels))
+        with WhileConnected(receive):
+            answer = await inference.run(model, order.task, pixels)
+        body = orjson.dumps(
+            {"model": model.name, "version": model.version, **order.head, **answer},
+            option=orjson.OPT_SERIALIZE_NUMPY,
+        )
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _read_pixels(
+        self, scope: Scope, receive: Receive, inference: Inference, model: Classifier
+    ) -> Pixels:
+        """Read a body into the network's pixels [B, C, H, W], off the event loop unless quick."""
+        headers = dict(reversed(scope["headers"]))  # the first of a name counts
+        content_type = headers.get(b"content-type", b"").decode("latin-1")
+        body = await self._reader.read(headers, receive)
+        try:
+
+            def work() -> Pixels:
+                images = parse_images(body, content_type, self._reader.limits)
+                pixels = [model.prepare(image) for image in images]
+                return np.stack(pixels)
+
+            if is_quick(body, content_type):
+                return work()
+            with WhileConnected(receive):
+                return await inference.decode(work)
+        finally:
+            self._reader.release(body)
+
+
+def _template(name: str | None, version: str | None, kind: str) -> str:
+    """Name the route as it was declared."""
+    if name is None:
+        return f"/{kind}"
+    return "/v1/models/{name}" + ("/versions/{version}" if version else "") + f"/{kind}"
+
+
+def _check_length(task: Task, model: Classifier, pixels: Pixels) -> None:
+    """Refuse, before the work, an answer that would be too long to write."""
+    if not isinstance(task, Uncertainty) or not task.include_samples:
+        return
+    if task.samples * len(pixels) * len(model.classes) > _MAX_NUMBERS:
+        raise TooLarge(
+            f"samples x images x classes is more than {_MAX_NUMBERS}: ask for less at once, or "
+            f"without include_samples"
+        )
+
+
+def _order(kind: str, query: bytes) -> _Order:
+    """Read the options of a task; the last few queries are remembered, if they are short."""
+    return _remembered(kind, query) if len(query) <= 256 else _parse(kind, query)
+
+
+def _parse(kind: str, query: bytes) -> _Order:
+    """Read the options of a task.
+
+    Raises:
+        InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
+    """
+    sent = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    try:
+        options = _OPTIONS[kind].model_validate(sent)
+    except ValidationError as error:
+        raise InvalidRequest("; ".join(sorted(set(map(_describe, error.errors()))))) from None
+    if isinstance(options, UncertaintyOptions):
+        head = {
+            "method": "dropout",
+            **options.model_dump(include={"samples", "seed", "masks"}),
+            "log_base": "e",
+        }
+        return _Order(Uncertainty(**dict(options)), head)
+    if isinstance(options, CompareOptions):
+        return _Order(Compare(**dict(options)), dict(options))
+    return _Order(Predict(), {})
+
+
+_remembered = lru_cache(256)(_parse)
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    unknown = error["type"] == "extra_forbidden"
+    return "unknown parameter" if unknown else f"{error['loc'][-1]}: {error['msg']}"
