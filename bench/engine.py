@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bench import efficiency, memory, networks, timing, training
 from bench.claims import claims
 from bench.claims import table as claims_table
+from bench.machine import machine
 from bench.networks import NETWORKS, Network
 from bench.progress import follow
 from models.data import Dataset
@@ -134,15 +135,6 @@ PARTS: dict[str, tuple[Callable[[Bench], list[dict[str, Any]]], Callable[..., An
     "training": (Bench.training, training.table),
 }
 """Name, also in JSON -> what measures it, what shows it."""
-
-
-def machine() -> dict[str, Any]:
-    """Describe this machine."""
-    cpu, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system()}
 
 
 def run(bench: Bench, parts: Sequence[str], console: Console) -> dict[str, Any]:

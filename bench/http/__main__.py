@@ -29,6 +29,7 @@ from bench.http import load, reference
 from bench.http.environments import NotInstalled
 from bench.http.processes import NotServing, free_port, serving
 from bench.http.servers import PEERS, SAMPLES, SERVERS, Server
+from bench.machine import machine
 
 RESULTS = Path(__file__).parent.parent / "results" / "http.json"
 
@@ -152,16 +153,6 @@ class Bench:
 
 
 _OWN_BIN = Path(sys.executable).parent
-
-
-def machine() -> dict[str, Any]:
-    """Describe this machine."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system()}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -108,8 +108,10 @@ class Folded:
         tile = max(1, _TILE // max(1, h.numel()))
         logits = []
         for start in range(0, scales.samples, tile):
-            first, *others = (factor[start : start + tile] for factor in scales.factors)
-            rows = (h.unsqueeze(1) * first.squeeze(1).to(h.dtype)).flatten(0, 1)
+            first, *others = scales.by_row
+            if tile < scales.samples:
+                first, *others = (factor[start : start + tile] for factor in scales.by_row)
+            rows = (h.unsqueeze(1) * first.to(h.dtype)).flatten(0, 1)
             logits.append(_rows(self._rest, rows, others, (h.shape[0], first.shape[0])))
         return torch.cat(logits, 1) if len(logits) > 1 else logits[0]
 
@@ -117,28 +119,30 @@ class Folded:
         linear, *rest = self._rest
         if not isinstance(linear, Linear):
             raise TypeError(linear)
-        by_unit = scales.by_unit
-        tile = max(1, _TILE // (scales.samples * len(linear.bias)))
+        by_unit, others = scales.by_unit, scales.by_row[1:]
+        tile = max(1, _TILE // (scales.samples * linear.bias.shape[0]))
         logits = []
-        for images in torch.split(h, tile):
-            rows = h.new_empty(images.shape[0], scales.samples, len(linear.bias))
-            for image, out in zip(images, rows, strict=True):
+        for start in range(0, h.shape[0], tile):
+            products = []
+            for image in h[start : start + tile]:
                 units = image.nonzero().squeeze(1)
                 kept = by_unit.index_select(0, units)
                 kept.mul_(image.index_select(0, units).unsqueeze(1))
-                torch.addmm(linear.bias, kept.t(), linear.weight.index_select(0, units), out=out)
-            logits.append(_rows(rest, rows.flatten(0, 1), scales.factors[1:], rows.shape[:2]))
+                right = linear.weight.index_select(0, units)
+                products.append(torch.addmm(linear.bias, kept.t(), right))
+            rows = torch.cat(products) if len(products) > 1 else products[0]
+            logits.append(_rows(rest, rows, others, (len(products), scales.samples)))
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
 def _rows(
     steps: Sequence[Step], rows: Tensor, factors: Sequence[Tensor], grid: Sequence[int]
 ) -> Tensor:
-    """Run steps over rows [B * T, ...], (B, T) = `grid`, with masks [T, 1, ...]: [B, T, C]."""
+    """Run steps over rows [B * T, ...], (B, T) = `grid`, with masks [T, ...]: [B, T, C]."""
     remaining = iter(factors)
     for step in steps:
         if step is mask:
-            factor = next(remaining).squeeze(1).to(rows.dtype)
+            factor = next(remaining).to(rows.dtype)
             rows = (rows.view(*grid, *rows.shape[1:]) * factor).flatten(0, 1)
         else:
             rows = step(rows)

@@ -133,7 +133,7 @@ class Sampler:
                 run = run or self._prepared(x)
                 chosen = range(start, min(start + self._store.chunk, samples))
                 logits = run(self._store.get(masks, seed, chosen, x.device))
-                chunk = logits.float().permute(2, 0, 1).contiguous().softmax(0)
+                chunk = logits.float().permute(2, 0, 1).softmax(0)
             yield chunk
 
     def warm_up(self, x: Tensor, samples: int = 100) -> None:

@@ -59,6 +59,11 @@ class Scales:
         return sum(factor.nbytes for factor in self.factors) + derived
 
     @cached_property
+    def by_row(self) -> tuple[Tensor, ...]:
+        """For each site whose batch dimension is the first: [T, ...], for rows of samples."""
+        return tuple(factor.squeeze(1) for factor in self.factors)
+
+    @cached_property
     def by_unit(self) -> Tensor:
         """The first site's factors, a row a unit: [units, T]."""
         if self.whole is not self:
