@@ -118,7 +118,7 @@ def steps(leaves: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[Step]:
         elif not isinstance(leaf, DROPOUTS) or not plain:
             kept = next(iter(leaf.parameters()), None)
             yield leaf if kept is None or kept.dtype == dtype else copy.deepcopy(leaf).to(dtype)
-        fresh = type(leaf) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+        fresh = plain and type(leaf) in (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def _fused(leaves: Sequence[nn.Module]) -> Iterator[nn.Module]:

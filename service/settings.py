@@ -29,7 +29,8 @@ class Settings(BaseSettings):
         description="package.module:factory names, comma-separated, that checkpoints may call.",
     )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
-        "auto", description="Of Monte Carlo dropout; auto measures both when a model is loaded."
+        "auto",
+        description="Of Monte Carlo dropout; auto measures both if the processor has bfloat16.",
     )
     threads: int = Field(1, ge=1, le=256, description="CPU threads of one worker's computations.")
     max_batch: int = Field(64, ge=1, le=4096, description="Images in one run of the network.")

@@ -60,6 +60,7 @@ class Server:
         given = {k: v for k, v in self.settings.items() if v is not None}
         environment |= {environment_name(k): str(v) for k, v in given.items()}
         environment["OMP_NUM_THREADS"] = "1"
+        environment.setdefault(environment_name("precision"), "float32")  # figures are compared
         self.log = folder / "stdout.log"
         self.errors = folder / "stderr.log"
         with self.log.open("wb") as out, self.errors.open("wb") as err:

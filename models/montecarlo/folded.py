@@ -50,6 +50,7 @@ class Folded:
     def __init__(self, leaves: Sequence[nn.Module], dtype: torch.dtype = torch.float32) -> None:
         cut = next(i for i, leaf in enumerate(leaves) if is_mask(leaf))
         self._dtype = dtype
+        self._overwrites = any(getattr(leaf, "inplace", False) for leaf in leaves[:cut])
         self._prefix = list(steps(leaves[:cut], torch.float32))
         self._rest = list(steps(leaves[cut + 1 :], dtype))
         self._layers = _layers(leaves[cut:]) if dtype == torch.float32 else None
@@ -78,6 +79,8 @@ class Folded:
 
     def prefix(self, x: Tensor) -> Tensor:
         """Run what comes before the first mask: [B, ...] to [B, ...]."""
+        if self._overwrites:
+            x = x.clone()
         for step in self._prefix:
             x = step(x)
         return x

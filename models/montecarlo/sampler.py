@@ -12,7 +12,7 @@ from models.errors import SamplingError, UnsupportedModule
 from models.montecarlo.folded import Folded
 from models.montecarlo.interception import Interception, Kind
 from models.montecarlo.masks import BLOCK, MASK_KINDS, MaskKind
-from models.montecarlo.precision import Choice, Precision, choose
+from models.montecarlo.precision import Choice, Precision, choose, is_native
 from models.montecarlo.scales import Scales, ScaleStore
 from models.montecarlo.sites import Site, survey
 from models.montecarlo.statistics import Statistics, Summary
@@ -67,7 +67,9 @@ class Sampler:
         probe = _probe(example)
         self._require_effect(probe)
         self.path: Path = self._choose_path(probe)
-        self.precision: Choice = choose(precision, partial(self._at, probe))
+        self.precision: Choice = choose(
+            precision, partial(self._at, probe), native=is_native(example.device)
+        )
 
     def sample(
         self, x: Tensor, samples: int = 100, seed: int = 0, masks: MaskKind = "stratified"
@@ -178,7 +180,7 @@ class Sampler:
         feed = _Feed(self.sites, factors)
         low = self._dtype != torch.float32
         with torch.autocast(x.device.type, self._dtype, enabled=low), Interception(feed):
-            logits: Tensor = self._module(x)
+            logits: Tensor = self._module(x.clone())  # which it may overwrite
         feed.finish()
         return logits
 

@@ -36,7 +36,6 @@ class Scales:
 
     Attributes:
         samples: T.
-        whole: itself, or what it is a part of; what is made of masks is made of these and kept.
         pinned: whether they stay, so that what is made of them once need not be made again.
         thinned: what the folded path makes of them.
     """
@@ -47,15 +46,22 @@ class Scales:
         self.sites = sites
         self.factors = factors
         self.samples = factors[0].shape[0]
-        self.whole = whole or self
+        self._whole = whole
         self.pinned = False
         self.thinned: Thinned | None = None
         self._heads: dict[int, Scales] = {}
 
     @property
+    def whole(self) -> "Scales":
+        """Itself, or what it is a part of: what is made of masks is made of these, and kept."""
+        return self._whole or self
+
+    @property
     def nbytes(self) -> int:
-        """Memory that they take."""
+        """Memory that they take, with what was made of them."""
         derived = self.thinned.nbytes if self.thinned is not None else 0
+        if "by_unit" in self.__dict__:
+            derived += self.by_unit.nbytes
         return sum(factor.nbytes for factor in self.factors) + derived
 
     @cached_property
@@ -95,8 +101,8 @@ class ScaleStore:
         self._lock = threading.Lock()
         units = sum(site.units for site in sites)
         blocks = min(CHUNK, _MAX_ELEMENTS // units) // masks.BLOCK
-        self.chunk = blocks * masks.BLOCK or 1
-        """Samples of a chunk: whole blocks where the units are not too many."""
+        self.chunk = max(1, blocks) * masks.BLOCK
+        """Samples of a chunk: whole blocks, as `Statistics` wants them."""
 
     def get(
         self, kind: MaskKind, seed: int, samples: range, device: torch.device, pin: bool = False
@@ -112,9 +118,10 @@ class ScaleStore:
         """
         key = (kind, seed, samples.start, device)
         with self._lock:
-            scales = self._kept.pop(key, None)
+            scales = kept = self._kept.pop(key, None)
             if scales is None or scales.samples < len(samples):
                 scales = self.draw(kind, seed, samples, device)
+                scales.pinned = kept is not None and kept.pinned
                 self._forget()
             self._kept[key] = scales
             scales.pinned |= pin

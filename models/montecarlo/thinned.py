@@ -6,6 +6,7 @@ that are kept on both its sides, and what a mask would set to zero is never comp
 both sides that leaves a quarter.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -88,8 +89,8 @@ class Thinned:
 
     def __init__(self, layers: Sequence[Layer], scales: Scales) -> None:
         self._layers = layers
-        self._scales = scales
         self._groups: list[_Group] = []
+        self._lock = threading.Lock()
         first = scales.sites[0]
         self._complement = first.p <= 0.5
         self._survivor = first.survivor
@@ -107,9 +108,9 @@ class Thinned:
         Cutting counts even if it is done, but for masks that stay: the same images and seed go the
         same way every time.
         """
-        if self._weights * self._scales.samples > _MAX_WEIGHTS:
+        if self._weights * scales.samples > _MAX_WEIGHTS:
             return float("inf")
-        cutting = 0 if self._scales.pinned else _CUT
+        cutting = 0 if scales.whole.pinned else _CUT
         return self._weights * scales.samples * (max(images, _LEAST) + cutting)
 
     def __call__(self, h: Tensor, scales: Scales) -> Tensor:
@@ -119,15 +120,16 @@ class Thinned:
             h: what the first mask is put on.
             scales: the masks, or the first of them.
         """
-        groups = self._first(scales.samples)
+        groups = self._first(scales.samples, scales.whole)
         logits = [self._run(groups, images) for images in torch.split(h, _IMAGES)]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
-    def _first(self, samples: int) -> list[_Group]:
+    def _first(self, samples: int, scales: Scales) -> list[_Group]:
         """Return the networks of the first samples; cut out those that no one asked for before."""
         whole, rest = divmod(samples, _GROUP)
-        for i in range(len(self._groups), whole + (rest > 0)):
-            self._groups.append(self._cut(slice(_GROUP * i, _GROUP * (i + 1))))
+        with self._lock:
+            for i in range(len(self._groups), whole + (rest > 0)):
+                self._groups.append(self._cut(scales, slice(_GROUP * i, _GROUP * (i + 1))))
         groups = self._groups[:whole]
         if rest:
             groups = [*groups, self._groups[whole].head(rest)]
@@ -163,11 +165,11 @@ class Thinned:
             logits.append(y)
         return torch.cat(logits).permute(2, 0, 1)
 
-    def _cut(self, samples: slice) -> _Group:
+    def _cut(self, scales: Scales, samples: slice) -> _Group:
         """Cut the networks of some samples out."""
-        first, *others = (factor[samples].flatten(1) for factor in self._scales.factors)
+        first, *others = (factor[samples].flatten(1) for factor in scales.factors)
         masks = iter(others)
-        survivors = iter([site.survivor for site in self._scales.sites[1:]])
+        survivors = iter([site.survivor for site in scales.sites[1:]])
         inputs = read = _chosen((first == 0) == self._complement)
         factor = -self._survivor if self._complement else self._survivor
         cuts, makes = [], []

@@ -85,9 +85,11 @@ def test_an_eval_prediction_in_another_thread_stays_bit_for_bit_what_it_was(path
     assert all(torch.equal(s, expected) for s in samples)
 
 
-def test_two_threads_sample_at_once_each_with_its_own_masks():
+@pytest.mark.parametrize("path", ["folded", "vmap", "loop"])
+def test_two_threads_sample_at_once_each_with_its_own_masks(path):
     module, x = network(), torch.randn(4, 1, 8, 8)
     sampler = Sampler(module, x)
+    sampler.path = path
     expected = [sampler.sample(x, 10, seed) for seed in range(4)]
     wrong = []
 
@@ -102,6 +104,39 @@ def test_two_threads_sample_at_once_each_with_its_own_masks():
         thread.join()
     assert wrong == []
     assert not torch.equal(expected[0], expected[1])
+
+
+def test_two_threads_may_cut_the_same_thinned_networks():
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
+    x = torch.randn(200, 300)
+    expected = Sampler(module.eval(), x).sample(x, 100, 1)
+    for _ in range(5):
+        sampler, start, samples = Sampler(module, x), threading.Barrier(4), []
+
+        def sample(sampler=sampler, start=start, samples=samples):
+            start.wait()
+            samples.append(sampler.sample(x, 100, 1))
+
+        threads = [threading.Thread(target=sample) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for got in (*samples, sampler.sample(x, 100, 1)):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Monte Carlo dropout runs one pass")
+def test_a_module_that_changes_its_input_sees_the_same_images_in_every_sample():
+    def build(inplace):
+        torch.manual_seed(1)
+        first = nn.LeakyReLU(0.5, inplace=inplace)
+        return nn.Sequential(first, nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 3)).eval()
+
+    x = torch.randn(4, 6)
+    expected = Sampler(build(inplace=False), x).sample(x, 12)
+    got = Sampler(build(inplace=True), x.clone()).sample(x.clone(), 12)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_gradients_need_not_be_off_where_the_sampler_is_used():

@@ -1,5 +1,8 @@
 """Every path and every way of the folded one: the same figures, for any small architecture."""
 
+import copy
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
@@ -58,14 +61,55 @@ def networks(draw):
     return nn.Sequential(*layers).eval(), shape
 
 
+class Masked(nn.Module):
+    """Takes the place of a dropout and multiplies by a mask drawn by hand."""
+
+    def __init__(self, index, p, drawn):
+        super().__init__()
+        self.index, self.p, self.drawn, self.sample = index, p, drawn, 0
+
+    def forward(self, x):
+        shape = x.shape[1:] if x.dim() == 2 else (x.shape[1], 1, 1)
+        units = torch.Size(shape).numel()
+        seed, masks = self.drawn
+        t = range(self.sample, self.sample + 1)
+        keep = draw(masks, seed, self.index, units, self.p, t)
+        return x * torch.from_numpy(keep).view(shape) / (1 - self.p)
+
+
+def oracle(module, seed, masks):
+    """Return what maps images and t to the logits of thinned network t, in float64."""
+    by_hand, sites = copy.deepcopy(module).double(), count()
+    for path, child in list(by_hand.named_modules()):  # in the order in which they are called
+        if getattr(child, "p", 0) > 0:
+            parent, _, name = path.rpartition(".")
+            masked = Masked(next(sites), child.p, (seed, masks))
+            setattr(by_hand.get_submodule(parent), name, masked)
+
+    @torch.no_grad()
+    def run(x, t):
+        for child in by_hand.modules():
+            if isinstance(child, Masked):
+                child.sample = t
+        return by_hand(x.double())
+
+    return run
+
+
+def test_the_oracle_without_a_dropout_is_the_module():
+    module, x = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0)).eval(), torch.randn(2, 4)
+    torch.testing.assert_close(oracle(module, 0, "stratified")(x, 0).float(), module(x))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     networks(), st.integers(1, 70), st.integers(1, 130), st.integers(0, 2**63 - 1),
     st.sampled_from(MASK_KINDS),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Monte Carlo dropout runs one pass")
-def test_all_paths_and_ways_agree(network, images, samples, seed, masks):
+def test_all_paths_and_ways_agree_with_the_oracle(network, images, samples, seed, masks):
     module, shape = network
+    by_hand = oracle(module, seed, masks)
     x = torch.randn(images, *shape)
     try:
         sampler = Sampler(module, x)
@@ -74,19 +118,109 @@ def test_all_paths_and_ways_agree(network, images, samples, seed, masks):
     assert sampler.path == ("vmap" if any(isinstance(m, Residual) for m in module) else "folded")
     first = sampler.sample(x, samples, seed, masks)
     assert first.shape == (samples, images, 3)
-    some = range(0, samples, 1 + samples // 4)
-    for t in some:
+    for t in {*range(0, samples, 1 + samples // 4), samples - 1}:
+        expected = by_hand(x, t).softmax(-1).float()
+        torch.testing.assert_close(first[t], expected, rtol=0, atol=1e-5)
         plain = sampler.thinned(x, seed, masks, t).softmax(-1)
         torch.testing.assert_close(first[t], plain, rtol=0, atol=1e-5)
-    chosen = sampler._store.get(masks, seed, range(min(samples, 100)), x.device)
-    with torch.inference_mode():
-        if sampler._folded is not None:
-            h = sampler._folded.prefix(x)
-            for _, way in sampler._folded.ways(h, chosen):
-                got = way(h, chosen).softmax(-1).transpose(0, 1)
-                torch.testing.assert_close(got, first[:100], rtol=0, atol=1e-5)
-    sampler.path = "vmap"
-    torch.testing.assert_close(sampler.sample(x, samples, seed, masks), first, rtol=0, atol=1e-5)
+    for start in range(0, samples, 100):
+        chunk = range(start, min(start + 100, samples))
+        assert_ways_give(first[start : start + 100], sampler, x, (masks, seed, chunk))
+    for path, some in (("vmap", samples), ("loop", min(samples, 12))):
+        sampler.path = path
+        got = sampler.sample(x, some, seed, masks)
+        torch.testing.assert_close(got, first[:some], rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def assert_ways_give(expected, sampler, x, which):
+    """Hold each way of the folded path, if that is the sampler's, against [t, B, C]."""
+    if sampler._folded is None:
+        return
+    h, scales = sampler._folded.prefix(x), sampler._store.get(*which, x.device)
+    for _, way in sampler._folded.ways(h, scales):
+        got = way(h, scales).softmax(-1).transpose(0, 1)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+EDGES = {
+    "two in a row": (nn.Linear(9, 9), nn.Dropout(0.5), nn.Dropout(0.2), nn.Linear(9, 3)),
+    "two in a row, one at rate 0": (nn.Dropout(0.5), nn.Dropout(0.0), nn.Linear(9, 3)),
+    "rate 0 behind a mask": (
+        nn.Dropout(0.5), nn.Linear(9, 8), nn.Dropout(0.2), nn.Dropout(0.0), nn.Linear(8, 3),
+    ),
+    "after the last layer": (nn.Linear(9, 3), nn.Dropout(0.5)),
+    "activation at the end": (nn.Dropout(0.5), nn.Linear(9, 3), nn.Sigmoid()),
+    "activation behind a mask": (nn.Dropout(0.5), nn.Tanh(), nn.Linear(9, 3)),
+    "in place": (
+        nn.Dropout(0.5, inplace=True), nn.Linear(9, 9), nn.ELU(inplace=True), nn.Dropout(0.2),
+        nn.LeakyReLU(inplace=True), nn.Linear(9, 3),
+    ),
+    "nothing but dropout": (nn.Dropout(0.5),),
+    "p close to 0": (nn.Dropout(1e-9), nn.Linear(9, 8), nn.Dropout(0.5), nn.Linear(8, 3)),
+    "p close to 1": (nn.Dropout(0.5), nn.Linear(9, 8), nn.Dropout(0.999), nn.Linear(8, 3)),
+    "both masks close to 1": (nn.Dropout(0.999), nn.Linear(9, 8), nn.ReLU(), nn.Dropout(0.99),
+        nn.Linear(8, 3)),
+    "nested": (nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Linear(9, 8))), nn.Linear(8, 3)),
+    "lazy": (nn.Dropout(0.5), nn.LazyLinear(4), nn.ReLU(), nn.Dropout(0.2), nn.LazyLinear(3)),
+    "parametrized": (
+        nn.Dropout(0.5), nn.utils.parametrizations.weight_norm(nn.Linear(9, 8)), nn.ReLU(),
+        nn.Dropout(0.2), nn.Linear(8, 3),
+    ),
+    "softmax within": (nn.Dropout(0.5), nn.Linear(9, 8), nn.Softmax(1), nn.Linear(8, 3)),
+    "group norm": (nn.Dropout(0.5), nn.Linear(9, 8), nn.GroupNorm(2, 8), nn.Linear(8, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_odd_sequences_are_folded_too(case):
+    module, x = nn.Sequential(*EDGES[case]).eval(), torch.randn(7, 9)
+    x[3], x[:, 4] = 0, 0
+    before = x.clone()
+    sampler = Sampler(module, torch.randn(2, 9))
+    assert sampler.path == "folded"
+    by_hand = oracle(module, 4, "stratified")
+    expected = torch.stack([by_hand(x, t) for t in range(25)]).softmax(-1).float()
+    for images in (7, 1):
+        mine = expected[:, :images]
+        assert_ways_give(mine, sampler, x[:images], ("stratified", 4, range(25)))
+        for path in ("folded", "vmap", "loop"):
+            sampler.path = path
+            got = sampler.sample(x[:images], 25, 4)
+            torch.testing.assert_close(got, mine, rtol=0, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+class Doubled(nn.Sequential):
+    """A sequence that does more than its modules."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def twice(layer, drop, again):
+    return nn.Sequential(layer, nn.ReLU(), drop, layer, nn.ReLU(), again, nn.Linear(9, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("module", "path"),
+    [
+        (twice(nn.Linear(9, 9), nn.Dropout(0.5), nn.Dropout(0.2)), "folded"),
+        (twice(nn.Linear(9, 9), *[nn.Dropout(0.5)] * 2), "vmap"),
+        (Doubled(nn.Linear(9, 9), nn.Dropout(0.5), nn.Linear(9, 3)).eval(), "vmap"),
+        (nn.Sequential(nn.Dropout(0.5), Doubled(nn.Linear(9, 3))).eval(), "folded"),
+        (nn.Sequential(nn.Dropout(0.5), nn.Linear(9, 3)).double().eval(), "vmap"),
+    ],
+    ids=["layer twice", "dropout twice", "subclass", "subclass within", "float64"],
+)
+def test_every_path_of_shared_and_strange_modules_is_a_forward_pass(module, path):
+    x = torch.randn(5, 9).to(next(module.parameters()).dtype)
+    sampler = Sampler(module, x)
+    assert sampler.path == path
+    plain = torch.stack([sampler.thinned(x, 6, "stratified", t).softmax(-1) for t in range(12)])
+    for each in {path, "vmap", "loop"}:
+        sampler.path = each
+        torch.testing.assert_close(sampler.sample(x, 12, 6), plain.float(), rtol=0, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -147,9 +281,20 @@ def test_a_repeated_request_gets_the_same_bits_whatever_came_between():
     sampler.warm_up(x)
     for seed in (0, 7):
         first = sampler.sample(x, 100, seed)
+        part = sampler.sample(x, 13, seed)
         for other in range(100, 140):
             sampler.sample(x[:3], 50, other)
+        assert torch.equal(sampler.sample(x, 13, seed), part)
         assert torch.equal(sampler.sample(x, 100, seed), first)
+
+
+def test_a_request_for_more_samples_changes_no_bits_of_one_for_fewer():
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 3))
+    x = torch.randn(400, 800)
+    sampler = Sampler(module.eval(), x)
+    first = sampler.sample(x, 20, 7)
+    sampler.sample(x, 100, 7)
+    assert torch.equal(sampler.sample(x, 20, 7), first)
 
 
 def test_masks_of_many_seeds_are_not_all_kept():
@@ -163,6 +308,17 @@ def test_masks_of_many_seeds_are_not_all_kept():
     assert ("stratified", 0, 0, x.device) in kept
     assert 2 < len(kept) < 150
     assert sum(scales.nbytes for scales in kept.values()) < 2**27
+
+
+def test_what_a_hook_sees_or_gives_is_not_overwritten():
+    module = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 3)).eval()
+    seen, mine = [], torch.randn(9, 5)
+    before = mine.clone()
+    module[0].register_forward_hook(lambda _m, _args, output: seen.append(output))
+    module[0].register_forward_hook(lambda _m, _args, output: mine[: len(output)])
+    Sampler(module, torch.randn(4, 6)).sample(torch.randn(4, 6), 5)
+    assert min(output.min() for output in seen) < 0
+    assert torch.equal(mine, before)
 
 
 def test_hooks_on_a_layer_are_run():

@@ -48,6 +48,15 @@ def thinned(first, second):
     return logits / logits.sum(1, keepdims=True)
 
 
+def on(path):
+    """Return a sampler of the tiny network that takes a path of our choice."""
+    module, x, _ = tiny()
+    sampler = Sampler(module, x)
+    assert sampler.path == "folded"
+    sampler.path = path
+    return sampler
+
+
 @cache
 def exact():
     """Enumerate all masks with their Bernoulli weights: predictive mean and variance [B, C]."""
@@ -77,10 +86,8 @@ def rmse(masks, samples):
 @either_kind
 @any_path
 def test_every_sample_is_a_forward_pass_with_its_masks_put_in_by_hand(masks, path):
-    module, x, _ = tiny()
-    sampler = Sampler(module, x)
-    assert sampler.path == "folded"
-    sampler.path = path
+    _, x, _ = tiny()
+    sampler = on(path)
     samples = range(25)
     got = sampler.sample(x, len(samples), 9, masks)
     first, second = (draw(masks, 9, site, WIDTH, RATES[site], samples) for site in (0, 1))
@@ -92,10 +99,11 @@ def test_every_sample_is_a_forward_pass_with_its_masks_put_in_by_hand(masks, pat
 
 
 @either_kind
-def test_mean_and_variance_converge_to_those_of_all_thinned_networks(masks):
-    _, x, sampler = tiny()
+@pytest.mark.parametrize("path", ["folded", "vmap"])
+def test_mean_and_variance_converge_to_those_of_all_thinned_networks(masks, path):
+    _, x, _ = tiny()
     mean, variance = exact()
-    got = summarize(sampler.sample(x, 20_000, 1, masks), masks)
+    got = on(path).summarize(x, 20_000, 1, masks)
     np.testing.assert_allclose(got.mean, mean, atol=5 * np.sqrt(variance.max() / 20_000))
     np.testing.assert_allclose(got.variance, variance, atol=0.02 * variance.max())
 
@@ -137,8 +145,10 @@ def test_the_standard_error_is_the_error_that_is_made(masks, samples):
 
 
 @either_kind
-def test_a_seed_and_a_prefix_decide_everything(masks):
-    _, x, sampler = tiny()
+@any_path
+def test_a_seed_and_a_prefix_decide_everything(masks, path):
+    _, x, _ = tiny()
+    sampler = on(path)
     hundred = sampler.sample(x, 100, 6, masks)
     torch.testing.assert_close(sampler.sample(x, 20, 6, masks), hundred[:20], rtol=0, atol=1e-6)
     assert torch.equal(sampler.sample(x, 100, 6, masks), hundred)
@@ -148,19 +158,35 @@ def test_a_seed_and_a_prefix_decide_everything(masks):
 @either_kind
 @any_path
 def test_an_image_gets_the_same_answer_alone_and_in_a_batch(masks, path):
-    module, x, _ = tiny()
-    sampler = Sampler(module, x)
-    sampler.path = path
-    batch = torch.randn(32, 3)
+    sampler, batch = on(path), torch.randn(32, 3)
     together = sampler.sample(batch, 30, 2, masks)
     for i in (0, 13, 31):
         alone = sampler.sample(batch[i : i + 1], 30, 2, masks)
         torch.testing.assert_close(alone[:, 0], together[:, i], rtol=1e-5, atol=1e-6)
 
 
-def test_samples_that_do_not_fit_into_one_chunk_are_the_same_samples():
-    x = torch.randn(2**16, 16)  # so wide that a chunk holds four samples
+@either_kind
+@any_path
+def test_samples_taken_at_once_are_those_taken_one_chunk_after_another(masks, path):
+    _, x, _ = tiny()
+    sampler = on(path)
+    many = sampler.sample(x, 237, 5, masks)
+    chunks = list(sampler.chunks(x, 237, 5, masks))
+    assert [chunk.shape for chunk in chunks] == [(3, 3, 100), (3, 3, 100), (3, 3, 37)]
+    assert torch.equal(torch.cat(chunks, 2).permute(2, 1, 0), many)
+    got, expected = sampler.summarize(x, 237, 5, masks), summarize(many, masks)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(got, name), value, rtol=0, atol=1e-9)
+    first, second = (draw(masks, 5, site, WIDTH, RATES[site], range(237)) for site in (0, 1))
+    for t in (0, 99, 100, 199, 200, 236):
+        np.testing.assert_allclose(many[t], thinned(first[t], second[t]), atol=1e-6)
+
+
+@any_path
+def test_samples_that_do_not_fit_into_one_chunk_are_the_same_samples(path):
+    x = torch.randn(2**16, 16)  # so wide that a chunk holds a sample
     sampler = Sampler(nn.Dropout(0.5).eval(), x)
+    sampler.path = path
     got = sampler.sample(x, 11, 3)
     keep = draw("stratified", 3, 0, 16, 0.5, range(11))
     rows = torch.randint(2**16, (50,))
@@ -168,9 +194,13 @@ def test_samples_that_do_not_fit_into_one_chunk_are_the_same_samples():
     torch.testing.assert_close(got[:, rows].double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_an_empty_batch_has_empty_answers():
-    _, x, sampler = tiny()
-    assert sampler.sample(x[:0], 5).shape == (5, 0, 3)
+@any_path
+def test_an_empty_batch_has_empty_answers(path):
+    _, x, _ = tiny()
+    assert on(path).sample(x[:0], 5).shape == (5, 0, 3)
+    summary = on(path).summarize(x[:0], 20)
+    assert summary.mean.shape == summary.standard_error.shape == summary.lower.shape == (0, 3)
+    assert summary.variation_ratio.shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +220,7 @@ def test_arguments_out_of_range_are_refused(arguments, reason):
         sampler.sample(x, **arguments)
 
 
-def test_the_largest_seed_is_taken():
-    _, x, sampler = tiny()
-    assert sampler.sample(x, 3, 2**63 - 1).shape == (3, 3, 3)
+@any_path
+def test_the_largest_seed_is_taken(path):
+    _, x, _ = tiny()
+    assert on(path).sample(x, 3, 2**63 - 1).shape == (3, 3, 3)

@@ -169,16 +169,45 @@ def test_chunks_add_up_to_what_numpy_says_of_all_samples(data):
     assert statistics.complete
     assert statistics._ordered.shape[2] <= (1 - level) * total + 4
     got, whole = statistics.summary(), summarize(torch.from_numpy(p), masks, level)
-    np.testing.assert_allclose(got.mean, p.mean(0), atol=1e-12)
+    expected = {
+        "mean": p.mean(0),
+        "predictive_entropy": entropies(p.mean(0)),
+        "expected_entropy": entropies(p).mean(0),
+        "variation_ratio": votes_against_the_mode(p),
+        "lower": np.quantile(p, (1 - level) / 2, 0),
+        "upper": np.quantile(p, (1 + level) / 2, 0),
+    }
+    expected["mutual_information"] = expected["predictive_entropy"] - expected["expected_entropy"]
     if total > 1:
-        np.testing.assert_allclose(got.variance, p.var(0, ddof=1), atol=1e-12)
-    np.testing.assert_allclose(got.lower, np.quantile(p, (1 - level) / 2, 0), atol=1e-12)
-    np.testing.assert_allclose(got.upper, np.quantile(p, (1 + level) / 2, 0), atol=1e-12)
+        expected["variance"] = p.var(0, ddof=1)
+        if masks == "independent":
+            expected["standard_error"] = np.sqrt(p.var(0, ddof=1) / total)
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(got, name), value, atol=1e-12, err_msg=name)
     for name, value in vars(whole).items():
         mine = getattr(got, name)
         assert (mine is None) == (value is None)
         if value is not None:
             np.testing.assert_allclose(mine, value, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_sums_and_tails_are_kept_and_not_the_samples(level):
+    total, batch, classes = 5000, 3, 4
+    statistics, rng = Statistics(total, "stratified", level), np.random.default_rng(0)
+    for _ in range(total // 100):
+        chunk = rng.dirichlet(np.ones(classes), (batch, 100)).astype(np.float32)
+        statistics.add(torch.from_numpy(chunk.transpose(2, 0, 1).copy()))
+    tails = statistics._ordered.nbytes / (4 * batch * classes)
+    assert tails <= (1 - level) * total + 4
+    sums = [kept for kept in vars(statistics).values() if isinstance(kept, dict)]
+    assert sum(array.size for kept in sums for array in kept.values()) < 10 * batch * classes
+    assert statistics.summary().lower.shape == (batch, classes)
+
+
+def test_ties_give_their_vote_to_the_first_class():
+    p = torch.tensor([[[0.4, 0.4, 0.2]], [[0.2, 0.4, 0.4]], [[0.4, 0.2, 0.4]]])  # votes 0, 1, 0
+    assert summarize(p, "independent").variation_ratio.item() == pytest.approx(1 / 3)
 
 
 def test_a_summary_needs_all_samples():

@@ -1,0 +1,131 @@
+"""The store of masks: what it draws, what it keeps and what it lets go."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from models.montecarlo.masks import BLOCK, MASK_KINDS, draw
+from models.montecarlo.scales import CHUNK, ScaleStore
+from models.montecarlo.sites import Site
+
+CPU = torch.device("cpu")
+CHANNELS = (7, 1, 1)
+SITES = (
+    Site("first", "dropout", 0.2, (40,), (1, 40), 0),
+    Site("second", "spatial", 0.5, CHANNELS[:1], (1, *CHANNELS), 0),
+    Site("third", "vanilla", 0.8, (3,), (1, 3), 0),
+)
+
+
+def wide(units):
+    return ScaleStore([Site("wide", "dropout", 0.5, (units,), (1, units), 0)])
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_factors_are_the_drawn_masks_times_what_a_survivor_is_multiplied_by(kind):
+    scales = ScaleStore(SITES).get(kind, 9, range(20, 43), CPU)
+    assert scales.samples == 23
+    for index, (site, factor) in enumerate(zip(SITES, scales.factors, strict=True)):
+        keep = draw(kind, 9, index, site.units, site.p, range(20, 43))
+        survivor = 1.0 if site.kind == "vanilla" else 1 / (1 - site.p)
+        assert factor.shape == (23, *site.template)
+        assert factor.dtype == torch.float32
+        np.testing.assert_allclose(factor.flatten(1), keep * survivor, rtol=1e-7)
+    first = scales.factors[0].flatten(1)
+    assert torch.equal(scales.by_unit, first.t())
+    assert torch.equal(scales.by_row[1], scales.factors[1][:, 0])
+
+
+def test_the_same_masks_are_drawn_once():
+    store = ScaleStore(SITES)
+    scales = store.get("stratified", 3, range(30), CPU)
+    assert store.get("stratified", 3, range(30), CPU) is scales
+    others = [("independent", 3, range(30)), ("stratified", 4, range(30))]
+    for kind, seed, samples in [*others, ("stratified", 3, range(100, 130))]:
+        other = store.get(kind, seed, samples, CPU)
+        assert other is not scales
+        assert not torch.equal(other.factors[0], scales.factors[0])
+    assert store.get("stratified", 3, range(30), CPU) is scales
+
+
+def test_fewer_samples_than_are_kept_are_the_first_of_them():
+    store = ScaleStore(SITES)
+    whole = store.get("stratified", 3, range(50), CPU)
+    for samples in (1, 13, 20):
+        part = store.get("stratified", 3, range(samples), CPU)
+        assert part is store.get("stratified", 3, range(samples), CPU)
+        assert (part.samples, part.whole) == (samples, whole)
+        assert torch.equal(part.by_unit, whole.by_unit[:, :samples])
+        for few, all_of_them in zip(part.factors, whole.factors, strict=True):
+            assert few.data_ptr() == all_of_them.data_ptr()
+            assert torch.equal(few, all_of_them[:samples])
+
+
+def test_more_samples_than_are_kept_begin_with_those():
+    store = ScaleStore(SITES)
+    few = store.get("stratified", 3, range(13), CPU)
+    more = store.get("stratified", 3, range(40), CPU)
+    assert (more.samples, len(store._kept)) == (40, 1)
+    assert torch.equal(more.factors[0][:13], few.factors[0])
+
+
+def test_the_masks_used_last_stay_and_the_rest_go():
+    store = wide(20_000)  # 8 MB a seed
+    often = store.get("independent", 0, range(100), CPU)
+    for seed in range(1, 40):
+        store.get("independent", seed, range(100), CPU)
+        assert store.get("independent", 0, range(100), CPU) is often
+        assert sum(scales.nbytes for scales in store._kept.values()) <= 2**26 + 8 * 10**6
+    seeds = [seed for _, seed, _, _ in store._kept]
+    assert len(seeds) == 9
+    assert seeds == [*range(32, 40), 0]
+
+
+def test_pinned_masks_stay_whatever_comes():
+    store = wide(20_000)
+    pinned = store.get("stratified", 0, range(100), CPU, pin=True)
+    for seed in range(1, 30):
+        store.get("stratified", seed, range(100), CPU)
+    assert store.get("stratified", 0, range(100), CPU) is pinned
+    assert pinned.pinned
+
+
+def test_masks_stay_pinned_where_more_of_them_are_drawn():
+    store = ScaleStore(SITES)
+    store.get("stratified", 0, range(20), CPU, pin=True)
+    assert store.get("stratified", 0, range(100), CPU).pinned
+
+
+def test_masks_that_are_let_go_are_freed_at_once():
+    gc.collect()
+    gc.disable()
+    try:
+        store = wide(20_000)
+        gone = weakref.ref(store.get("stratified", 0, range(100), CPU))
+        for seed in range(1, 30):
+            store.get("stratified", seed, range(100), CPU)
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_was_made_of_masks_counts_as_memory():
+    scales = wide(1000).get("stratified", 0, range(100), CPU)
+    before = scales.nbytes
+    made = scales.by_unit.nbytes
+    assert scales.nbytes == before + made
+
+
+@pytest.mark.parametrize("units", [1, 4000, 41_943, 100_000, 419_430])
+def test_a_chunk_is_whole_blocks_and_not_too_large(units):
+    chunk = wide(units).chunk
+    assert chunk % BLOCK == 0
+    assert 0 < chunk <= CHUNK
+    assert chunk * units <= 2**22
+
+
+def test_a_chunk_is_a_whole_block_however_many_units_there_are():
+    assert wide(450_000).chunk % BLOCK == 0
