@@ -321,6 +321,27 @@ def test_what_a_hook_sees_or_gives_is_not_overwritten():
     assert torch.equal(mine, before)
 
 
+class Watch(nn.Module):
+    """Notes how large a tensor ever came through."""
+
+    largest = 0
+
+    def forward(self, x):
+        self.largest = max(self.largest, x.numel())
+        return x
+
+
+@pytest.mark.xfail(reason="a tile is counted by what goes into the head, not by its widest layer")
+def test_a_head_that_widens_is_run_a_few_samples_at_a_time():
+    watch = Watch().eval()
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1024), watch, nn.Linear(1024, 3)).eval()
+    x = torch.randn(200, 4)
+    sampler = Sampler(module, x)
+    assert sampler.path == "folded"
+    sampler.sample(x, 100)
+    assert 200 * 1024 <= watch.largest <= 2**20
+
+
 def test_hooks_on_a_layer_are_run():
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
     module[1].register_forward_hook(lambda _m, _args, output: output * 3)

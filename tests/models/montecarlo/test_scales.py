@@ -99,12 +99,23 @@ def test_masks_stay_pinned_where_more_of_them_are_drawn():
     assert store.get("stratified", 0, range(100), CPU).pinned
 
 
-def test_masks_that_are_let_go_are_freed_at_once():
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (),
+        pytest.param(
+            (20, 7), marks=pytest.mark.xfail(reason="a part and its whole hold each other")
+        ),
+    ],
+)
+def test_masks_that_are_let_go_are_freed_at_once(parts):
     gc.collect()
     gc.disable()
     try:
         store = wide(20_000)
         gone = weakref.ref(store.get("stratified", 0, range(100), CPU))
+        for samples in parts:
+            store.get("stratified", 0, range(samples), CPU)
         for seed in range(1, 30):
             store.get("stratified", seed, range(100), CPU)
         assert gone() is None
