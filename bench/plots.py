@@ -22,9 +22,9 @@ class Panel:
 
 
 def bars(path: Path, title: str, panels: Sequence[Panel], ours: str = "Dropserve") -> None:
-    """Draw panels side by side, best bar at the top, ours in colour."""
+    """Draw panels side by side, best bar at the top, `ours` in colour; all, if it is empty."""
     rows = max(len(panel.values) for panel in panels)
-    size = (PANEL_INCHES * len(panels), ROW_INCHES * rows + 1.2)
+    size = (max(8.0, PANEL_INCHES * len(panels)), ROW_INCHES * rows + 1.2)
     style = rc_context(
         {
             "font.size": 11,
@@ -48,7 +48,7 @@ def _draw(axes: Axes, panel: Panel, ours: str) -> None:
     more = panel.better.startswith("more")
     values = sorted(panel.values.items(), key=lambda item: item[1], reverse=more)
     labels = [label for label, _ in values]
-    colours = [OURS if label == ours else OTHERS for label in labels]
+    colours = [OTHERS if ours and label != ours else OURS for label in labels]
     drawn = axes.barh(labels, [value for _, value in values], color=colours, height=0.7)
     axes.bar_label(drawn, [_short(value) for _, value in values], padding=4)
     axes.set_title(f"{panel.title} ({panel.better})", loc="left", fontsize=11)
