@@ -25,6 +25,7 @@ from bench.machine import machine
 from bench.networks import NETWORKS, Network
 from bench.progress import follow
 from models.data import Dataset
+from models.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 
@@ -176,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     samples = options.samples or (50 if options.quick else 100)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the service does
     data = networks.load_images(options.data_dir, stand_in=options.quick)
     bench = Bench(data, QUICK if options.quick else Scale(), samples, options.cache)
     console = Console()

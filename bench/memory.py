@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bench.networks import NETWORKS, Network
 from bench.timing import contenders
+from models.memory import keep_freed_memory
 from models.storage import dump_tensors, parse_tensors, read_once
 
 _MAX_BYTES = 2**30
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("samples", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the service does
     tensors = parse_tensors(options.file, read_once(options.file, _MAX_BYTES))
     x = tensors.pop(_INPUT)
     network = next(network for network in NETWORKS if network.name == options.network)

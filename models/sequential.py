@@ -97,14 +97,16 @@ def mask(x: Tensor) -> Tensor:
     return x
 
 
-def steps(leaves: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[Step]:
+def steps(
+    leaves: Sequence[nn.Module], dtype: torch.dtype, *, fresh: bool = False
+) -> Iterator[Step]:
     """Turn modules in eval mode into what runs them; `mask` stands for each dropout with p > 0.
 
     Args:
         leaves: in order.
         dtype: to compute in.
+        fresh: whether nobody else holds what the first is given, so that it may be overwritten.
     """
-    fresh = False
     for leaf in _fused(leaves):
         plain = not _hooked(leaf)
         if is_mask(leaf):

@@ -23,7 +23,7 @@ Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Steps = Generator[None, None, Sequence[Result]]
+Steps = Generator[None, None, Sequence[Result | Exception]]
 Run = Callable[[Key, Sequence[Item]], Steps[Result]]
 
 
@@ -45,7 +45,7 @@ class _Job(Generic[Key, Item, Result]):
     key: Key
     batch: list[_Waiting[Item, Result]]
     steps: Steps[Result] | None = None
-    results: Sequence[Result] | None = None
+    results: Sequence[Result | Exception] | None = None
     error: Exception | None = None
     closed: bool = False
 
@@ -61,7 +61,7 @@ class _Job(Generic[Key, Item, Result]):
         except Exception as error:
             self.error = error
 
-    def _advance(self, run: Run[Key, Item, Result]) -> Sequence[Result] | None:
+    def _advance(self, run: Run[Key, Item, Result]) -> Sequence[Result | Exception] | None:
         try:
             if self.steps is None:
                 self.steps = run(self.key, [waiting.item for waiting in self.batch])
@@ -71,7 +71,7 @@ class _Job(Generic[Key, Item, Result]):
             else:
                 next(self.steps)
         except StopIteration as end:
-            results: Sequence[Result] = end.value
+            results: Sequence[Result | Exception] = end.value
             if len(results) != len(self.batch):
                 raise RuntimeError(f"{len(self.batch)} items in, {len(results)} out") from None
             return results
@@ -82,8 +82,8 @@ class Batcher(Generic[Key, Item, Result]):
     """Runs items in batches on an executor, one step at a time.
 
     Args:
-        run: `(key, items) -> steps`, a generator that returns a result each, in order; the executor
-            runs it, and closes it if all who wait for it have gone.
+        run: `(key, items) -> steps`, a generator that returns a result each, in order, or what to
+            raise for it; the executor runs it, and closes it if all who wait for it have gone.
         executor: where it runs.
         max_batch: most weight in one batch; an item heavier than that runs alone.
         max_queue: most weight waiting to start; `submit` raises beyond it.
@@ -165,7 +165,11 @@ class Batcher(Generic[Key, Item, Result]):
             self._fail(job, job.error)
         elif job.results is not None:
             for waiting, result in zip(job.batch, job.results, strict=True):
-                if not waiting.future.done():
+                if waiting.future.done():
+                    continue
+                if isinstance(result, Exception):
+                    waiting.future.set_exception(result)
+                else:
                     waiting.future.set_result(result)
         elif not job.closed:
             self._jobs.append(job)

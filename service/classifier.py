@@ -153,13 +153,13 @@ class Classifier:
     def _input(self, pixels: Pixels) -> Tensor:
         return self._preprocessing.normalize(torch.from_numpy(pixels))
 
-    @torch.inference_mode()
     def _predict(self, x: Tensor) -> list[Answer]:
-        probabilities = _finite(self._eval(x).float().softmax(-1)).numpy()
-        best = probabilities.argmax(1)
+        with torch.inference_mode():
+            probabilities = _finite(self._eval(x).float().softmax(-1).numpy())
+        classes = self.classes
         return [
-            {**self._label(k), "probability": row[k], "probabilities": row}
-            for row, k in zip(probabilities, best, strict=True)
+            {"label": classes[k], "index": k, "probability": row[k], "probabilities": row}
+            for row, k in zip(probabilities, probabilities.argmax(1).tolist(), strict=True)
         ]
 
     def _uncertainty(self, task: Uncertainty, x: Tensor) -> Generator[None, None, list[Answer]]:
@@ -182,12 +182,12 @@ class Classifier:
         self, task: Uncertainty, summary: Summary, sampled: Sequence[Tensor]
     ) -> list[Answer]:
         """Put a summary into words, an answer an image; `sampled` probabilities are [C, B, t]."""
-        _finite(summary.mean)
+        _finite(summary.mean.numpy())
         fields = {name: _float32(value) for name, value in vars(summary).items()}
         lower, upper = fields.pop("lower"), fields.pop("upper")
         answers: list[Answer] = []
         for i, k in enumerate(fields["mean"].argmax(1).tolist()):
-            answer = self._label(k)
+            answer = {"label": self.classes[k], "index": k}
             answer |= {n: None if v is None else v[i] for n, v in fields.items()}
             answer["interval"] = {"level": task.level, "lower": lower[i], "upper": upper[i]}
             if task.include_samples:
@@ -198,7 +198,7 @@ class Classifier:
 
     def _compare(self, task: Compare, x: Tensor) -> Answer:
         found = compare(self._module, self._sampler, x, task.passes, task.seed)
-        plain, train = _finite(found.eval).numpy(), _finite(found.train).numpy()
+        plain, train = _finite(found.eval.numpy()), _finite(found.train.numpy())
         distance = _float32(found.distance())
         predictions = [
             {
@@ -211,12 +211,9 @@ class Classifier:
         ]
         return {"predictions": predictions, "layers": [_layer(layer) for layer in found.layers]}
 
-    def _label(self, index: int) -> dict[str, Any]:
-        return {"label": self._metadata.classes[index], "index": int(index)}
 
-
-def _finite(values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
+def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if not np.isfinite(values).all():
         raise ServerError("the network's output is not finite for this image")
     return values
 

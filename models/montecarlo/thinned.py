@@ -23,8 +23,11 @@ _GROUP = 20
 _IMAGES = 64
 """Images run together."""
 
-_LEAST = 20
-"""Below as many images, reading the weights takes longer than multiplying by them."""
+_READ = 40
+"""What reading a weight costs, in multiply-adds."""
+
+_MULTIPLY = 1.5
+"""What a weight costs an image, in multiply-adds: itself, and what is gathered for it."""
 
 _CUT = 150
 """What cutting out one weight costs, in multiply-adds."""
@@ -111,7 +114,7 @@ class Thinned:
         if self._weights * scales.samples > _MAX_WEIGHTS:
             return float("inf")
         cutting = 0 if scales.whole.pinned else _CUT
-        return self._weights * scales.samples * (max(images, _LEAST) + cutting)
+        return self._weights * scales.samples * (_READ + _MULTIPLY * images + cutting)
 
     def __call__(self, h: Tensor, scales: Scales) -> Tensor:
         """Run what comes after the first mask: [B, units] to logits [B, T, C].

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -21,11 +21,13 @@ from service.bodies import BodyReader, parse_images
 from service.classifier import Classifier, Compare, Pixels, Predict, Task, Uncertainty
 from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
-from service.inference import Inference
 from service.middleware import RequestLog
 from service.schemas import CompareOptions, PredictOptions, UncertaintyOptions
 from service.settings import Settings
 from service.waiting import WhileConnected
+
+if TYPE_CHECKING:
+    from service.inference import Inference, Read
 
 _PATH = re.compile(
     r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?"
@@ -83,42 +85,35 @@ class TaskRoutes:
         order = _order(kind, scope["query_string"])
         if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
             raise InvalidRequest(f"samples: at most {self._max_samples} here")
-        pixels = await self._read_pixels(scope, receive, inference, model)
-        _check_length(order.task, model, pixels)
-        log.update(model=model.name, version=model.version, images=len(pixels))
-        with WhileConnected(receive):
-            answer = await inference.run(model, order.task, pixels)
-        body = orjson.dumps(
-            {"model": model.name, "version": model.version, **order.head, **answer},
-            option=orjson.OPT_SERIALIZE_NUMPY,
-        )
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    async def _read_pixels(
-        self, scope: Scope, receive: Receive, inference: Inference, model: Classifier
-    ) -> Pixels:
-        """Read a body into the network's pixels [B, C, H, W], off the event loop unless quick."""
-        headers = dict(reversed(scope["headers"]))  # the first of a name counts
-        content_type = headers.get(b"content-type", b"").decode("latin-1")
-        body = await self._reader.read(headers, receive)
+        given = dict(reversed(scope["headers"]))  # the first of a name counts
+        content_type = given.get(b"content-type", b"").decode("latin-1")
+        sent = await self._reader.read(given, receive)
         try:
 
-            def work() -> Pixels:
-                images = parse_images(body, content_type, self._reader.limits)
+            def read() -> Pixels:
+                images = parse_images(sent, content_type, self._reader.limits)
                 pixels = [model.prepare(image) for image in images]
-                return np.stack(pixels)
+                return np.stack(pixels) if len(pixels) > 1 else pixels[0][np.newaxis]
 
-            if is_quick(body, content_type):
-                return work()
             with WhileConnected(receive):
-                return await inference.decode(work)
+                pixels: Pixels | Read = read
+                images = 1
+                if not is_quick(sent, content_type):
+                    pixels = await inference.decode(read)
+                    images = len(pixels)
+                _check_length(order.task, model, images)
+                log.update(model=model.name, version=model.version, images=images)
+                answer = await inference.run(model, order.task, pixels, images)
         finally:
-            self._reader.release(body)
+            self._reader.release(sent)
+        await _send(send, {"model": model.name, "version": model.version, **order.head, **answer})
+
+
+async def _send(send: Send, answer: Mapping[str, Any]) -> None:
+    body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _template(name: str | None, version: str | None, kind: str) -> str:
@@ -128,11 +123,11 @@ def _template(name: str | None, version: str | None, kind: str) -> str:
     return "/v1/models/{name}" + ("/versions/{version}" if version else "") + f"/{kind}"
 
 
-def _check_length(task: Task, model: Classifier, pixels: Pixels) -> None:
+def _check_length(task: Task, model: Classifier, images: int) -> None:
     """Refuse, before the work, an answer that would be too long to write."""
     if not isinstance(task, Uncertainty) or not task.include_samples:
         return
-    if task.samples * len(pixels) * len(model.classes) > _MAX_NUMBERS:
+    if task.samples * images * len(model.classes) > _MAX_NUMBERS:
         raise TooLarge(
             f"samples x images x classes is more than {_MAX_NUMBERS}: ask for less at once, or "
             f"without include_samples"

@@ -7,8 +7,8 @@ import httpx
 import numpy as np
 import pytest
 
-from service.classifier import Classifier, Uncertainty
-from service.errors import Overloaded
+from service.classifier import Classifier, Predict, Uncertainty
+from service.errors import InvalidRequest, Overloaded
 from service.inference import Inference
 from service.settings import Settings
 
@@ -66,4 +66,38 @@ def test_what_waits_to_be_decoded_is_limited(checkpoints):
         assert (await inference.decode(work)).shape == (1, 1, 8, 8)
 
     asyncio.run(main())
+    inference.close()
+
+
+def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(checkpoints):
+    settings = Settings(checkpoints=checkpoints, default_model="digits-mlp")
+    inference = Inference(settings)
+    model = inference.registry.find(None, None)
+    sizes = []
+    run = model.run
+
+    def counted(task, requests):
+        sizes.append(len(requests))
+        return run(task, requests)
+
+    model.run = counted
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 1, 8, 8), np.uint8)
+
+    def damaged():
+        raise InvalidRequest("damaged")
+
+    async def main():
+        reads = [lambda: images[0], damaged, lambda: images[1], images[2]]
+        return await asyncio.gather(
+            *(inference.run(model, Predict(), read, 1) for read in reads), return_exceptions=True
+        )
+
+    first, failed, second, third = asyncio.run(main())
+    assert sizes == [3]
+    assert isinstance(failed, InvalidRequest)
+    alone = finish(run(Predict(), list(images)))
+    for got, expected in zip((first, second, third), alone, strict=True):
+        np.testing.assert_array_equal(
+            got["predictions"][0]["probabilities"], expected["predictions"][0]["probabilities"]
+        )
     inference.close()
