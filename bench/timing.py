@@ -19,7 +19,8 @@ from models.montecarlo import Sampler
 from models.sequential import lay_out, streamline
 
 Call = Callable[[], Tensor]
-_SHORT = 0.01  # seconds; shorter calls are repeated to fill it
+_TURN = 0.05
+"""Seconds of a turn: shorter calls are repeated to fill it, so that each has its caches warm alike."""
 _MAX_GAP = 0.05
 """Most RMS between means of two times fifty samples or more: some three times what chance gives."""
 
@@ -128,8 +129,8 @@ def measure(calls: Mapping[str, Call], rounds: int, title: str) -> dict[str, flo
                 seconds = _time(call, repeats[name])
                 if turn:
                     times[name].append(seconds * 1e6)
-                elif seconds < _SHORT:
-                    repeats[name] = max(1, round(_SHORT / _time(call, 1)))
+                elif seconds < _TURN:
+                    repeats[name] = max(1, round(_TURN / _time(call, 1)))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
