@@ -60,6 +60,9 @@ class _Job(Generic[Key, Item, Result]):
             self.results = self._advance(run)
         except Exception as error:
             self.error = error
+        except BaseException as error:  # or all would wait for a thread that told nobody
+            self.error = RuntimeError(f"a step ended with {type(error).__name__}")
+            self.error.__cause__ = error
 
     def _advance(self, run: Run[Key, Item, Result]) -> Sequence[Result | Exception] | None:
         try:

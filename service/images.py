@@ -20,10 +20,11 @@ from service.errors import (
 )
 
 QUICK_BYTES = 16_384
-QUICK_PIXELS = 256 * 256
+QUICK_PIXELS = 128 * 128
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _PLAIN = {b"\0\0\0\r\x08\0\0\0\0": "L", b"\0\0\0\r\x08\2\0\0\0": "RGB"}
 """Length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs."""
+_COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
 _ACCEPTED = "send image/png, image/jpeg or image/webp"
 
 
@@ -60,7 +61,7 @@ def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.
         raise UnsupportedMediaType(f"the bytes are {kind}, the content type says otherwise")
     try:
         return _load(data, kind, limits)
-    except RequestError:
+    except (RequestError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}") from error
@@ -71,11 +72,16 @@ def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.
 
 
 def is_quick(data: bytes, content_type: str) -> bool:
-    """Say if decoding is so little work that handing it to a thread would cost more."""
-    if content_type not in FORMATS or not 33 <= len(data) <= QUICK_BYTES:
+    """Say if decoding is so little work that handing it to a thread would cost more.
+
+    That is a small PNG without compressed text or profile, which may take long to read however
+    small the picture is.
+    """
+    if content_type != "image/png" or not 33 <= len(data) <= QUICK_BYTES:
         return False
-    _, size = _recognise(data) if data[:4] == b"\x89PNG" else ("", None)
-    return size is not None and size[0] * size[1] <= QUICK_PIXELS
+    if data[:4] != b"\x89PNG" or any(kind in data for kind in _COMPRESSED):
+        return False
+    return _big(data[16:20]) * _big(data[20:24]) <= QUICK_PIXELS
 
 
 def check_size(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -10,7 +10,7 @@ from models import catalogue
 from models.memory import keep_freed_memory
 from service.batching import Batcher, QueueFull
 from service.classifier import Answer, Classifier, Pixels, Predict, Task
-from service.errors import Overloaded, RequestError
+from service.errors import Overloaded
 from service.registry import Registry
 from service.settings import Settings
 
@@ -119,14 +119,14 @@ def _answers(
     """Read what is left to be read, and answer all that could be."""
     classifier, task = key
     read = [_read(request) if callable(request) else request for request in requests]
-    sound = [pixels for pixels in read if not isinstance(pixels, RequestError)]
+    sound = [pixels for pixels in read if not isinstance(pixels, Exception)]
     answers: list[Answer] = (yield from classifier.run(task, sound)) if sound else []
     rest = iter(answers)
-    return [found if isinstance(found, RequestError) else next(rest) for found in read]
+    return [found if isinstance(found, Exception) else next(rest) for found in read]
 
 
-def _read(read: Read) -> Pixels | RequestError:
+def _read(read: Read) -> Pixels | Exception:
     try:
         return read()
-    except RequestError as error:
+    except Exception as error:
         return error

@@ -202,6 +202,24 @@ def test_one_bad_item_fails_alone_and_nothing_hangs(bad, error):
     run(scenario)
 
 
+def test_a_step_that_exits_fails_its_items_and_the_next_batch_runs():
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(exits, executor, max_batch=8, max_queue=8)
+            with pytest.raises(RuntimeError, match="SystemExit"):
+                await asyncio.wait_for(batcher.submit("k", "leave"), 5)
+            return await asyncio.wait_for(batcher.submit("k", "stay"), 5)
+
+    assert asyncio.run(main()) == "stay"
+
+
+def exits(_key, items):
+    yield from ()
+    if "leave" in items:
+        raise SystemExit
+    return items
+
+
 def test_keys_never_share_a_batch_and_take_turns():
     async def scenario(batcher, runner):
         async with busy(batcher, runner):

@@ -190,17 +190,19 @@ def test_the_limits_are_the_ones_given():
     ("data", "content_type", "quick"),
     [
         (png(), PNG, True),
-        (png(256, 256), PNG, True),
-        (png(256, 257), PNG, False),
+        (png(128, 128), PNG, True),
+        (png(128, 129), PNG, False),
         (png()[:20], PNG, False),
         (png() + bytes(20_000), PNG, False),
         (png(), "application/json", False),
         (encoded("JPEG"), JPEG, False),
         (encoded("WEBP"), WEBP, False),
+        (png(before=chunk(b"tEXt", TEXT)), PNG, True),
+        (png(before=chunk(b"zTXt", TEXT)), PNG, False),
     ],
-    ids=[str(n) for n in range(8)],
+    ids=[str(n) for n in range(10)],
 )
-def test_only_small_plain_png_is_decoded_on_the_event_loop(data, content_type, quick):
+def test_only_small_png_with_nothing_else_compressed_is_quick(data, content_type, quick):
     assert is_quick(data, content_type) is quick
 
 

@@ -69,7 +69,8 @@ def test_what_waits_to_be_decoded_is_limited(checkpoints):
     inference.close()
 
 
-def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(checkpoints):
+@pytest.mark.parametrize("error", [InvalidRequest("damaged"), MemoryError()], ids=repr)
+def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(error, checkpoints):
     settings = Settings(checkpoints=checkpoints, default_model="digits-mlp")
     inference = Inference(settings)
     model = inference.registry.find(None, None)
@@ -84,7 +85,7 @@ def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(checkpoints):
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 1, 8, 8), np.uint8)
 
     def damaged():
-        raise InvalidRequest("damaged")
+        raise error
 
     async def main():
         reads = [lambda: images[0], damaged, lambda: images[1], images[2]]
@@ -94,7 +95,7 @@ def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(checkpoints):
 
     first, failed, second, third = asyncio.run(main())
     assert sizes == [3]
-    assert isinstance(failed, InvalidRequest)
+    assert failed is error
     alone = finish(run(Predict(), list(images)))
     for got, expected in zip((first, second, third), alone, strict=True):
         np.testing.assert_array_equal(
