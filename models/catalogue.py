@@ -24,6 +24,15 @@ def find(root: Path) -> dict[str, list[int]]:
     return {name: found for name in names if (found := versions(root, name))}
 
 
+def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Return what changes when the files in a version's folder do: names, times, sizes, inodes."""
+    try:
+        files = [(path.name, path.lstat()) for path in sorted(folder.iterdir())]
+    except OSError:  # it is going just now
+        return ()
+    return tuple((name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in files)
+
+
 def default_name(dataset: str, network: str) -> str:
     """Name a model after its dataset, or the folder that holds it, and its network or factory."""
     name = f"{Path(dataset).resolve().name}-{network.rpartition(':')[2]}"

@@ -1,6 +1,6 @@
 """Names and versions: which model a request means. Names are looked up, never joined to a path."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from service.errors import NotFound
@@ -13,32 +13,40 @@ class RegistryError(Exception):
 
 
 class Registry(Generic[Served]):
-    """Every version of every model.
+    """The versions of every model that are served; at first none.
+
+    Any thread may look up while one thread replaces.
 
     Args:
-        models: name to version to what is served.
-        default: the model that is meant where none is named; None: the only one.
+        default: the model that is meant where none is named; None: the only one at the start.
         where: the models come from, for messages.
 
     Attributes:
-        default: name of the default model; None where there are several and none was chosen.
-
-    Raises:
-        RegistryError: there is no model, or no such default.
+        default: name of that model; None where there were several and none was chosen.
     """
 
-    def __init__(
-        self, models: Mapping[str, Mapping[int, Served]], default: str | None, where: str
-    ) -> None:
+    def __init__(self, default: str | None, where: str) -> None:
+        self.default = default
+        self._where = where
+        self._models: Mapping[str, Mapping[int, Served]] = {}
+
+    def open(self) -> None:
+        """Settle the default, once the models of the start are there; later ones don't change it.
+
+        Raises:
+            RegistryError: there is no model, or no such default.
+        """
+        models = list(self._models)
         if not models:
-            raise RegistryError(f"{where}: no checkpoint in it; make one with `dropserve train`")
-        if default is not None and default not in models:
             raise RegistryError(
-                f"{where}: the default model {default!r} is not in it; there are "
-                f"{', '.join(sorted(models))}"
+                f"{self._where}: no checkpoint in it; make one with `dropserve train`"
             )
-        self._models = {name: dict(sorted(found.items())) for name, found in models.items()}
-        self.default = default or (next(iter(models)) if len(models) == 1 else None)
+        if self.default is not None and self.default not in models:
+            raise RegistryError(
+                f"{self._where}: the default model {self.default!r} is not in it; there are "
+                f"{', '.join(models)}"
+            )
+        self.default = self.default or (models[0] if len(models) == 1 else None)
 
     def find(self, name: str | None = None, version: str | None = None) -> Served:
         """Look up a version; the latest where none is asked for.
@@ -61,9 +69,19 @@ class Registry(Generic[Served]):
             raise NotFound("no such version of the model; GET /v1/models lists them")
         return versions[number]
 
-    def versions(self, name: str) -> list[int]:
-        """List a model's versions, in ascending order."""
-        return list(self._models[name])
+    def versions(self, name: str) -> Mapping[int, Served]:
+        """Return a model's versions, in ascending order; none where there is no such model."""
+        return self._models.get(name, {})
+
+    def replace(self, name: str, versions: Mapping[int, Served]) -> None:
+        """Serve these versions of a model and no others; none: the model is not served."""
+        models = {**self._models, name: dict(sorted(versions.items()))}
+        # in one assignment, so that a lookup sees what was before or what is after
+        self._models = {n: found for n, found in sorted(models.items()) if found}
+
+    def items(self) -> Iterable[tuple[str, Mapping[int, Served]]]:
+        """Return the models and their versions."""
+        return self._models.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)

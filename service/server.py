@@ -9,12 +9,14 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from pydantic import SecretStr
 
 from service import logs
 from service.app import create_app
 from service.inference import Inference
+from service.keys import Keys
 from service.settings import Settings, environment_name
-from service.workers import StartingLine, starting_line
+from service.workers import StartingLine, shared_folder
 
 
 def serve(settings: Settings) -> None:
@@ -23,8 +25,16 @@ def serve(settings: Settings) -> None:
     Raises:
         CheckpointError, UnsupportedModule, RegistryError: a model cannot be served. Nothing was
             listened on.
+        ServerError: OpenTelemetry is not installed and should trace.
+        OSError: nor are there API keys in the file that should have them.
     """
     _configure_logs(settings)
+    if settings.api_keys_file is not None:
+        Keys(settings.api_keys_file)  # read for its errors: quicker than any model
+    if settings.tracing:
+        from service import tracing
+
+        tracing.require()
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
@@ -52,10 +62,9 @@ def serve(settings: Settings) -> None:
 def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
     """Run several processes, each with its own models and queue."""
     Inference(settings).close()  # a worker that cannot load them would be started for ever
-    for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
-        text = ",".join(value) if isinstance(value, list) else str(value)
-        os.environ[environment_name(name)] = text
-    with starting_line():
+    for name in settings.model_fields_set:
+        os.environ[environment_name(name)] = _text(getattr(settings, name))
+    with shared_folder():
         uvicorn.run("service.server:worker_app", factory=True, workers=settings.workers, **options)
 
 
@@ -64,6 +73,13 @@ def worker_app() -> FastAPI:
     settings = Settings()
     _configure_logs(settings)
     return create_app(settings, line=StartingLine.of_this_worker(settings.workers))
+
+
+def _text(value: object) -> str:
+    """Write a setting as its environment variable has it."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _configure_logs(settings: Settings) -> None:

@@ -8,9 +8,17 @@ from service.registry import Registry, RegistryError
 MODELS = {"b": {2: "b2", 10: "b10", 1: "b1"}, "a": {3: "a3"}}
 
 
+def opened(models, default=None):
+    registry = Registry(default, "here")
+    for name, versions in models.items():
+        registry.replace(name, versions)
+    registry.open()
+    return registry
+
+
 @pytest.fixture
 def registry():
-    return Registry(MODELS, "b", "here")
+    return opened(MODELS, "b")
 
 
 def test_the_latest_version_by_number_is_meant_where_none_is_named(registry):
@@ -21,9 +29,27 @@ def test_the_latest_version_by_number_is_meant_where_none_is_named(registry):
     assert registry.find(None, "1") == "b1"
 
 
-def test_versions_are_listed_in_order_and_models_as_they_came(registry):
-    assert registry.versions("b") == [1, 2, 10]
-    assert list(registry) == ["b", "a"]
+def test_models_and_versions_are_listed_in_order(registry):
+    assert list(registry.versions("b")) == [1, 2, 10]
+    assert list(registry.versions("c")) == []
+    assert list(registry) == ["a", "b"]
+
+
+def test_versions_that_are_replaced_are_found_from_then_on(registry):
+    registry.replace("b", {11: "b11", 10: "b10"})
+    assert registry.find() == "b11"
+    with pytest.raises(NotFound, match="no such version"):
+        registry.find("b", "2")
+    registry.replace("b", {})
+    with pytest.raises(NotFound, match="no such model"):
+        registry.find()
+    assert list(registry) == ["a"]
+
+
+def test_a_model_that_comes_later_does_not_change_the_default():
+    registry = opened({"b": {1: "b1"}})
+    registry.replace("a", {1: "a1"})
+    assert registry.find() == "b1"
 
 
 @pytest.mark.parametrize("name", ["c", "", ".", "..", "a/3", "A", "a\0", "\ud800"])
@@ -41,11 +67,11 @@ def test_an_unknown_version_is_not_found(version, registry):
 
 
 def test_the_only_model_is_the_default():
-    assert Registry({"a": {3: "a3"}}, None, "here").find() == "a3"
+    assert opened({"a": {3: "a3"}}).find() == "a3"
 
 
 def test_several_models_have_no_default_unless_one_is_chosen():
-    registry = Registry(MODELS, None, "here")
+    registry = opened(MODELS)
     assert registry.default is None
     with pytest.raises(NotFound, match="several models and no default"):
         registry.find()
@@ -54,9 +80,9 @@ def test_several_models_have_no_default_unless_one_is_chosen():
 
 def test_no_model_is_an_error_that_says_where_and_what_to_do():
     with pytest.raises(RegistryError, match="here: no checkpoint in it; make one with"):
-        Registry({}, None, "here")
+        opened({})
 
 
 def test_an_unknown_default_is_an_error_that_lists_what_there_is():
     with pytest.raises(RegistryError, match=r"here: the default model 'c' is not in it; .* a, b"):
-        Registry(MODELS, "c", "here")
+        opened(MODELS, "c")

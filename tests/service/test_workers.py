@@ -1,10 +1,11 @@
 """The line where workers wait for each other."""
 
 import asyncio
-import os
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
-from service.workers import StartingLine, starting_line
+import pytest
+
+from service.workers import Notice, NoticeBoard, StartingLine, shared_folder
 
 
 def test_nobody_goes_before_all_have_arrived(tmp_path):
@@ -32,12 +33,46 @@ def test_one_that_comes_later_does_not_wait(tmp_path):
     asyncio.run(asyncio.wait_for(late.wait(), 1))
 
 
-def test_the_parent_draws_the_line_and_wipes_it_out(monkeypatch):
-    monkeypatch.delenv("_DROPSERVE_STARTING", raising=False)
-    with starting_line():
+def test_the_parent_makes_the_folder_and_wipes_it_out(monkeypatch):
+    monkeypatch.delenv("_DROPSERVE_SHARED", raising=False)
+    with shared_folder() as folder:
         line = StartingLine.of_this_worker(1)
         line.arrive("a")
         asyncio.run(asyncio.wait_for(line.wait(), 1))
-        folder = Path(os.environ["_DROPSERVE_STARTING"])
+        assert NoticeBoard.of_this_worker().read() == Notice()
         assert folder.is_dir()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_latest_notice_is_read_by_all(shared, tmp_path):
+    board = NoticeBoard(tmp_path if shared else None)
+    other = NoticeBoard(tmp_path) if shared else board
+    assert other.read() == Notice()
+    board.post("a", loaded=False)
+    board.post("b", loaded=False)
+    assert board.post("a", loaded=True) == other.read() == Notice(3, frozenset({"b"}))
+
+
+def test_notices_posted_at_once_by_several_are_all_counted(tmp_path):
+    def post(k):
+        NoticeBoard(tmp_path).post(f"model {k}", loaded=False)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(post, range(40)))
+    assert NoticeBoard(tmp_path).read() == Notice(40, frozenset(f"model {k}" for k in range(40)))
+
+
+def test_a_notice_waits_for_those_that_live_and_for_no_others(tmp_path):
+    board = NoticeBoard(tmp_path)
+    board.obeyed(board.read())
+    (tmp_path / f"{2**22 + 1}.done").write_text("0")  # more than any process id: dead
+    notice = board.post("a", loaded=False)
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(board.all_obeyed(notice), 0.1)
+        board.obeyed(notice)
+        await asyncio.wait_for(board.all_obeyed(notice), 1)
+
+    asyncio.run(main())

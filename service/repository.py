@@ -1,0 +1,159 @@
+"""What is served, and how it comes and goes: by new folders, and by an operator's word."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from typing import Any, Generic, TypeVar
+
+from service.errors import InvalidRequest, NotFound
+from service.registry import Registry
+from service.reload import Folder, Reloader
+from service.settings import Settings
+from service.workers import Notice, NoticeBoard
+
+Served = TypeVar("Served")
+_GLANCE = 0.1
+"""Seconds between looks at the notice board."""
+_PATIENCE = 60.0
+"""Seconds for all workers to load or unload a model."""
+_log = logging.getLogger("dropserve.versions")
+
+
+class Repository(Generic[Served]):
+    """Keeps the registry equal to the checkpoints folder and to the notice board.
+
+    Args:
+        settings: how often to look, how many versions to keep, where they are.
+        folder: where versions come from.
+        loader: a thread that makes them ready.
+        board: shared with other workers, if there are any.
+        strict: a version that cannot be served is an error now. Later, and in a worker that takes a
+            dead one's place, it is refused and the others serve.
+
+    Attributes:
+        registry: what is served.
+
+    Raises:
+        CheckpointError, UnsupportedModule: a version cannot be served, if `strict`.
+        RegistryError: there is none, or the default is not among them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Folder[Served],
+        loader: Executor,
+        board: NoticeBoard | None,
+        *,
+        strict: bool,
+    ) -> None:
+        self._where = f"{settings.checkpoints}/"
+        self._poll = settings.poll_seconds
+        self._loader = loader
+        self._board = board or NoticeBoard()
+        self._obeyed = Notice()
+        self.registry: Registry[Served] = Registry(
+            settings.default_model, where=str(settings.checkpoints)
+        )
+        self._reloader = Reloader(self.registry, folder, settings.keep_versions)
+        self._loader.submit(self._open, strict).result()
+
+    @property
+    def loads(self) -> Mapping[tuple[str, str], int]:
+        """How often versions of a model were "loaded" or "refused"."""
+        return self._reloader.loads
+
+    async def keep_up(self) -> None:
+        """Look for new versions and for other workers' notices, until cancelled."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._poll
+        while True:
+            await asyncio.sleep(_GLANCE)
+            try:
+                if loop.time() >= due or self._board.read() != self._obeyed:
+                    await loop.run_in_executor(self._loader, self._obey)
+                    due = loop.time() + self._poll
+            except Exception:  # the next look may do better, and what is served is served
+                _log.exception("looking for new versions failed")
+
+    async def load(self, name: str) -> None:
+        """Serve a model again, or look again at its versions that were refused; in every worker.
+
+        Raises:
+            NotFound: there is no such model in the checkpoints folder.
+            InvalidRequest: none of its versions can be served; says why.
+        """
+        self._reloader.forget(name)
+        await self._post(name, loaded=True)
+        if not self._reloader.found.get(name):
+            raise NotFound("no such model in the checkpoints folder")
+        if not self.registry.versions(name):
+            reasons = {refusal["reason"] for refusal in self.refused(name)}
+            raise InvalidRequest(f"no version can be served: {'; '.join(sorted(reasons))}")
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model, in every worker; what it is at is finished.
+
+        Raises:
+            NotFound: it is not served.
+        """
+        if not self.registry.versions(name):
+            raise NotFound("no such model; GET /v1/models lists them")
+        await self._post(name, loaded=False)
+
+    def index(self) -> list[dict[str, str]]:
+        """List every version there is: name, version, state READY or UNAVAILABLE, and reason."""
+        return [
+            {"name": name, "version": str(version), **self._state(name, version)}
+            for name, versions in self._reloader.found.items()
+            for version in versions
+        ]
+
+    def refused(self, name: str) -> list[dict[str, Any]]:
+        """List the versions of a model that cannot be served: version and reason."""
+        refusals = sorted(self._reloader.refused.get(name, {}).items())
+        return [{"version": v, "reason": self._reason(r.error)} for v, r in refusals]
+
+    def refusals(self) -> dict[str, int]:
+        """Count the versions of each model that cannot be served."""
+        return {name: len(refusals) for name, refusals in self._reloader.refused.items()}
+
+    def _open(self, strict: bool) -> None:
+        """Load what there is at the start."""
+        self._obey()
+        for refusals in self._reloader.refused.values() if strict else ():
+            for refusal in refusals.values():
+                raise refusal.error
+        self.registry.open()
+
+    def _obey(self) -> None:
+        """Do as the notice board says, and look for new versions."""
+        notice = self._board.read()
+        self._reloader.left_out = notice.unloaded
+        self._reloader.look()
+        self._board.obeyed(notice)
+        self._obeyed = notice
+
+    async def _post(self, name: str, *, loaded: bool) -> None:
+        run = asyncio.get_running_loop().run_in_executor
+        notice = await run(self._loader, lambda: self._board.post(name, loaded=loaded))
+        await run(self._loader, self._obey)
+        async with asyncio.timeout(_PATIENCE):
+            await self._board.all_obeyed(notice)
+
+    def _state(self, name: str, version: int) -> dict[str, str]:
+        refusal = self._reloader.refused.get(name, {}).get(version)
+        if version in self.registry.versions(name):
+            return {"state": "READY", "reason": ""}
+        if name in self._reloader.left_out:
+            reason = "unloaded"
+        elif refusal is not None:
+            reason = self._reason(refusal.error)
+        else:
+            reason = "older than the versions that are kept"
+        return {"state": "UNAVAILABLE", "reason": reason}
+
+    def _reason(self, error: Exception) -> str:
+        """Say what is wrong with a version, without saying where the checkpoints lie."""
+        return str(error).replace(self._where, "") or type(error).__name__
