@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.catalogue import is_name, versions
 from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused, ConfigError
+from models.examples import Example, examples_from_json
 from models.networks import NetworkConfig
 from models.preprocessing import Preprocessing
 from models.storage import (
@@ -48,6 +49,7 @@ class Metadata:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
     sha256: str = ""
     torch_version: str = ""
 
@@ -66,14 +68,17 @@ class Metadata:
         if unknown:
             raise ConfigError(f"unknown fields: {', '.join(sorted(unknown))}")
         try:
+            preprocessing = Preprocessing.from_json(values["preprocessing"])
+            classes = tuple(str(c) for c in values["classes"])
             metadata = cls(
                 name=str(values["name"]),
                 network=NetworkConfig.from_json(values["network"]),
-                preprocessing=Preprocessing.from_json(values["preprocessing"]),
-                classes=tuple(str(c) for c in values["classes"]),
+                preprocessing=preprocessing,
+                classes=classes,
                 recipe=dict(values["recipe"]),
                 data=dict(values["data"]),
                 evaluation=dict(values["evaluation"]),
+                examples=examples_from_json(values.get("examples", []), classes, preprocessing),
                 sha256=str(values["sha256"]),
                 torch_version=str(values["torch_version"]),
             )

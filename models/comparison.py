@@ -78,7 +78,12 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(
-    module: nn.Module, sampler: Sampler, x: Tensor, passes: int = 8, seed: int = 0
+    module: nn.Module,
+    sampler: Sampler,
+    x: Tensor,
+    passes: int = 8,
+    seed: int = 0,
+    p: float | None = None,
 ) -> Comparison:
     """Run images through both modes.
 
@@ -91,6 +96,7 @@ def compare(
         x: images [B, ...].
         passes: k, with dropout on; independent masks.
         seed: of the masks.
+        p: rate of every dropout in train mode; None: each one's own.
     """
     layers: dict[str, Layer] = {}
     plain, thinned = [], []
@@ -99,7 +105,7 @@ def compare(
             plain.append(module(x))
     for t in range(passes):
         with _moments(module, layers, "train"):
-            thinned.append(sampler.thinned(x, seed, "independent", t))
+            thinned.append(sampler.thinned(x, seed, "independent", t, p))
     return Comparison(
         torch.stack(plain).float().softmax(-1),
         torch.stack(thinned).float().softmax(-1),

@@ -1,9 +1,11 @@
 """What a training run must remember between two epochs to go on as if it had never stopped."""
 
+import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from models.storage import (
 )
 
 _MAX_BYTES = 32 * 2**30
+_PARTS = {"module": "network", "description": "network config, precision or devices"}
+"""What the parts of a fingerprint are called, where it is not by their names."""
 
 
 @contextmanager
@@ -126,9 +130,11 @@ class State:
             ConfigError: it belongs to another run.
         """
         tensors, metadata = _read(path)
-        if metadata.get("fingerprint") != self._fingerprint:
+        held = metadata.get("fingerprint", "{}")
+        if held != self._fingerprint:
             raise ConfigError(
-                f"{path} holds a run of another network, recipe or data; resume it with the "
+                f"{path} holds a run of another network, recipe or data "
+                f"({'; '.join(_differences(held, self._fingerprint))}); resume it with the "
                 f"options it was started with, or discard it with --restart"
             )
         try:
@@ -164,6 +170,28 @@ class State:
             fits = all(t.dim() == 0 or t.shape == shape for t in tensors.values())
             if not fits or tensors.keys() != names:
                 raise ValueError(f"the optimizer's state of parameter {index} does not fit")
+
+
+def _differences(held: str, asked: str) -> Iterator[str]:
+    """Say where two fingerprints differ: a recipe field by field, all else by its name."""
+    then, now = _parts(held), _parts(asked)
+    recipe = then.get("recipe", {}), now.get("recipe", {})
+    for field in sorted(recipe[0].keys() | recipe[1].keys()):
+        before, after = (part.get(field) for part in recipe)
+        if before != after:
+            yield f"{field} was {before}, now is {after}"
+    for name in sorted((then.keys() | now.keys()) - {"recipe"}):
+        if then.get(name) != now.get(name):
+            yield f"another {_PARTS.get(name, name)}"
+
+
+def _parts(fingerprint: str) -> dict[str, Any]:
+    """Read a fingerprint; one that is damaged or of an earlier release is like no other."""
+    with suppress(ValueError):
+        parts = json.loads(fingerprint)
+        if isinstance(parts, dict) and isinstance(parts.get("recipe", {}), dict):
+            return parts
+    return {}
 
 
 def _finished_epochs(state: Path) -> int:

@@ -1,6 +1,7 @@
 """One version of a model, ready to answer: the door between traffic and what is learned."""
 
-from collections.abc import Generator, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from models import checkpoint
 from models.comparison import Layer, Moments, compare
-from models.montecarlo import MaskKind, Precision, Sampler, Statistics, Summary
+from models.examples import Example
+from models.montecarlo import MaskKind, Precision, Sample, Sampler, Statistics, Summary, watch
 from models.sequential import lay_out, streamline
 from service.errors import ServerError
 
@@ -42,11 +44,17 @@ class Uncertainty:
 
 
 @dataclass(frozen=True)
+class Watch(Uncertainty):
+    """Monte Carlo dropout over one image, told sample by sample."""
+
+
+@dataclass(frozen=True)
 class Compare:
     """Train mode beside eval mode."""
 
     passes: int = 8
     seed: int = 0
+    p: float | None = None
 
 
 Task = Predict | Uncertainty | Compare
@@ -93,6 +101,11 @@ class Classifier:
         """Names of the classes, in the order of probabilities."""
         return self._metadata.classes
 
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """Pictures of the test set, if it was saved with any."""
+        return self._metadata.examples
+
     def prepare(self, image: Image.Image) -> Pixels:
         """Turn a picture into the network's pixels, uint8 [C, H, W]; any thread may call it."""
         return self._preprocessing.prepare(image)
@@ -122,6 +135,24 @@ class Classifier:
         rest = iter(found)
         return [{"predictions": [next(rest) for _ in pixels]} for pixels in requests]
 
+    def watch(self, task: Watch, pixels: Pixels) -> Iterator[Answer]:
+        """Answer one request in steps, each with something to tell.
+
+        Args:
+            task: what to do.
+            pixels: uint8 [1, C, H, W].
+
+        Yields:
+            `{event: a list of its data}`: a start, the samples in order, some at a time, and an
+            end that says what `run` returns.
+        """
+        x = self._input(pixels)
+        yield {"start": [self._start(task, pixels[0], x)]}
+        statistics = Statistics(task.samples, task.masks, task.level)
+        for some in watch(self._sampler, x, task.samples, task.seed, task.masks, statistics):
+            yield {"sample": [_sample(sample) for sample in some]}
+        yield {"end": [{"predictions": self._answers(task, statistics.summary(), [])}]}
+
     def details(self) -> dict[str, Any]:
         """Describe this version; the fields of `ModelDetails` that it knows."""
         metadata, preprocessing = self._metadata, self._preprocessing
@@ -137,10 +168,7 @@ class Classifier:
             },
             "training": self._module.training,
             "parameters": sum(p.numel() for p in self._module.parameters()),
-            "sites": [
-                {"name": s.name, "kind": s.kind, "p": s.p, "shape": list(s.shape)}
-                for s in self._sampler.sites
-            ],
+            "sites": self._sites(),
             "path": self._sampler.path,
             "precision": asdict(self._sampler.precision),
             "network": metadata.network.to_json(),
@@ -148,6 +176,23 @@ class Classifier:
             "evaluation": dict(metadata.evaluation),
             "sha256": metadata.sha256,
             "torch_version": metadata.torch_version,
+        }
+
+    def _sites(self) -> list[dict[str, Any]]:
+        return [
+            {"name": s.name, "kind": s.kind, "p": s.p, "shape": list(s.shape), "units": s.units}
+            for s in self._sampler.sites
+        ]
+
+    def _start(self, task: Watch, pixels: Pixels, x: Tensor) -> Answer:
+        channels, height, width = pixels.shape
+        seen = {"height": height, "width": width, "channels": channels}
+        return {
+            "level": task.level,
+            "classes": self.classes,
+            "eval": self._predict(x)[0]["probabilities"],
+            "input": {**seen, "pixels": _base64(pixels.transpose(1, 2, 0))},
+            "sites": self._sites(),
         }
 
     def _input(self, pixels: Pixels) -> Tensor:
@@ -197,7 +242,7 @@ class Classifier:
         return answers
 
     def _compare(self, task: Compare, x: Tensor) -> Answer:
-        found = compare(self._module, self._sampler, x, task.passes, task.seed)
+        found = compare(self._module, self._sampler, x, task.passes, task.seed, task.p)
         plain, train = _finite(found.eval.numpy()), _finite(found.train.numpy())
         distance = _float32(found.distance())
         predictions = [
@@ -210,6 +255,15 @@ class Classifier:
             for i in range(len(x))
         ]
         return {"predictions": predictions, "layers": [_layer(layer) for layer in found.layers]}
+
+
+def _sample(sample: Sample) -> Answer:
+    _finite(sample.probabilities)
+    return {**vars(sample), "kept": [_base64(bits) for bits in sample.kept]}
+
+
+def _base64(values: npt.NDArray[np.uint8]) -> str:
+    return b64encode(values.tobytes()).decode()
 
 
 def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

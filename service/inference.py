@@ -1,73 +1,124 @@
-"""Owns the models and the one thread that runs them."""
+"""Owns the models, the one thread that runs them and the one that loads new ones."""
 
 import asyncio
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from models import catalogue
 from models.memory import keep_freed_memory
 from service.batching import Batcher, QueueFull
-from service.classifier import Answer, Classifier, Pixels, Predict, Task
+from service.classifier import Answer, Classifier, Pixels, Predict, Task, Watch
 from service.errors import Overloaded
-from service.registry import Registry
+from service.reload import Folder
+from service.repository import Repository
 from service.settings import Settings
+from service.workers import NoticeBoard
+
+if TYPE_CHECKING:
+    from service.metrics import Metrics
+    from service.tracing import Tracing
+
+Result = TypeVar("Result")
+Read = Callable[[], Pixels]
+"""Decodes and prepares a request's pictures."""
+Steps = Iterator[Answer]
+"""What a request that is answered in steps has still to be told."""
+Key = tuple[Classifier, Task, Steps | None]
+"""What runs together; who is answered in steps runs alone."""
 
 
-def load_all(settings: Settings) -> Registry[Classifier]:
-    """Load every version of every model under the checkpoints folder.
-
-    Raises:
-        CheckpointError, UnsupportedModule: one of them cannot be served.
-        RegistryError: there is none, or the default is not among them.
-    """
+def checkpoints(settings: Settings) -> Folder[Classifier]:
+    """Return where versions come from: the checkpoints folder."""
     root = settings.checkpoints
 
-    def classifier(name: str, version: int) -> Classifier:
+    def load(name: str, version: int) -> Classifier:
         path = root / name / str(version)
         return Classifier(name, version, path, settings.factories, settings.precision)
 
-    models = {
-        name: {version: classifier(name, version) for version in versions}
-        for name, versions in catalogue.find(root).items()
-    }
-    return Registry(models, settings.default_model, where=str(root))
-
-
-Read = Callable[[], Pixels]
-"""Decodes and prepares a request's pictures."""
+    return Folder(
+        find=lambda: catalogue.find(root),
+        mark=lambda name, version: catalogue.mark(root / name / str(version)),
+        load=load,
+    )
 
 
 class Inference:
-    """Runs tasks on one worker thread, which alone touches the modules once they are loaded.
+    """Runs tasks on one worker thread; versions are made ready on another, before they serve.
 
     Args:
         settings: threads, batch and queue sizes, where checkpoints are.
-        load: makes the registry; the seam for tests.
+        folder: where versions come from; the seam for tests.
+        board: shared with other workers, if there are any.
+        strict: a version that cannot be served is an error now. Later, and in a worker that takes a
+            dead one's place, it is refused and the others serve.
+
+    Raises:
+        CheckpointError, UnsupportedModule: a version cannot be served, if `strict`.
+        RegistryError: there is none, or the default is not among them.
+
+    Attributes:
+        repository: the models, and how they come and go.
+        registry: the same, to look them up.
+        metrics: told of batches and answers, if there are any.
+        tracing: told of a request's stages, if it is on.
     """
 
     def __init__(
-        self, settings: Settings, load: Callable[[Settings], Registry[Classifier]] = load_all
+        self,
+        settings: Settings,
+        folder: Folder[Classifier] | None = None,
+        board: NoticeBoard | None = None,
+        *,
+        strict: bool = True,
     ) -> None:
         self._settings = settings
-        self._worker = ThreadPoolExecutor(1, "inference")
+        set_threads = partial(torch.set_num_threads, settings.threads)
+        self._worker = ThreadPoolExecutor(1, "inference", set_threads)
+        self._loader = ThreadPoolExecutor(1, "loading", set_threads)
         self._decoders = ThreadPoolExecutor(2, "decoding")
         self._decoding = 0
-        self._batcher: Batcher[tuple[Classifier, Task], Pixels | Read, Answer] = Batcher(
-            _answers,
+        self.metrics: Metrics | None = None
+        self.tracing: Tracing | None = None
+        self._batcher: Batcher[Key, Pixels | Read, Answer] = Batcher(
+            self._run,
             self._worker,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
+            observe=self._observe,
         )
-        self.registry = self._worker.submit(self._load, load).result()
-
-    def _load(self, load: Callable[[Settings], Registry[Classifier]]) -> Registry[Classifier]:
         keep_freed_memory()
-        torch.set_num_threads(self._settings.threads)
-        return load(self._settings)
+        found = folder or checkpoints(settings)
+        self.repository = Repository(settings, found, self._loader, board, strict=strict)
+        self.registry = self.repository.registry
 
-    async def decode(self, work: Callable[[], Pixels]) -> Pixels:
+    @property
+    def queued(self) -> int:
+        """Images that wait."""
+        return self._batcher.queued
+
+    def _observe(self, key: Key, images: int, waits: Sequence[float]) -> None:
+        if self.metrics is not None and images:
+            self.metrics.batch(type(key[1]).__name__.lower(), images, waits)
+
+    def _run(
+        self, key: Key, requests: Sequence[Pixels | Read]
+    ) -> Generator[None, None, list[Answer | Exception]]:
+        classifier, task, steps = key
+        if steps is None:
+            whole = answers = yield from _answers(classifier, task, requests)
+        else:
+            answers = [step := next(steps, {})]
+            whole = [*step.get("end", ())]
+        if self.metrics is not None:
+            self.metrics.answered(classifier.name, task, whole)
+        return answers
+
+    async def decode(self, work: Callable[[], Result]) -> Result:
         """Run decoding off the event loop.
 
         Raises:
@@ -77,7 +128,8 @@ class Inference:
             raise Overloaded("too many pictures are waiting; try again in a second")
         self._decoding += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+            with self.tracing.span("decode") if self.tracing is not None else nullcontext():
+                return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
         finally:
             self._decoding -= 1
 
@@ -99,10 +151,39 @@ class Inference:
             Overloaded: the queue is full.
             RequestError: they could not be read.
         """
+        submit: Callable[..., Awaitable[Answer]] = self._batcher.submit
+        if self.tracing is not None:
+            submit = self.tracing.staged(submit)
         try:
-            return await self._batcher.submit(
-                (classifier, task), pixels, images, urgent=isinstance(task, Predict)
+            return await submit(
+                (classifier, task, None), pixels, images, urgent=isinstance(task, Predict)
             )
+        except QueueFull as error:
+            raise Overloaded("too many images are waiting; try again in a second") from error
+
+    async def watch(
+        self, classifier: Classifier, task: Watch, pixels: Pixels | Read
+    ) -> AsyncIterator[Answer]:
+        """Answer one request in steps, as `Classifier.watch` does, each waiting for its turn.
+
+        A step is made when it is asked for: who reads slowly holds one step and no thread, and
+        nothing is computed for who has left.
+
+        Args:
+            classifier: from the registry.
+            task: what to do.
+            pixels: of one image, as for `run`.
+
+        Raises:
+            Overloaded: the queue is full; it holds nobody up who has begun.
+            RequestError: the picture could not be read.
+        """
+        steps = _steps(classifier, task, pixels)
+        place = 1
+        try:
+            while step := await self._batcher.submit((classifier, task, steps), pixels, place):
+                yield step
+                place = 0
         except QueueFull as error:
             raise Overloaded("too many images are waiting; try again in a second") from error
 
@@ -111,13 +192,17 @@ class Inference:
         self._batcher.close()
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+
+def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Steps:
+    yield from classifier.watch(task, pixels() if callable(pixels) else pixels)
 
 
 def _answers(
-    key: tuple[Classifier, Task], requests: Sequence[Pixels | Read]
+    classifier: Classifier, task: Task, requests: Sequence[Pixels | Read]
 ) -> Generator[None, None, list[Answer | Exception]]:
     """Read what is left to be read, and answer all that could be."""
-    classifier, task = key
     read = [_read(request) if callable(request) else request for request in requests]
     sound = [pixels for pixels in read if not isinstance(pixels, Exception)]
     answers: list[Answer] = (yield from classifier.run(task, sound)) if sound else []

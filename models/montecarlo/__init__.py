@@ -9,15 +9,18 @@ from models.montecarlo.precision import PRECISIONS, Precision
 from models.montecarlo.sampler import Sampler
 from models.montecarlo.sites import Site
 from models.montecarlo.statistics import Statistics, Summary, summarize
+from models.montecarlo.watching import Sample, watch
 
 __all__ = [
     "MASK_KINDS",
     "PRECISIONS",
     "MaskKind",
     "Precision",
+    "Sample",
     "Sampler",
     "Site",
     "Statistics",
     "Summary",
     "summarize",
+    "watch",
 ]

@@ -138,19 +138,28 @@ class Sampler:
                 chunk = logits.float().permute(2, 0, 1).softmax(0)
             yield chunk
 
+    def scales(self, masks: MaskKind, seed: int, chunk: range, device: torch.device) -> Scales:
+        """Return what the samples of a chunk multiply by."""
+        return self._store.get(masks, seed, chunk, device)
+
     def warm_up(self, x: Tensor, samples: int = 100) -> None:
         """Draw the default seed's first masks, for good, and run them over `x` [B, ...]."""
         with torch.inference_mode():
             chosen = range(min(samples, self._store.chunk))
             self._prepared(x)(self._store.get("stratified", 0, chosen, x.device, pin=True))
 
-    def thinned(self, x: Tensor, seed: int, masks: MaskKind, sample: int) -> Tensor:
+    def thinned(
+        self, x: Tensor, seed: int, masks: MaskKind, sample: int, p: float | None = None
+    ) -> Tensor:
         """Run one thinned network by a plain forward pass: sample number `sample` of `sample()`.
+
+        With a `p`, every site drops at that rate, but for alpha dropout (see `Site.at`).
 
         Returns:
             Logits [B, C].
         """
-        scales = self._store.draw(masks, seed, range(sample, sample + 1), x.device)
+        store = self._store if p is None else ScaleStore([site.at(p) for site in self.sites])
+        scales = store.draw(masks, seed, range(sample, sample + 1), x.device)
         return self._forward(x, tuple(factor[0] for factor in scales.factors))
 
     def _require_eval_mode(self) -> None:

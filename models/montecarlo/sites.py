@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,13 @@ class Site:
     def survivor(self) -> float:
         """What a kept unit is multiplied by."""
         return 1.0 if self.kind in ("vanilla", "alpha", "feature_alpha") else 1 / (1 - self.p)
+
+    def at(self, p: float) -> "Site":
+        """Return the site with another rate, and what is kept scaled to match.
+
+        Alpha dropout keeps its own: the map that follows it is worked out from the module's p.
+        """
+        return self if self.kind in ("alpha", "feature_alpha") else replace(self, p=p)
 
     def fit(self, scale: Tensor, shape: torch.Size) -> Tensor | None:
         """Spread a mask `scale` [*template] over a call's `shape`; None if it does not fit.

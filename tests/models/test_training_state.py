@@ -36,19 +36,21 @@ def path(digits, tmp_path):
 @pytest.mark.parametrize(
     "change", [{"learning_rate": 1e-3}, {"epochs": 4}, {"seed": 1}, {"flip": True}], ids=repr
 )
-def test_a_state_of_another_recipe_is_refused(digits, path, change):
-    with pytest.raises(ConfigError, match="another network, recipe or data"):
+def test_a_state_of_another_recipe_is_refused_by_the_field_that_differs(digits, path, change):
+    ((field, value),) = change.items()
+    differs = rf"\({field} was {getattr(RECIPE, field)}, now is {value}\)"
+    with pytest.raises(ConfigError, match=f"another network, recipe or data {differs}"):
         next(start(digits, path, recipe=replace(RECIPE, **change)))
 
 
 def test_a_state_of_other_data_is_refused(digits, path):
-    with pytest.raises(ConfigError, match="another network, recipe or data"):
+    with pytest.raises(ConfigError, match=r"another network, recipe or data \(another data\)"):
         next(start(digits, path, images=210))
 
 
 @pytest.mark.parametrize("change", [{"hidden": (17,)}, {"dropout": (0.4,)}], ids=repr)
 def test_a_state_of_another_network_is_refused(digits, path, change):
-    with pytest.raises(ConfigError, match="another network, recipe or data"):
+    with pytest.raises(ConfigError, match=r"another network, recipe or data \(another network\)"):
         next(start(digits, path, config=replace(MLP, **change)))
 
 

@@ -1,0 +1,340 @@
+"""`/uncertainty/stream` against `/uncertainty`, and against networks thinned here by its masks."""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models import checkpoint
+from service.classifier import Predict, Watch
+from service.errors import InvalidRequest, Overloaded
+from service.events import StreamEnd, StreamSample, StreamStart
+from service.inference import Inference
+from service.routes.stream import send_events
+from service.schemas import Problem
+from service.settings import Settings
+
+MLP, CNN = "/v1/models/digits-mlp", "/v1/models/colour-cnn"
+EVENTS = {"start": StreamStart, "sample": StreamSample, "end": StreamEnd, "error": Problem}
+PNG_TYPE = {"Content-Type": "image/png"}
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+TOLD = (
+    *("mean", "standard_error", "predictive_entropy", "expected_entropy"),
+    "mutual_information",
+)
+
+
+def picture(model, seed=0):
+    shape = (8, 8) if model == MLP else (16, 16, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def post(http, path, pixels):
+    return http.post(path, content=png(pixels), headers=PNG_TYPE)
+
+
+def parse(text):
+    """Read server-sent events as strictly as they are promised: (event, data as text, data)."""
+    *events, rest = text.split("\n\n")
+    assert rest == ""
+    found = []
+    for event in events:
+        first, second = event.split("\n")
+        name, data = first.removeprefix("event: "), second.removeprefix("data: ")
+        read = EVENTS[name].model_validate_json(data, strict=True)
+        assert set(read.model_dump()) == set(json.loads(data))
+        found.append((name, data, read))
+    return found
+
+
+def watched(http, path, pixels):
+    """Watch a picture: start, samples, end as text."""
+    response = post(http, path, pixels)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/event-stream"
+    (first, _, start), *samples, (last, end, _) = parse(response.text)
+    assert (first, last) == ("start", "end")
+    assert {name for name, _, _ in samples} == {"sample"}
+    return start, [sample for _, _, sample in samples], end
+
+
+def bits(text, units):
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:units].astype(bool)
+
+
+@pytest.mark.parametrize("model", [MLP, CNN])
+@pytest.mark.parametrize(
+    "query", ["", "?samples=1", "?samples=25&seed=3&masks=independent", "?samples=230&level=0.5"]
+)
+def test_the_end_is_the_answer_of_uncertainty_byte_for_byte(model, query, http):
+    start, samples, end = watched(http, f"{model}/uncertainty/stream{query}", picture(model))
+    whole = post(http, f"{model}/uncertainty{query}", picture(model))
+    assert end == whole.text
+    assert [sample.t for sample in samples] == list(range(1, start.samples + 1))
+    (found,) = whole.json()["predictions"]
+    for name in TOLD:
+        if found[name] is None:
+            assert getattr(samples[-1], name) is None
+        else:
+            np.testing.assert_allclose(getattr(samples[-1], name), found[name], **CLOSE)
+
+
+@pytest.mark.parametrize("masks", ["stratified", "independent"])
+def test_what_is_known_after_t_samples_is_what_uncertainty_says_of_t(masks, http):
+    query = f"seed=5&masks={masks}"
+    path = f"{CNN}/uncertainty/stream?samples=130&{query}"
+    _, samples, end = watched(http, path, picture(CNN))
+    every = np.array([sample.probabilities for sample in samples])
+    for t in (1, 2, 9, 10, 19, 20, 21, 100, 101, 117):
+        told = samples[t - 1]
+        path = f"{CNN}/uncertainty?samples={t}&include_samples=true&{query}"
+        (found,) = post(http, path, picture(CNN)).json()["predictions"]
+        np.testing.assert_allclose(every[:t], found["sample_probabilities"], **CLOSE)
+        for name in TOLD:
+            if found[name] is None:
+                assert getattr(told, name) is None, (t, name)
+            else:
+                np.testing.assert_allclose(getattr(told, name), found[name], **CLOSE)
+    assert json.loads(end)["samples"] == 130
+
+
+@pytest.mark.parametrize("masks", ["stratified", "independent"])
+def test_a_network_thinned_by_hand_to_the_kept_units_says_the_same(masks, http, checkpoints):
+    path = f"{MLP}/versions/1/uncertainty/stream?samples=20&seed=2&masks={masks}"
+    start, samples, _ = watched(http, path, picture(MLP))
+    module, _ = checkpoint.load(checkpoints / "digits-mlp" / "1")
+    weights = {name: t.double().numpy() for name, t in module.state_dict().items()}
+    pixels = np.frombuffer(base64.b64decode(start.input.pixels), np.uint8)
+    x = (pixels.reshape(-1) / 255 - 0.3) / 0.4
+    for sample in samples:
+        h = x
+        for k, (site, mask) in enumerate(zip(start.sites, sample.kept, strict=True), 1):
+            h = weights[f"hidden{k}.weight"] @ h + weights[f"hidden{k}.bias"]
+            h = np.maximum(h, 0) * bits(mask, site.units) / (1 - site.p)
+        logits = weights["logits.weight"] @ h + weights["logits.bias"]
+        p = np.exp(logits - logits.max())
+        np.testing.assert_allclose(sample.probabilities, p / p.sum(), **CLOSE)
+    shares = [np.mean([bits(s.kept[k], 32) for s in samples]) for k in (0, 1)]
+    np.testing.assert_allclose(shares, [0.8, 0.5], atol=0.08)
+
+
+def test_the_start_shows_the_picture_as_the_network_sees_it(http):
+    for model, size in ((MLP, (8, 8, 1)), (CNN, (16, 16, 3))):
+        start, samples, _ = watched(http, f"{model}/uncertainty/stream?samples=2", picture(model))
+        details = http.get(model).json()
+        seen = np.frombuffer(base64.b64decode(start.input.pixels), np.uint8)
+        assert (start.input.height, start.input.width, start.input.channels) == size
+        expected = 255 - picture(MLP) if model == MLP else picture(CNN)
+        np.testing.assert_array_equal(seen.reshape(expected.shape), expected)
+        (predicted,) = post(http, f"{model}/predict", picture(model)).json()["predictions"]
+        assert start.eval == predicted["probabilities"]
+        assert start.classes == details["classes"]
+        assert [site.model_dump() for site in start.sites] == details["sites"]
+        for site, mask in zip(start.sites, samples[0].kept, strict=True):
+            assert len(base64.b64decode(mask)) == (site.units + 7) // 8
+        assert (start.method, start.masks, start.level, start.seed) == (
+            *("dropout", "stratified", 0.9, 0),
+        )
+
+
+def test_it_is_neither_stored_nor_held_back_on_its_way(http):
+    headers = post(http, "/uncertainty/stream?samples=1", picture(MLP)).headers
+    assert headers["cache-control"] == "no-store"
+    assert headers["x-accel-buffering"] == "no"
+    assert headers["x-request-id"]
+
+
+def test_every_body_that_holds_one_picture_is_taken(http):
+    path = "/uncertainty/stream?samples=3"
+    image = png(picture(MLP))
+    first = post(http, path, picture(MLP)).content
+    text = {"images": [base64.b64encode(image).decode()]}
+    assert http.post(path, files=[("file", ("a.png", image))]).content == first
+    assert http.post(path, json=text).content == first
+    assert http.post(path, json={"instances": [picture(MLP).tolist()]}).content == first
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/uncertainty/stream?include_samples=true", 422),
+        ("/uncertainty/stream?samples=0", 422),
+        ("/uncertainty/stream?samples=1001", 422),
+        ("/uncertainty/stream?seed=-1", 422),
+        ("/uncertainty/stream?level=1", 422),
+        ("/v1/models/MARKER/uncertainty/stream", 404),
+        (f"{MLP}/versions/7/uncertainty/stream", 404),
+        ("/predict/stream", 404),
+    ],
+)
+def test_what_is_wrong_before_it_begins_is_an_ordinary_error(path, status, http, problem):
+    problem(post(http, path, picture(MLP)), status)
+
+
+def test_pictures_that_cannot_be_watched_are_refused(http, problem):
+    two = http.post("/uncertainty/stream", json={"instances": [[[0]], [[1]]]})
+    assert "one picture" in problem(two, 422)
+    damaged = http.post("/uncertainty/stream", content=png(picture(MLP))[:-40], headers=PNG_TYPE)
+    problem(damaged, 422)
+    problem(http.get("/uncertainty/stream"), 405)
+
+
+def test_many_are_watched_at_once_and_each_is_told_the_same(http):
+    path = f"{CNN}/uncertainty/stream?samples=60&seed={{}}"
+    alone = [post(http, path.format(seed), picture(CNN)).content for seed in range(3)]
+    with ThreadPoolExecutor(9) as threads:
+        together = list(
+            threads.map(lambda n: post(http, path.format(n % 3), picture(CNN)).content, range(9))
+        )
+    assert together == alone * 3
+
+
+def test_the_work_stops_when_the_one_who_watches_has_left(server, http):
+    body = png(picture(CNN))
+    head = (
+        f"POST {CNN}/uncertainty/stream?samples=1000&seed=1 HTTP/1.1\r\nHost: x\r\n"
+        f"X-Request-ID: watcher\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    many = {"instances": [picture(CNN).tolist()] * 64}
+    with ThreadPoolExecutor(4) as threads:
+        others = [  # they take turns with the stream, which so lasts
+            threads.submit(http.post, f"{CNN}/uncertainty?samples=500&seed={n}", json=many)
+            for n in range(4)
+        ]
+        with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+            connection.sendall(head.encode() + body)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        line = server.line("watcher")
+        assert not all(other.done() for other in others)
+    assert (line["status"], line["level"]) == (499, "info")
+    assert (line["model"], line["images"]) == ("colour-cnn", 1)
+    assert line["route"] == "/v1/models/{name}/uncertainty/stream"
+
+
+@pytest.fixture(scope="module")
+def inference(checkpoints):
+    running = Inference(Settings(checkpoints=checkpoints, default_model="digits-mlp", max_queue=4))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def model(inference):
+    return inference.registry.find("digits-mlp", "1")
+
+
+PIXELS = np.zeros((1, 1, 8, 8), np.uint8)
+
+
+def test_a_step_is_made_when_it_is_asked_for_and_no_sooner(inference, model, monkeypatch):
+    made = []
+    steps = model.watch
+
+    def counted(task, pixels):
+        for step in steps(task, pixels):
+            made.append(step)
+            yield step
+
+    monkeypatch.setattr(model, "watch", counted)
+
+    async def main():
+        told = inference.watch(model, Watch(samples=1000), PIXELS)
+        await anext(told)
+        await asyncio.sleep(0.1)
+        assert len(made) == 1
+        await anext(told)
+        await told.aclose()
+        await asyncio.sleep(0.1)
+        assert len(made) == 2
+
+    asyncio.run(main())
+
+
+def test_nothing_is_made_while_the_client_does_not_read():
+    made = []
+
+    async def steps():
+        for _ in range(100):
+            made.append({"sample": []})
+            yield made[-1]
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(send_events(send, {}, steps(), "an-id"), 0.1)
+        assert len(made) == 1
+
+    asyncio.run(main())
+
+
+def test_predictions_go_in_between_and_a_full_queue_stops_none_who_has_begun(inference, model):
+    async def main():
+        told = inference.watch(model, Watch(samples=100), PIXELS)
+        await anext(told)
+        others = [asyncio.create_task(inference.run(model, Predict(), PIXELS, 4)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await anext(inference.watch(model, Watch(), PIXELS))
+        steps = [step async for step in told]
+        assert len(steps) == 11
+        assert len((await others[0])["predictions"]) == 1
+        with pytest.raises(Overloaded):
+            await others[1]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Overloaded("later"), 503), (ValueError("MARKER"), 500)], ids=repr
+)
+def test_an_error_after_the_first_step_is_an_event(error, status):
+    async def failing():
+        yield {"start": []}
+        raise error
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(send_events(send, {}, failing(), "an-id"))
+    start, *bodies = sent
+    assert start["status"] == 200
+    ((name, data, read),) = parse(b"".join(m["body"] for m in bodies).decode())
+    assert (name, read.status, read.request_id) == ("error", status, "an-id")
+    assert "MARKER" not in data
+    assert not bodies[-1].get("more_body")
+
+
+def test_an_error_before_the_first_step_sends_nothing(inference, model):
+    def damaged():
+        raise InvalidRequest("damaged")
+
+    async def send(message):
+        raise AssertionError(message)
+
+    with pytest.raises(InvalidRequest, match="damaged"):
+        asyncio.run(send_events(send, {}, inference.watch(model, Watch(), damaged), "an-id"))
+
+
+def test_the_mean_is_that_of_the_samples_told_so_far(model):
+    _, sample, *_ = model.watch(Watch(samples=10), PIXELS)
+    assert [s["t"] for s in sample["sample"]] == list(range(1, 11))
+    probabilities = np.array([s["probabilities"] for s in sample["sample"]])
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(sample["sample"][-1]["mean"], probabilities.mean(0), atol=1e-6)
