@@ -1,9 +1,11 @@
 """`create_app()` wires settings, inference and routes; nothing happens at import."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -12,14 +14,20 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service.bodies import BodyLimits, BodyReader
-from service.errors import problem
+from service.errors import written
 from service.images import ImageLimits
 from service.inference import Inference
+from service.keys import KeyCheck, Keys
+from service.metrics import Metrics
 from service.middleware import RequestLog
-from service.routes import native, operations
+from service.routes import examples, native, oip, operations, playground
+from service.routes.infer import InferRoutes
 from service.routes.tasks import TaskRoutes
 from service.settings import Settings
-from service.workers import StartingLine
+from service.workers import NoticeBoard, StartingLine
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 
 def create_app(
@@ -33,20 +41,33 @@ def create_app(
         settings: what the deployer set.
         inference: models and their thread; made from the settings at start-up if None.
         line: where it waits for the other workers, if there are any.
+
+    Raises:
+        OSError: there is no API key in the file that should have them.
+        ServerError: OpenTelemetry is not installed and should trace.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        board = NoticeBoard.of_this_worker() if line is not None else None
         try:
-            running = inference or Inference(settings)
+            running = inference or Inference(settings, board=board, strict=line is None)
         finally:  # a worker that fails must not leave the others waiting
             if line is not None:
                 line.arrive(str(os.getpid()))
         app.state.inference = running
+        running.metrics, running.tracing = metrics, tracing
         if line is not None:
             await line.wait()
+        tasks = [running.repository.keep_up(), metrics.keep_up(running)]
+        if keys is not None:
+            tasks.append(keys.keep_up())
+        keeping_up = asyncio.gather(*tasks)
         yield
+        keeping_up.cancel()
         running.close()
+        if tracing is not None:
+            tracing.close()
 
     app = FastAPIOffline(
         title="Dropserve",
@@ -58,6 +79,9 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked of each request
     )
     app.state.settings = settings
+    metrics = app.state.metrics = Metrics()
+    tracing = _tracing() if settings.tracing else None
+    keys = Keys(settings.api_keys_file) if settings.api_keys_file is not None else None
     limits = BodyLimits(
         max_bytes=settings.max_body_bytes,
         max_images=settings.max_images,
@@ -66,18 +90,32 @@ def create_app(
     )
     app.include_router(operations.router)
     app.include_router(native.router)
+    app.include_router(examples.router)
+    app.include_router(oip.router)
+    app.include_router(playground.router)
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
-    reader = BodyReader(limits, settings.max_held_bytes)
-    app.middleware_stack = TaskRoutes(app.build_middleware_stack(), settings, reader)
+    app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
+    infer = InferRoutes(app.build_middleware_stack(), settings, reader)
+    app.middleware_stack = TaskRoutes(infer, settings, reader)
+    if tracing is not None:
+        app.middleware_stack = tracing.of_requests(app.middleware_stack)
+    if keys is not None:
+        app.middleware_stack = KeyCheck(app.middleware_stack, keys)
     return app
+
+
+def _tracing() -> "Tracing":
+    from service.tracing import Tracing  # here: nothing of it is loaded where it is off
+
+    return Tracing()
 
 
 async def _http(request: Request, error: Exception) -> Response:
     """Translate what the framework raises: no such route, no such method."""
     if not isinstance(error, HTTPException):
         raise error
-    content = problem(error.status_code, str(error.detail), request.state.request_id)
-    return JSONResponse(
-        content, error.status_code, error.headers, media_type="application/problem+json"
+    content, media_type = written(
+        request.scope["path"], error.status_code, str(error.detail), request.state.request_id
     )
+    return JSONResponse(content, error.status_code, error.headers, media_type=media_type)

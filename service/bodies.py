@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -30,6 +31,8 @@ _ACCEPTED = (
 )
 _MAX_ELEMENTS = 1_000_000
 _CLOSE = {"Connection": "close"}
+_NUMBERS: frozenset[type] = frozenset((int, float))
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,8 @@ def parse_images(body: bytes, content_type: str, limits: BodyLimits) -> Iterator
         return iter([decode(body, media_type, limits.image)])
     if media_type == "multipart/form-data":
         parts = parse_multipart(body, content_type)
-        _check_count(len(parts), limits)
-        return _bounded((_decode_part(part, limits) for part in parts), limits)
+        check_count(len(parts), limits)
+        return bounded((_decode_part(part, limits) for part in parts), limits)
     if media_type == "application/json":
         return _parse_json(body, limits)
     raise UnsupportedMediaType(_ACCEPTED)
@@ -150,22 +153,22 @@ def _decode_part(part: Part, limits: BodyLimits) -> Image.Image:
 
 
 def _parse_json(body: bytes, limits: BodyLimits) -> Iterator[Image.Image]:
-    values = _load_json(body)
+    values = load_json(body)
     if not isinstance(values, dict) or len(values) != 1:
         raise InvalidRequest("the JSON body must be an object with `images` or `instances` alone")
     (key, items), *_ = values.items()
-    decoders = {"images": _decode_base64, "instances": _decode_numbers}
+    decoders = {"images": _decode_text, "instances": _decode_numbers}
     if key not in decoders:
         raise InvalidRequest(
             "the JSON body must have `images` or `instances`; options go in the query"
         )
     if not isinstance(items, list):
         raise InvalidRequest(f"`{key}` must be a list")
-    _check_count(len(items), limits)
-    return _bounded((decoders[key](item, limits.image) for item in items), limits)
+    check_count(len(items), limits)
+    return bounded((decoders[key](item, limits.image) for item in items), limits)
 
 
-def _bounded(images: Iterable[Image.Image], limits: BodyLimits) -> Iterator[Image.Image]:
+def bounded(images: Iterable[Image.Image], limits: BodyLimits) -> Iterator[Image.Image]:
     """Stop when the pictures have more pixels together than one may have."""
     pixels = 0
     for image in images:
@@ -176,14 +179,15 @@ def _bounded(images: Iterable[Image.Image], limits: BodyLimits) -> Iterator[Imag
         yield image
 
 
-def _check_count(count: int, limits: BodyLimits) -> None:
+def check_count(count: int, limits: BodyLimits) -> None:
+    """Raise an error if there are no images, or more than one body may have."""
     if count == 0:
         raise MalformedRequest("the body has no image")
     if count > limits.max_images:
         raise TooLarge(f"the body has more than {limits.max_images} images")
 
 
-def _load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
+def load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
     """Parse JSON as strictly as its standard: UTF-8, no name twice, no NaN."""
     if not body:
         raise MalformedRequest("the body is empty")
@@ -210,18 +214,21 @@ def _refuse_constant(_name: str) -> None:
     raise InvalidRequest("NaN and Infinity are no numbers of JSON")
 
 
-def _decode_base64(item: object, limits: ImageLimits) -> Image.Image:
+def _decode_text(item: object, limits: ImageLimits) -> Image.Image:
+    return decode(from_base64(item), None, limits)
+
+
+def from_base64(item: object) -> bytes:
+    """Return the bytes that a string of JSON stands for."""
     if not isinstance(item, str):
-        raise InvalidRequest("`images` must hold base64 strings")
+        raise InvalidRequest("encoded pictures must be base64 strings")
     try:
-        data = base64.b64decode(item, validate=True)
+        return base64.b64decode(item, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("`images` must hold base64 strings: one of them is not") from error
-    return decode(data, None, limits)
+        raise InvalidRequest("encoded pictures must be base64 strings: one is not") from error
 
 
 def _decode_numbers(item: object, limits: ImageLimits) -> Image.Image:
-    not_numbers = InvalidRequest("`instances` must hold numbers from 0 to 255")
     not_array = InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
     try:
         items = np.array(item, dtype=object)  # no other dtype: it would pad and convert strings
@@ -230,14 +237,31 @@ def _decode_numbers(item: object, limits: ImageLimits) -> Image.Image:
     if items.ndim not in (2, 3) or items.size == 0 or items.shape[2:] not in ((), (1,), (3,)):
         raise not_array
     check_size((items.shape[1], items.shape[0]), limits)
-    if not {type(number) for number in items.flat} <= {int, float}:
-        raise not_numbers
-    try:
-        pixels = items.astype(np.float64)
-    except OverflowError as error:
-        raise not_numbers from error
-    if not bool(((pixels >= 0) & (pixels <= 255)).all()):
-        raise not_numbers
+    pixels = to_pixels(items)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
-    return Image.fromarray(np.rint(pixels).astype(np.uint8))
+    return Image.fromarray(pixels)
+
+
+def to_pixels(numbers: npt.NDArray[Any], kinds: frozenset[type] = _NUMBERS) -> Pixels:
+    """Round numbers from 0 to 255 to whole ones.
+
+    Args:
+        numbers: as JSON had them (objects), or floats.
+        kinds: what objects may be.
+
+    Raises:
+        InvalidRequest: one is of another kind or size, or no number.
+    """
+    wrong = InvalidRequest("pixels must be numbers from 0 to 255")
+    if numbers.dtype == object:
+        if not {type(number) for number in numbers.flat} <= kinds:
+            raise wrong
+        try:
+            numbers = numbers.astype(np.float64)
+        except OverflowError as error:
+            raise wrong from error
+    if not bool(((numbers >= 0) & (numbers <= 255)).all()):
+        raise wrong
+    pixels: Pixels = np.rint(numbers).astype(np.uint8)
+    return pixels

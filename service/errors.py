@@ -3,6 +3,8 @@
     DropserveError
     ├── RequestError              what was sent cannot be answered
     │   ├── MalformedRequest      400
+    │   ├── Unauthorized          401, with WWW-Authenticate
+    │   ├── Forbidden             403
     │   ├── NotFound              404
     │   ├── RequestTimeout        408
     │   ├── TooLarge              413
@@ -12,8 +14,9 @@
     ├── ServerError               any other status
     └── Unreachable               no answer at all; on the client's side only
 
-The service raises them, one handler turns them into `application/problem+json` (RFC 9457), and the
-client raises the same ones from what it reads. Messages never repeat what was sent.
+The service raises them, one handler turns them into `application/problem+json` (RFC 9457), or into
+what the Open Inference Protocol has under /v2, and the client raises the same ones from what it
+reads. Messages never repeat what was sent.
 """
 
 from http import HTTPStatus
@@ -47,6 +50,21 @@ class MalformedRequest(RequestError):
     """The request breaks the rules of HTTP, of its format, or has no body."""
 
     status = 400
+
+
+class Unauthorized(RequestError):
+    """No credentials came, or wrong ones."""
+
+    status = 401
+
+    def __init__(self, detail: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail, headers=headers or {"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(RequestError):
+    """The deployer has not allowed this."""
+
+    status = 403
 
 
 class NotFound(RequestError):
@@ -116,3 +134,10 @@ def problem(status: int, detail: str, request_id: str) -> dict[str, object]:
         "detail": detail,
         "request_id": request_id,
     }
+
+
+def written(path: str, status: int, detail: str, request_id: str) -> tuple[dict[str, object], str]:
+    """Write an error as those expect it who ask for this path: the body and its media type."""
+    if path == "/v2" or path.startswith("/v2/"):
+        return {"error": detail}, "application/json"
+    return problem(status, detail, request_id), "application/problem+json"

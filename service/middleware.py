@@ -15,7 +15,7 @@ import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import DropserveError, problem
+from service.errors import DropserveError, written
 from service.logs import FIELDS
 
 _REQUEST_ID = b"x-request-id"
@@ -54,7 +54,7 @@ class RequestLog:
                 raise  # half an answer is out: let the server break the connection
             await exchange.fail(500, "the service failed; its log says why")
         finally:
-            exchange.log()
+            exchange.end()
 
 
 class _Exchange:
@@ -83,9 +83,10 @@ class _Exchange:
         self, status: int, detail: str, more_headers: Mapping[str, str] | None = None
     ) -> None:
         """Answer in place of code that did not."""
-        body = orjson.dumps(problem(status, detail, self.request_id))
+        content, media_type = written(self._scope["path"], status, detail, self.request_id)
+        body = orjson.dumps(content)
         headers = {
-            "content-type": "application/problem+json",
+            "content-type": media_type,
             "content-length": str(len(body)),
             **(more_headers or {}),
         }
@@ -96,18 +97,29 @@ class _Exchange:
         except ClientDisconnect:
             self.status = CLIENT_CLOSED
 
-    def log(self) -> None:
-        """Write the request's line."""
+    def end(self) -> None:
+        """Write the request's line, and count it."""
+        seconds = time.perf_counter() - self._started
+        fields = self._fields
+        route = route_of(self._scope)
+        key = (route or "other", fields.get("model", ""), fields.get("version", ""), self.status)
+        self._scope["app"].state.metrics.requests[key].append(seconds)
         if _log.isEnabledFor(logging.INFO):
             line = {
                 "request_id": self.request_id,
                 "method": self._scope["method"],
-                "route": getattr(self._scope.get("route"), "path", None),
-                **self._fields,
+                "route": route,
+                **fields,
                 "status": self.status,
-                "milliseconds": round(1000 * (time.perf_counter() - self._started), 3),
+                "milliseconds": round(1000 * seconds, 3),
             }
             _log.info("request", extra={FIELDS: line})
+
+
+def route_of(scope: Scope) -> str | None:
+    """Return a request's route as it was declared; None: there is none."""
+    log = scope.get("state", {}).get("log", {})
+    return log.get("route") or getattr(scope.get("route"), "path", None)
 
 
 def _asked_id(scope: Scope) -> str | None:

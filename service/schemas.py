@@ -1,4 +1,7 @@
-"""What goes over the wire, as the service writes it and the client reads it. No torch, no NumPy."""
+"""What goes over the wire, as the service writes it and the client reads it. No torch, no NumPy.
+
+The events of `/uncertainty/stream` are in `service.events`.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -25,13 +28,18 @@ class PredictOptions(_Options):
     """`/predict` takes none."""
 
 
-class UncertaintyOptions(_Options):
-    """How `/uncertainty` samples."""
+class SamplingOptions(_Options):
+    """How thinned networks are sampled."""
 
     samples: Annotated[int, Field(ge=1, le=1000, description="Thinned networks, T.")] = 100
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the masks.")] = 0
     masks: Annotated[MaskKind, Field(description="How masks are drawn.")] = "stratified"
     level: Annotated[float, Field(gt=0, lt=1, description="Of the sample interval.")] = 0.9
+
+
+class UncertaintyOptions(SamplingOptions):
+    """How `/uncertainty` samples, and what of it is returned."""
+
     include_samples: Annotated[bool, Field(description="Return all T x C probabilities.")] = False
 
 
@@ -40,6 +48,7 @@ class CompareOptions(_Options):
 
     passes: Annotated[int, Field(ge=1, le=32, description="Train-mode passes, k.")] = 8
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the masks.")] = 0
+    p: Annotated[float | None, Field(ge=0, lt=1, description="Every dropout's rate.")] = None
 
 
 class Prediction(_Answer):
@@ -133,6 +142,7 @@ class CompareResponse(_Answer):
     version: int
     passes: int
     seed: int
+    p: float | None = Field(None, description="Of every dropout in train mode; where asked for.")
     predictions: list[ComparedPrediction]
     layers: list[ComparedLayer]
 
@@ -144,6 +154,7 @@ class DropoutSite(_Answer):
     kind: str
     p: float
     shape: list[int]
+    units: int | None = Field(None, description="How many are kept or dropped, each as one.")
 
 
 class Input(_Answer):
@@ -165,6 +176,13 @@ class Precision(_Answer):
     error: float | None = Field(description="Most that bfloat16 moved a mean on the probe.")
 
 
+class Refused(_Answer):
+    """A version that cannot be served; it is tried again when its files change."""
+
+    version: int
+    reason: str
+
+
 class ModelSummary(_Answer):
     """A model in the list of models."""
 
@@ -172,6 +190,7 @@ class ModelSummary(_Answer):
     version: int = Field(description="The one that answers where none is named.")
     versions: list[int]
     default: bool = Field(description="Whether /predict means this model.")
+    refused: list[Refused] = Field([], description="Versions that cannot be served, and why.")
 
 
 class ModelList(_Answer):
@@ -199,10 +218,40 @@ class ModelDetails(ModelSummary):
     torch_version: str
 
 
-class Health(_Answer):
-    """`/livez`, `/readyz`, `/healthz`."""
+class Example(_Answer):
+    """A picture from the test set that the model was scored on."""
 
-    status: Literal["ok", "ready"]
+    label: str
+    index: int = Field(description="Of the class that it is of.")
+    url: str = Field(description="Where it is, as a PNG.")
+
+
+class ExampleList(_Answer):
+    """Pictures to try a version of a model with; none where it was saved without."""
+
+    model: str
+    version: int
+    examples: list[Example]
+
+
+class Health(_Answer):
+    """`/livez`."""
+
+    status: Literal["ok"]
+
+
+class ModelState(_Answer):
+    """The versions of a model that are ready, and those that are refused."""
+
+    versions: list[int]
+    refused: list[Refused]
+
+
+class Readiness(_Answer):
+    """`/readyz`, `/healthz`."""
+
+    status: Literal["ready"]
+    models: dict[str, ModelState]
 
 
 class Problem(BaseModel):

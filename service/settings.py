@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DROPSERVE_"
@@ -21,6 +21,21 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64, description="Server processes, each with the models.")
     checkpoints: Path = Field(Path("checkpoints"), description="Folder of <name>/<version>.")
     data_dir: Path = Field(Path("data"), description="Folder of datasets, for training.")
+    poll_seconds: float = Field(
+        5.0, gt=0, description="Seconds between looks for new versions of the models."
+    )
+    keep_versions: int = Field(
+        2, ge=0, description="Versions before a model's latest that stay callable."
+    )
+    admin_token: SecretStr | None = Field(
+        None, min_length=16, description="Lets its bearer load and unload models; none: nobody."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File of keys, one a line; requests other than probes must bring one."
+    )
+    api_key: SecretStr | None = Field(
+        None, description="Sent by the commands that ask a running service."
+    )
     default_model: str | None = Field(
         None, description="Model that /predict means; needed where there are several."
     )
@@ -47,6 +62,10 @@ class Settings(BaseSettings):
     max_samples: int = Field(1000, ge=1, le=1000, description="Samples of one /uncertainty.")
     body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
     drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")
+    tracing: bool = Field(
+        False,
+        description="Send OpenTelemetry spans; OTEL_* variables say where. Needs dropserve[otel].",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged; a request's line is info."
     )
@@ -72,8 +91,8 @@ class Settings(BaseSettings):
     @property
     def url(self) -> str:
         """Where a client on this machine finds the service."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104  not bound
-        return f"http://{host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 def environment_name(field: str) -> str:

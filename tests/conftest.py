@@ -193,3 +193,18 @@ def problem():
         return found.detail
 
     return check
+
+
+@pytest.fixture(scope="session")
+def protocol_error():
+    """Check that a response is an error as the Open Inference Protocol has it; return its text."""
+
+    def check(response: httpx.Response, status: int) -> str:
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/json"
+        assert set(response.json()) == {"error"}
+        assert response.headers["x-request-id"]
+        assert "MARKER" not in response.text
+        return response.json()["error"]
+
+    return check

@@ -1,6 +1,7 @@
 """The native routes: models; and predict, uncertainty and compare as the document shows them."""
 
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -8,7 +9,9 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from service.classifier import Classifier
+from service.events import StreamEvent
 from service.inference import Inference
+from service.routes.stream import EventStream
 from service.schemas import (
     CompareOptions,
     CompareResponse,
@@ -17,6 +20,7 @@ from service.schemas import (
     PredictOptions,
     PredictResponse,
     Problem,
+    SamplingOptions,
     UncertaintyOptions,
     UncertaintyResponse,
 )
@@ -72,9 +76,18 @@ _PICTURES: dict[str, Any] = {
         },
     },
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {"application/problem+json": {}}}
     for status in (400, 404, 408, 413, 415, 422, 500, 503)
+}
+
+_PROBLEM = {"schema": {"$ref": "#/components/schemas/Problem"}}
+_STREAM_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "content": {"application/problem+json": _PROBLEM},
+        "description": HTTPStatus(int(status)).phrase,
+    }
+    for status in ERRORS
 }
 
 
@@ -99,7 +112,7 @@ async def versioned_model(request: Request, name: str, version: str) -> Classifi
     return inference_of(request).registry.find(name, version)
 
 
-@router.get("/v1/models", response_model=ModelList, responses={503: _ERRORS[503]})
+@router.get("/v1/models", response_model=ModelList, responses={503: ERRORS[503]})
 async def models(request: Request) -> Response:
     """List the models that are served."""
     registry = inference_of(request).registry
@@ -115,13 +128,14 @@ def _summary(inference: Inference, model: Classifier) -> dict[str, Any]:
     return {
         "name": model.name,
         "version": model.version,
-        "versions": inference.registry.versions(model.name),
+        "versions": list(inference.registry.versions(model.name)),
+        "refused": inference.repository.refused(model.name),
         "default": model.name == inference.registry.default,
     }
 
 
 def _add_details(path: str, find: Find) -> None:
-    @router.get(path, response_model=ModelDetails, responses={404: _ERRORS[404]})
+    @router.get(path, response_model=ModelDetails, responses={404: ERRORS[404]})
     async def details(request: Request, model: Annotated[Classifier, Depends(find)]) -> Response:
         """Describe a version: classes, input, dropout sites, evaluation, digest."""
         return _describe(request, model)
@@ -138,7 +152,7 @@ def _add_tasks(prefix: str, find: Find) -> None:
         return router.post(
             prefix + path,
             response_model=response,
-            responses=_ERRORS,
+            responses=ERRORS,
             openapi_extra={"requestBody": _PICTURES},
         )
 
@@ -152,6 +166,19 @@ def _add_tasks(prefix: str, find: Find) -> None:
         model: Model, options: Annotated[UncertaintyOptions, Query()]
     ) -> Response:
         """Classify pictures by Monte Carlo dropout, and say how sure the answer is."""
+        raise NotImplementedError
+
+    @router.post(
+        prefix + "/uncertainty/stream",
+        response_class=EventStream,
+        response_model=StreamEvent,
+        responses=_STREAM_ERRORS,
+        openapi_extra={"requestBody": _PICTURES},
+    )
+    async def uncertainty_stream(
+        model: Model, options: Annotated[SamplingOptions, Query()]
+    ) -> Response:
+        """Watch Monte Carlo dropout of one picture: events start, sample (T of them) and end."""
         raise NotImplementedError
 
     @post("/compare", CompareResponse)

@@ -1,17 +1,18 @@
-"""Probes: is the process alive, may it be sent traffic."""
+"""Probes: is the process alive, may it be sent traffic; and what it has done so far."""
 
-from fastapi import APIRouter
-from fastapi.responses import RedirectResponse
+from typing import TYPE_CHECKING
 
-from service.schemas import Health
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+
+from service.routes.native import inference_of
+from service.schemas import Health, ModelState, Readiness, Refused
+
+if TYPE_CHECKING:
+    from service.metrics import Metrics
 
 router = APIRouter(tags=["operations"])
-
-
-@router.get("/", include_in_schema=False)
-async def home() -> RedirectResponse:
-    """Lead to the documentation."""
-    return RedirectResponse("/docs")
 
 
 @router.get("/livez")
@@ -22,6 +23,24 @@ async def livez() -> Health:
 
 @router.get("/readyz")
 @router.get("/healthz", name="healthz")
-async def readyz() -> Health:
-    """All models are loaded: nothing listens before they are, nor from the moment of shutdown."""
-    return Health(status="ready")
+async def readyz(request: Request) -> Readiness:
+    """All models are loaded: nothing listens before they are, nor from the moment of shutdown.
+
+    A version that came later and cannot be served does not change that: those before it serve.
+    """
+    inference = inference_of(request)
+    models = {}
+    for name, versions in inference.registry.items():
+        refused = [Refused.model_validate(refusal) for refusal in inference.repository.refused(name)]
+        models[name] = ModelState(versions=list(versions), refused=refused)
+    return Readiness(status="ready", models=models)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """What the service has done and does, for Prometheus; all workers together."""
+    found: Metrics = request.app.state.metrics
+    found.pour(inference_of(request))
+    accept = request.headers.get("accept", "")
+    content, content_type = await run_in_threadpool(found.write, accept)
+    return Response(content, headers={"content-type": content_type})

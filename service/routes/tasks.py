@@ -6,7 +6,7 @@ picture and running a small network together (docs/benchmarks.md).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,26 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import BodyReader, parse_images
-from service.classifier import Classifier, Compare, Pixels, Predict, Task, Uncertainty
+from service.classifier import (
+    Answer,
+    Classifier,
+    Compare,
+    Pixels,
+    Predict,
+    Task,
+    Uncertainty,
+    Watch,
+)
 from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
-from service.middleware import RequestLog
-from service.schemas import CompareOptions, PredictOptions, UncertaintyOptions
+from service.routes.front import Front, describe
+from service.routes.stream import send_events
+from service.schemas import (
+    CompareOptions,
+    PredictOptions,
+    SamplingOptions,
+    UncertaintyOptions,
+)
 from service.settings import Settings
 from service.waiting import WhileConnected
 
@@ -31,11 +46,12 @@ if TYPE_CHECKING:
 
 _PATH = re.compile(
     r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?"
-    r"/(?P<task>predict|uncertainty|compare)"
+    r"/(?P<task>predict|uncertainty(?:/stream)?|compare)"
 )
 _OPTIONS: Mapping[str, type[BaseModel]] = {
     "predict": PredictOptions,
     "uncertainty": UncertaintyOptions,
+    "uncertainty/stream": SamplingOptions,
     "compare": CompareOptions,
 }
 _MAX_NUMBERS = 1_000_000
@@ -50,7 +66,7 @@ class _Order:
     head: Mapping[str, Any]
 
 
-class TaskRoutes:
+class TaskRoutes(Front):
     """ASGI application: answers what asks for a task, and leaves the rest to another one.
 
     Args:
@@ -59,32 +75,37 @@ class TaskRoutes:
         reader: of bodies.
     """
 
+    paths = _PATH
+
     def __init__(self, behind: ASGIApp, settings: Settings, reader: BodyReader) -> None:
-        self._behind = behind
+        super().__init__(behind)
         self._max_samples = settings.max_samples
         self._reader = reader
-        self._front = RequestLog(self._answer)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        if scope["type"] == "http" and scope["method"] == "POST":
-            found = _PATH.fullmatch(scope["path"])
-            if found is not None:
-                scope["path_params"] = found.groupdict()
-                await self._front(scope, receive, send)
-                return
-        await self._behind(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Find the model, read the pictures, run the task, write the answer."""
+        """Find the model, run the task, write the answer."""
         name, version, kind = scope["path_params"].values()
         log = scope["state"]["log"]
         log["route"] = _template(name, version, kind)
         inference: Inference = scope["app"].state.inference
         model = inference.registry.find(name, version)
+        log.update(model=model.name, version=model.version)
         order = _order(kind, scope["query_string"])
         if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
             raise InvalidRequest(f"samples: at most {self._max_samples} here")
+        answer = await self._run(model, order.task, scope, receive)
+        head = {"model": model.name, "version": model.version, **order.head}
+        if isinstance(answer, AsyncIterator):
+            with WhileConnected(receive):
+                await send_events(send, head, answer, scope["state"]["request_id"])
+        else:
+            await _send(send, {**head, **answer})
+
+    async def _run(
+        self, model: Classifier, task: Task, scope: Scope, receive: Receive
+    ) -> Answer | AsyncIterator[Answer]:
+        """Read the pictures and run the task; one that is answered in steps has not begun."""
+        inference: Inference = scope["app"].state.inference
         given = dict(reversed(scope["headers"]))  # the first of a name counts
         content_type = given.get(b"content-type", b"").decode("latin-1")
         sent = await self._reader.read(given, receive)
@@ -101,12 +122,13 @@ class TaskRoutes:
                 if not is_quick(sent, content_type):
                     pixels = await inference.decode(read)
                     images = len(pixels)
-                _check_length(order.task, model, images)
-                log.update(model=model.name, version=model.version, images=images)
-                answer = await inference.run(model, order.task, pixels, images)
+                _check_length(task, model, images)
+                scope["state"]["log"]["images"] = images
+                if isinstance(task, Watch):
+                    return inference.watch(model, task, pixels)
+                return await inference.run(model, task, pixels, images)
         finally:
             self._reader.release(sent)
-        await _send(send, {"model": model.name, "version": model.version, **order.head, **answer})
 
 
 async def _send(send: Send, answer: Mapping[str, Any]) -> None:
@@ -124,7 +146,9 @@ def _template(name: str | None, version: str | None, kind: str) -> str:
 
 
 def _check_length(task: Task, model: Classifier, images: int) -> None:
-    """Refuse, before the work, an answer that would be too long to write."""
+    """Refuse, before the work, an answer that would be too long to write, or of several parts."""
+    if isinstance(task, Watch) and images > 1:
+        raise InvalidRequest("one picture is watched at a time")
     if not isinstance(task, Uncertainty) or not task.include_samples:
         return
     if task.samples * images * len(model.classes) > _MAX_NUMBERS:
@@ -149,22 +173,18 @@ def _parse(kind: str, query: bytes) -> _Order:
     try:
         options = _OPTIONS[kind].model_validate(sent)
     except ValidationError as error:
-        raise InvalidRequest("; ".join(sorted(set(map(_describe, error.errors()))))) from None
-    if isinstance(options, UncertaintyOptions):
+        raise InvalidRequest("; ".join(sorted(set(map(describe, error.errors()))))) from None
+    if isinstance(options, SamplingOptions):
         head = {
             "method": "dropout",
             **options.model_dump(include={"samples", "seed", "masks"}),
             "log_base": "e",
         }
-        return _Order(Uncertainty(**dict(options)), head)
+        kind_of = Uncertainty if isinstance(options, UncertaintyOptions) else Watch
+        return _Order(kind_of(**dict(options)), head)
     if isinstance(options, CompareOptions):
-        return _Order(Compare(**dict(options)), dict(options))
+        return _Order(Compare(**dict(options)), options.model_dump(exclude_none=True))
     return _Order(Predict(), {})
 
 
 _remembered = lru_cache(256)(_parse)
-
-
-def _describe(error: Mapping[str, Any]) -> str:
-    unknown = error["type"] == "extra_forbidden"
-    return "unknown parameter" if unknown else f"{error['loc'][-1]}: {error['msg']}"

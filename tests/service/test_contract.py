@@ -264,9 +264,17 @@ def test_models_are_listed_and_described(http, load):
         assert len(found.sha256) == 64
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/healthz"])
-def test_probes(path, http):
-    assert answer(schemas.Health, http.get(path)).status == ("ok" if path == "/livez" else "ready")
+def test_the_process_says_that_it_lives(http):
+    assert answer(schemas.Health, http.get("/livez")).status == "ok"
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/healthz"])
+def test_readiness_says_which_versions_are_there(path, http):
+    found = answer(schemas.Readiness, http.get(path))
+    assert {name: (m.versions, m.refused) for name, m in found.models.items()} == {
+        CNN: ([1], []),
+        MLP: ([1, 2], []),
+    }
 
 
 def test_the_client_reads_every_answer(server, http):

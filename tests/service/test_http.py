@@ -66,7 +66,7 @@ def test_another_method_is_405_and_says_which_is_allowed(method, path, http, pro
 
 
 @pytest.mark.parametrize(
-    "path", ["/MARKER", "/v1/models/", "/predict/", "/v2", "//predict", "/livez/../MARKER"]
+    "path", ["/MARKER", "/v1/models/", "/predict/", "/v3", "//predict", "/livez/../MARKER"]
 )
 def test_an_unknown_route_is_404(path, http, problem):
     problem(http.request("POST", httpx.URL(http.base_url, raw_path=path.encode())), 404)

@@ -1,0 +1,213 @@
+"""Open Inference Protocol, version 2: its messages, as this service speaks it over HTTP.
+
+https://github.com/kserve/open-inference-protocol, and Triton's extensions for binary tensor data
+and model repositories. What is sent is read strictly: an unknown name is an error.
+"""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from service.schemas import SamplingOptions
+
+Datatype = Literal["UINT8", "FP32", "BYTES"]
+"""Of the input: pixels 0 to 255, the same as numbers to be rounded, encoded pictures."""
+Plain = Literal["probabilities", "index", "label"]
+"""Outputs of eval mode."""
+Sampled = Literal[
+    "mean",
+    "variance",
+    "standard_error",
+    "predictive_entropy",
+    "expected_entropy",
+    "mutual_information",
+    "variation_ratio",
+    "lower",
+    "upper",
+]
+"""Outputs of Monte Carlo dropout; `lower` and `upper` bound the interval."""
+PLAIN: tuple[str, ...] = get_args(Plain)
+SAMPLED: tuple[str, ...] = get_args(Sampled)
+Output = Literal[Plain, Sampled]
+ROWS = ("probabilities", "mean", "variance", "standard_error", "lower", "upper")
+"""Outputs that have a figure a class."""
+
+
+def _sound(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half a surrogate pair is no text")
+    return text
+
+
+class _Sent(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, values: object) -> object:
+        """Refuse an object with more names than there are; each would be an error of 1 kB."""
+        if isinstance(values, dict) and len(values) > 16:
+            raise ValueError("too many names")
+        return values
+
+
+class InferParameters(_Sent, SamplingOptions):
+    """How to answer."""
+
+    mode: Annotated[
+        Literal["predict", "uncertainty"] | None,
+        Field(description="uncertainty adds the outputs of Monte Carlo dropout."),
+    ] = None
+    binary_data_output: Annotated[bool, Field(description="All outputs as binary data.")] = False
+
+
+class InputParameters(_Sent):
+    """Of the input."""
+
+    binary_data_size: Annotated[int, Field(ge=0)] | None = None
+
+
+class InputTensor(_Sent):
+    """Pictures: [B, H, W] or [B, H, W, C] pixels, C 1 or 3; or [B] or [B, 1] encoded ones."""
+
+    name: Literal["image"]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=4)]
+    datatype: Datatype
+    parameters: InputParameters = InputParameters()
+    data: Annotated[
+        list[Any] | None,
+        Field(description="Row-major, nested or flat; BYTES are base64 strings."),
+    ] = None
+
+
+class OutputParameters(_Sent):
+    """Of a requested output."""
+
+    binary_data: bool | None = None
+
+
+class RequestedOutput(_Sent):
+    """An output to return."""
+
+    name: Output
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(_Sent):
+    """Body of `infer`, or the part of it before binary data."""
+
+    id: Annotated[str, AfterValidator(_sound)] | None = None
+    parameters: InferParameters = InferParameters()
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
+    outputs: Annotated[
+        list[RequestedOutput],
+        Field(max_length=len(get_args(Output)), description="None: all that the mode has."),
+    ] = []
+
+
+class OutputTensor(BaseModel):
+    """An output: `data`, or `binary_data_size` in its parameters."""
+
+    name: str
+    shape: list[int]
+    datatype: Literal["FP32", "INT64", "BYTES"]
+    parameters: dict[str, int] | None = None
+    data: list[float | int | str] | None = Field(None, description="Row-major and flat.")
+
+
+class InferResponse(BaseModel):
+    """Answer of `infer`."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="How was sampled.")
+    outputs: list[OutputTensor]
+
+
+class TensorMetadata(BaseModel):
+    """Name, type and shape of a tensor; -1 stands for any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """A model's versions and tensors."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerMetadata(BaseModel):
+    """What the server is."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Live(BaseModel):
+    """The server lives."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """The server is ready."""
+
+    ready: bool
+
+
+class ModelReady(Ready):
+    """A model is ready."""
+
+    name: str
+
+
+class IndexRequest(_Sent):
+    """Which models to list."""
+
+    ready: Annotated[bool, Field(description="Only those that are ready.")] = False
+
+
+class LoadRequest(_Sent):
+    """Body of `load`, without Triton's parameters that bring a configuration or files along."""
+
+    parameters: dict[str, Any] = Field({}, max_length=0)
+
+
+class UnloadParameters(_Sent):
+    """Of `unload`."""
+
+    unload_dependents: bool = False
+
+
+_FLAG = {"type": "object", "properties": {"unload_dependents": {"type": "boolean"}}}
+
+
+class UnloadRequest(_Sent):
+    """Body of `unload`; no model has dependents."""
+
+    parameters: Annotated[UnloadParameters, WithJsonSchema(_FLAG)] = UnloadParameters()
+
+
+class IndexEntry(BaseModel):
+    """A version in the repository."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
+
+
+class ProtocolError(BaseModel):
+    """Any failure under /v2."""
+
+    error: str
