@@ -173,8 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="a smoke run, on digits")
     parser.add_argument("--cache", type=Path, default=networks.CACHE, help="of trained weights")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, help="file of results, by default bench/results")
     options = parser.parse_args(arguments)
+    if options.json is None and (options.quick or len(set(options.only)) < len(PARTS)):
+        parser.error("a part would overwrite the results of the whole: name a file with --json")
+    target: Path = options.json or RESULTS
     samples = options.samples or (50 if options.quick else 100)
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as the service does
@@ -185,8 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.width = 140
     console.print(f"{data.name}, T={samples}, {options.threads} thread(s)")
     result = run(bench, options.only, console)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train mode and eval mode side by side, on the same images."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -76,7 +76,6 @@ class Comparison:
         return gap.abs().sum(-1) / 2
 
 
-@torch.inference_mode()
 def compare(
     module: nn.Module,
     sampler: Sampler,
@@ -84,8 +83,8 @@ def compare(
     passes: int = 8,
     seed: int = 0,
     p: float | None = None,
-) -> Comparison:
-    """Run images through both modes.
+) -> Generator[None, None, Comparison]:
+    """Run images through both modes, a pass a step: other work may run between them.
 
     Train mode here is dropout switched on. Batch normalisation keeps its running statistics in
     both, so that what differs is dropout's doing, and the module is not changed by being looked at.
@@ -97,15 +96,20 @@ def compare(
         passes: k, with dropout on; independent masks.
         seed: of the masks.
         p: rate of every dropout in train mode; None: each one's own.
+
+    Returns:
+        What the passes made of them, when they are over.
     """
     layers: dict[str, Layer] = {}
     plain, thinned = [], []
     for _ in range(2):
-        with _moments(module, layers, "eval"):
-            plain.append(module(x))
+        with torch.inference_mode(), _moments(module, layers, "eval"):  # neither across a yield
+            plain.append(module(x.clone()))  # which it may overwrite
+        yield
     for t in range(passes):
-        with _moments(module, layers, "train"):
+        with torch.inference_mode(), _moments(module, layers, "train"):
             thinned.append(sampler.thinned(x, seed, "independent", t, p))
+        yield
     return Comparison(
         torch.stack(plain).float().softmax(-1),
         torch.stack(thinned).float().softmax(-1),

@@ -73,13 +73,14 @@ def streamline(module: nn.Module, example: Tensor) -> Step:
     if len(flat) < 2 or example.dtype != torch.float32:
         return module
     with torch.inference_mode():
-        close = torch.allclose(run(example), module(example), rtol=1e-3, atol=1e-4)
+        got, expected = run(example.clone()), module(example.clone())  # which both may overwrite
+        close = torch.allclose(got, expected, rtol=1e-3, atol=1e-4)
     return run if close else module
 
 
 def leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """List what is inside nested `nn.Sequential`s, in order, with its full name."""
-    if type(module) is not nn.Sequential or _hooked(module):
+    if type(module) is not nn.Sequential or hooked(module):
         yield name, module
         return
     for child, inner in module._modules.items():  # noqa: SLF001  named_children() skips repetitions
@@ -108,7 +109,7 @@ def steps(
         fresh: whether nobody else holds what the first is given, so that it may be overwritten.
     """
     for leaf in _fused(leaves):
-        plain = not _hooked(leaf)
+        plain = not hooked(leaf)
         if is_mask(leaf):
             yield mask
         elif type(leaf) is nn.Linear and plain:
@@ -137,17 +138,18 @@ def _fused(leaves: Sequence[nn.Module]) -> Iterator[nn.Module]:
 def _fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """Make a layer and the batch normalisation after it one, if they are that."""
     batch_norm = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_mean is not None
-    if not batch_norm or _hooked(layer) or _hooked(norm):
+    if not batch_norm or hooked(layer) or hooked(norm):
         return None
     pair = (type(layer), type(norm))
     if pair in ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d)):
         fused: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var, arg-type]
         return lay_out(fused)
-    if pair == (nn.Linear, nn.BatchNorm1d):
+    by_feature = norm.num_features == getattr(layer, "out_features", None)  # else by token
+    if pair == (nn.Linear, nn.BatchNorm1d) and norm.affine and by_feature:
         return fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var, arg-type]
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Say if calling the module does more than its forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001  no other way

@@ -123,9 +123,8 @@ class Classifier:
         if isinstance(task, Compare):
             answers: list[Answer] = []
             for pixels in requests:
-                if answers:
-                    yield
-                answers.append(self._compare(task, self._input(pixels)))
+                answer = yield from self._compare(task, self._input(pixels))
+                answers.append(answer)
             return answers
         x = self._input(np.concatenate(requests) if len(requests) > 1 else requests[0])
         if isinstance(task, Predict):
@@ -241,8 +240,8 @@ class Classifier:
             answers.append(answer)
         return answers
 
-    def _compare(self, task: Compare, x: Tensor) -> Answer:
-        found = compare(self._module, self._sampler, x, task.passes, task.seed, task.p)
+    def _compare(self, task: Compare, x: Tensor) -> Generator[None, None, Answer]:
+        found = yield from compare(self._module, self._sampler, x, task.passes, task.seed, task.p)
         plain, train = _finite(found.eval.numpy()), _finite(found.train.numpy())
         distance = _float32(found.distance())
         predictions = [

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,8 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from bench.http import load, reference
-from bench.http.environments import NotInstalled
-from bench.http.processes import NotServing, free_port, serving
-from bench.http.servers import PEERS, SAMPLES, SERVERS, Server
+from bench.http.processes import free_port, serving
+from bench.http.servers import NEW_SEED, PEERS, SAMPLES, SERVERS, Server
 from bench.machine import machine
 
 RESULTS = Path(__file__).parent.parent / "results" / "http.json"
@@ -43,14 +42,14 @@ class Bench:
         trained = reference.find_or_train(options.checkpoints, data_dir)
         self.checkpoint = reference.alone(trained, folder / "checkpoints")
         self.pictures = reference.pictures(data_dir)
-        self.expected = [reference.expected(self.checkpoint, png) for png in self.pictures]
+        self.expected = [reference.expected(self.checkpoint, png, SAMPLES) for png in self.pictures]
         self.rounds: dict[str, dict[int, list[load.Load]]] = {}
         self.starts: dict[str, list[float]] = {}
         self.versions: dict[str, dict[str, str]] = {}
         self.failed: dict[str, str] = {}
 
-    def run(self, servers: Sequence[Server], console: Console) -> None:
-        """Make the environments, then measure, showing where it is."""
+    def run(self, servers: Sequence[Server], console: Console) -> Iterator[list[dict[str, Any]]]:
+        """Make the environments, then measure, showing where it is; yield the rows so far."""
         columns = [SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn()]
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as shown:
             task = shown.add_task("", total=len(servers) * (self.options.rounds + 1))
@@ -64,17 +63,18 @@ class Bench:
                     if server.name not in self.failed:
                         self._measure(server)
                     shown.advance(task)
+                yield [self._row(server) for server in servers]
 
     def _install(self, server: Server) -> None:
-        if server.environment is None:
-            packages = {p: version(p) for p in ("torch", *server.packages)}
-            self.versions[server.name] = {"python": platform.python_version(), **packages}
-            return
         try:
-            server.environment.make()
-            self.versions[server.name] = server.environment.versions(server.packages)
-        except NotInstalled as error:
-            self.failed[server.name] = f"not installed: {error}"
+            if server.environment is None:
+                packages = {p: version(p) for p in ("torch", *server.packages)}
+                self.versions[server.name] = {"python": platform.python_version(), **packages}
+            else:
+                server.environment.make()
+                self.versions[server.name] = server.environment.versions(server.packages)
+        except Exception as error:  # whatever it is, the others go on
+            self.failed[server.name] = f"not installed: {_one_line(error)}"
 
     def _measure(self, server: Server) -> None:
         """Start, check, warm up and load one server; what goes wrong is its row's failure."""
@@ -89,9 +89,8 @@ class Bench:
 
             def ask(i: int) -> httpx.Response:
                 content = (bodies / str(i)).read_bytes()
-                return http.post(
-                    url, content=content, headers={"Content-Type": server.body.content_type}
-                )
+                headers = {"Content-Type": server.body.content_type}
+                return http.post(url.replace(NEW_SEED, str(i)), content=content, headers=headers)
 
             def answers() -> bool:
                 try:
@@ -104,12 +103,11 @@ class Bench:
                 command = server.command(str(bin_folder), port)
                 with serving(command, self._variables(server), folder, answers) as seconds:
                     for i, expected in enumerate(self.expected):
-                        got = server.probabilities(ask(i).raise_for_status().json())
-                        expected.check(server.task, got, SAMPLES)
+                        _check(server, expected, ask(i))
                     self.starts.setdefault(server.name, []).append(seconds)
                     self._load(server, url, bodies)
-            except (NotServing, reference.WrongAnswer, httpx.HTTPError) as error:
-                self.failed[server.name] = " ".join(f"{type(error).__name__}: {error}".split())
+            except Exception as error:  # whatever it is, the others go on
+                self.failed[server.name] = _one_line(error)
 
     def _load(self, server: Server, url: str, bodies: Path) -> None:
         rounds = self.rounds.setdefault(server.name, {})
@@ -132,7 +130,7 @@ class Bench:
             **server.variables,
         }
 
-    def row(self, server: Server) -> dict[str, Any]:
+    def _row(self, server: Server) -> dict[str, Any]:
         """Return what is told of a server."""
         about = {"name": server.name, "label": server.label, "task": server.task}
         row: dict[str, Any] = {**about, "versions": self.versions.get(server.name, {})}
@@ -155,6 +153,19 @@ class Bench:
 _OWN_BIN = Path(sys.executable).parent
 
 
+def _check(server: Server, expected: reference.Expected, response: httpx.Response) -> None:
+    answer = response.raise_for_status().json()
+    if server.task == "predict":
+        expected.check_prediction(server.probabilities(answer))
+    else:
+        expected.check_samples(server.probabilities(answer), server.variance(answer))
+
+
+def _one_line(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or error  # a command's last words say more than its code
+    return " ".join(f"{type(error).__name__}: {said}".split())[-500:]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Show the rows."""
     shown = Table("task", "server", "clients", "requests/s", "p50 ms", "p99 ms", "errors")
@@ -169,8 +180,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def main() -> None:
-    """Measure, print a table, write JSON."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print a table, write JSON after each round."""
     parser = argparse.ArgumentParser(description=__doc__)
     names = [server.name for server in SERVERS]
     parser.add_argument("--rounds", type=int, default=3)
@@ -181,31 +192,42 @@ def main() -> None:
     )
     parser.add_argument("--only", default=names, type=lambda s: s.split(","), help=",".join(names))
     parser.add_argument("--checkpoints", type=Path, help=f"folder with {reference.NAME}")
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="file of results, by default bench/results")
+    options = parser.parse_args(arguments)
     if unknown := set(options.only) - set(names):
         parser.error(f"no such server: {', '.join(sorted(unknown))}")
+    if options.json is None and set(options.only) < set(names):
+        parser.error("a part would overwrite the results of the whole: name a file with --json")
+    target: Path = options.json or RESULTS
+    target.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended then too
-    settings = {k: getattr(options, k) for k in ("rounds", "seconds", "warmup", "connections")}
     try:
-        settings["wrk"] = load.wrk_version()
+        wrk = load.wrk_version()
     except load.WrkMissing as error:
         raise SystemExit(str(error)) from error
     servers = [server for server in SERVERS if server.name in options.only]
     console = Console()
     with tempfile.TemporaryDirectory(prefix="dropserve-bench-") as folder:
         bench = Bench(options, Path(folder))
-        bench.run(servers, console)
-    rows = [bench.row(server) for server in servers]
+        settings = {
+            "seconds": options.seconds,
+            "warmup": options.warmup,
+            "connections": options.connections,
+            "wrk": wrk,
+            "model": bench.checkpoint.parent.name,
+            "samples": SAMPLES,
+        }
+        date, on = datetime.now(UTC).date().isoformat(), machine()
+        rows: list[dict[str, Any]] = []
+        for done, rows in enumerate(bench.run(servers, console), 1):
+            result = {
+                "date": date,
+                "machine": on,
+                "settings": {**settings, "rounds": done},
+                "rows": rows,
+            }
+            target.write_text(json.dumps(result, indent=2) + "\n")
     console.print(table(rows))
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "settings": {**settings, "model": bench.checkpoint.parent.name, "samples": SAMPLES},
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

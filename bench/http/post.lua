@@ -1,7 +1,9 @@
 -- POSTs the pictures of a folder in turn; prints what wrk measured as one line of JSON.
 -- Arguments: how many bodies, their content type, the folder with files 0, 1, ...
+-- NEW_SEED in the path becomes a number that no request had before, in this run or an earlier one.
 
 local requests, turn = {}, 0
+local seeded, seed = wrk.path:find("NEW_SEED"), os.time() * 1000000
 
 function init(args)
    local headers = { ["Content-Type"] = args[2] }
@@ -14,7 +16,9 @@ end
 
 function request()
    turn = (turn + 1) % (#requests + 1)
-   return requests[turn]
+   if not seeded then return requests[turn] end
+   seed = seed + 1
+   return (requests[turn]:gsub("NEW_SEED", string.format("%d", seed), 1))
 end
 
 function done(summary, latency)

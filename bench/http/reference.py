@@ -88,34 +88,56 @@ def _train_stand_in(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a picture's answer must be: in eval mode, and over many thinned networks, all [C]."""
+    """What a picture's answer must be.
+
+    Attributes:
+        probabilities: in eval mode [C].
+        mean: over many thinned networks [C].
+        deviation: of one thinned network from the mean [C].
+        samples: T, of how many a server answers.
+        variance: the least and the most, summed over the classes, that T of them had in many draws.
+    """
 
     probabilities: Array
     mean: Array
     deviation: Array
+    samples: int
+    variance: tuple[float, float]
 
-    def check(self, task: str, got: list[float], samples: int) -> None:
-        """Compare a server's probabilities, or its mean over `samples` networks.
+    def check_prediction(self, got: list[float]) -> None:
+        """Compare a server's probabilities.
 
         Raises:
-            WrongAnswer: they are further off than rounding, or than chance, can explain.
+            WrongAnswer: they are further off than rounding can explain.
         """
-        if task == "predict":
-            expected, tolerance = self.probabilities, np.full(len(got), 1e-4)
-        else:
-            expected = self.mean
-            tolerance = 6 * self.deviation / samples**0.5 + 2e-3
-        off = np.abs(np.asarray(got) - expected)
-        if off.shape != expected.shape or np.any(off > tolerance):
-            raise WrongAnswer(f"answered {np.round(got, 4)}, expected {np.round(expected, 4)}")
+        _require(got, self.probabilities, np.full(len(got), 1e-4))
+
+    def check_samples(self, mean: list[float], variance: list[float]) -> None:
+        """Compare a server's mean and variance over T thinned networks.
+
+        Raises:
+            WrongAnswer: they are further off than chance can explain.
+        """
+        _require(mean, self.mean, 6 * self.deviation / self.samples**0.5 + 2e-3)
+        (least, most), got = self.variance, sum(variance)
+        # of a picture that the network is sure of, T samples hold a rare one that adds a hundredth,
+        # or none; of any other they never all agree
+        if not least / 4 - 1e-4 <= got <= 2 * most + 0.03:
+            raise WrongAnswer(f"variance {got:.2g}, expected {least:.2g} to {most:.2g}")
+
+
+def _require(got: list[float], expected: Array, tolerance: Array) -> None:
+    off = np.abs(np.asarray(got) - expected)
+    if off.shape != expected.shape or not np.all(off <= tolerance):  # NaN is wrong too
+        raise WrongAnswer(f"answered {np.round(got, 4)}, expected {np.round(expected, 4)}")
 
 
 class WrongAnswer(Exception):
     """A server's answer is not the network's."""
 
 
-def expected(version: Path, png: bytes) -> Expected:
-    """Compute a picture's answers from the weights."""
+def expected(version: Path, png: bytes, samples: int) -> Expected:
+    """Compute a picture's answers from the weights, those under dropout for T = `samples`."""
     metadata = checkpoint.load(version)[1]
     weights = {
         name: t.astype(np.float64) for name, t in load_file(version / "model.safetensors").items()
@@ -136,8 +158,10 @@ def expected(version: Path, png: bytes) -> Expected:
         result: Array = e / e.sum(1, keepdims=True)
         return result
 
-    sampled = run(PASSES, drop=True)
-    return Expected(run(1, drop=False)[0], sampled.mean(0), sampled.std(0))
+    sampled = run(PASSES // samples * samples, drop=True)
+    draws = sampled.reshape(-1, samples, sampled.shape[1]).var(1, ddof=1).sum(1)
+    variance = (float(draws.min()), float(draws.max()))
+    return Expected(run(1, drop=False)[0], sampled.mean(0), sampled.std(0), samples, variance)
 
 
 def default_data_dir() -> Path:

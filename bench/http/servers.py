@@ -12,6 +12,7 @@ from bench.http.processes import free_port
 
 PEERS = Path(__file__).parent / "peers"
 SAMPLES = 100
+NEW_SEED = "NEW_SEED"  # as in post.lua
 
 Task = Literal["predict", "uncertainty"]
 Command = Callable[[str, int], list[str]]  # of the environment's bin folder and the port
@@ -45,7 +46,9 @@ class Server:
         label: what tables and plots say.
         environment: its virtual environment; None: the project's own.
         packages: whose versions are worth telling.
+        path: with `NEW_SEED` where each request is to have a number of its own.
         probabilities: where the mean or the probabilities are in its answer.
+        variance: where the variance is, if the task is uncertainty.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Server:
     path: str = "/predict"
     body: Body = RAW
     probabilities: Callable[[Any], list[float]] = lambda answer: list(answer["probabilities"])
+    variance: Callable[[Any], list[float]] = lambda answer: list(answer["variance"])
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -99,7 +103,29 @@ def _uncertain(name: str, label: str, environment: str, packages: tuple[str, ...
     )
 
 
-_OURS = {"DROPSERVE_WORKERS": "2", "DROPSERVE_LOG_LEVEL": "warning"}
+_OURS = {
+    "DROPSERVE_WORKERS": "2",
+    "DROPSERVE_LOG_LEVEL": "warning",
+    "DROPSERVE_PRECISION": "float32",  # as all others
+}
+
+
+def _our_uncertainty(name: str, label: str, query: str = "") -> Server:
+    """Describe Dropserve, asked for samples."""
+    return Server(
+        name,
+        label,
+        "uncertainty",
+        None,
+        _dropserve,
+        ("dropserve",),
+        path=f"/uncertainty?samples={SAMPLES}{query}",
+        probabilities=lambda answer: list(answer["predictions"][0]["mean"]),
+        variance=lambda answer: list(answer["predictions"][0]["variance"]),
+        variables=_OURS,
+    )
+
+
 _OIP = "Open Inference Protocol: base64 in JSON"
 
 SERVERS = (
@@ -204,17 +230,8 @@ SERVERS = (
             "RAY_worker_niceness": "0",  # its workers would yield to wrk, which no one else's do
         },
     ),
-    Server(
-        "dropserve-uncertainty",
-        "Dropserve",
-        "uncertainty",
-        None,
-        _dropserve,
-        ("dropserve",),
-        path=f"/uncertainty?samples={SAMPLES}",
-        probabilities=lambda answer: list(answer["predictions"][0]["mean"]),
-        variables=_OURS,
-    ),
+    _our_uncertainty("dropserve-uncertainty", "Dropserve"),
+    _our_uncertainty("dropserve-new-seeds", "Dropserve, a new seed each", f"&seed={NEW_SEED}"),
     _uncertain("loop", f"loop of {SAMPLES} passes", "fastapi", ()),
     _uncertain("baal", "Baal", "baal", ("baal",)),
     _uncertain(

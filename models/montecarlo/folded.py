@@ -13,6 +13,7 @@ and a mask is shared by all images. That leaves three ways to the same figures (
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,29 @@ import torch
 from torch import Tensor, nn
 
 from models.montecarlo.scales import Scales
-from models.montecarlo.sites import Site
+from models.montecarlo.sites import Survey
 from models.montecarlo.thinned import Layer, Thinned
-from models.sequential import DROPOUTS, ELEMENTWISE, Linear, Step, is_mask, leaves, mask, steps
+from models.sequential import (
+    DROPOUTS,
+    ELEMENTWISE,
+    Linear,
+    Step,
+    hooked,
+    is_mask,
+    leaves,
+    mask,
+    steps,
+)
 
 Way = Callable[[Tensor, Scales], Tensor]
 """`(what the prefix gave [B, ...], masks) -> logits [B, T, C]`."""
 
+_ROWS = 2**20
+"""Elements of the widest result that the dense way holds at once: 4 MiB of float32, or what one
+sample of all images takes. A quarter of it takes up to a third longer for convolutions."""
+
 _TILE = 2**18
-"""Elements of a tile's widest intermediate result: 1 MiB of float32, to stay in the cache."""
+"""Elements that the active way holds at once: 1 MiB of float32, or what one image takes."""
 
 _CALL = 3 * 2**19
 """What an image costs the active way besides its products, in multiply-adds: some 30 us."""
@@ -45,26 +60,30 @@ class Folded:
 
     Args:
         leaves: its modules, in eval mode, in order; one of them is a dropout.
+        widest: elements in the widest result of one image that depends on masks.
         dtype: of the head's weights and rows.
     """
 
-    def __init__(self, leaves: Sequence[nn.Module], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, leaves: Sequence[nn.Module], widest: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         cut = next(i for i, leaf in enumerate(leaves) if is_mask(leaf))
         self._dtype = dtype
-        self._overwrites = any(getattr(leaf, "inplace", False) for leaf in leaves[:cut])
+        self._widest = widest
+        self._overwrites = any(_may_overwrite(leaf) for leaf in leaves[:cut])
         self._prefix = list(steps(leaves[:cut], torch.float32))
         self._rest = list(steps(leaves[cut + 1 :], dtype))
         self._layers = _layers(leaves[cut:]) if dtype == torch.float32 else None
 
     @classmethod
     def of(
-        cls, module: nn.Module, sites: Sequence[Site], dtype: torch.dtype = torch.float32
+        cls, module: nn.Module, found: Survey, dtype: torch.dtype = torch.float32
     ) -> "Folded | None":
         """Fold a module of nested `nn.Sequential`s whose every mask is a dropout module among them.
 
         Args:
             module: in eval mode.
-            sites: what `survey` found in it.
+            found: what `survey` saw of it.
             dtype: of the head's weights and rows.
 
         Returns:
@@ -72,11 +91,11 @@ class Folded:
         """
         named = list(leaves(module))
         masks = [name for name, leaf in named if is_mask(leaf)]
-        plain = all(site.batch_dim == 0 and site.template[0] == 1 for site in sites)
+        plain = all(site.batch_dim == 0 and site.template[0] == 1 for site in found.sites)
         plain &= all(p.dtype == torch.float32 for p in module.parameters())
-        if not plain or masks != [site.name for site in sites]:
+        if not plain or masks != [site.name for site in found.sites]:
             return None
-        return cls([leaf for _, leaf in named], dtype)
+        return cls([leaf for _, leaf in named], found.widest, dtype)
 
     def prefix(self, x: Tensor) -> Tensor:
         """Run what comes before the first mask: [B, ...] to [B, ...]."""
@@ -97,19 +116,19 @@ class Folded:
         if self._layers is None or h.is_cuda:  # a device that is fast once it has enough to do
             return [(0, self._dense)]
         images, units = h.shape
-        samples, width = scales.samples, self._layers[0].weight.shape[1]
-        whole = scales.whole
+        first, samples, whole = self._layers[0], scales.samples, scales.whole
+        width = len(first.bias)
         thinned = whole.thinned = whole.thinned or Thinned(self._layers, whole)
         active = _most_active(h.numpy())
         touched = samples * width + 2 * _TOUCH * (samples + width)  # read here, written there
         return [
             (samples * images * units * (width + _TOUCH), self._dense),
-            (images * active * touched + (images + 2) * _CALL, self._active),
+            (images * active * touched + (images + 2) * _CALL, partial(self._active, first)),
             (thinned.cost(images, scales), thinned),
         ]
 
     def _dense(self, h: Tensor, scales: Scales) -> Tensor:
-        tile = max(1, _TILE // max(1, h.numel()))
+        tile = max(1, _ROWS // max(1, len(h) * self._widest))
         logits = []
         for start in range(0, scales.samples, tile):
             first, *others = scales.by_row
@@ -119,30 +138,37 @@ class Folded:
             logits.append(_rows(self._rest, rows, others, (h.shape[0], first.shape[0])))
         return torch.cat(logits, 1) if len(logits) > 1 else logits[0]
 
-    def _active(self, h: Tensor, scales: Scales) -> Tensor:
+    def _active(self, first: Layer, h: Tensor, scales: Scales) -> Tensor:
         units = torch.from_numpy(_active_units(h.numpy()))
-        samples, width = scales.samples, self._layers[0].weight.shape[1] if self._layers else 0
+        samples, width = scales.samples, len(first.bias)
         widest = max(samples * width, units.shape[1] * (samples + width))
         tile = max(1, _TILE // max(1, widest))
         if tile >= len(h):
-            return self._active_tile(h, units, scales)
+            return self._active_tile(first, h, units, scales)
         tiles = zip(torch.split(h, tile), torch.split(units, tile), strict=True)
-        return torch.cat([self._active_tile(*pair, scales) for pair in tiles])
+        return torch.cat([self._active_tile(first, *pair, scales) for pair in tiles])
 
-    def _active_tile(self, h: Tensor, units: Tensor, scales: Scales) -> Tensor:
+    def _active_tile(self, first: Layer, h: Tensor, units: Tensor, scales: Scales) -> Tensor:
         """Run images [B, units] over those of their units that `units` [B, n] lists."""
-        linear, *rest = self._rest
-        if not isinstance(linear, Linear):
-            raise TypeError(linear)
-        listed, n = units.flatten(), units.shape[1]
-        kept = scales.by_unit.index_select(0, listed).view(-1, n, scales.samples)
+        listed = units.flatten()
+        kept = scales.by_unit.index_select(0, listed).view(*units.shape, scales.samples)
         kept.mul_(h.gather(1, units).unsqueeze(2))
-        right = linear.weight.index_select(0, listed).view(len(h), n, -1)
+        right = first.weight.index_select(0, listed).view(*units.shape, len(first.bias))
         if len(h) > 1:
-            rows = torch.bmm(kept.transpose(1, 2), right).add_(linear.bias).flatten(0, 1)
+            rows = torch.bmm(kept.transpose(1, 2), right).add_(first.bias).flatten(0, 1)
         else:
-            rows = torch.addmm(linear.bias, kept[0].t(), right[0])
-        return _rows(rest, rows, scales.by_row[1:], (len(h), scales.samples))
+            rows = torch.addmm(first.bias, kept[0].t(), right[0])
+        return _rows(self._rest[1:], rows, scales.by_row[1:], (len(h), scales.samples))
+
+
+def _may_overwrite(leaf: nn.Module) -> bool:
+    """Say if a module may change its input: torch's own do where they are told to."""
+    return any(
+        getattr(part, "inplace", False)
+        or hooked(part)
+        or not type(part).__module__.startswith("torch.nn.")
+        for part in leaf.modules()
+    )
 
 
 def _active_units(h: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
@@ -184,6 +210,8 @@ def _layers(leaves: Sequence[nn.Module]) -> list[Layer] | None:
     """See modules, the first a mask, as linear layers with masks between them, if they are."""
     found: list[Layer] = []
     for leaf in leaves[1:]:
+        if hooked(leaf):
+            return None
         if type(leaf) is nn.Linear:
             linear = Linear(leaf, torch.float32)
             found.append(Layer(linear.weight, linear.bias, [], masked=False))

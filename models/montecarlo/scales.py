@@ -1,7 +1,6 @@
 """Masks as tensors, drawn when they are first needed and kept for the seeds used last."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,10 +16,12 @@ if TYPE_CHECKING:
     from models.montecarlo.thinned import Thinned
 
 _MAX_BYTES = 64 * 2**20
-"""Most that a sampler keeps of masks, besides those that were drawn at load."""
+"""Most that a sampler keeps of masks, besides those drawn at load and those in use."""
 
 _MAX_ELEMENTS = 2**22
 """Units of one chunk of samples: 16 MiB of float32."""
+
+_Key = tuple[MaskKind, int, int, torch.device]
 
 CHUNK = 100
 """Most samples run at once: whole blocks, a few milliseconds' work for a small network."""
@@ -85,9 +86,15 @@ class Scales:
             self._heads[samples] = Scales(self.sites, factors, self.whole)
         return self._heads[samples]
 
+    def let_go(self) -> None:
+        """Forget its heads: each holds the whole, so no memory would be free until both are."""
+        self._heads.clear()
+
 
 class ScaleStore:
     """Draws `Scales`, and keeps the latest.
+
+    What is made of masks grows while they are in use: they are measured when others are asked for.
 
     Args:
         sites: of the module.
@@ -97,7 +104,10 @@ class ScaleStore:
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype = torch.float32) -> None:
         self._sites = sites
         self._dtype = dtype
-        self._kept: OrderedDict[tuple[MaskKind, int, int, torch.device], Scales] = OrderedDict()
+        self._kept: dict[_Key, Scales] = {}  # in the order of their last use
+        self._loose: dict[_Key, int] = {}  # those that may go, in the same order: their bytes
+        self._held = 0  # the sum of those
+        self._latest: _Key | None = None
         self._lock = threading.Lock()
         units = sum(site.units for site in sites)
         blocks = min(CHUNK, _MAX_ELEMENTS // units) // masks.BLOCK
@@ -118,13 +128,18 @@ class ScaleStore:
         """
         key = (kind, seed, samples.start, device)
         with self._lock:
+            self._measure_latest()
+            self._held -= self._loose.pop(key, 0)
             scales = kept = self._kept.pop(key, None)
             if scales is None or scales.samples < len(samples):
+                if kept is not None:
+                    kept.let_go()
                 scales = self.draw(kind, seed, samples, device)
                 scales.pinned = kept is not None and kept.pinned
-                self._forget()
-            self._kept[key] = scales
             scales.pinned |= pin
+            self._kept[key] = scales
+            self._latest = key
+            self._forget()
         return scales.head(len(samples))
 
     def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> Scales:
@@ -136,11 +151,16 @@ class ScaleStore:
             factors.append(factor.view(len(samples), *site.template))
         return Scales(self._sites, tuple(factors))
 
+    def _measure_latest(self) -> None:
+        """Count what was in use until now."""
+        key, self._latest = self._latest, None
+        if key is not None and not self._kept[key].pinned:
+            self._loose[key] = self._kept[key].nbytes
+            self._held += self._loose[key]
+
     def _forget(self) -> None:
         """Drop what was used longest ago, until the rest is small enough."""
-        loose = [key for key, scales in self._kept.items() if not scales.pinned]
-        held = sum(self._kept[key].nbytes for key in loose)
-        for key in loose:
-            if held <= _MAX_BYTES:
-                break
-            held -= self._kept.pop(key).nbytes
+        while self._held > _MAX_BYTES:
+            key = next(iter(self._loose))
+            self._held -= self._loose.pop(key)
+            self._kept.pop(key).let_go()

@@ -148,11 +148,13 @@ class Statistics:
         """Estimate the standard error of the mean over T samples: [B, C].
 
         Independent masks: sqrt(variance / T). Stratified masks: samples of one block depend on each
-        other and blocks do not, so the spread of the K block means says how far off their average
-        is; that needs two blocks. A last, partial block counts with its own share of the mean and
-        is taken for independent samples, which is usually too much and for some functions a little
-        too little (Owen, 1997: a Latin hypercube of n points has at most n/(n-1) times their
-        variance).
+        other, so the spread of the K block means says how far off their average is; that needs two
+        blocks. It takes them for independent. They are where 10p is whole; elsewhere the antithetic
+        counts of each two make their average better than their spread says, and the figure comes
+        out a little too large (by a tenth for a CNN with p = 1/4). A last, partial block counts
+        with its own share of the mean and is taken for independent samples, which is usually too
+        much and for some functions a little too little (Owen, 1997: a Latin hypercube of n points
+        has at most n/(n-1) times their variance).
         """
         if variance is None:
             return None

@@ -76,6 +76,12 @@ class _Group:
     outputs: Tensor
     cuts: list[_Cut]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        cut = sum(c.weight.nbytes + c.bias.nbytes for c in self.cuts)
+        return self.inputs.nbytes + self.outputs.nbytes + cut
+
     def head(self, samples: int) -> "_Group":
         """Return the first of them."""
         cuts = [replace(c, weight=c.weight[:samples], bias=c.bias[:samples]) for c in self.cuts]
@@ -101,9 +107,8 @@ class Thinned:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the cut weights take."""
-        weights = (cut.weight.nbytes for group in self._groups for cut in group.cuts)
-        return sum(weights)
+        """Memory that they take, as far as they are cut out."""
+        return sum(group.nbytes for group in self._groups)
 
     def cost(self, images: int, scales: Scales) -> float:
         """Estimate the multiply-adds for some images; infinite if there are too many weights.

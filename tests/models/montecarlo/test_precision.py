@@ -107,3 +107,12 @@ def test_auto_takes_float32_where_a_module_cannot_compute_in_bfloat16():
     exact = sampler.sample(x, 5)
     assert choose("auto", partial(sampler._at, x), native=True).dtype == "float32"
     assert torch.equal(sampler.sample(x, 5), exact)
+
+
+def test_a_single_thinned_network_is_computed_in_float32():
+    module, x = NETWORKS["mlp"]().eval(), torch.randn(6, 1, 8, 8)
+    exact, rough = Sampler(module, x), Sampler(module, x, "bfloat16")
+    for t in range(3):
+        got = rough.thinned(x, 4, "independent", t)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, exact.thinned(x, 4, "independent", t))

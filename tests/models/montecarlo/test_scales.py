@@ -99,15 +99,7 @@ def test_masks_stay_pinned_where_more_of_them_are_drawn():
     assert store.get("stratified", 0, range(100), CPU).pinned
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        (),
-        pytest.param(
-            (20, 7), marks=pytest.mark.xfail(reason="a part and its whole hold each other")
-        ),
-    ],
-)
+@pytest.mark.parametrize("parts", [(), (20, 7)])
 def test_masks_that_are_let_go_are_freed_at_once(parts):
     gc.collect()
     gc.disable()
@@ -119,8 +111,23 @@ def test_masks_that_are_let_go_are_freed_at_once(parts):
         for seed in range(1, 30):
             store.get("stratified", seed, range(100), CPU)
         assert gone() is None
+        gone = weakref.ref(store.get("stratified", 29, range(100), CPU))
+        for samples in parts:
+            store.get("stratified", 29, range(samples), CPU)
+        store.get("stratified", 29, range(110), CPU)
+        assert gone() is None
     finally:
         gc.enable()
+
+
+def test_what_is_made_of_masks_later_is_bounded_too():
+    store = wide(20_000)  # 8 MB a seed, and as much again by unit
+    for seed in range(7):
+        store.get("independent", seed, range(100), CPU)
+    for seed in range(7):
+        _ = store.get("independent", seed, range(100), CPU).by_unit
+        held = sum(scales.nbytes for scales in store._kept.values())
+        assert held <= 2**26 + 16 * 10**6
 
 
 def test_what_was_made_of_masks_counts_as_memory():

@@ -1,0 +1,42 @@
+"""Train mode beside eval mode, a pass a step."""
+
+import torch
+from torch import nn
+
+from models.comparison import compare
+from models.montecarlo import Sampler
+
+
+def run(steps):
+    """Return how many steps there were, and what they came to."""
+    count = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return count, end.value
+        count += 1
+
+
+def test_images_are_not_overwritten_and_eval_is_the_same_twice():
+    module = nn.Sequential(nn.LeakyReLU(inplace=True), nn.Dropout(0.5), nn.Linear(9, 3)).eval()
+    x = torch.randn(4, 9)
+    before = x.clone()
+    _, found = run(compare(module, Sampler(module, x), x, passes=3, seed=5))
+    assert torch.equal(x, before)
+    expected = module(x.clone()).softmax(-1)
+    for row in found.eval:
+        assert torch.equal(row, expected)
+    assert found.train.shape == (3, 4, 3)
+    assert [layer.name for layer in found.layers] == ["0", "1", "2"]
+
+
+def test_between_passes_nothing_watches_the_module():
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(9, 3)).eval()
+    x = torch.randn(4, 9)
+    steps, between = compare(module, Sampler(module, x), x, passes=3), 0
+    for _ in steps:
+        between += 1
+        assert not torch.is_inference_mode_enabled()
+        assert not any(leaf._forward_hooks for leaf in module)
+    assert between >= 4  # two in eval mode, three in train mode
