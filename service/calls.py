@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -13,7 +13,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service import schemas
+from service import events, schemas
 from service.errors import (
     DropserveError,
     MalformedRequest,
@@ -24,23 +24,39 @@ from service.errors import (
     error_for,
 )
 
-Images = bytes | Path | Sequence[bytes | Path]
-"""PNG, JPEG or WebP files: the bytes of each, or where it lies."""
+Image = bytes | Path
+"""A PNG, JPEG or WebP file: its bytes, or where it lies."""
+
+Images = Image | Sequence[Image]
 
 _FIRST_BACKOFF = 0.1  # seconds; doubles with each retry
+_EVENTS: Mapping[str, type[events.StreamEvent]] = {
+    "start": events.StreamStart,
+    "sample": events.StreamSample,
+    "end": events.StreamEnd,
+}
 
-Answer = TypeVar("Answer", bound=BaseModel)
+Answer = TypeVar("Answer")
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Call(Generic[Answer]):
-    """One request, and what its answer is read as."""
+    """One request, and how its answer is read.
+
+    Attributes:
+        read: makes the answer of the response's bytes.
+        retried: whether a 503 is tried again.
+        streamed: whether the answer is read as it comes, by an `EventReader`.
+    """
 
     method: str
     path: str
-    answer: type[Answer]
+    read: Callable[[bytes], Answer]
     images: tuple[bytes, ...] = ()
     params: Mapping[str, str] = field(default_factory=dict)
+    retried: bool = True
+    streamed: bool = False
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """One image is the body itself; several are parts of a form."""
@@ -52,19 +68,37 @@ class Call(Generic[Answer]):
         return build(files=files or None)
 
     def parse(self, response: httpx.Response) -> Answer:
-        """Read the answer, or raise the error that it stands for."""
-        if not response.is_success:
-            raise _error(response)
-        try:
-            return self.answer.model_validate_json(response.content)
-        except ValidationError as error:
-            expected = f"{response.url} did not answer with a {self.answer.__name__}"
-            raise ServerError(f"{expected}: is it Dropserve, of this version?") from error
+        """Read the answer of a response that is no error."""
+        with _expecting(f"{response.url} did not answer"):
+            return self.read(response.content)
+
+
+def get(path: str, answer: type[Schema], *, retried: bool = True) -> Call[Schema]:
+    """Make the call that reads a route."""
+    return Call("GET", path, answer.model_validate_json, retried=retried)
+
+
+def get_text(path: str) -> Call[str]:
+    """Make the call that reads a route's text."""
+    return Call("GET", path, bytes.decode)
+
+
+def get_bytes(path: str) -> Call[bytes]:
+    """Make the call that reads a route's bytes."""
+    return Call("GET", path, bytes)
+
+
+def stream(image: Image, arguments: Mapping[str, object]) -> Call[bytes]:
+    """Make the call that has one image answered sample by sample; raises what `post()` does."""
+    if not isinstance(image, Image):
+        raise ValueError("give one image, as bytes or a pathlib.Path")  # noqa: TRY004  as post()
+    path, images, params = _posted("uncertainty/stream", image, arguments)
+    return Call("POST", path, bytes, images, params, streamed=True)
 
 
 def post(
-    action: str, answer: type[Answer], images: Images, arguments: Mapping[str, object]
-) -> Call[Answer]:
+    action: str, answer: type[Schema], images: Images, arguments: Mapping[str, object]
+) -> Call[Schema]:
     """Make the call that has images answered.
 
     Args:
@@ -77,13 +111,21 @@ def post(
         RequestError: a file is no picture.
         ValueError: no image, or a version of no model.
     """
+    path, read, params = _posted(action, images, arguments)
+    return Call("POST", path, answer.model_validate_json, read, params)
+
+
+def _posted(
+    action: str, images: Images, arguments: Mapping[str, object]
+) -> tuple[str, tuple[bytes, ...], dict[str, str]]:
+    """Return path, images and query of a call; an option that is None is left to the service."""
     params = dict(arguments)
     path = model_path(params.pop("model", None), params.pop("version", None), action)
-    listed = [images] if isinstance(images, bytes | Path) else images
-    if not listed or not all(isinstance(image, bytes | Path) for image in listed):
+    listed = [images] if isinstance(images, Image) else images
+    if not listed or not all(isinstance(image, Image) for image in listed):
         raise ValueError("give at least one image, each as bytes or a pathlib.Path")
     read = tuple(x if isinstance(x, bytes) else _picture(x) for x in listed)
-    return Call("POST", path, answer, read, {k: str(v).lower() for k, v in params.items()})
+    return path, read, {k: str(v).lower() for k, v in params.items() if v is not None}
 
 
 def model_path(model: object, version: object, action: str = "") -> str:
@@ -139,7 +181,72 @@ class Backoff:
         return delay if self._left >= 0 else None
 
 
-def _error(response: httpx.Response) -> DropserveError:
+class EventReader:
+    """Cuts a stream of server-sent events, which comes in pieces of any size, into events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._ended = False
+
+    def feed(self, piece: bytes) -> Iterator[events.StreamEvent]:
+        """Yield the events that a piece completes.
+
+        Raises:
+            DropserveError: the service said, in the stream, what went wrong.
+        """
+        self._rest += piece.replace(b"\r", b"")  # JSON has none of its own
+        *whole, self._rest = self._rest.split(b"\n\n")
+        for block in whole:
+            fields = dict(line.split(b": ", 1) for line in block.splitlines() if b": " in line)
+            kind, data = fields.get(b"event", b"").decode(), fields.get(b"data", b"")
+            if kind == "error":
+                raise _stated(data)
+            if kind in _EVENTS:  # else a comment, or an event of a newer service
+                with _expecting("the stream did not go on"):
+                    yield _EVENTS[kind].model_validate_json(data)
+                self._ended = kind == "end"
+
+    def finish(self) -> None:
+        """Raise `Unreachable` if the stream broke off before its last event."""
+        if not self._ended:
+            raise Unreachable("the stream broke off: the service stopped, or a proxy cut it")
+
+
+def _stated(problem: bytes) -> DropserveError:
+    """Read a problem that came inside of a stream."""
+    with _expecting("the stream failed, and did not say so"):
+        stated = schemas.Problem.model_validate_json(problem)
+    error = error_for(stated.status, stated.detail)
+    error.request_id = stated.request_id
+    return error
+
+
+@contextmanager
+def _expecting(otherwise: str) -> Iterator[None]:
+    """Turn an answer that is not as it should be into a `ServerError`."""
+    try:
+        yield
+    except (ValidationError, UnicodeDecodeError) as error:
+        expected = error.title if isinstance(error, ValidationError) else "text"
+        raise ServerError(
+            f"{otherwise} with a {expected}: is it Dropserve, of this version?"
+        ) from error
+
+
+def credentials(api_key: str | None) -> dict[str, str]:
+    """Make the headers that carry a key.
+
+    Raises:
+        ValueError: a header cannot carry it; the message does not repeat it.
+    """
+    if api_key is None:
+        return {}
+    if not api_key.isascii() or not api_key.isprintable() or api_key != api_key.strip():
+        raise ValueError("an API key is printable ASCII, without spaces around it")
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+def error_of(response: httpx.Response) -> DropserveError:
     """Read a problem (RFC 9457); what is none, a proxy's page perhaps, goes by its status."""
     try:
         problem = schemas.Problem.model_validate_json(response.content)

@@ -1,4 +1,4 @@
-"""The command line: train, serve, predict, uncertainty, evaluate, models, settings.
+"""The command line: train, evaluate, serve, settings, and the commands that ask a service.
 
 PyTorch is imported by the commands that need it, so that the others start at once.
 """
@@ -6,41 +6,28 @@ PyTorch is imported by the commands that need it, so that the others start at on
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
-from pydantic import ValidationError
 
 from models import catalogue
 from models.errors import CheckpointNotFound, ModelsError
-from service import terminal
-from service.client import DropserveClient
+from service.commands import terminal
+from service.commands.asking import commands
+from service.commands.options import AsJson, Checkpoints, DataDir, Opt, Version, read_settings
+from service.commands.terminal import Refused
 from service.errors import DropserveError, RequestError
 from service.registry import RegistryError
-from service.settings import Settings, environment_name
-from service.terminal import Refused
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train image classifiers with dropout, and serve predictions that say how sure they are.",
 )
 
 Parsed = TypeVar("Parsed")
-
-Opt = typer.Option
-Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
-DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
-AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
-Url = Annotated[str | None, Opt(help="Of the service; from DROPSERVE_HOST and _PORT.")]
-Pictures = Annotated[list[Path], typer.Argument(help="PNG, JPEG or WebP files.")]
-Model = Annotated[str | None, Opt(help="Model to ask; the service's default one if left out.")]
-Version = Annotated[int | None, Opt(min=1, help="Of the model; the latest if left out.")]
 
 _reported = terminal.reported(
     wrong=(RequestError, ModelsError, RegistryError),
@@ -48,29 +35,11 @@ _reported = terminal.reported(
 )
 
 
-def _settings(**given: object) -> Settings:
-    """Read the settings; options that were given win over the environment."""
-    options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    try:
-        return Settings(**options)
-    except ValidationError as error:
-        wrong = (
-            ": ".join(
-                [
-                    *(environment_name(str(field)) for field in e["loc"][:1]),
-                    e["msg"].removeprefix("Value error, "),
-                ]
-            )
-            for e in error.errors()
-        )
-        raise Refused("; ".join(wrong)) from error
-
-
 @app.command()
 @_reported
 def train(
     dataset: Annotated[
-        str, Opt(help="digits, fashion-mnist, mnist, or a folder: one sub-folder a class.")
+        str, Opt(help="digits, fashion-mnist, mnist, or a folder: a sub-folder a class.")
     ] = "digits",
     network: Annotated[str, Opt(help="mlp, cnn, or package.module:factory.")] = "mlp",
     name: Annotated[str | None, Opt(help="Of the model; DATASET-NETWORK if left out.")] = None,
@@ -90,26 +59,33 @@ def train(
     hidden: Annotated[str | None, Opt(help="Widths of the hidden layers: 256,256.")] = None,
     dropout: Annotated[str | None, Opt(help="Dropout rate after each of them: 0.2,0.5.")] = None,
     network_arguments: Annotated[str | None, Opt(help="A factory's arguments, as JSON.")] = None,
-    size: Annotated[int | None, Opt(min=1, help="Side that a folder's images get.")] = None,
+    size: Annotated[
+        int | None, Opt(min=1, metavar="N", help="Side that a folder's images get.")
+    ] = None,
     invert: Annotated[bool, Opt("--invert", help="Turn dark into light.")] = False,
-    samples: Annotated[int, Opt(min=0, help="T of the evaluation; 0: eval mode alone.")] = 100,
-    accelerator: Annotated[Literal["auto", "cpu", "cuda"], Opt(help="To train on.")] = "auto",
-    devices: Annotated[int, Opt(min=1, help="Processes that share the work.")] = 1,
+    samples: Annotated[
+        int, Opt(min=0, metavar="N", help="T of the evaluation; 0: eval mode alone.")
+    ] = 100,
+    accelerator: Annotated[
+        Literal["auto", "cpu", "cuda"], Opt(metavar="A", help="To train on: auto, cpu, cuda.")
+    ] = "auto",
+    devices: Annotated[int, Opt(min=1, metavar="N", help="Processes that share the work.")] = 1,
     precision: Annotated[
-        Literal["32-true", "bf16-mixed", "16-mixed"], Opt(help="To train in.")
+        Literal["32-true", "bf16-mixed", "16-mixed"],
+        Opt(metavar="P", help="To train in: 32-true, bf16-mixed, 16-mixed."),
     ] = "32-true",
     checkpoints: Checkpoints = None,
     data_dir: DataDir = None,
 ) -> None:
     """Train a network and save it as the next version of a model."""
     options = locals()  # among them the fields of a recipe, under their names
-    settings = _settings(checkpoints=checkpoints, data_dir=data_dir)
+    settings = read_settings(checkpoints=checkpoints, data_dir=data_dir)
     name = name or catalogue.default_name(dataset, network)
     if if_missing and (found := catalogue.versions(settings.checkpoints, name)):
         terminal.say(f"{name} has version {found[-1]} already: nothing to do")
         return
 
-    from models import checkpoint, recipes
+    from models import checkpoint, examples, recipes
     from models.evaluation import evaluate as score
     from models.training import Recipe, fit, launch
     from models.training_state import claimed, earlier_run
@@ -131,7 +107,11 @@ def train(
     )
     data, module, normalize = plan.data, plan.module, plan.data.preprocessing.normalize
     state = settings.checkpoints / name / ".training" / "state.safetensors"
-    with claimed(state.parent), terminal.interruptible(state):
+
+    def hint() -> str:
+        return "--resume continues" if state.exists() else "no epoch was finished"
+
+    with claimed(state.parent), terminal.interruptible(hint):
         finished = earlier_run(state, resume=resume, restart=restart)
         fabric = launch(accelerator, devices, precision)
         made_with = {"network": plan.config.to_json(), "on": [precision, devices]}
@@ -154,6 +134,7 @@ def train(
             recipe=asdict(plan.recipe),
             data=data.origin(),
             evaluation=evaluation,
+            examples=examples.choose(data.test, len(data.classes), data.preprocessing),
         )
         path = checkpoint.save(settings.checkpoints, module, metadata)
         shutil.rmtree(state.parent)
@@ -182,7 +163,9 @@ def evaluate(
     name: Annotated[str, Opt(help="Of the model.")],
     version: Version = None,
     dataset: Annotated[str | None, Opt(help="The one it was trained on if left out.")] = None,
-    samples: Annotated[int, Opt(min=0, help="Thinned networks, T; 0: eval mode alone.")] = 100,
+    samples: Annotated[
+        int, Opt(min=0, metavar="N", help="Thinned networks, T; 0: eval mode alone.")
+    ] = 100,
     checkpoints: Checkpoints = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
@@ -192,7 +175,7 @@ def evaluate(
     from models.evaluation import evaluate as score
 
     _allow_local_modules()
-    settings = _settings(checkpoints=checkpoints, data_dir=data_dir)
+    settings = read_settings(checkpoints=checkpoints, data_dir=data_dir)
     found = catalogue.versions(settings.checkpoints, name)
     if not found or version not in (None, *found):
         there = f"there are {', '.join(map(str, found))}" if found else "there is none"
@@ -218,81 +201,27 @@ def serve(
     workers: Annotated[int | None, Opt(help="Processes, or DROPSERVE_WORKERS.")] = None,
 ) -> None:
     """Serve the saved models over HTTP, until SIGTERM or Ctrl-C."""
+    from service.commands import listening
+
+    settings = read_settings(checkpoints=checkpoints, host=host, port=port, workers=workers)
+    listening.check_free(settings.host, settings.port)
+    if sys.stderr.isatty() and settings.port:
+        listening.announce(settings.url)
+
     from service import server
 
     _allow_local_modules()
-    server.serve(_settings(checkpoints=checkpoints, host=host, port=port, workers=workers))
+    server.serve(settings)
 
 
-@app.command()
-@_reported
-def predict(
-    images: Pictures,
-    url: Url = None,
-    model: Model = None,
-    version: Version = None,
-    as_json: AsJson = False,
-) -> None:
-    """Ask a running service what images show, in eval mode."""
-    with _client(url, model, version) as client:
-        answer = client.predict(images, model=model, version=version)
-        if as_json:
-            terminal.say(answer.model_dump_json(indent=2))
-            return
-        classes = client.model(answer.model, answer.version).classes
-    for image, prediction in zip(images, answer.predictions, strict=True):
-        terminal.show_prediction(str(image), prediction, classes)
-
-
-@app.command()
-@_reported
-def uncertainty(
-    images: Pictures,
-    url: Url = None,
-    model: Model = None,
-    version: Version = None,
-    samples: Annotated[int, Opt(min=1, max=1000, help="Thinned networks, T.")] = 100,
-    seed: Annotated[int, Opt(min=0, max=2**63 - 1, help="Of the masks.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Ask a running service what images show and how sure it is, under Monte Carlo dropout."""
-    with _client(url, model, version) as client:
-        answer = client.uncertainty(
-            images, model=model, version=version, samples=samples, seed=seed
-        )
-        if as_json:
-            terminal.say(answer.model_dump_json(indent=2))
-            return
-        classes = client.model(answer.model, answer.version).classes
-    for image, prediction in zip(images, answer.predictions, strict=True):
-        terminal.show_uncertainty(str(image), prediction, classes, answer.samples)
-
-
-@contextmanager
-def _client(url: str | None, model: str | None, version: int | None) -> Iterator[DropserveClient]:
-    if version is not None and not model:
-        raise Refused("--version is of a model: give --model as well")
-    with DropserveClient(url or _settings().url) as client:
-        yield client
-
-
-@app.command()
-@_reported
-def models(url: Url = None, as_json: AsJson = False) -> None:
-    """List the models of a running service."""
-    with _client(url, None, None) as client:
-        answer = client.models()
-        if as_json:
-            terminal.say(answer.model_dump_json(indent=2))
-        else:
-            terminal.show_models([client.model(m.name, m.version) for m in answer.models])
+app.add_typer(commands)
 
 
 @app.command()
 @_reported
 def settings(as_json: AsJson = False) -> None:
     """List the settings, all environment variables: what they mean and what they are now."""
-    rows = terminal.settings_rows(_settings())
+    rows = terminal.settings_rows(read_settings())
     if as_json:
         terminal.print_json(rows)
     else:

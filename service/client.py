@@ -6,14 +6,31 @@ clients only send and sleep.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Self, TypedDict, Unpack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, closing, suppress
+from typing import Any, Self, TypedDict, Unpack
 
 import httpx
 
 from service import schemas
-from service.calls import Answer, Backoff, Call, Images, model_path, post, reaching
+from service.calls import (
+    Answer,
+    Backoff,
+    Call,
+    EventReader,
+    Image,
+    Images,
+    credentials,
+    error_of,
+    get,
+    get_bytes,
+    get_text,
+    model_path,
+    post,
+    reaching,
+    stream,
+)
+from service.events import StreamEvent
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -25,13 +42,18 @@ class Target(TypedDict, total=False):
     version: int | None
 
 
-class Sampling(Target, total=False):
+class Streaming(Target, total=False):
     """Meaning and defaults are those of `schemas.UncertaintyOptions`."""
 
     samples: int
     seed: int
     masks: schemas.MaskKind
     level: float
+
+
+class Sampling(Streaming, total=False):
+    """Meaning and defaults are those of `schemas.UncertaintyOptions`."""
+
     include_samples: bool
 
 
@@ -40,6 +62,7 @@ class Comparing(Target, total=False):
 
     passes: int
     seed: int
+    p: float | None
 
 
 class DropserveClient:
@@ -54,6 +77,7 @@ class DropserveClient:
         retries: how often a 503 is tried again, after `Retry-After` and a random back-off.
         max_wait: seconds to wait between tries in all; what would take longer is given up at once.
         timeout: seconds for a connection, and for each read and write.
+        api_key: one of the service's, where it asks for one.
         transport, sleep: what sends and what waits, for tests.
     """
 
@@ -64,11 +88,14 @@ class DropserveClient:
         retries: int = 5,
         max_wait: float = 30.0,
         timeout: float = 60.0,
+        api_key: str | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         with reaching(url):
-            self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport)
+            self._http = httpx.Client(
+                base_url=url, timeout=timeout, transport=transport, headers=credentials(api_key)
+            )
         self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
 
     def predict(self, images: Images, **target: Unpack[Target]) -> schemas.PredictResponse:
@@ -79,23 +106,52 @@ class DropserveClient:
         """Classify images with many thinned networks: mean, variance, and where doubt is from."""
         return self._answer(post("uncertainty", schemas.UncertaintyResponse, images, how))
 
+    def uncertainty_stream(self, image: Image, **how: Unpack[Streaming]) -> Iterator[StreamEvent]:
+        """Watch one image's thinned networks as they run: a start, the samples, an end.
+
+        Leaving the loop over it early gives the work up.
+        """
+        reader = EventReader()
+        with reaching(self._url), closing(self._send(stream(image, how))) as response:
+            for piece in response.iter_bytes():
+                yield from reader.feed(piece)
+        reader.finish()
+
     def compare(self, images: Images, **how: Unpack[Comparing]) -> schemas.CompareResponse:
         """Run images in eval mode and, `passes` times, in train mode."""
         return self._answer(post("compare", schemas.CompareResponse, images, how))
 
     def models(self) -> schemas.ModelList:
         """List the models that are served."""
-        return self._answer(Call("GET", "/v1/models", schemas.ModelList))
+        return self._answer(get("/v1/models", schemas.ModelList))
 
     def model(self, name: str, version: int | None = None) -> schemas.ModelDetails:
         """Describe a model: its classes, input, dropout sites and evaluation."""
-        return self._answer(Call("GET", model_path(name, version), schemas.ModelDetails))
+        return self._answer(get(model_path(name, version), schemas.ModelDetails))
+
+    def examples(self, name: str, version: int | None = None) -> schemas.ExampleList:
+        """List the test pictures that a model brings along."""
+        return self._answer(get(model_path(name, version, "examples"), schemas.ExampleList))
+
+    def example(self, name: str, version: int, number: int) -> bytes:
+        """Fetch one of a version's, counted from 0: a PNG that can be sent back as it is."""
+        return self._answer(get_bytes(model_path(name, version, f"examples/{number}")))
+
+    def metrics(self) -> str:
+        """Fetch what Prometheus would, in its text format."""
+        return self._answer(get_text("/metrics"))
+
+    def readiness(self) -> schemas.Readiness:
+        """Fetch which versions are ready, and which are refused; one 503 is `Overloaded`."""
+        return self._answer(get("/readyz", schemas.Readiness, retried=False))
 
     def ready(self) -> bool:
         """Say if the service is there and takes requests; where it is not is no error."""
-        with suppress(httpx.RequestError):
-            return self._http.get("/readyz").is_success
-        return False
+        return self._succeeds("/readyz")
+
+    def live(self) -> bool:
+        """Say if the service is there at all; where it is not is no error."""
+        return self._succeeds("/livez")
 
     def close(self) -> None:
         """Close the connections; leaving a `with` block does the same."""
@@ -107,14 +163,25 @@ class DropserveClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def _answer(self, call: "Call[Answer]") -> Answer:
-        backoff = Backoff(self._retries, self._max_wait)
+    def _answer(self, call: Call[Answer]) -> Answer:
+        return call.parse(self._send(call))
+
+    def _send(self, call: Call[Any]) -> httpx.Response:
+        backoff = Backoff(self._retries if call.retried else 0, self._max_wait)
         while True:
             with reaching(self._url):
-                response = self._http.send(call.request(self._http))
+                response = self._http.send(call.request(self._http), stream=call.streamed)
+                if response.is_success:
+                    return response
+                response.read()
             if (delay := backoff.after(response)) is None:
-                return call.parse(response)
+                raise error_of(response)
             self._sleep(delay)
+
+    def _succeeds(self, path: str) -> bool:
+        with suppress(httpx.RequestError):
+            return self._http.get(path).is_success
+        return False
 
 
 class AsyncDropserveClient:
@@ -127,11 +194,14 @@ class AsyncDropserveClient:
         retries: int = 5,
         max_wait: float = 30.0,
         timeout: float = 60.0,
+        api_key: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         with reaching(url):
-            self._http = httpx.AsyncClient(base_url=url, timeout=timeout, transport=transport)
+            self._http = httpx.AsyncClient(
+                base_url=url, timeout=timeout, transport=transport, headers=credentials(api_key)
+            )
         self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
 
     async def predict(self, images: Images, **target: Unpack[Target]) -> schemas.PredictResponse:
@@ -144,23 +214,56 @@ class AsyncDropserveClient:
         """Classify images with many thinned networks: mean, variance, and where doubt is from."""
         return await self._answer(post("uncertainty", schemas.UncertaintyResponse, images, how))
 
+    async def uncertainty_stream(
+        self, image: Image, **how: Unpack[Streaming]
+    ) -> AsyncIterator[StreamEvent]:
+        """Watch one image's thinned networks as they run: a start, the samples, an end.
+
+        Closing it early (`contextlib.aclosing`) gives the work up.
+        """
+        reader = EventReader()
+        with reaching(self._url):
+            async with aclosing(await self._send(stream(image, how))) as response:
+                async for piece in response.aiter_bytes():
+                    for event in reader.feed(piece):
+                        yield event
+        reader.finish()
+
     async def compare(self, images: Images, **how: Unpack[Comparing]) -> schemas.CompareResponse:
         """Run images in eval mode and, `passes` times, in train mode."""
         return await self._answer(post("compare", schemas.CompareResponse, images, how))
 
     async def models(self) -> schemas.ModelList:
         """List the models that are served."""
-        return await self._answer(Call("GET", "/v1/models", schemas.ModelList))
+        return await self._answer(get("/v1/models", schemas.ModelList))
 
     async def model(self, name: str, version: int | None = None) -> schemas.ModelDetails:
         """Describe a model: its classes, input, dropout sites and evaluation."""
-        return await self._answer(Call("GET", model_path(name, version), schemas.ModelDetails))
+        return await self._answer(get(model_path(name, version), schemas.ModelDetails))
+
+    async def examples(self, name: str, version: int | None = None) -> schemas.ExampleList:
+        """List the test pictures that a model brings along."""
+        return await self._answer(get(model_path(name, version, "examples"), schemas.ExampleList))
+
+    async def example(self, name: str, version: int, number: int) -> bytes:
+        """Fetch one of a version's, counted from 0: a PNG that can be sent back as it is."""
+        return await self._answer(get_bytes(model_path(name, version, f"examples/{number}")))
+
+    async def metrics(self) -> str:
+        """Fetch what Prometheus would, in its text format."""
+        return await self._answer(get_text("/metrics"))
+
+    async def readiness(self) -> schemas.Readiness:
+        """Fetch which versions are ready, and which are refused; one 503 is `Overloaded`."""
+        return await self._answer(get("/readyz", schemas.Readiness, retried=False))
 
     async def ready(self) -> bool:
         """Say if the service is there and takes requests; where it is not is no error."""
-        with suppress(httpx.RequestError):
-            return (await self._http.get("/readyz")).is_success
-        return False
+        return await self._succeeds("/readyz")
+
+    async def live(self) -> bool:
+        """Say if the service is there at all; where it is not is no error."""
+        return await self._succeeds("/livez")
 
     async def close(self) -> None:
         """Close the connections; leaving a `with` block does the same."""
@@ -172,11 +275,22 @@ class AsyncDropserveClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def _answer(self, call: "Call[Answer]") -> Answer:
-        backoff = Backoff(self._retries, self._max_wait)
+    async def _answer(self, call: Call[Answer]) -> Answer:
+        return call.parse(await self._send(call))
+
+    async def _send(self, call: Call[Any]) -> httpx.Response:
+        backoff = Backoff(self._retries if call.retried else 0, self._max_wait)
         while True:
             with reaching(self._url):
-                response = await self._http.send(call.request(self._http))
+                response = await self._http.send(call.request(self._http), stream=call.streamed)
+                if response.is_success:
+                    return response
+                await response.aread()
             if (delay := backoff.after(response)) is None:
-                return call.parse(response)
+                raise error_of(response)
             await self._sleep(delay)
+
+    async def _succeeds(self, path: str) -> bool:
+        with suppress(httpx.RequestError):
+            return (await self._http.get(path)).is_success
+        return False

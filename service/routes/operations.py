@@ -31,7 +31,7 @@ async def readyz(request: Request) -> Readiness:
     inference = inference_of(request)
     models = {}
     for name, versions in inference.registry.items():
-        refused = [Refused.model_validate(refusal) for refusal in inference.repository.refused(name)]
+        refused = list(map(Refused.model_validate, inference.repository.refused(name)))
         models[name] = ModelState(versions=list(versions), refused=refused)
     return Readiness(status="ready", models=models)
 

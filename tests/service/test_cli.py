@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from service.settings import Settings, environment_name
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n picture"
-MODEL = {"name": "pets", "version": 2, "versions": [1, 2], "default": True}
+MODEL = {"name": "pets", "version": 2, "versions": [1, 2], "default": True, "refused": []}
 DETAILS = MODEL | {
     "classes": ["cat", "dog", "[b]owl"],
     "input": {
@@ -59,6 +60,8 @@ class Stub(BaseHTTPRequestHandler):
     """Answers as the service would, without a model."""
 
     asked: list[str]
+    bodies: list[bytes]
+    keys: list[str | None]
     answers = {  # noqa: RUF012  never changed
         "/predict": (200, PREDICTED),
         "/uncertainty": (200, UNCERTAIN),
@@ -68,7 +71,8 @@ class Stub(BaseHTTPRequestHandler):
     }
 
     def do_GET(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        self.keys.append(self.headers.get("Authorization"))
         self.asked.append(self.path)
         status, answer = self.answers[self.path.partition("?")[0]]
         body = json.dumps(answer).encode()
@@ -85,7 +89,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def stub():
-    handler = type("Stub", (Stub,), {"asked": []})
+    handler = type("Stub", (Stub,), {"asked": [], "bodies": [], "keys": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -101,10 +105,11 @@ def image(tmp_path):
     return str(path)
 
 
-def run(*arguments):
+def run(*arguments, stdin=None, **settings):
     # Rich would take the first two for a terminal, httpx would send the stub's requests elsewhere.
     env = {"FORCE_COLOR": None, "TTY_COMPATIBLE": None, "COLUMNS": "100", "NO_PROXY": "127.0.0.1"}
-    return CliRunner(env=env).invoke(app, [str(argument) for argument in arguments])
+    env |= settings
+    return CliRunner(env=env).invoke(app, [str(a) for a in arguments], input=stdin)
 
 
 def train(root, *options):
@@ -223,6 +228,7 @@ def test_resuming_with_other_options_is_refused(stopped):
     result = train(stopped, "--resume", "--seed", 1)
     assert result.exit_code == 2
     assert "another network, recipe" in result.stderr
+    assert "(seed was 0, now is 1)" in result.stderr
 
 
 def test_resuming_where_nothing_was_interrupted_says_so_and_trains(tmp_path):
@@ -406,6 +412,71 @@ def test_json_is_the_answer_itself(stub, image, command, answer):
     assert json.loads(result.stdout) == answer
 
 
+@pytest.mark.parametrize("command", ["predict", "uncertainty"])
+def test_a_dash_is_the_picture_on_standard_input(stub, command):
+    handler, url = stub
+    result = run(command, "-", "--url", url, stdin=PNG)
+    assert result.exit_code == 0, result.output
+    assert handler.bodies[0] == PNG
+    assert result.stdout.startswith("standard input: dog (70.0%")
+
+
+def test_standard_input_goes_with_files_but_only_once_and_not_empty(stub, image):
+    handler, url = stub
+    run("predict", image, "-", "--url", url, "--json", stdin=PNG)
+    assert handler.bodies[0].count(PNG) == 2
+    for images, stdin, message in ((["-", "-"], PNG, "given once"), (["-"], b"", "nothing came")):
+        result = run("predict", *images, "--url", url, stdin=stdin)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_the_key_is_sent_and_never_shown(stub, image):
+    handler, url = stub
+    run("predict", image, "--url", url, DROPSERVE_API_KEY="s3cret")
+    assert set(handler.keys) == {"Bearer s3cret"}
+    for command in (["settings"], ["settings", "--json"]):
+        result = run(*command, DROPSERVE_API_KEY="s3cret")
+        assert result.exit_code == 0
+        assert "s3cret" not in result.output
+    result = run("predict", image, "--url", url, DROPSERVE_API_KEY="s3cr\tet")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: DROPSERVE_API_KEY: an API key is printable ASCII, without spaces around it\n"
+    )
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_had_for_a_shell(shell):
+    command = [Path(sys.executable).with_name("dropserve"), "--show-completion", shell]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "_DROPSERVE_COMPLETE" in done.stdout
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("p", ["pets"]), ("x", [])])
+def test_the_shell_completes_models_by_asking_the_service(stub, typed, completed):
+    words = f"dropserve predict --url {stub[1]} --model {typed}"
+    environment = {"_DROPSERVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "5"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("dropserve")],
+        env=os.environ | environment | {"NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == completed
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["train", "score", "watch", "uncertainty"])
+def test_help_leaves_room_to_read_on_a_narrow_terminal(command):
+    lines = run(command, "--help", COLUMNS="80").stdout.splitlines()
+    options = [line for line in lines if line.startswith("│ ") and "--" in line]
+    assert options
+    assert max(map(len, lines)) <= 80
+    assert all(len(line) - line.index("  ", 5) > 40 for line in options)
+
+
 def test_models_lists_what_is_served(stub):
     result = run("models", "--url", stub[1])
     row = [cell.strip() for cell in result.stdout.splitlines()[3].split("│")]
@@ -436,7 +507,15 @@ def test_a_version_without_a_model_is_a_line(stub, image):
     assert "give --model" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["predict", "--help"], ["models", "--help"], ["settings"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "--help"],
+        ["score", "--help"],
+        ["settings"],
+        ["watch", "--once", "--url", "http://127.0.0.1:1"],
+    ],
+)
 def test_commands_that_only_talk_import_no_torch(arguments):
     code = (
         "import sys; from service.cli import app; app(standalone_mode=False);"

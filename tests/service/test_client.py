@@ -36,7 +36,7 @@ class Caller:
         self.waited: list[float] = []
 
     def __call__(self, handler: Handler, method: str, *args: Any, **kwargs: Any) -> Any:
-        options = {k: kwargs.pop(k) for k in ("retries", "max_wait") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in ("retries", "max_wait", "api_key") if k in kwargs}
         options["transport"] = httpx.MockTransport(self._noting(handler))
         url = "http://service.test/prefix"
         if self.kind == "sync":
@@ -267,6 +267,63 @@ def test_a_url_that_is_none_is_unreachable(client):
 def test_ready_is_asked_once(call, status, ready):
     assert call(answering(status, {"status": "ready"}), "ready") is ready
     assert [request.url.path for request in call.sent] == ["/prefix/readyz"]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "path"),
+    [
+        ("examples", ("a",), "/v1/models/a/examples"),
+        ("examples", ("a", 2), "/v1/models/a/versions/2/examples"),
+        ("example", ("a", 2, 7), "/v1/models/a/versions/2/examples/7"),
+        ("metrics", (), "/metrics"),
+        ("readiness", (), "/readyz"),
+        ("live", (), "/livez"),
+    ],
+)
+def test_everything_else_is_read_from_its_route(call, method, arguments, path):
+    try:
+        call(answering(404, {}), method, *arguments)
+    except errors.NotFound:
+        assert method != "live"
+    assert (call.sent[0].method, call.sent[0].url.path) == ("GET", "/prefix" + path)
+
+
+def test_an_example_and_the_metrics_come_as_they_are(call):
+    assert call(lambda _: httpx.Response(200, content=PNG), "example", "a", 1, 0) == PNG
+    assert call(lambda _: httpx.Response(200, text="up 1\n"), "metrics") == "up 1\n"
+
+
+def test_text_that_is_none_is_no_answer(call):
+    with pytest.raises(errors.ServerError, match="did not answer with a text"):
+        call(lambda _: httpx.Response(200, content=b"\xff\xfe"), "metrics")
+
+
+def test_a_service_that_is_not_ready_is_not_asked_again(call):
+    with pytest.raises(errors.Overloaded):
+        call(busy(1, {}), "readiness")
+    assert len(call.sent) == 1
+
+
+def test_an_option_that_is_none_is_left_out(call):
+    for p, query in ((None, {}), (0.25, {"p": "0.25"})):
+        with pytest.raises(errors.InvalidRequest):
+            call(answering(422, {}), "compare", PNG, p=p)
+        assert dict(call.sent[-1].url.params) == query
+
+
+@pytest.mark.parametrize(("key", "header"), [("s3cret", "Bearer s3cret"), (None, None)])
+def test_a_key_goes_along_with_every_request(call, key, header):
+    call(answering(200, PREDICTED), "predict", PNG, api_key=key)
+    call(answering(200, {}), "ready", api_key=key)
+    assert [r.headers.get("authorization") for r in call.sent] == [header] * 2
+
+
+@pytest.mark.parametrize("key", ["s3cret\n", " s3cret", "s3crét", "s3cret\0"])
+@pytest.mark.parametrize("client", [DropserveClient, AsyncDropserveClient])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_repeated(client, key):
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
+        client(api_key=key)
+    assert "s3cr" not in str(caught.value)
 
 
 def test_importing_it_loads_nothing_heavy():

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import typer
@@ -47,20 +46,19 @@ def reported(*, wrong: Errors, failed: Errors) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(state: Path) -> Iterator[None]:
+def interruptible(hint: Callable[[], str]) -> Iterator[None]:
     """Say on Ctrl-C how to go on, and exit as a shell expects."""
     try:
         yield
     except KeyboardInterrupt as error:
-        hint = "--resume continues" if state.exists() else "no epoch was finished"
-        typer.echo(f"interrupted: {hint}", err=True)
+        typer.echo(f"interrupted: {hint()}", err=True)
         raise typer.Exit(130) from error
 
 
 def say(*lines: str) -> None:
     """Print lines as they are: no markup, no wrapping, no colour."""
     for line in lines:
-        _console().print(line, soft_wrap=True)
+        console().print(line, soft_wrap=True)
 
 
 def say_what_is_read(name: str, train: int, test: int, finished: int) -> None:
@@ -146,7 +144,7 @@ def show_scores(evaluation: Mapping[str, Any]) -> None:
         if figures := evaluation.get(key):
             title += f", T = {figures['samples']}" if "samples" in figures else ""
             table.add_row(title, *(f"{figures[name]:.4f}" for name in _SCORES))
-    _console().print(table)
+    console().print(table)
 
 
 def show_prediction(image: str, prediction: Prediction, classes: Sequence[str]) -> None:
@@ -156,7 +154,7 @@ def show_prediction(image: str, prediction: Prediction, classes: Sequence[str]) 
     for index in _ranked(prediction.probabilities):
         p = prediction.probabilities[index]
         table.add_row(f"  {classes[index]}", _bar(p, p, p), f"{p:6.1%}")
-    _console().print(table)
+    console().print(table)
 
 
 def show_uncertainty(
@@ -171,9 +169,9 @@ def show_uncertainty(
         bar = _bar(lower, mean[index], upper)
         numbers = f"{mean[index]:6.1%}  [{lower:.1%}, {upper:.1%}]"
         table.add_row(f"  {classes[index]}", bar, numbers)
-    _console().print(table)
+    console().print(table)
     say(f"  █▓ up to the mean; ▓░ and [ ]: where {interval.level:.0%} of the thinned networks lie")
-    _console().print(_doubt(prediction))
+    console().print(_doubt(prediction))
 
 
 def show_models(models: Sequence[ModelDetails]) -> None:
@@ -184,7 +182,7 @@ def show_models(models: Sequence[ModelDetails]) -> None:
         default = "yes" if model.default else ""
         how = (model.path, model.precision.dtype)
         table.add_row(model.name, str(model.version), versions, default, *how)
-    _console().print(table)
+    console().print(table)
 
 
 def show_settings(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -196,7 +194,7 @@ def show_settings(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         default, value = (_cell(row[key]) for key in ("default", "value"))
         table.add_row(row["variable"], default, value, row["meaning"])
-    _console().print(table)
+    console().print(table)
 
 
 def settings_rows(settings: Settings) -> list[dict[str, Any]]:
@@ -265,11 +263,11 @@ def _cell(value: object) -> str:
 
 
 def _progress(*columns: TextColumn | TimeRemainingColumn) -> Progress:
-    console = _console()
+    screen = console()
     description, bar = TextColumn("{task.description}"), BarColumn(bar_width=_BAR)
-    return Progress(description, bar, *columns, console=console, disable=not console.is_terminal)
+    return Progress(description, bar, *columns, console=screen, disable=not screen.is_terminal)
 
 
-def _console() -> Console:
+def console() -> Console:
     """Make a console on what is standard output now, printing text as it is."""
     return Console(highlight=False, markup=False, emoji=False)
