@@ -3,6 +3,8 @@ FROM python:3.11-slim AS builder
 
 # PyTorch's own index of CPU builds: PyPI's Linux build brings gigabytes of CUDA along.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# [otel] to send traces, as in --build-arg EXTRAS=[otel].
+ARG EXTRAS=
 
 # By environment, the constraints also hold for the build backend that pip fetches by itself.
 ENV PIP_CONSTRAINT=/source/constraints.txt \
@@ -20,7 +22,7 @@ COPY pyproject.toml README.md ./
 COPY models models
 COPY service service
 RUN pip wheel --no-deps --wheel-dir dist . \
-    && pip --python /opt/dropserve/bin/python install dist/*.whl
+    && pip --python /opt/dropserve/bin/python install "$(ls dist/*.whl)${EXTRAS}"
 
 
 FROM python:3.11-slim

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import cycle
+from time import perf_counter
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -25,6 +26,7 @@ Result = TypeVar("Result")
 
 Steps = Generator[None, None, Sequence[Result | Exception]]
 Run = Callable[[Key, Sequence[Item]], Steps[Result]]
+Observe = Callable[[Key, int, Sequence[float]], None]
 
 
 class QueueFull(Exception):
@@ -36,6 +38,7 @@ class _Waiting(Generic[Item, Result]):
     item: Item
     weight: int
     future: asyncio.Future[Result]
+    since: float
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +94,8 @@ class Batcher(Generic[Key, Item, Result]):
         max_batch: most weight in one batch; an item heavier than that runs alone.
         max_queue: most weight waiting to start; `submit` raises beyond it.
         max_jobs: most jobs under way; further keys wait for one of them to end. Urgent ones do not.
+        observe: `(key, weight, waits)`, told of each batch as it leaves the queue, and of the
+            seconds that its items were in there.
     """
 
     def __init__(
@@ -101,12 +106,14 @@ class Batcher(Generic[Key, Item, Result]):
         max_batch: int,
         max_queue: int,
         max_jobs: int = 16,
+        observe: Observe[Key] | None = None,
     ) -> None:
         self._run = run
         self._executor = executor
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_jobs = max_jobs
+        self._observe = observe
         self._urgent: _Queues[Key, Item, Result] = OrderedDict()
         self._others: _Queues[Key, Item, Result] = OrderedDict()
         self._jobs: deque[_Job[Key, Item, Result]] = deque()
@@ -129,7 +136,9 @@ class Batcher(Generic[Key, Item, Result]):
         if self._queued and self._queued + weight > self._max_queue:
             raise QueueFull
         loop = asyncio.get_running_loop()
-        waiting: _Waiting[Item, Result] = _Waiting(item, weight, loop.create_future())
+        waiting: _Waiting[Item, Result] = _Waiting(
+            item, weight, loop.create_future(), perf_counter()
+        )
         queues = self._urgent if urgent else self._others
         queues.setdefault(key, deque()).append(waiting)
         self._queued += weight
@@ -141,6 +150,11 @@ class Batcher(Generic[Key, Item, Result]):
         finally:
             if waiting.future.cancelled():
                 self._forget(queues, key, waiting)
+
+    @property
+    def queued(self) -> int:
+        """Weight of what waits to start."""
+        return self._queued
 
     def close(self) -> None:
         """Start nothing more, and drop what waits and what is under way."""
@@ -218,6 +232,9 @@ class Batcher(Generic[Key, Item, Result]):
             if queue:
                 queues[key] = queue
             if batch:
+                if self._observe is not None:
+                    now = perf_counter()
+                    self._observe(key, weight, [now - waiting.since for waiting in batch])
                 return _Job(key, batch)
         return None
 

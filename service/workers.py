@@ -123,7 +123,10 @@ def shared_folder() -> Iterator[Path]:
             (Path(folder) / use).mkdir()
         os.environ[_FOLDER] = folder
         os.environ[METRICS_FOLDER] = str(Path(folder) / "metrics")
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ[_FOLDER], os.environ[METRICS_FOLDER]
 
 
 def _shared(use: str) -> Path:

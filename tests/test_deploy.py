@@ -41,6 +41,8 @@ from service.settings import Settings, environment_name
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = sorted(COMPOSE["services"])
+OURS = sorted(name for name in SERVICES if "profiles" not in COMPOSE["services"][name])
+THEIRS = sorted(set(SERVICES) - set(OURS))
 CONTAINER_PORT = "8000"
 
 # Reading the files
@@ -131,7 +133,7 @@ def test_only_the_trainer_may_write_the_checkpoints(name, read_only):
     assert volumes["/checkpoints"].get("read_only", False) is read_only
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", OURS)
 def test_volumes_cover_folders_that_the_image_gives_to_its_user(name):
     targets = {volume["target"] for volume in COMPOSE["services"][name]["volumes"]}
     assert targets <= owned_folders()
@@ -153,10 +155,27 @@ def test_service_starts_after_training_succeeded():
 
 
 def test_image_is_built_once_and_never_pulled():
-    images = {container["image"] for container in COMPOSE["services"].values()}
-    assert len(images) == 1
+    assert {COMPOSE["services"][name]["image"] for name in OURS} == {"dropserve"}
     assert [name for name in SERVICES if "build" in COMPOSE["services"][name]] == ["trainer"]
-    assert {container["pull_policy"] for container in COMPOSE["services"].values()} == {"never"}
+    assert {COMPOSE["services"][name]["pull_policy"] for name in OURS} == {"never"}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_observers_are_pinned_optional_on_this_machine_only_and_read_their_configuration(name):
+    container = COMPOSE["services"][name]
+    assert container["profiles"] == ["observability"]
+    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", container["image"])
+    (port,) = container["ports"]
+    assert re.fullmatch(r"127\.0\.0\.1:\$\{[A-Z]+_PORT:-(\d+)\}:\1", port)
+    bound = [volume for volume in container["volumes"] if volume["type"] == "bind"]
+    assert bound
+    for volume in bound:
+        assert volume["read_only"] is True
+        assert (ROOT / volume["source"]).exists()
+    volumes = {v["source"] for v in container["volumes"] if v["type"] == "volume"}
+    assert volumes == {name}
+    assert not volumes - COMPOSE["volumes"].keys()
+    assert re.search(r"127\.0\.0\.1:\d+/", container["healthcheck"]["test"][-1])
 
 
 def test_service_is_published_to_this_machine_only():
@@ -179,7 +198,7 @@ def test_health_check_gives_up_in_bounded_time():
     assert seconds(check["start_period"]) > 0
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", OURS)
 def test_settings_in_the_environment_exist(name):
     known = {environment_name(field) for field in Settings.model_fields}
     environment = image_environment() | COMPOSE["services"][name]["environment"]
@@ -216,7 +235,7 @@ def test_build_context_lets_through_what_the_image_copies_and_no_more():
 def test_commands_exist():
     scripts = project()["scripts"]
     assert json.loads(last("ENTRYPOINT"))[0] in scripts
-    named = [json.loads(last("CMD")), *(c["command"] for c in COMPOSE["services"].values())]
+    named = [json.loads(last("CMD")), *(COMPOSE["services"][name]["command"] for name in OURS)]
     assert {command[0] for command in named} <= set(typer.main.get_command(app).commands)
 
 

@@ -1,7 +1,9 @@
 """The line where workers wait for each other."""
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +43,9 @@ def test_the_parent_makes_the_folder_and_wipes_it_out(monkeypatch):
         asyncio.run(asyncio.wait_for(line.wait(), 1))
         assert NoticeBoard.of_this_worker().read() == Notice()
         assert folder.is_dir()
+        assert Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).parent == folder
     assert not folder.exists()
+    assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
 
 
 @pytest.mark.parametrize("shared", [True, False])

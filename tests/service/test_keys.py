@@ -1,0 +1,179 @@
+"""API keys: who has none gets in nowhere but to the probes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.keys import OPEN, Keys, KeysError
+
+KEY, OTHER = "first-key-0123456789", "second-key-0123456789"
+CHALLENGE = 'Basic realm="dropserve", charset="UTF-8", Bearer'
+
+
+@pytest.fixture(scope="module")
+def guarded(make_server, tmp_path_factory):
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text(f"# who: the tests\n\n{KEY}\n  {OTHER}  \n")
+    server = make_server(api_keys_file=path, max_body_bytes=1024).start()
+    server.keys_file = path
+    return server
+
+
+def get(server, path, **headers):
+    return httpx.get(
+        server.url + path, headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+
+
+@pytest.mark.parametrize("key", [KEY, OTHER])
+def test_a_key_is_taken_as_bearer_as_header_and_as_password(guarded, key):
+    assert get(guarded, "/v1/models", authorization=f"Bearer {key}").status_code == 200
+    assert get(guarded, "/v1/models", authorization=f"bearer  {key}").status_code == 200
+    assert get(guarded, "/v1/models", x_api_key=key).status_code == 200
+    assert httpx.get(guarded.url + "/v1/models", auth=("anyone", key)).status_code == 200
+
+
+def test_a_key_beside_an_admin_token_is_found(guarded):
+    headers = {"authorization": "Bearer something-else", "x_api_key": KEY}
+    assert get(guarded, "/v1/models", **headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"x_api_key": ""},
+        {"x_api_key": KEY[:-1]},
+        {"x_api_key": KEY + "x"},
+        {"x_api_key": "# who: the tests"},
+        {"authorization": f"Basic {KEY}"},
+        {"authorization": "Basic !!!"},
+        {"authorization": "Basic Og=="},  # ":"
+        {"authorization": f"Digest {KEY}"},
+        {"authorization": "Bearer"},
+    ],
+    ids=str,
+)
+def test_anything_else_is_refused(guarded, problem, headers):
+    answer = get(guarded, "/v1/models", **headers)
+    assert "API key" in problem(answer, 401)
+    assert answer.headers["www-authenticate"] == CHALLENGE
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/docs", "/openapi.json", "/metrics", "/nothing", "/predict", "/livez/", "/x/livez"],
+)
+def test_everything_but_the_probes_is_behind_the_key(guarded, problem, path):
+    problem(get(guarded, path), 401)
+    assert get(guarded, path, x_api_key=KEY).status_code in (200, 404, 405, 307)
+
+
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_probes_need_no_key(guarded, path):
+    assert get(guarded, path).status_code == 200
+
+
+def test_the_inference_protocol_gets_its_own_kind_of_error(guarded):
+    answer = get(guarded, "/v2/models/digits-mlp")
+    assert answer.status_code == 401
+    assert set(answer.json()) == {"error"}
+    assert answer.headers["www-authenticate"] == CHALLENGE
+
+
+def test_a_body_is_not_waited_for(guarded):
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n"
+    answer = guarded.exchange(head)
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"connection: close" in answer.lower()
+    whole = httpx.post(guarded.url + "/predict", content=bytes(10**6))  # but who sends, sees it
+    assert whole.status_code == 401
+
+
+def test_refusals_are_logged_and_counted_and_no_key_is_told(guarded):
+    answer = get(guarded, "/v1/models", x_api_key="wrong-key", x_request_id="refused-1")
+    assert answer.headers["x-request-id"] == "refused-1"
+    assert guarded.line("refused-1")["status"] == 401
+    metrics = get(guarded, "/metrics", x_api_key=KEY).text
+    assert 'dropserve_requests_total{model="",route="other",status="401",version=""}' in metrics
+    said = guarded.log.read_text() + guarded.errors.read_text() + metrics
+    assert not [key for key in (KEY, OTHER, "wrong-key") if key in said]
+
+
+def test_a_changed_file_counts_within_two_seconds_and_a_bad_one_does_not(guarded):
+    def admitted(key):
+        return get(guarded, "/v1/models", x_api_key=key).status_code == 200
+
+    def wait(condition):
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    before = guarded.keys_file.read_text()
+    guarded.keys_file.write_text("third-key-0123456789\n")
+    wait(lambda: admitted("third-key-0123456789"))
+    assert not admitted(KEY)
+    guarded.keys_file.unlink()
+    wait(lambda: any("stay as they were" in e["message"] for e in guarded.lines()))
+    assert admitted("third-key-0123456789")
+    guarded.keys_file.write_text(before)
+    wait(lambda: admitted(KEY))
+    assert not admitted("third-key-0123456789")
+
+
+def test_what_is_wrong_with_a_file_is_said_but_not_what_is_in_it(tmp_path):
+    path = tmp_path / "keys"
+    with pytest.raises(FileNotFoundError):
+        Keys(path)
+    for content, complaint in (
+        ("", "no API key in it"),
+        ("# nothing yet\n", "no API key in it"),
+        ("secret-one\nsecret two\n", "line 2 is no key"),
+        ("schlüssel\n", "line 1 is no key"),
+    ):
+        path.write_text(content)
+        with pytest.raises(KeysError, match=complaint) as caught:
+            Keys(path)
+        assert "secret" not in str(caught.value)
+
+
+def test_the_file_is_only_read_again_when_it_has_changed(tmp_path, monkeypatch):
+    path = tmp_path / "keys"
+    path.write_text(KEY)
+    keys = Keys(path)
+    reads = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read_bytes(self))
+    keys.refresh()
+    keys.refresh()
+    assert not reads
+    os.utime(path, (1, 1))
+    keys.refresh()
+    assert reads == [path]
+    assert keys.admit([(b"x-api-key", KEY.encode())])
+
+
+def test_a_server_without_its_keys_does_not_start(tmp_path, checkpoints):
+    path = tmp_path / "keys"
+    path.write_text("# nothing yet\n")
+    environment = {
+        **os.environ,
+        "DROPSERVE_API_KEYS_FILE": str(path),
+        "DROPSERVE_CHECKPOINTS": str(checkpoints),
+        "DROPSERVE_DEFAULT_MODEL": "digits-mlp",
+        "DROPSERVE_WORKERS": "2",
+        "DROPSERVE_PORT": "0",
+    }
+    command = [Path(sys.executable).with_name("dropserve"), "serve"]
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert run.returncode != 0
+    assert "no API key in it" in run.stderr
+    assert "Traceback" not in run.stderr
