@@ -6,8 +6,8 @@ use. If it does not load it is refused, and looked at again when its files have 
 """
 
 import logging
-from collections import Counter
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar

@@ -61,7 +61,7 @@ def test_nothing_is_pickled_and_no_file_outgrows_a_sitting(path):
 
 
 def test_the_client_needs_only_the_schemas_the_errors_and_httpx():
-    light = ("service.schemas", "service.errors", "service.calls")
+    light = ("service.schemas", "service.events", "service.errors", "service.calls")
     for path in (ROOT / "service/client.py", ROOT / "service/calls.py"):
         ours = {name for name in imports(path) if name.startswith("service.")}
         assert all(name.startswith(light) for name in ours)
