@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test check format bench bench-http bench-report clean
+.PHONY: help setup serve train test check browser screenshots docs format bench bench-http bench-report clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -24,13 +24,25 @@ serve: train ## Serve on 127.0.0.1:8000, after training the default model if the
 train: setup ## Train the default model, digits, if there is none (seconds, no download)
 	$(DROPSERVE) train --dataset digits --if-missing --resume
 
-test: check ## Run every check and every test
+test: check browser ## Run every check and every test
 	$(PYTHON) -m pytest
 
 check: setup ## Lint, check the format and the types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+browser: ## Install Debian's chromium, in which the playground is tested, if there is none
+	@command -v chromium >/dev/null \
+		|| { apt-get update && apt-get install -y --no-install-recommends chromium; } \
+		|| { echo "chromium is needed: install it, or run 'make browser' as root on Debian"; exit 1; }
+
+screenshots: setup browser ## Take the playground's pictures for README and docs
+	@fc-list | grep -q Inter || apt-get install -y --no-install-recommends fonts-inter
+	$(PYTHON) docs/screenshots.py
+
+docs: setup ## Write the tables of docs/api.md anew
+	$(PYTHON) docs/generate.py
 
 format: setup ## Format the code and fix what ruff can
 	$(PYTHON) -m ruff check --fix .

@@ -1,4 +1,4 @@
-"""The playground: one page at `/`, its files at `/playground/...`; no build, no outside requests."""
+"""The playground: one page at `/`, its files at `/playground/...`; no build, nothing foreign."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,0 +1,204 @@
+// Puts the parts together: a picture and a model make a stream; the player shows it; the rest follows.
+
+import { get, listen, route, Trouble } from "./api.js";
+import { Bars, quantiles } from "./bars.js";
+import { errorChart, meanChart } from "./charts.js";
+import { Code } from "./code.js";
+import { Modes } from "./compare.js";
+import { $, figure, make, nats, percent, points, settled, spoken } from "./dom.js";
+import { doubtBar, doubtWords } from "./doubt.js";
+import { Masks } from "./masks.js";
+import { Network } from "./network.js";
+import { Odd } from "./odd.js";
+import { Picture } from "./picture.js";
+import { fromWire, imageData } from "./pixels.js";
+import { Player } from "./player.js";
+
+const bars = new Bars($("bars"));
+const masks = new Masks($("masks"));
+const network = new Network($("network"), $("seen"));
+const code = new Code();
+const modes = new Modes({ fail });
+const odd = new Odd({ fail });
+const player = new Player({ show, state: controls });
+const picture = new Picture({ changed: look });
+
+let details = null; // of the model that is asked
+let run = null; // what the stream's first event said, and its last
+let stream = null;
+
+$("model").addEventListener("change", chooseModel);
+$("version").addEventListener("change", chooseVersion);
+$("alert-close").addEventListener("click", () => ($("alert").hidden = true));
+$("play").addEventListener("click", () => (player.playing ? player.pause() : player.play()));
+$("scrub").addEventListener("input", () => player.seek(Number($("scrub").value)));
+$("speed").addEventListener("change", () => (player.pace = $("speed").value));
+$("reseed").addEventListener("click", () => {
+  $("seed").value = 1 + Math.floor(Math.random() * 99_999);
+  look();
+});
+for (const id of ["samples", "seed", "kind"]) $(id).addEventListener("change", settled(look, 50));
+
+network.show();
+start();
+
+async function start() {
+  try {
+    const { models } = await get("v1/models");
+    $("model").replaceChildren(...models.map(({ name, default: chosen }) =>
+      make("option", { selected: chosen }, name)));
+    if (models.length) await chooseModel();
+    else throw new Trouble(404, "The service has no model loaded.");
+  } catch (error) {
+    fail(error);
+  }
+}
+
+async function chooseModel() {
+  try {
+    const { version, versions } = await get(route($("model").value));
+    const newest = [...versions].sort((a, b) => b - a);
+    $("version").replaceChildren(...newest.map((v) => make("option", { selected: v === version }, String(v))));
+    await chooseVersion();
+  } catch (error) {
+    fail(error);
+  }
+}
+
+async function chooseVersion() {
+  const [model, version] = [$("model").value, $("version").value];
+  try {
+    details = await get(`${route(model)}/versions/${version}`);
+    await picture.suit({ model, version, input: details.input });
+  } catch (error) {
+    fail(error);
+  }
+}
+
+/** Ask about the picture: follow the stream, and let the player show it. */
+async function look() {
+  stream?.abort();
+  stream = new AbortController();
+  const { signal } = stream;
+  $("alert").hidden = true;
+  $("count").textContent = "–";
+  if (!picture.blob || !details) return stale("Give it a picture: draw one, choose a file, or take an example.");
+  const query = { samples: $("samples").value, seed: $("seed").value, masks: $("kind").value };
+  const path = route(details.name, details.version, "uncertainty/stream");
+  try {
+    for await (const [event, data] of listen(path, picture.blob, query, signal)) {
+      if (signal.aborted) return;
+      if (event === "start") begin(data);
+      if (event === "sample") player.push(data);
+      if (event === "end") run.end = data.predictions[0];
+      if (event === "error") throw new Trouble(data.status, data.detail);
+    }
+    if (player.done && !signal.aborted) show(player.t);
+  } catch (error) {
+    if (signal.aborted) return;
+    stale("No answer this time.");
+    fail(error);
+  }
+}
+
+/** Lay out all parts for a stream that has begun. */
+function begin(data) {
+  const { invert } = details.input;
+  run = { ...data, invert, input: fromWire(data.input), most: Math.log(data.classes.length), end: null };
+  document.body.classList.add("ready");
+  document.body.classList.remove("stale");
+  $("scrub").max = run.samples;
+  bars.begin(run.classes, run.eval);
+  masks.begin(run.sites);
+  seen();
+  player.pace = $("speed").value;
+  player.reset(run.samples);
+  show(0);
+  modes.begin(picture.blob, run);
+  odd.begin(run.input, run);
+  code.begin(picture.blob, run);
+}
+
+function seen() {
+  const { height, width, channels } = run.input;
+  Object.assign($("seen"), { height, width });
+  $("seen").getContext("2d").putImageData(imageData(run.input), 0, 0);
+  $("seen-text").textContent = `${width} × ${height} pixels, ${channels === 1 ? "grey" : "colour"}, and nothing else.`;
+}
+
+/** Show the first t samples. */
+function show(t) {
+  const samples = player.samples.slice(0, t);
+  const last = samples.at(-1);
+  const whole = t === run.samples && run.end;
+  const spread = whole ? run.end.interval : t ? quantiles(samples, run.level) : null;
+  const now = whole ? run.end : last && { ...last, ...spread };
+  bars.show(samples, now && { ...spread, mean: now.mean }, !player.done);
+  masks.show(last);
+  network.show(run, last);
+  $("scrub").value = t;
+  $("count").textContent = `${t} of ${run.samples}`;
+  $("masks-title").textContent = t ? `Thinned network ${t}` : "All units on";
+  verdict(now, t);
+  if (now) summarise(now, samples);
+}
+
+function summarise(now, samples) {
+  const { classes, most } = run;
+  const chart = { samples, total: run.samples, classes, evalMode: run.eval, stratified: run.masks === "stratified" };
+  meanChart($("mean-chart"), chart);
+  errorChart($("error-chart"), chart);
+  const best = top(now.mean);
+  const error = now.standard_error?.[best];
+  $("mean-text").textContent = `${classes[best]}: ${percent(now.mean[best])}; eval mode is dashed.`;
+  $("error-text").textContent = error == null
+    ? "Takes two blocks of ten masks to know."
+    : `± ${points(error)}${chart.stratified ? "; dashed: with independent masks." : "."}`;
+  doubtBar($("doubt-bar"), now, most);
+  $("doubt-words").textContent = doubtWords(now, most, samples.length);
+  $("total").textContent = `${nats(now.predictive_entropy)} of ${figure(most)}`;
+  $("expected").textContent = nats(now.expected_entropy);
+  $("mutual").textContent = nats(now.mutual_information);
+}
+
+function verdict(now, t) {
+  const { classes } = run;
+  const plain = top(run.eval);
+  const parts = ["Eval mode says ", make("b", {}, classes[plain]), ` with ${spoken(run.eval[plain])}.`];
+  if (now) {
+    const best = top(now.mean);
+    const many = t === 1 ? "One thinned network says " : `${t} thinned networks say `;
+    parts.push(" ", many, make("b", { class: "accent" }, classes[best]), ` with ${spoken(now.mean[best])}.`);
+  }
+  const origin = { pad: "You drew it.", file: "Your picture.", example: `The test set says ${picture.truth}.` };
+  parts.push(make("span", { class: "truth small" }, origin[picture.source]));
+  $("verdict").replaceChildren(...parts);
+  if (now && t === run.samples) $("spoken").textContent = `${$("verdict").innerText} ${doubtWords(now, run.most, t)}`;
+}
+
+function controls({ playing, total, done }) {
+  $("play").textContent = playing ? "Pause" : total && done ? "Again" : "Play";
+  $("play").disabled = $("scrub").disabled = !total;
+}
+
+/** Leave what is shown in the background, because it answers no longer what was asked. */
+function stale(words) {
+  player.reset(0);
+  document.body.classList.add("stale");
+  $("verdict").textContent = words;
+  Object.assign($("seen"), { width: 1, height: 1 });
+  $("seen-text").textContent = "Nothing yet.";
+  network.show();
+}
+
+/** Say what went wrong, and what to do. */
+function fail(error) {
+  if (error.name === "AbortError") return;
+  const trouble = error instanceof Trouble ? error : new Trouble(500, String(error));
+  if (trouble !== error) console.error(error);
+  $("alert-text").replaceChildren(make("strong", {}, `${trouble.title}. `), `${sentence(trouble.message)} ${trouble.hint}`);
+  $("alert").hidden = false;
+}
+
+const top = (values) => values.indexOf(Math.max(...values));
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;

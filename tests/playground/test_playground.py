@@ -1,0 +1,383 @@
+"""The playground in a real browser: what a visitor does, and what the page then says."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import expect
+
+ROOT = Path(__file__).parents[2]
+THREE = ROOT / "docs/images/three.png"
+FOLDER = ROOT / "service/playground"
+TIMES = "\N{MULTIPLICATION SIGN}"
+DIGIT_ONE = [(140, 40), (140, 90), (140, 140), (140, 190), (140, 240)]
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+
+
+def picture(kind="PNG", size=(40, 40), colour=200):
+    file = io.BytesIO()
+    Image.new("L", size, colour).save(file, kind)
+    return file.getvalue()
+
+
+def draw(page, points):
+    pad = page.locator("#pad")
+    pad.scroll_into_view_if_needed()
+    box = pad.bounding_box()
+    scale = box["width"] / 280
+    page.mouse.move(box["x"] + points[0][0] * scale, box["y"] + points[0][1] * scale)
+    page.mouse.down()
+    for x, y in points[1:]:
+        page.mouse.move(box["x"] + x * scale, box["y"] + y * scale)
+    page.mouse.up()
+
+
+def played(page, count=100):
+    """Wait until the last network has been shown; return what the page says of all."""
+    expect(page.locator("#count")).to_have_text(f"{count} of {count}")
+    return page.locator("#verdict").text_content()
+
+
+def show_three(page):
+    page.set_input_files("#file", THREE)
+    expect(page.locator("#pad-hint")).to_be_hidden()
+    expect(page.locator("#verdict")).not_to_contain_text("test set")
+    return played(page)
+
+
+def pixels(page, canvas):
+    """What is on a canvas, one number a pixel."""
+    script = """c => [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]
+        .filter((_, i) => i % 4 === 0)"""
+    return page.locator(canvas).evaluate(script)
+
+
+# The files
+
+
+def test_page_has_a_strict_policy_and_is_cached_by_tag(http):
+    page = http.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    rules = dict(r.split(" ", 1) for r in page.headers["content-security-policy"].split("; "))
+    assert rules == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self' data: blob:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    script = http.get("/playground/main.js")
+    assert script.headers["content-type"] == "text/javascript; charset=utf-8"
+    assert script.headers["x-content-type-options"] == "nosniff"
+    for response in (page, script):
+        path = response.url.path
+        for asked, told in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified")):
+            again = http.get(path, headers={asked: response.headers[told]})
+            assert (again.status_code, again.content) == (304, b"")
+            assert "content-security-policy" in again.headers
+        assert http.head(path).headers["content-length"] == str(len(response.content))
+
+
+@pytest.mark.parametrize("path", ["nothing.js", "..%2fapp.py", "%2e%2e/app.py", "a%00b", "x" * 999])
+def test_nothing_outside_the_folder_is_served(http, problem, path):
+    problem(http.get(f"/playground/{path}"), 404)
+
+
+def test_the_page_has_one_address(http):
+    for path in ("/playground/", "/playground/index.html"):
+        assert http.get(path, follow_redirects=True).url.path == "/"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.js")), ids=lambda p: p.name)
+def test_each_module_is_small_says_what_it_is_and_loads_nothing_foreign(path):
+    text = path.read_text()
+    assert text.startswith("// ")
+    assert len(text.splitlines()) <= 300
+    assert all(name.startswith("./") for name in re.findall(r'from "(.*?)"', text))
+    assert "innerHTML" not in text
+    assert re.sub(r"http://www\.w3\.org/\S*", "", text).count("://") == 0
+
+
+# Pictures
+
+
+def test_a_drawing_is_seen_as_the_network_sees_it_and_answered(visit, digits):
+    page = visit(digits)
+    played(page)
+    page.click("#clear")
+    expect(page.locator("#verdict")).to_contain_text("Give it a picture")
+    draw(page, DIGIT_ONE)
+    assert "says 1 with" in played(page)
+    seen = pixels(page, "#seen")
+    assert len(seen) == 64
+    assert max(seen[3::8] + seen[4::8]) > 150 > max(seen[0::8] + seen[7::8])
+    expect(page.locator("#seen-text")).to_contain_text(f"8 {TIMES} 8 pixels")
+
+
+def test_a_small_drawing_is_fitted_to_the_frame_unless_told_not_to(visit, digits):
+    page = visit(digits)
+    played(page)
+    page.click("#clear")
+    draw(page, [(20, 20), (20, 50), (20, 90)])
+    said = played(page)
+    seen = pixels(page, "#seen")
+    assert max(seen[3::8] + seen[4::8]) > 150
+    page.uncheck("#fit")
+    expect(page.locator("#verdict")).not_to_have_text(said)
+    played(page)
+    seen = pixels(page, "#seen")
+    assert max(seen[3::8] + seen[4::8]) == 0
+
+
+def test_one_can_draw_by_keyboard(visit, digits):
+    page = visit(digits)
+    played(page)
+    page.click("#clear")
+    page.locator("#pad").focus()
+    for key in ["ArrowUp"] * 7 + ["Space"] + ["ArrowDown"] * 14 + ["Space"]:
+        page.keyboard.press(key)
+    assert "says 1 with" in played(page)
+    page.keyboard.press("Delete")
+    expect(page.locator("#verdict")).to_contain_text("Give it a picture")
+
+
+def test_a_phone_has_no_sideways_scroll_and_takes_touches(visit, digits):
+    page = visit(digits, **PHONE)
+    played(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.click("#clear")
+    page.locator("#pad").tap()
+    played(page)
+    assert sum(pixels(page, "#seen")) > 0
+
+
+def test_an_example_says_what_it_is(visit, digits):
+    page = visit(digits)
+    played(page)
+    examples = page.locator("#example-list button")
+    listed = httpx.get(f"{digits}/v1/models/digits-mlp/examples").json()["examples"]
+    assert 0 < examples.count() <= len(listed)
+    examples.nth(1).click()
+    expect(examples.nth(1)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#verdict")).to_contain_text(f"The test set says {listed[1]['label']}.")
+    sent = httpx.get(digits + listed[1]["url"]).content
+    played(page)
+    assert pixels(page, "#seen") == list(Image.open(io.BytesIO(sent)).convert("L").tobytes())
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_picture_can_be_dropped_and_pasted(visit, digits, way):
+    page = visit(digits)
+    played(page)
+    script = """([way, data]) => {
+        const transfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+        transfer.items.add(new File([bytes], "p.png", {type: "image/png"}));
+        const name = way === "drop" ? "dataTransfer" : "clipboardData";
+        const Kind = way === "drop" ? DragEvent : ClipboardEvent;
+        document.body.dispatchEvent(new Kind(way, {[name]: transfer, bubbles: true}));
+    }"""
+    page.evaluate(script, [way, base64.b64encode(picture(colour=77)).decode()])
+    expect(page.locator("#verdict")).not_to_contain_text("test set")
+    played(page)
+    assert set(pixels(page, "#seen")) == {77}
+
+
+# The answer
+
+
+def test_the_answer_is_the_services(visit, digits):
+    page = visit(digits)
+    said = show_three(page)
+    asked = {"content": THREE.read_bytes(), "headers": {"Content-Type": "image/png"}}
+    plain = httpx.post(f"{digits}/predict", **asked).json()["predictions"][0]
+    doubt = httpx.post(f"{digits}/uncertainty", **asked).json()["predictions"][0]
+    assert f"Eval mode says {plain['label']} with {plain['probability']:.0%}" in said
+    assert f"say {doubt['label']} with {max(doubt['mean']):.0%}" in said
+    rows = page.locator("#bars tr")
+    assert rows.count() == 10
+    assert (
+        rows.nth(plain["index"]).locator("td").nth(1).inner_text()
+        == f"{max(plain['probabilities']):.0%}"
+    )
+    expect(page.locator("#total")).to_have_text(f"{doubt['predictive_entropy']:.2f} of 2.30")
+    expect(page.locator("#mutual")).to_have_text(f"{doubt['mutual_information']:.2f}")
+    expect(page.locator("#spoken")).to_contain_text("100 thinned networks say")
+    page.locator("summary").nth(2).click()
+    expect(page.get_by_text("Mutual information, the epistemic part")).to_be_visible()
+
+
+def test_networks_arrive_one_at_a_time_and_can_be_looked_at_again(visit, digits):
+    page = visit(digits, motion=True)
+    page.set_input_files("#file", THREE)
+    expect(page.locator("#count")).to_have_text(re.compile(r"^[1-9] of 100$"))
+    page.click("#play")
+    first = page.locator("#count").inner_text()
+    page.wait_for_timeout(700)
+    assert page.locator("#count").inner_text() == first
+    page.locator("#scrub").fill("3")
+    expect(page.locator("#count")).to_have_text("3 of 100")
+    expect(page.locator("#masks-title")).to_have_text("Thinned network 3")
+    kept = page.locator("#masks .small").all_inner_texts()
+    assert len(kept) == 2
+    assert all(re.fullmatch(r"\d+ of 256 kept", text) for text in kept)
+    page.locator("#scrub").press("ArrowRight")
+    assert page.locator("#masks .small").all_inner_texts() != kept
+    page.select_option("#speed", "once")
+    page.click("#play")
+    played(page)
+
+
+def test_seed_masks_and_number_of_networks_are_adjustable(visit, digits):
+    page = visit(digits)
+    said = show_three(page)
+    error = page.locator("#error-text").inner_text()
+    page.locator("#seed").fill("7")
+    page.locator("#seed").press("Enter")
+    page.locator("#samples").fill("400")
+    page.locator("#samples").press("Enter")
+    page.select_option("#kind", "independent")
+    expect(page.locator("#code")).to_contain_text("samples=400&seed=7&masks=independent")
+    assert played(page, 400) != said
+    expect(page.locator("#error-text")).not_to_have_text(error)
+
+
+def test_train_mode_differs_and_eval_mode_does_not_whatever_p_is(visit, digits):
+    page = visit(digits)
+    said = show_three(page)  # "Eval mode says 3 with ..."
+    remarks = page.locator(".remark")
+    expect(remarks.nth(0)).to_have_text("identical to the last digit")
+    expect(remarks.nth(1)).to_have_text(re.compile(r"different, by [\d.]+ points"))
+    expect(page.locator(".pair").nth(0)).to_contain_text(said.split()[3] + ", ")
+    own = page.locator("#layers").inner_text()
+    assert f"p = 0.5, kept {TIMES} 2" in own
+    evaluated = page.locator(".pair").nth(0).inner_text()
+    page.locator("#p").fill("0.9")
+    expect(page.locator("#layers")).to_contain_text(f"p = 0.9, kept {TIMES} 10")
+    expect(page.locator("#units-text")).to_contain_text("0.9) = 10")
+    assert page.locator(".pair").nth(0).inner_text() == evaluated
+    page.click("#p-own")
+    expect(page.locator("#layers")).to_have_text(re.compile(rf"p = 0\.5, kept {TIMES} 2"))
+    page.locator("#p").fill("0")
+    expect(remarks.nth(1)).to_have_text("identical")
+
+
+def test_odd_pictures_stand_beside_yours(visit, digits):
+    page = visit(digits)
+    show_three(page)
+    rows = page.locator("#odd tr")
+    expect(rows).to_have_count(5)
+    total = page.locator("#total").inner_text().split()[0]
+    expect(rows.nth(0).locator("td").nth(1)).to_have_text(total)
+    doubt = [row.locator("td").nth(1).inner_text() for row in rows.all()]
+    assert len(set(doubt)) > 2
+    expect(page.locator("#odd-text")).to_contain_text("It doubts")
+    page.click("#odd-again")
+    expect(rows.nth(4).locator("td").nth(1)).not_to_have_text(doubt[4])
+    assert rows.nth(0).locator("td").nth(1).inner_text() == doubt[0]
+
+
+# Code
+
+
+@pytest.mark.parametrize("language", ["curl", "Python client", "Open Inference Protocol"])
+def test_the_code_gives_the_answer_of_the_page(visit, digits, language, tmp_path):
+    page = visit(digits)
+    show_three(page)
+    page.get_by_role("button", name=language).click()
+    code = page.locator("#code").inner_text()
+    page.click("#copy")
+    assert page.evaluate("navigator.clipboard.readText()") == code
+    with page.expect_download() as saved:
+        page.click("#save")
+    saved.value.save_as(tmp_path / saved.value.suggested_filename)
+    command = [ROOT / ".venv/bin/python", "-c"] if "Python" in language else ["bash", "-c"]
+    run = subprocess.run([*command, code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    total = float(page.locator("#mutual").inner_text())
+    if language == "curl":
+        found = json.loads(run.stdout)["predictions"][0]["mutual_information"]
+    elif language == "Python client":
+        found = float(run.stdout.split()[-1])
+    else:
+        outputs = {o["name"]: o["data"] for o in json.loads(run.stdout)["outputs"]}
+        found = outputs["mutual_information"][0]
+    assert found == pytest.approx(total, abs=0.0051)
+
+
+# Models
+
+
+def test_models_and_versions_can_be_chosen(visit, server):
+    page = visit(server.url)
+    expect(page.locator("#verdict")).to_contain_text("Give it a picture")
+    expect(page.locator("#examples")).to_be_hidden()
+    first = show_three(page)
+    assert page.locator("#version option").all_inner_texts() == ["2", "1"]
+    page.select_option("#version", "1")
+    expect(page.locator("#verdict")).not_to_have_text(first)
+    expect(page.locator("#code")).to_contain_text("digits-mlp/versions/1/uncertainty")
+    page.select_option("#model", "colour-cnn")
+    expect(page.locator("#seen-text")).to_contain_text(f"16 {TIMES} 16 pixels, colour")
+    played(page)
+    assert page.locator("#bars tr").count() == 4
+
+
+# What goes wrong
+
+
+def test_errors_are_shown_in_words_with_what_to_do(visit, digits):
+    page = visit(digits, expected=["415", "422"])
+    show_three(page)
+    alert = page.locator("#alert")
+    gif = {"name": "a.gif", "mimeType": "image/gif", "buffer": picture("GIF")}
+    page.set_input_files("#file", gif)
+    expect(alert).to_contain_text("Choose a PNG, JPEG or WebP picture.")
+    expect(alert).to_contain_text("This is no picture that is read here")
+    broken = {"name": "a.png", "mimeType": "image/png", "buffer": picture()[:60]}
+    page.set_input_files("#file", broken)
+    expect(alert).to_contain_text("damaged")
+    page.locator("#samples").fill("0")
+    page.set_input_files("#file", THREE)
+    expect(alert).to_contain_text("Samples: ")
+    page.locator("#samples").fill("50")
+    page.locator("#samples").press("Tab")
+    expect(alert).to_be_hidden()
+    played(page, 50)
+
+
+def test_a_service_that_went_away_is_told(visit, digits):
+    page = visit(digits, expected=["net::ERR"])
+    played(page)
+    page.route("**/stream*", lambda route: route.abort())
+    page.click("#reseed")
+    expect(page.locator("#alert")).to_contain_text("The service cannot be reached.")
+
+
+# For everyone
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [{}, PHONE], ids=["desktop", "phone"])
+def test_axe_finds_nothing(visit, digits, scheme, size):
+    page = visit(digits, color_scheme=scheme, expected=["415"], **size)
+    played(page)
+    expect(page.locator("#odd tr")).to_have_count(5)
+    for summary in page.locator("summary").all():
+        summary.click()
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    gif = {"name": "a.gif", "mimeType": "image/gif", "buffer": picture("GIF")}
+    page.set_input_files("#file", gif)
+    expect(page.locator("#alert")).to_be_visible()
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
