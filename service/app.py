@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service.bodies import BodyLimits, BodyReader
+from service.document import complete_document
 from service.errors import written
 from service.images import ImageLimits
 from service.inference import Inference
@@ -59,12 +60,14 @@ def create_app(
         running.metrics, running.tracing = metrics, tracing
         if line is not None:
             await line.wait()
-        tasks = [running.repository.keep_up(), metrics.keep_up(running)]
+        keepers = [running.repository.keep_up(), metrics.keep_up(running)]
         if keys is not None:
-            tasks.append(keys.keep_up())
-        keeping_up = asyncio.gather(*tasks)
+            keepers.append(keys.keep_up())
+        keeping_up = [asyncio.create_task(keeper) for keeper in keepers]
         yield
-        keeping_up.cancel()
+        for task in keeping_up:
+            task.cancel()
+        await asyncio.gather(*keeping_up, return_exceptions=True)
         running.close()
         if tracing is not None:
             tracing.close()
@@ -93,6 +96,7 @@ def create_app(
     app.include_router(examples.router)
     app.include_router(oip.router)
     app.include_router(playground.router)
+    complete_document(app)
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
