@@ -30,7 +30,10 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(program: str) -> list[str]:
     """Every line of a shell block, on any page, that calls a program."""
     lines = (
-        line for page in PAGES for b in blocks(page.read_text(), "bash") for line in b.splitlines()
+        line
+        for page in PAGES
+        for block in blocks(page.read_text(), "bash")
+        for line in block.replace("\\\n", " ").splitlines()
     )
     return sorted({line.partition("  #")[0] for line in lines if line.startswith(program + " ")})
 

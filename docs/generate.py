@@ -1,0 +1,132 @@
+"""Writes the tables of docs/api.md that the OpenAPI document knows: `make docs`.
+
+They stand between `<!-- NAME: generated -->` and `<!-- end -->`; all else on the page is by hand.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from service.app import create_app
+from service.document import common
+from service.settings import Settings
+
+PAGE = Path(__file__).with_name("api.md")
+
+Document = Mapping[str, Any]
+
+
+def write(page: str, document: Document) -> str:
+    """Return the page with its tables as the document has them."""
+    for name, table in (("options", options), ("responses", responses), ("types", types)):
+        start = f"<!-- {name}: generated -->\n"
+        before, found, rest = page.partition(start)
+        _, end, after = rest.partition("<!-- end -->")
+        if not found or not end:
+            raise ValueError(f"{PAGE.name}: there is no {start.strip()} with an end")
+        lines = "\n".join(table(document)).strip()
+        page = f"{before}{start}\n{lines}\n\n{end}{after}"
+    return page
+
+
+def options(document: Document) -> Iterator[str]:
+    """Yield a table of what may stand in a query."""
+    yield from ("| of | option | values | default | meaning |", "|---|---|---|---|---|")
+    for path, operation in _operations(document):
+        for option in operation.get("parameters", ()):
+            if option["in"] == "query":
+                schema = option["schema"]
+                cells = f"`{option['name']}`", _values(schema), _code(schema.get("default"))
+                yield _row(f"`{path.partition(' ')[2]}`", *cells, schema.get("description", ""))
+
+
+def responses(document: Document) -> Iterator[str]:
+    """Yield a table of the types of the answers, and of the errors that a route may have."""
+    yield from ("| route | answer | errors |", "|---|---|---|")
+    for path, operation in _operations(document):
+        found = operation["responses"]
+        answers = ", ".join(
+            _answer(media_type, content["schema"])
+            for media_type, content in found["200"]["content"].items()
+        )
+        yield _row(f"`{path}`", answers, ", ".join(s for s in found if s >= "400"))
+
+
+def types(document: Document) -> Iterator[str]:
+    """Yield a heading and a table for each type."""
+    for name, schema in sorted(document["components"]["schemas"].items()):
+        description = " ".join(schema.get("description", "").split())
+        yield from (f"### {name}", "", description, "")
+        yield from ("| field | type | meaning |", "|---|---|---|")
+        required = schema.get("required", ())
+        for field, found in schema["properties"].items():
+            optional = "" if field in required else ", optional"
+            yield _row(f"`{field}`", _type(found) + optional, found.get("description", ""))
+        yield ""
+
+
+def _operations(document: Document) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield routes, the shortest of those that answer alike."""
+    seen = set()
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            if (alike := (method, common(path))) not in seen:
+                seen.add(alike)
+                yield f"{method.upper()} {path}", operation
+
+
+def _answer(media_type: str, schema: Mapping[str, Any]) -> str:
+    if media_type == "application/json":
+        return _type(schema)
+    return f"`{media_type}`" + (f" of {_type(schema)}" if "anyOf" in schema else "")
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    """Name a type as a reader knows it."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(_type(choice) for choice in schema["anyOf"])
+    if schema.get("type") == "array":
+        kind = _type(schema["items"])
+        return f"list of {kind}s" if kind in ("string", "number", "integer") else f"list of {kind}"
+    if "const" in schema or "enum" in schema:
+        return _values(schema)
+    if isinstance(schema.get("additionalProperties"), Mapping):
+        return f"object of {_type(schema['additionalProperties'])}"
+    return str(schema.get("type", "any"))
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """Say which values there may be."""
+    for choice in schema.get("anyOf", ()):
+        if choice["type"] != "null":
+            return _values(choice)
+    if "const" in schema or "enum" in schema:
+        return ", ".join(_code(value) for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "boolean":
+        return "`true`, `false`"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    high = "2^63-1" if high == 2**63 - 1 else high
+    least = f"{low}" if low is not None else f"above {above}"
+    most = f"{high}" if high is not None else f"below {below}"
+    return f"{least} to {most}"
+
+
+def _code(value: object) -> str:
+    return "" if value is None else f"`{str(value).lower() if value in (True, False) else value}`"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def main() -> None:
+    """Write the page anew."""
+    PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The OpenAPI document and the page made from it are whole, and show what a service answers."""
+
+import json
+import re
+import runpy
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from service.app import create_app
+from service.cli import app as command_line
+from service.document import common, examples
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "a-token-of-examples"  # noqa: S105  opens nothing
+DOCUMENT = create_app(Settings()).openapi()
+OPERATIONS = {
+    f"{method.upper()} {path}": operation
+    for path, item in DOCUMENT["paths"].items()
+    for method, operation in item.items()
+}
+
+
+def schema_of(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content["schema"], "components": DOCUMENT["components"]}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_says_what_it_does_answers_and_how_it_fails(name):
+    operation = OPERATIONS[name]
+    assert operation["summary"]
+    assert operation["description"]
+    errors = {s: r for s, r in operation["responses"].items() if s >= "400"}
+    assert "500" in errors
+    protocol = name.partition(" ")[2].startswith("/v2")
+    kind = "ProtocolError" if protocol else "Problem"
+    media_type = "application/json" if protocol else "application/problem+json"
+    for status, response in errors.items():
+        assert HTTPStatus(int(status))
+        assert response["description"]
+        reference = {"$ref": f"#/components/schemas/{kind}"}
+        assert response["content"] == {media_type: {"schema": reference}}
+    answers = [r for s, r in operation["responses"].items() if s < "400"]
+    assert [r["description"] for r in answers]
+    for media_type, content in answers[0]["content"].items():
+        assert "example" in content or media_type == "image/png"
+        if media_type == "application/json":
+            jsonschema.validate(content["example"], schema_of(content))
+
+
+@pytest.mark.parametrize("name", [n for n, o in OPERATIONS.items() if "requestBody" in o])
+def test_every_body_has_an_example_that_its_schema_allows(name):
+    content = OPERATIONS[name]["requestBody"]["content"]["application/json"]
+    jsonschema.validate(content["example"], schema_of(content))
+
+
+def test_no_example_is_of_a_route_that_is_not_there():
+    routes = {f"{n.partition(' ')[0]} {common(n.partition(' ')[2])}" for n in OPERATIONS}
+    assert set(examples()) == {r for r in routes if not r.endswith("{number}")}
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory, make_server):
+    """What a service with the digits model answers now, by the script that asks for examples."""
+    root = tmp_path_factory.mktemp("examples")
+    train = ["train", "--dataset", "digits", "--epochs", "1", "--samples", "2"]
+    assert CliRunner().invoke(command_line, [*train, "--checkpoints", str(root)]).exit_code == 0
+    server = make_server(root, default_model=None, admin_token=TOKEN).start()
+    ask = runpy.run_path(str(ROOT / "docs/examples.py"))["ask"]
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=server.url, headers=headers) as client:
+        return dict(ask(client))
+
+
+@pytest.mark.parametrize("name", examples())
+def test_examples_are_built_as_a_service_answers(name, answered):
+    shown, now = examples()[name], answered[name]
+    assert now.get("sent") == shown.get("sent")
+    assert form(now["answer"]) == form(shown["answer"])
+
+
+def form(value: object) -> object:
+    """How an answer is built: its fields, and the types and number of values."""
+    if isinstance(value, dict):
+        return {key: form(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [form(inner) for inner in value]
+    if isinstance(value, str) and value.startswith("# HELP "):
+        return set(re.findall(r"^dropserve_\w+", value, re.MULTILINE))
+    if isinstance(value, str) and value.startswith("event: "):
+        events = re.findall(r"event: (\w+)\ndata: (.*)\n\n", value)
+        return [(event, form(json.loads(data))) for event, data in events]
+    return "number" if value is None or isinstance(value, int | float) else "text"
+
+
+def test_the_page_has_the_tables_of_the_document():
+    page = (ROOT / "docs/api.md").read_text()
+    write = runpy.run_path(str(ROOT / "docs/generate.py"))["write"]
+    assert page == write(page, DOCUMENT), "make docs writes it anew"
