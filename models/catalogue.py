@@ -25,12 +25,12 @@ def find(root: Path) -> dict[str, list[int]]:
 
 
 def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return what changes when the files in a version's folder do: names, times, sizes, inodes."""
+    """Return what changes when the files in a version's folder do, or who may read them."""
     try:
         files = [(path.name, path.lstat()) for path in sorted(folder.iterdir())]
     except OSError:  # it is going just now
         return ()
-    return tuple((name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in files)
+    return tuple((name, s.st_ctime_ns, s.st_size, s.st_ino) for name, s in files)
 
 
 def default_name(dataset: str, network: str) -> str:

@@ -190,6 +190,7 @@ class Inference:
     def close(self) -> None:
         """Stop the threads when what they are at is done; what waits is dropped."""
         self._batcher.close()
+        self.repository.close()
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=False, cancel_futures=True)

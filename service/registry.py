@@ -1,6 +1,6 @@
 """Names and versions: which model a request means. Names are looked up, never joined to a path."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 from service.errors import NotFound
@@ -18,7 +18,7 @@ class Registry(Generic[Served]):
     Any thread may look up while one thread replaces.
 
     Args:
-        default: the model that is meant where none is named; None: the only one at the start.
+        default: the model that is meant where none is named; None: see `open`.
         where: the models come from, for messages.
 
     Attributes:
@@ -31,7 +31,7 @@ class Registry(Generic[Served]):
         self._models: Mapping[str, Mapping[int, Served]] = {}
 
     def open(self) -> None:
-        """Settle the default, once the models of the start are there; later ones don't change it.
+        """Settle the default, once the models of the start are there: later ones don't change it.
 
         Raises:
             RegistryError: there is no model, or no such default.
@@ -78,10 +78,6 @@ class Registry(Generic[Served]):
         models = {**self._models, name: dict(sorted(versions.items()))}
         # in one assignment, so that a lookup sees what was before or what is after
         self._models = {n: found for n, found in sorted(models.items()) if found}
-
-    def items(self) -> Iterable[tuple[str, Mapping[int, Served]]]:
-        """Return the models and their versions."""
-        return self._models.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)

@@ -55,6 +55,7 @@ class Reloader(Generic[Served]):
         refused: versions of a model that cannot be served.
         left_out: names of models that are not to be served.
         loads: how often versions of a model were "loaded" or "refused".
+        closing: whether to load no more versions.
     """
 
     def __init__(self, registry: Registry[Served], folder: Folder[Served], keep: int) -> None:
@@ -65,23 +66,24 @@ class Reloader(Generic[Served]):
         self.refused: Mapping[str, Mapping[int, Refusal]] = {}
         self.left_out: frozenset[str] = frozenset()
         self.loads: Counter[tuple[str, str]] = Counter()
+        self.closing = False
 
     def look(self) -> None:
         """Bring the registry up to date."""
+        for name in self.left_out:
+            self._registry.replace(name, {})
         try:
             self.found = self._folder.find()
         except OSError as error:
             _log.warning(f"the checkpoints cannot be listed: {error}")
             return
-        for name in self.left_out:
-            self._registry.replace(name, {})
         for name, versions in self.found.items():
             if name not in self.left_out:
                 self._refresh(name, versions)
 
-    def forget(self, name: str) -> None:
-        """Look again at a model's refused versions, although their files are the same."""
-        self.refused = {n: refusals for n, refusals in self.refused.items() if n != name}
+    def forget(self) -> None:
+        """Look again at what was refused, although the files are the same."""
+        self.refused = {}
 
     def _refresh(self, name: str, versions: Sequence[int]) -> None:
         """Go from the latest version to older ones until there are enough.
@@ -93,7 +95,7 @@ class Reloader(Generic[Served]):
         chosen: dict[int, Served] = {}
         refused = {version: known[version] for version in versions if version in known}
         for version in reversed(versions):
-            if len(chosen) > self._keep:
+            if len(chosen) > self._keep or self.closing:
                 break
             found = before.get(version) or self._load(name, version, known.get(version))
             if isinstance(found, Refusal):
@@ -103,7 +105,7 @@ class Reloader(Generic[Served]):
                 chosen[version] = found
                 self._registry.replace(name, {**before, **chosen})  # not held up by older ones
         self.refused = {**self.refused, name: refused}
-        if chosen:
+        if chosen and not self.closing:
             self._registry.replace(name, chosen)
 
     def _load(self, name: str, version: int, known: Refusal | None) -> Served | Refusal:
@@ -117,9 +119,15 @@ class Reloader(Generic[Served]):
             about = {"model": name, "version": version, "reason": str(error)}
             _log.exception("version refused", extra={FIELDS: about})
             self.loads[name, "refused"] += 1
-            return Refusal(error, mark)
+            return Refusal(_bare(error), mark)
         milliseconds = round(1000 * (time.perf_counter() - started))
         about = {"model": name, "version": version, "milliseconds": milliseconds}
         self.loads[name, "loaded"] += 1
         _log.info("version ready", extra={FIELDS: about})
         return served
+
+
+def _bare(error: Exception) -> Exception:
+    """Free an error of the frames that it came through: they hold the weights that were read."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error

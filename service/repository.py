@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any, Generic, TypeVar
 
-from service.errors import InvalidRequest, NotFound
+from service.errors import InvalidRequest, NotFound, Overloaded
 from service.registry import Registry
 from service.reload import Folder, Reloader
 from service.settings import Settings
@@ -28,8 +28,9 @@ class Repository(Generic[Served]):
         folder: where versions come from.
         loader: a thread that makes them ready.
         board: shared with other workers, if there are any.
-        strict: a version that cannot be served is an error now. Later, and in a worker that takes a
-            dead one's place, it is refused and the others serve.
+        strict: what cannot be served is an error now, and the default is settled. A worker is not:
+            its parent was, and it may take a dead one's place when a bad version has come, or all
+            models are unloaded.
 
     Attributes:
         registry: what is served.
@@ -52,7 +53,7 @@ class Repository(Generic[Served]):
         self._poll = settings.poll_seconds
         self._loader = loader
         self._board = board or NoticeBoard()
-        self._obeyed = Notice()
+        self._obeyed = Notice(number=-1)
         self.registry: Registry[Served] = Registry(
             settings.default_model, where=str(settings.checkpoints)
         )
@@ -72,6 +73,7 @@ class Repository(Generic[Served]):
             await asyncio.sleep(_GLANCE)
             try:
                 if loop.time() >= due or self._board.read() != self._obeyed:
+                    due = loop.time() + self._poll
                     await loop.run_in_executor(self._loader, self._obey)
                     due = loop.time() + self._poll
             except Exception:  # the next look may do better, and what is served is served
@@ -83,8 +85,8 @@ class Repository(Generic[Served]):
         Raises:
             NotFound: there is no such model in the checkpoints folder.
             InvalidRequest: none of its versions can be served; says why.
+            Overloaded: not all workers have done it yet.
         """
-        self._reloader.forget(name)
         await self._post(name, loaded=True)
         if not self._reloader.found.get(name):
             raise NotFound("no such model in the checkpoints folder")
@@ -97,6 +99,7 @@ class Repository(Generic[Served]):
 
         Raises:
             NotFound: it is not served.
+            Overloaded: not all workers have done it yet.
         """
         if not self.registry.versions(name):
             raise NotFound("no such model; GET /v1/models lists them")
@@ -119,28 +122,40 @@ class Repository(Generic[Served]):
         """Count the versions of each model that cannot be served."""
         return {name: len(refusals) for name, refusals in self._reloader.refused.items()}
 
+    def close(self) -> None:
+        """Load no more versions than the one that is being loaded."""
+        self._reloader.closing = True
+
     def _open(self, strict: bool) -> None:
         """Load what there is at the start."""
         self._obey()
-        for refusals in self._reloader.refused.values() if strict else ():
-            for refusal in refusals.values():
-                raise refusal.error
-        self.registry.open()
+        if strict:
+            for refusals in self._reloader.refused.values():
+                for refusal in refusals.values():
+                    raise refusal.error
+            self.registry.open()
 
     def _obey(self) -> None:
         """Do as the notice board says, and look for new versions."""
         notice = self._board.read()
+        if notice != self._obeyed:
+            self._reloader.forget()
         self._reloader.left_out = notice.unloaded
         self._reloader.look()
-        self._board.obeyed(notice)
-        self._obeyed = notice
+        if notice != self._obeyed:
+            self._board.obeyed(notice)
+            self._obeyed = notice
 
     async def _post(self, name: str, *, loaded: bool) -> None:
         run = asyncio.get_running_loop().run_in_executor
-        notice = await run(self._loader, lambda: self._board.post(name, loaded=loaded))
-        await run(self._loader, self._obey)
-        async with asyncio.timeout(_PATIENCE):
-            await self._board.all_obeyed(notice)
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                notice = await run(self._loader, lambda: self._board.post(name, loaded=loaded))
+                await run(self._loader, self._obey)
+                await self._board.all_obeyed(notice)
+        except TimeoutError:
+            text = "some workers have not done it yet, and will: ask for the index"
+            raise Overloaded(text) from None
 
     def _state(self, name: str, version: int) -> dict[str, str]:
         refusal = self._reloader.refused.get(name, {}).get(version)

@@ -61,7 +61,10 @@ def serve(settings: Settings) -> None:
 
 def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
     """Run several processes, each with its own models and queue."""
-    Inference(settings).close()  # a worker that cannot load them would be started for ever
+    inference = Inference(settings)  # strictly: workers are not, see `Repository`
+    inference.close()
+    if inference.registry.default is not None:  # one that starts later might find another
+        settings = settings.model_copy(update={"default_model": inference.registry.default})
     for name in settings.model_fields_set:
         os.environ[environment_name(name)] = _text(getattr(settings, name))
     with shared_folder():

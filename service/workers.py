@@ -139,9 +139,9 @@ def _next(notice: Notice, name: str, loaded: bool) -> Notice:
 
 
 def lives(process: int) -> bool:
-    """Say if there is such a process."""
+    """Say if there is such a process of ours."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # or its number is another user's by now
         return False
     return True

@@ -10,7 +10,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from service.bodies import BodyReader, load_json
 from service.classifier import Classifier
-from service.errors import Forbidden, InvalidRequest, Unauthorized
+from service.errors import Forbidden, InvalidRequest, Overloaded, Unauthorized
 from service.protocol import (
     PLAIN,
     ROWS,
@@ -60,8 +60,10 @@ async def live() -> Live:
 
 
 @router.get("/health/ready")
-async def ready() -> Ready:
+async def ready(request: Request) -> Ready:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
+    if not any(inference_of(request).registry):
+        raise Overloaded("no model is served")
     return Ready(ready=True)
 
 

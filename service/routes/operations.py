@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
+from service.errors import Overloaded
 from service.routes.native import inference_of
 from service.schemas import Health, ModelState, Readiness, Refused
 
@@ -27,12 +28,16 @@ async def readyz(request: Request) -> Readiness:
     """All models are loaded: nothing listens before they are, nor from the moment of shutdown.
 
     A version that came later and cannot be served does not change that: those before it serve.
+    Where none is served, because an operator unloaded all, it is 503.
     """
     inference = inference_of(request)
+    if not any(inference.registry):
+        raise Overloaded("no model is served")
     models = {}
-    for name, versions in inference.registry.items():
+    for name in sorted({*inference.registry, *inference.repository.refusals()}):
         refused = list(map(Refused.model_validate, inference.repository.refused(name)))
-        models[name] = ModelState(versions=list(versions), refused=refused)
+        versions = list(inference.registry.versions(name))
+        models[name] = ModelState(versions=versions, refused=refused)
     return Readiness(status="ready", models=models)
 
 

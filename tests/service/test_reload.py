@@ -1,5 +1,9 @@
 """Versions that come and go: which are served, which are refused, and when they are tried again."""
 
+import gc
+import json
+import weakref
+
 import pytest
 
 from service.registry import Registry
@@ -125,3 +129,59 @@ def test_a_folder_that_cannot_be_listed_changes_nothing(there, reloader):
     reloader._folder = Folder(broken, there.mark, there.load)
     reloader.look()
     assert served(reloader) == {1: "m 1"}
+
+
+def test_what_was_refused_is_looked_at_again_when_it_is_forgotten(there, reloader):
+    there.models["m"] = {1: "good", 2: "bad"}
+    reloader.look()
+    reloader.forget()
+    reloader.look()
+    assert there.loads == [2, 1, 2]
+
+
+def test_a_refusal_holds_nothing_that_was_read(there, reloader, caplog):
+    caplog.set_level("CRITICAL", logger="dropserve.versions")  # or its records hold the frames
+
+    class Weights:
+        pass
+
+    gone = []
+
+    def load(_name, _version):
+        weights = Weights()
+        gone.append(weakref.ref(weights))
+        try:
+            json.loads("{")
+        except ValueError as error:
+            raise ValueError("bad") from error
+
+    reloader._folder = Folder(there.find, there.mark, load)
+    there.models["m"] = {1: "bad"}
+    reloader.look()
+    gc.collect()
+    assert str(reloader.refused["m"][1].error) == "bad"
+    assert gone[0]() is None
+
+
+def test_a_model_is_left_out_even_where_the_folder_cannot_be_listed(there, reloader):
+    there.models["m"] = {1: "good"}
+    reloader.look()
+
+    def broken():
+        raise OSError("stale handle")
+
+    reloader._folder = Folder(broken, there.mark, there.load)
+    reloader.left_out = frozenset({"m"})
+    reloader.look()
+    assert served(reloader) == {}
+
+
+def test_who_closes_waits_for_one_version_and_not_for_all(there, reloader):
+    def load(name, version):
+        reloader.closing = True
+        return there.load(name, version)
+
+    reloader._folder = Folder(there.find, there.mark, load)
+    there.models["m"] = {1: "good", 2: "good"}
+    reloader.look()
+    assert there.loads == [2]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -195,15 +196,49 @@ def test_a_version_that_is_bad_at_the_start_stops_it_and_later_does_not(publishe
     assert httpx.get(server.url + "/v1/models/m").json()["version"] == 1
 
 
+def workers(server):
+    """Process ids of the workers: children that are no tracker of resources."""
+    root = Path("/proc", str(server.process.pid), "task", str(server.process.pid), "children")
+    commands = {
+        int(pid): Path("/proc", pid, "cmdline").read_bytes() for pid in root.read_text().split()
+    }
+    return [pid for pid, command in commands.items() if b"spawn_main" in command]
+
+
+def kill_a_worker(server):
+    """Kill one; wait until another has taken its place."""
+    before = workers(server)
+    os.kill(before[0], signal.SIGKILL)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        now = workers(server)
+        if len(now) == len(before) and before[0] not in now:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no worker has come up")
+
+
 def test_a_worker_that_takes_a_dead_ones_place_serves_what_is_good(publisher, make_server):
-    server = make_server(publisher.root, workers=2, poll_seconds=POLL, default_model="m").start()
+    token = "a-token-of-an-operator"  # noqa: S105  of this test
+    server = make_server(
+        publisher.root, workers=2, poll_seconds=POLL, default_model=None, admin_token=token
+    ).start()
     publisher.publish(2, cut_the_weights)
     wait_for(server.lines, "version refused", 2, 2)
-    children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
-    with open(children) as pids:  # noqa: PTH123  procfs
-        workers = [int(pid) for pid in pids.read().split()]
-    victim = workers[-1]
-    os.kill(victim, signal.SIGKILL)
-    wait_for(server.lines, "version refused", 2, 3)
-    for _ in range(40):
-        assert httpx.get(server.url + "/readyz").status_code == 200
+    shutil.copytree(publisher.root / "m", publisher.root / "other")  # no default any more, if asked
+    wait_for(server.lines, "version refused", 2, 4)
+    kill_a_worker(server)
+    wait_for(server.lines, "version refused", 2, 6)
+    headers = {"Authorization": f"Bearer {token}"}
+    for act, status in (("unload", 404), ("load", 200)):
+        for name in ("m", "other"):
+            url = f"{server.url}/v2/repository/models/{name}/{act}"
+            assert httpx.post(url, headers=headers, timeout=60).status_code == 200
+        if act == "unload":
+            kill_a_worker(server)
+            time.sleep(3)
+        body = {"content": picture(), "headers": {"Content-Type": "image/png"}, "timeout": 60}
+        for _ in range(20):
+            assert httpx.post(server.url + "/predict", **body).status_code == status
+            ready = httpx.get(server.url + "/readyz").status_code
+            assert ready == (200 if status == 200 else 503)
