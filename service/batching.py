@@ -130,10 +130,10 @@ class Batcher(Generic[Key, Item, Result]):
         """Queue an item and wait for its result; cancelling the wait takes it out of the queue.
 
         Raises:
-            QueueFull: at once, if it would not fit.
+            QueueFull: at once, if it would not fit; what weighs nothing always does.
             Exception: what `run` raised for this item.
         """
-        if self._queued and self._queued + weight > self._max_queue:
+        if weight and self._queued and self._queued + weight > self._max_queue:
             raise QueueFull
         loop = asyncio.get_running_loop()
         waiting: _Waiting[Item, Result] = _Waiting(

@@ -1,12 +1,13 @@
 """Owns the models, the one thread that runs them and the one that loads new ones."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 
 from models import catalogue
@@ -30,6 +31,9 @@ Steps = Iterator[Answer]
 """What a request that is answered in steps has still to be told."""
 Key = tuple[Classifier, Task, Steps | None]
 """What runs together; who is answered in steps runs alone."""
+MAX_WATCHED = 64
+"""Most requests that are answered in steps at once: each is remembered until its last."""
+_FULL = "too many images are waiting; try again in a second"
 
 
 def checkpoints(settings: Settings) -> Folder[Classifier]:
@@ -82,9 +86,10 @@ class Inference:
         self._loader = ThreadPoolExecutor(1, "loading", set_threads)
         self._decoders = ThreadPoolExecutor(2, "decoding")
         self._decoding = 0
+        self._watched = 0
         self.metrics: Metrics | None = None
         self.tracing: Tracing | None = None
-        self._batcher: Batcher[Key, Pixels | Read, Answer] = Batcher(
+        self._batcher: Batcher[Key, Pixels | Read | None, Answer] = Batcher(
             self._run,
             self._worker,
             max_batch=settings.max_batch,
@@ -106,7 +111,7 @@ class Inference:
             self.metrics.batch(type(key[1]).__name__.lower(), images, waits)
 
     def _run(
-        self, key: Key, requests: Sequence[Pixels | Read]
+        self, key: Key, requests: Sequence[Pixels | Read | None]
     ) -> Generator[None, None, list[Answer | Exception]]:
         classifier, task, steps = key
         if steps is None:
@@ -114,12 +119,12 @@ class Inference:
         else:
             answers = [step := next(steps, {})]
             whole = [*step.get("end", ())]
-        if self.metrics is not None:
+        if self.metrics is not None and whole:
             self.metrics.answered(classifier.name, task, whole)
         return answers
 
     async def decode(self, work: Callable[[], Result]) -> Result:
-        """Run decoding off the event loop.
+        """Run decoding off the event loop; what has not begun when it is cancelled is let go of.
 
         Raises:
             Overloaded: as many requests as the queue holds images wait to be decoded.
@@ -127,10 +132,15 @@ class Inference:
         if self._decoding >= self._settings.max_queue:
             raise Overloaded("too many pictures are waiting; try again in a second")
         self._decoding += 1
+        held = [work]  # the executor keeps what was cancelled until it would be its turn
+        del work
         try:
             with self.tracing.span("decode") if self.tracing is not None else nullcontext():
-                return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._decoders, lambda: held.pop()()
+                )
         finally:
+            held.clear()
             self._decoding -= 1
 
     async def run(
@@ -159,11 +169,11 @@ class Inference:
                 (classifier, task, None), pixels, images, urgent=isinstance(task, Predict)
             )
         except QueueFull as error:
-            raise Overloaded("too many images are waiting; try again in a second") from error
+            raise Overloaded(_FULL) from error
 
     async def watch(
         self, classifier: Classifier, task: Watch, pixels: Pixels | Read
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Answer one request in steps, as `Classifier.watch` does, each waiting for its turn.
 
         A step is made when it is asked for: who reads slowly holds one step and no thread, and
@@ -172,20 +182,27 @@ class Inference:
         Args:
             classifier: from the registry.
             task: what to do.
-            pixels: of one image, as for `run`.
+            pixels: of one image, as for `run`; let go of once the first step is made.
 
         Raises:
-            Overloaded: the queue is full; it holds nobody up who has begun.
+            Overloaded: the queue is full, or many are answered in this way; neither holds up who
+                has begun.
             RequestError: the picture could not be read.
         """
+        if self._watched >= MAX_WATCHED:
+            raise Overloaded("too many pictures are watched; try again in a second")
+        self._watched += 1
         steps = _steps(classifier, task, pixels)
+        del pixels
         place = 1
         try:
-            while step := await self._batcher.submit((classifier, task, steps), pixels, place):
+            while step := await self._batcher.submit((classifier, task, steps), None, place):
                 yield step
                 place = 0
         except QueueFull as error:
-            raise Overloaded("too many images are waiting; try again in a second") from error
+            raise Overloaded(_FULL) from error
+        finally:
+            self._watched -= 1
 
     def close(self) -> None:
         """Stop the threads when what they are at is done; what waits is dropped."""
@@ -197,15 +214,17 @@ class Inference:
 
 
 def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Steps:
-    yield from classifier.watch(task, pixels() if callable(pixels) else pixels)
+    if callable(pixels):
+        pixels = pixels()  # in its place: with it goes the request's body
+    yield from classifier.watch(task, pixels)
 
 
 def _answers(
-    classifier: Classifier, task: Task, requests: Sequence[Pixels | Read]
+    classifier: Classifier, task: Task, requests: Sequence[Pixels | Read | None]
 ) -> Generator[None, None, list[Answer | Exception]]:
     """Read what is left to be read, and answer all that could be."""
     read = [_read(request) if callable(request) else request for request in requests]
-    sound = [pixels for pixels in read if not isinstance(pixels, Exception)]
+    sound = [pixels for pixels in read if isinstance(pixels, np.ndarray)]
     answers: list[Answer] = (yield from classifier.run(task, sound)) if sound else []
     rest = iter(answers)
     return [found if isinstance(found, Exception) else next(rest) for found in read]

@@ -22,6 +22,8 @@ from service.middleware import RequestLog
 
 OPEN = {"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"}
 """Paths of the probes, which need no key."""
+OPERATIONS = {*OPEN, "/metrics"}
+"""Paths that machines ask all the time: no part of the traffic."""
 _EVERY = 1.0
 """Seconds between looks whether the file has changed."""
 _KEY = re.compile(rb"[!-~]+")  # what a header can carry

@@ -10,6 +10,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -204,11 +205,16 @@ class Metrics:
         Returns:
             The text and its content type.
         """
-        folder = self._folder
-        if folder is not None:
-            for path in folder.glob("gauge_live*.db"):
-                process = int(path.stem.rpartition("_")[2])
-                if not lives(process):
-                    mark_process_dead(process, folder)  # type: ignore[no-untyped-call]
+        if self._folder is not None:
+            _forget_the_dead(self._folder)
         encode, content_type = choose_encoder(accept)
         return encode(self._exposed), content_type
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """Remove what dead workers said of themselves; several threads may be at it."""
+    for path in folder.glob("gauge_live*.db"):
+        process = int(path.stem.rpartition("_")[2])
+        if not lives(process):
+            with suppress(FileNotFoundError):  # another was quicker
+                mark_process_dead(process, folder)  # type: ignore[no-untyped-call]

@@ -46,11 +46,13 @@ class RequestLog:
             await exchange.fail(error.status, str(error), error.headers)
         except asyncio.CancelledError:  # the time for open requests is over at shutdown
             if exchange.status:
+                exchange.status = 503
                 raise
             await exchange.fail(503, "the service is stopping", {"Retry-After": "1"})
         except Exception:
             _log.exception("request failed", extra={FIELDS: {"request_id": exchange.request_id}})
             if exchange.status:
+                exchange.status = 500
                 raise  # half an answer is out: let the server break the connection
             await exchange.fail(500, "the service failed; its log says why")
         finally:
@@ -98,11 +100,12 @@ class _Exchange:
             self.status = CLIENT_CLOSED
 
     def end(self) -> None:
-        """Write the request's line, and count it."""
+        """Write the request's line, and count it; with the status that the log has, if it has."""
         seconds = time.perf_counter() - self._started
         fields = self._fields
+        status = fields.get("status", self.status)
         route = route_of(self._scope)
-        key = (route or "other", fields.get("model", ""), fields.get("version", ""), self.status)
+        key = (route or "other", fields.get("model", ""), fields.get("version", ""), status)
         self._scope["app"].state.metrics.requests[key].append(seconds)
         if _log.isEnabledFor(logging.INFO):
             line = {
@@ -110,7 +113,7 @@ class _Exchange:
                 "method": self._scope["method"],
                 "route": route,
                 **fields,
-                "status": self.status,
+                "status": status,
                 "milliseconds": round(1000 * seconds, 3),
             }
             _log.info("request", extra={FIELDS: line})

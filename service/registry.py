@@ -63,8 +63,7 @@ class Registry(Generic[Served]):
             raise NotFound("no such model; GET /v1/models lists them")
         if version is None:
             return versions[max(versions)]
-        plain = version.isascii() and version.isdecimal() and len(version) <= 9
-        number = int(version) if plain else 0
+        number = plain_number(version)
         if number not in versions:
             raise NotFound("no such version of the model; GET /v1/models lists them")
         return versions[number]
@@ -81,3 +80,9 @@ class Registry(Generic[Served]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)
+
+
+def plain_number(text: str) -> int:
+    """Read a number from a path: plain decimal digits, not too many; -1: it is something else."""
+    plain = text.isascii() and text.isdecimal() and len(text) <= 9
+    return int(text) if plain else -1

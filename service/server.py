@@ -32,9 +32,7 @@ def serve(settings: Settings) -> None:
     if settings.api_keys_file is not None:
         Keys(settings.api_keys_file)  # read for its errors: quicker than any model
     if settings.tracing:
-        from service import tracing
-
-        tracing.require()
+        import service.tracing  # noqa: F401  read for its error, too
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,

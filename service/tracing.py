@@ -1,48 +1,42 @@
 """OpenTelemetry spans of a request: the whole, its decoding, its wait in the queue and its run.
 
-Only imported if tracing is on. It sets nothing global: the provider belongs to one application, and
-the standard OTEL_* variables configure it.
+Only imported if tracing is on; a ServerError then says what is missing, if it is. It sets nothing
+global: the provider belongs to one application, and the standard OTEL_* variables configure it.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from threading import Thread
 from time import time_ns
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, StatusCode
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServerError
-from service.keys import OPEN
+from service.keys import OPERATIONS
 from service.middleware import route_of
+
+try:
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace import Span, SpanKind, StatusCode
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ModuleNotFoundError as error:
+    raise ServerError(
+        "DROPSERVE_TRACING needs OpenTelemetry: pip install 'dropserve[otel]'"
+    ) from error
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_UNTRACED = {*OPEN, "/metrics"}
 _PATIENCE = 2.0
 """Seconds that the last spans get at the end."""
 _propagator = TraceContextTextMapPropagator()
-
-
-def require() -> None:
-    """Check that what tracing needs is installed.
-
-    Raises:
-        ServerError: it is not.
-    """
-    try:
-        found = find_spec("opentelemetry.exporter.otlp.proto.http")  # which needs the SDK
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise ServerError("DROPSERVE_TRACING needs OpenTelemetry: pip install 'dropserve[otel]'")
 
 
 class Tracing:
@@ -50,18 +44,9 @@ class Tracing:
 
     Args:
         exporter: where they go; None: by OTLP over HTTP to where OTEL_EXPORTER_OTLP_ENDPOINT says.
-
-    Raises:
-        ServerError: OpenTelemetry is not installed.
     """
 
     def __init__(self, exporter: "SpanExporter | None" = None) -> None:
-        require()
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
         resource = Resource.create()
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "dropserve"}))
@@ -151,7 +136,7 @@ class TracedRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or scope["path"] in _UNTRACED:
+        if scope["type"] != "http" or scope["path"] in OPERATIONS:
             await self._app(scope, receive, send)
             return
         with self._tracing.request(scope) as span:
@@ -178,6 +163,9 @@ def _describe(span: trace.Span, scope: Scope) -> None:
         span.set_attribute("http.route", route)
     state = scope.get("state", {})
     span.set_attribute("dropserve.request_id", state.get("request_id", ""))
+    log = state.get("log", {})
+    if log.get("status", 0) >= 500:  # of a stream: its response had begun with 200
+        span.set_status(StatusCode.ERROR)
     for name in ("model", "version", "images"):
-        if name in state.get("log", {}):
-            span.set_attribute(f"dropserve.{name}", state["log"][name])
+        if name in log:
+            span.set_attribute(f"dropserve.{name}", log[name])

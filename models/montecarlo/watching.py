@@ -68,6 +68,7 @@ def watch(
         count = chunk.shape[2]
         scales = sampler.scales(masks, seed, range(done, done + count), x.device)
         kept = [np.packbits((f != 0).flatten(1).cpu().numpy(), 1) for f in scales.factors]
+        del scales  # 32 times as large, and it may be long before the next is asked for
         probabilities = np.ascontiguousarray(chunk[:, 0].cpu().numpy().T)
         for start in range(0, count, BLOCK):
             some = slice(start, start + BLOCK)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.keys import OPERATIONS
 from service.schemas import Readiness
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
 Chosen = Callable[[Mapping[str, str]], bool]
-_OPERATIONS = ("/metrics", "/livez", "/readyz", "/healthz")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def between(before: Look, after: Look) -> Figures:
         return gained(f"{name}_sum", chosen) / count if count else None
 
     def asked(labels: Mapping[str, str]) -> bool:
-        return labels["route"] not in _OPERATIONS
+        return labels["route"] not in OPERATIONS
 
     def failed(labels: Mapping[str, str]) -> bool:
         return asked(labels) and labels["status"] >= "500"

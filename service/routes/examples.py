@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Response
 
 from service.classifier import Classifier
 from service.errors import NotFound
+from service.registry import plain_number
 from service.routes.native import ERRORS, Find, named_model, versioned_model
 from service.schemas import ExampleList
 
@@ -46,7 +47,7 @@ _add_list(_VERSION + "/examples", versioned_model)
 )
 async def example(model: Annotated[Classifier, Depends(versioned_model)], number: str) -> Response:
     """Send one as a PNG: posted back, it is the test set's picture to the bit."""
-    plain = number.isascii() and number.isdecimal() and len(number) <= 9
-    if not plain or int(number) >= len(model.examples):
+    found = plain_number(number)
+    if not 0 <= found < len(model.examples):
         raise NotFound("no such example; GET .../examples lists them")
-    return Response(model.examples[int(number)].file, media_type="image/png", headers=_HEADERS)
+    return Response(model.examples[found].file, media_type="image/png", headers=_HEADERS)

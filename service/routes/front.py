@@ -5,8 +5,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.errors import InvalidRequest
 from service.middleware import RequestLog
 
 
@@ -41,8 +43,12 @@ class Front(ABC):
         """Answer a request on one of the paths."""
 
 
-def describe(error: Mapping[str, Any]) -> str:
-    """Say what pydantic found wrong with a value, and nothing of what was sent."""
+def invalid(error: ValidationError) -> InvalidRequest:
+    """Say what pydantic found wrong, once each, and nothing of what was sent."""
+    return InvalidRequest("; ".join(sorted(set(map(_describe, error.errors())))))
+
+
+def _describe(error: Mapping[str, Any]) -> str:
     path, what = error["loc"], error["msg"]
     if error["type"] in ("extra_forbidden", "invalid_key"):  # then the last is a name that was sent
         path, what = path[:-1], "unknown parameter"

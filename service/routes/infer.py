@@ -15,7 +15,7 @@ from service.classifier import Answer, Pixels, Predict, Task, Uncertainty
 from service.errors import InvalidRequest, UnsupportedMediaType
 from service.images import QUICK_BYTES, is_quick
 from service.protocol import PLAIN, SAMPLED, InferRequest
-from service.routes.front import Front, describe
+from service.routes.front import Front, invalid
 from service.schemas import SamplingOptions
 from service.settings import Settings
 from service.tensors import Pictures, Values, pictures, read, split, write
@@ -169,7 +169,7 @@ def _parse(body: bytes, lengths: Sequence[bytes], limits: BodyLimits) -> _Order:
     try:
         request = InferRequest.model_validate(load_json(head))
     except ValidationError as error:
-        raise InvalidRequest("; ".join(sorted(set(map(describe, error.errors()))))) from None
+        raise invalid(error) from None
     found = read(request.inputs[0], binary, limits)
     outputs = _outputs(request)
     if outputs.keys().isdisjoint(SAMPLED):

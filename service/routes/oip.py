@@ -10,7 +10,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from service.bodies import BodyReader, load_json
 from service.classifier import Classifier
-from service.errors import Forbidden, InvalidRequest, Overloaded, Unauthorized
+from service.errors import Forbidden, Overloaded, Unauthorized
 from service.protocol import (
     PLAIN,
     ROWS,
@@ -29,7 +29,7 @@ from service.protocol import (
     TensorMetadata,
     UnloadRequest,
 )
-from service.routes.front import describe
+from service.routes.front import invalid
 from service.routes.native import Find, inference_of, named_model, versioned_model
 
 if TYPE_CHECKING:
@@ -178,6 +178,6 @@ async def _read(request: Request, kind: type[Sent]) -> Sent:
     try:
         return kind.model_validate(load_json(sent) if sent else {})
     except ValidationError as error:
-        raise InvalidRequest("; ".join(sorted(set(map(describe, error.errors()))))) from None
+        raise invalid(error) from None
     finally:
         reader.release(sent)

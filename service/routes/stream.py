@@ -1,7 +1,8 @@
 """Server-sent events: an answer that is told in steps, each made once the one before is sent."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import orjson
@@ -32,28 +33,30 @@ Step = Mapping[str, Any]
 
 
 async def send_events(
-    send: Send, head: Mapping[str, Any], steps: AsyncIterator[Step], request_id: str
+    send: Send,
+    head: Mapping[str, Any],
+    first: Step,
+    rest: AsyncGenerator[Step, None],
+    state: Mapping[str, Any],
 ) -> None:
     """Send what steps tell; an error after the first of them is an event too.
 
     Args:
         send: the request's ASGI channel. It waits while the client reads more slowly than we tell.
         head: what the first and last event say before their own data.
-        steps: of the answer.
-        request_id: of the request.
-
-    Raises:
-        DropserveError: there was no first step; nothing has been sent.
+        first: step of the answer.
+        rest: the others; closed at the end.
+        state: of the request: its `request_id`, and the `log` that is told of an error's status.
     """
-    first = await anext(steps)
-    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-    async for events in _written(first, steps, head, request_id):
-        await send({"type": "http.response.body", "body": events, "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+    async with aclosing(rest):
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        async for events in _written(first, rest, head, state):
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _written(
-    first: Step, rest: AsyncIterator[Step], head: Mapping[str, Any], request_id: str
+    first: Step, rest: AsyncIterator[Step], head: Mapping[str, Any], state: Mapping[str, Any]
 ) -> AsyncIterator[bytes]:
     yield _write(first, head)
     try:
@@ -61,12 +64,17 @@ async def _written(
             yield _write(step, head)
     except DropserveError as error:
         if error.status == 500:
-            _log.error(str(error), extra={FIELDS: {"request_id": request_id}})
-        yield _write({"error": [problem(error.status, str(error), request_id)]}, head)
+            _log.error(str(error), extra={FIELDS: {"request_id": state["request_id"]}})
+        yield _failed(error.status, str(error), state)
     except Exception:
-        _log.exception("request failed", extra={FIELDS: {"request_id": request_id}})
-        detail = "the service failed; its log says why"
-        yield _write({"error": [problem(500, detail, request_id)]}, head)
+        _log.exception("request failed", extra={FIELDS: {"request_id": state["request_id"]}})
+        yield _failed(500, "the service failed; its log says why", state)
+
+
+def _failed(status: int, detail: str, state: Mapping[str, Any]) -> bytes:
+    """Write an error, and note its status: the one that was sent, 200, came too early."""
+    state["log"]["status"] = status
+    return _write({"error": [problem(status, detail, state["request_id"])]}, {})
 
 
 def _write(step: Step, head: Mapping[str, Any]) -> bytes:

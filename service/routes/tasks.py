@@ -6,7 +6,7 @@ picture and running a small network together (docs/benchmarks.md).
 """
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from service.classifier import (
 )
 from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
-from service.routes.front import Front, describe
+from service.routes.front import Front, invalid
 from service.routes.stream import send_events
 from service.schemas import (
     CompareOptions,
@@ -56,6 +56,8 @@ _OPTIONS: Mapping[str, type[BaseModel]] = {
 }
 _MAX_NUMBERS = 1_000_000
 """Sampled probabilities in one answer: about 12 MB of JSON."""
+Watched = tuple[Answer, AsyncGenerator[Answer, None]]
+"""An answer in steps: the first, and what makes the others."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,19 @@ class TaskRoutes(Front):
             raise InvalidRequest(f"samples: at most {self._max_samples} here")
         answer = await self._run(model, order.task, scope, receive)
         head = {"model": model.name, "version": model.version, **order.head}
-        if isinstance(answer, AsyncIterator):
+        if isinstance(answer, tuple):
             with WhileConnected(receive):
-                await send_events(send, head, answer, scope["state"]["request_id"])
+                await send_events(send, head, *answer, scope["state"])
         else:
             await _send(send, {**head, **answer})
 
     async def _run(
         self, model: Classifier, task: Task, scope: Scope, receive: Receive
-    ) -> Answer | AsyncIterator[Answer]:
-        """Read the pictures and run the task; one that is answered in steps has not begun."""
+    ) -> Answer | Watched:
+        """Read the pictures and run the task, or the first step of one that is answered in steps.
+
+        The body is needed no longer than that.
+        """
         inference: Inference = scope["app"].state.inference
         given = dict(reversed(scope["headers"]))  # the first of a name counts
         content_type = given.get(b"content-type", b"").decode("latin-1")
@@ -125,7 +130,8 @@ class TaskRoutes(Front):
                 _check_length(task, model, images)
                 scope["state"]["log"]["images"] = images
                 if isinstance(task, Watch):
-                    return inference.watch(model, task, pixels)
+                    steps = inference.watch(model, task, pixels)
+                    return await anext(steps), steps
                 return await inference.run(model, task, pixels, images)
         finally:
             self._reader.release(sent)
@@ -173,7 +179,7 @@ def _parse(kind: str, query: bytes) -> _Order:
     try:
         options = _OPTIONS[kind].model_validate(sent)
     except ValidationError as error:
-        raise InvalidRequest("; ".join(sorted(set(map(describe, error.errors()))))) from None
+        raise invalid(error) from None
     if isinstance(options, SamplingOptions):
         head = {
             "method": "dropout",

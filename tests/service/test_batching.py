@@ -153,6 +153,15 @@ def test_an_empty_queue_takes_even_what_is_heavier_than_itself():
     run(scenario, max_queue=4)
 
 
+def test_what_weighs_nothing_is_taken_however_much_waits():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            tasks = await queued(batcher.submit("a", 1, 99), batcher.submit("b", 2, 0))
+        assert await asyncio.gather(*tasks) == [("a", 1), ("b", 2)]
+
+    run(scenario, max_queue=4)
+
+
 def test_a_cancelled_item_that_waits_is_never_computed_and_frees_its_place():
     async def scenario(batcher, runner):
         async with busy(batcher, runner):

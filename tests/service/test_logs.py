@@ -1,12 +1,16 @@
 """Logs: one JSON object a line, the formatter alone and the real server's."""
 
+import asyncio
 import json
 import logging
 import re
 
 import pytest
 
+from service.app import create_app
 from service.logs import FIELDS, JsonFormatter, config
+from service.middleware import RequestLog
+from service.settings import Settings
 
 
 def record(message, *, fields=None, error=None):
@@ -40,6 +44,24 @@ def test_a_field_that_json_does_not_know_is_written_as_text():
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_the_configuration_takes_the_level(level):
     assert config(level)["root"]["level"] == level.upper()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(asyncio.CancelledError, 503), (ValueError, 500)], ids=str
+)
+def test_half_an_answer_is_not_counted_as_a_whole_one(error, status):
+    async def breaks_off(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise error
+
+    async def send(_):
+        pass
+
+    app = create_app(Settings())
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": [], "app": app}
+    with pytest.raises(error):
+        asyncio.run(RequestLog(breaks_off)(scope, None, send))
+    assert list(app.state.metrics.requests) == [("other", "", "", status)]
 
 
 def test_a_request_has_a_line_that_says_what_it_cost(server, http):

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import socket
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.batching import Batcher
-from service.metrics import SECONDS, _Distribution, _Events
+from service.metrics import SECONDS, _Distribution, _Events, _forget_the_dead
 from service.settings import Settings
 
 
@@ -211,6 +212,21 @@ def test_two_workers_add_up_and_a_dead_ones_gauges_go(make_server):
     assert scrape("dropserve_requests_total", route="/predict", status="200") == sent
     scrape = settled(server, lambda s: s("dropserve_workers") == 2)
     assert scrape("dropserve_requests_total", route="/predict", status="200") == sent
+
+
+def test_scrapes_at_once_do_not_trip_over_a_dead_worker(tmp_path):
+    dead = [2**22 + n for n in range(200)]  # beyond any process id
+    for process in dead:
+        (tmp_path / f"gauge_livesum_{process}.db").touch()
+    together = threading.Barrier(4)
+
+    def scrape(_):
+        together.wait(10)
+        _forget_the_dead(tmp_path)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(scrape, range(4)))
+    assert not list(tmp_path.iterdir())
 
 
 def workers(parent):

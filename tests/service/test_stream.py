@@ -2,20 +2,26 @@
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import socket
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from models import checkpoint
+from service.app import create_app
 from service.classifier import Predict, Watch
 from service.errors import InvalidRequest, Overloaded
 from service.events import StreamEnd, StreamSample, StreamStart
-from service.inference import Inference
+from service.inference import MAX_WATCHED, Inference
+from service.logs import FIELDS
 from service.routes.stream import send_events
 from service.schemas import Problem
 from service.settings import Settings
@@ -276,8 +282,8 @@ def test_nothing_is_made_while_the_client_does_not_read():
 
     async def main():
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(send_events(send, {}, steps(), "an-id"), 0.1)
-        assert len(made) == 1
+            await asyncio.wait_for(send_events(send, {}, {"start": []}, steps(), {}), 0.1)
+        assert not made
 
     asyncio.run(main())
 
@@ -299,37 +305,108 @@ def test_predictions_go_in_between_and_a_full_queue_stops_none_who_has_begun(inf
     asyncio.run(main())
 
 
+def test_the_steps_are_closed_as_soon_as_the_client_has_left():
+    closed = []
+
+    async def steps():
+        try:
+            while True:
+                yield {"sample": []}
+        finally:
+            closed.append(True)
+
+    async def send(message):
+        if message.get("body") == b"":  # of the first step that `steps` makes
+            raise ClientDisconnect
+
+    async def main():
+        with pytest.raises(ClientDisconnect):
+            await send_events(send, {}, {"start": [{}]}, steps(), {})
+        assert closed
+
+    asyncio.run(main())
+
+
+def test_a_body_is_let_go_of_once_the_first_step_is_made(inference, model):
+    class Body:
+        def __call__(self):
+            return PIXELS
+
+    async def main():
+        body = Body()
+        left = weakref.ref(body)
+        told = inference.watch(model, Watch(samples=20), body)
+        del body
+        await anext(told)
+        gc.collect()
+        assert left() is None
+        assert len([step async for step in told]) == 3
+
+    asyncio.run(main())
+
+
+def test_no_more_than_so_many_are_watched_at_once(inference, model):
+    async def main():
+        def watch():
+            return inference.watch(model, Watch(samples=10), PIXELS)
+
+        told = [watch() for _ in range(MAX_WATCHED)]
+        for steps in told:
+            await anext(steps)
+        with pytest.raises(Overloaded) as refused:
+            await anext(watch())
+        assert (refused.value.status, refused.value.headers) == (503, {"Retry-After": "1"})
+        assert len([step async for step in told[0]]) == 2
+        await told[1].aclose()
+        told += [watch(), watch()]
+        for steps in told[-2:]:
+            await anext(steps)
+        with pytest.raises(Overloaded):
+            await anext(watch())
+        for steps in told:
+            await steps.aclose()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(Overloaded("later"), 503), (ValueError("MARKER"), 500)], ids=repr
 )
-def test_an_error_after_the_first_step_is_an_event(error, status):
-    async def failing():
+def test_an_error_after_the_first_step_is_an_event_and_counts_as_one(
+    error, status, inference, model, monkeypatch, caplog
+):
+    def failing(_task, _pixels):
         yield {"start": []}
         raise error
 
-    sent = []
+    monkeypatch.setattr(model, "watch", failing)
+    app = create_app(inference._settings, inference)
+    app.state.inference = inference
+    path = f"{MLP}/versions/1/uncertainty/stream"
 
-    async def send(message):
-        sent.append(message)
+    async def main():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await post(client, path, picture(MLP))
 
-    asyncio.run(send_events(send, {}, failing(), "an-id"))
-    start, *bodies = sent
-    assert start["status"] == 200
-    ((name, data, read),) = parse(b"".join(m["body"] for m in bodies).decode())
-    assert (name, read.status, read.request_id) == ("error", status, "an-id")
+    with caplog.at_level("INFO", "dropserve.requests"):
+        response = asyncio.run(main())
+    assert response.status_code == 200
+    ((name, data, read),) = parse(response.text)
+    assert (name, read.status) == ("error", status)
+    assert read.request_id == response.headers["x-request-id"]
     assert "MARKER" not in data
-    assert not bodies[-1].get("more_body")
+    route = "/v1/models/{name}/versions/{version}/uncertainty/stream"
+    assert list(app.state.metrics.requests) == [(route, "digits-mlp", 1, status)]
+    assert caplog.records[-1].__dict__[FIELDS]["status"] == status
 
 
-def test_an_error_before_the_first_step_sends_nothing(inference, model):
+def test_an_error_before_the_first_step_sends_no_stream(inference, model):
     def damaged():
         raise InvalidRequest("damaged")
 
-    async def send(message):
-        raise AssertionError(message)
-
     with pytest.raises(InvalidRequest, match="damaged"):
-        asyncio.run(send_events(send, {}, inference.watch(model, Watch(), damaged), "an-id"))
+        asyncio.run(anext(inference.watch(model, Watch(), damaged)))
 
 
 def test_the_mean_is_that_of_the_samples_told_so_far(model):

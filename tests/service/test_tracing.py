@@ -1,5 +1,6 @@
 """Spans, as a collector gets them from a real server; and nothing of them where tracing is off."""
 
+import asyncio
 import io
 import subprocess
 import sys
@@ -11,7 +12,11 @@ import httpx
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from PIL import Image
+
+from service.tracing import Tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -173,10 +178,30 @@ def test_nothing_of_the_sdk_is_loaded_where_tracing_is_off():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_opentelemetry_the_server_says_what_is_missing():
+def test_a_stream_that_breaks_off_is_traced_as_a_failure():
+    async def breaks_off(scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        scope["state"]["log"]["status"] = 503
+
+    async def send(_):
+        pass
+
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(exporter)
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": []}
+    scope["state"] = {"request_id": "x", "log": {}}
+    asyncio.run(tracing.of_requests(breaks_off)(scope, None, send))
+    tracing.close()
+    (span,) = exporter.get_finished_spans()
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.attributes["http.response.status_code"] == 200  # which it was
+
+
+@pytest.mark.parametrize("absent", ["opentelemetry", "opentelemetry.exporter"])
+def test_without_opentelemetry_the_server_says_what_is_missing(absent):
     code = (
-        "import sys; sys.modules['opentelemetry.exporter'] = None\n"
-        "from service.server import serve; from service.settings import Settings\n"
+        "import sys; from service.server import serve; from service.settings import Settings\n"
+        f"sys.modules[{absent!r}] = None\n"
         "serve(Settings(tracing=True))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -41,6 +41,8 @@ def look(at, requests=0, failed=0, fast=0, slow=0, label_sum=0.0, ready=READY):
 dropserve_requests_total{{route="/predict",model="a",version="3",status="200"}} {requests}
 dropserve_requests_total{{route="/predict",model="",version="",status="503"}} {failed}
 dropserve_requests_total{{route="/metrics",model="",version="",status="200"}} {at * 100}
+dropserve_requests_total{{route="/v2/health/live",model="",version="",status="200"}} {at * 10}
+dropserve_requests_total{{route="/v2/health/ready",model="",version="",status="503"}} {at * 10}
 # TYPE dropserve_request_duration_seconds histogram
 dropserve_request_duration_seconds_bucket{{{labels},le="0.01"}} {fast}
 dropserve_request_duration_seconds_bucket{{{labels},le="0.1"}} {fast + slow}
