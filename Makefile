@@ -24,8 +24,9 @@ serve: train ## Serve on 127.0.0.1:8000, after training the default model if the
 train: setup ## Train the default model, digits, if there is none (seconds, no download)
 	$(DROPSERVE) train --dataset digits --if-missing --resume
 
+# Two processes, for the many tests that wait for a server; one thread each, or they would compete.
 test: check browser ## Run every check and every test
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 check: setup ## Lint, check the format and the types
 	$(PYTHON) -m ruff check .

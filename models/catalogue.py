@@ -18,10 +18,9 @@ def versions(root: Path, name: str) -> list[int]:
     return sorted(int(d.name) for d in numbered if d.is_dir())
 
 
-def find(root: Path) -> dict[str, list[int]]:
-    """List all models under `root` that have versions, and those versions, both in order."""
-    names = sorted(d.name for d in root.iterdir()) if root.is_dir() else []
-    return {name: found for name in names if (found := versions(root, name))}
+def names(root: Path) -> list[str]:
+    """List the folders under `root` that may hold a model's versions, in order."""
+    return sorted(d.name for d in root.iterdir() if is_name(d.name)) if root.is_dir() else []
 
 
 def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:

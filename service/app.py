@@ -25,7 +25,7 @@ from service.routes import examples, native, oip, operations, playground
 from service.routes.infer import InferRoutes
 from service.routes.tasks import TaskRoutes
 from service.settings import Settings
-from service.workers import NoticeBoard, StartingLine
+from service.workers import NoticeBoard, StartingLine, kept_keys
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -84,7 +84,8 @@ def create_app(
     app.state.settings = settings
     metrics = app.state.metrics = Metrics()
     tracing = _tracing() if settings.tracing else None
-    keys = Keys(settings.api_keys_file) if settings.api_keys_file is not None else None
+    file = settings.api_keys_file
+    keys = Keys(file, kept_keys()) if file is not None else None
     limits = BodyLimits(
         max_bytes=settings.max_body_bytes,
         max_images=settings.max_images,

@@ -96,6 +96,8 @@ def _load(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
     plain = _load_plain(data) if kind == "PNG" else None
     if plain is not None:
         return plain
+    if kind == "PNG":
+        _check_chunks(data)
     image = Image.open(io.BytesIO(data), formats=(kind,))
     check_size(image.size, limits)
     if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:  # a JPEG's others are its previews
@@ -130,6 +132,22 @@ def _load_plain(data: bytes) -> Image.Image | None:
         return Image.frombytes(mode, size, b"".join(chunks), "zip", mode, 0)
     except ValueError:
         return None
+
+
+def _check_chunks(data: bytes) -> None:
+    """Raise InvalidRequest if a PNG is cut short, or what makes up its pixels is damaged.
+
+    Pillow looks at neither the checksums of IDAT nor the end.
+    """
+    start, kind = 8, b""
+    while kind != b"IEND":
+        end = start + 8 + _big(data[start : start + 4])
+        kind = data[start + 4 : start + 8]
+        critical = kind[:1].isupper()
+        sound = not critical or zlib.crc32(data[start + 4 : end]) == _big(data[end : end + 4])
+        if end + 4 > len(data) or not sound:
+            raise InvalidRequest("the picture cannot be decoded: damaged or not PNG")
+        start = end + 4
 
 
 def _recognise(data: bytes) -> tuple[str, tuple[int, int] | None]:

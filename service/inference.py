@@ -1,6 +1,7 @@
 """Owns the models, the one thread that runs them and the one that loads new ones."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -33,6 +34,7 @@ Key = tuple[Classifier, Task, Steps | None]
 """What runs together; who is answered in steps runs alone."""
 MAX_WATCHED = 64
 """Most requests that are answered in steps at once: each is remembered until its last."""
+_log = logging.getLogger("dropserve.versions")
 _FULL = "too many images are waiting; try again in a second"
 
 
@@ -44,8 +46,17 @@ def checkpoints(settings: Settings) -> Folder[Classifier]:
         path = root / name / str(version)
         return Classifier(name, version, path, settings.factories, settings.precision)
 
+    def find() -> dict[str, list[int]]:
+        found = {}
+        for name in catalogue.names(root):
+            try:
+                found[name] = catalogue.versions(root, name)
+            except OSError as error:
+                _log.warning(f"a model cannot be looked at: {error}")
+        return found
+
     return Folder(
-        find=lambda: catalogue.find(root),
+        find=find,
         mark=lambda name, version: catalogue.mark(root / name / str(version)),
         load=load,
     )

@@ -8,6 +8,7 @@ import asyncio
 import binascii
 import hmac
 import logging
+import os
 import re
 from base64 import b64decode
 from collections.abc import Iterable, Iterator
@@ -40,16 +41,32 @@ class Keys:
 
     Args:
         path: of the file: a key a line; empty lines and those that begin with # are left out.
+        kept: file for the digests of the last good keys, shared with other workers: one that takes
+            a dead one's place starts from it when the keys have been spoilt meanwhile.
 
     Raises:
         OSError: it cannot be read.
         KeysError: there is no key in it, or a line that is none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept: Path | None = None) -> None:
         self._path = path
+        self._kept = kept
         self._mark = self._look()
-        self._digests = _read(path)
+        try:
+            self._use(_read(path))
+        except OSError as error:
+            if kept is None or not kept.exists():
+                raise
+            self._digests = tuple(map(bytes.fromhex, kept.read_text().split()))
+            _log.error(f"the API keys stay as they were: {error}")
+
+    def _use(self, digests: tuple[bytes, ...]) -> None:
+        self._digests = digests
+        if self._kept is not None:
+            new = self._kept.with_suffix(f".{os.getpid()}")
+            new.write_text("\n".join(digest.hex() for digest in digests))
+            new.replace(self._kept)
 
     def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         """Say if a request's headers bring one of the keys."""
@@ -74,7 +91,7 @@ class Keys:
             return
         self._mark = mark
         try:
-            self._digests = _read(self._path)
+            self._use(_read(self._path))
         except OSError as error:
             _log.error(f"the API keys stay as they were: {error}")
         else:
@@ -122,7 +139,7 @@ async def _refuse(scope: Scope, _receive: Receive, _send: Send) -> None:
 def _offered(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
     for name, value in headers:
         if name == b"x-api-key":
-            yield value
+            yield value.strip()
         elif name == b"authorization":
             scheme, _, rest = value.partition(b" ")
             if scheme.lower() == b"bearer":
@@ -140,6 +157,8 @@ def _password(encoded: bytes) -> bytes:
 
 def _read(path: Path) -> tuple[bytes, ...]:
     """Return the digests of a file's keys."""
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        raise KeysError(f"{path}: no file of API keys")
     lines = [line.strip() for line in path.read_bytes().splitlines()]
     keys = {n: line for n, line in enumerate(lines, 1) if line and not line.startswith(b"#")}
     for number, key in keys.items():

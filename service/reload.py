@@ -65,6 +65,7 @@ class Reloader(Generic[Served]):
         self.found: Mapping[str, Sequence[int]] = {}
         self.refused: Mapping[str, Mapping[int, Refusal]] = {}
         self.left_out: frozenset[str] = frozenset()
+        self._marks: dict[tuple[str, int], Hashable] = {}
         self.loads: Counter[tuple[str, str]] = Counter()
         self.closing = False
 
@@ -78,7 +79,7 @@ class Reloader(Generic[Served]):
             _log.warning(f"the checkpoints cannot be listed: {error}")
             return
         for name, versions in self.found.items():
-            if name not in self.left_out:
+            if name not in self.left_out and (versions or name in self.refused):
                 self._refresh(name, versions)
 
     def forget(self) -> None:
@@ -97,9 +98,11 @@ class Reloader(Generic[Served]):
         for version in reversed(versions):
             if len(chosen) > self._keep or self.closing:
                 break
-            found = before.get(version) or self._load(name, version, known.get(version))
+            found = self._load(name, version, known.get(version))
             if isinstance(found, Refusal):
                 refused[version] = found
+                if version in before:  # it was replaced by a bad one of its number
+                    chosen[version] = before[version]
             else:
                 refused.pop(version, None)
                 chosen[version] = found
@@ -110,6 +113,9 @@ class Reloader(Generic[Served]):
 
     def _load(self, name: str, version: int, known: Refusal | None) -> Served | Refusal:
         mark = self._folder.mark(name, version)
+        served = self._registry.versions(name).get(version)
+        if served is not None and self._marks.get((name, version)) == mark:
+            return served
         if known is not None and known.mark == mark:
             return known
         started = time.perf_counter()
@@ -123,6 +129,7 @@ class Reloader(Generic[Served]):
         milliseconds = round(1000 * (time.perf_counter() - started))
         about = {"model": name, "version": version, "milliseconds": milliseconds}
         self.loads[name, "loaded"] += 1
+        self._marks[name, version] = mark
         _log.info("version ready", extra={FIELDS: about})
         return served
 

@@ -91,7 +91,7 @@ class Repository(Generic[Served]):
         if not self._reloader.found.get(name):
             raise NotFound("no such model in the checkpoints folder")
         if not self.registry.versions(name):
-            reasons = {refusal["reason"] for refusal in self.refused(name)}
+            reasons = {refusal["reason"] for refusal in self.refused(name)} or {"unloaded again"}
             raise InvalidRequest(f"no version can be served: {'; '.join(sorted(reasons))}")
 
     async def unload(self, name: str) -> None:
@@ -107,10 +107,11 @@ class Repository(Generic[Served]):
 
     def index(self) -> list[dict[str, str]]:
         """List every version there is: name, version, state READY or UNAVAILABLE, and reason."""
+        found = self._reloader.found
         return [
             {"name": name, "version": str(version), **self._state(name, version)}
-            for name, versions in self._reloader.found.items()
-            for version in versions
+            for name in sorted({*found, *self.registry})
+            for version in sorted({*found.get(name, ()), *self.registry.versions(name)})
         ]
 
     def refused(self, name: str) -> list[dict[str, Any]]:

@@ -129,6 +129,11 @@ def shared_folder() -> Iterator[Path]:
             del os.environ[_FOLDER], os.environ[METRICS_FOLDER]
 
 
+def kept_keys() -> Path | None:
+    """Name the file for the last good API keys; None where there is one worker."""
+    return _shared("keys") if _FOLDER in os.environ else None
+
+
 def _shared(use: str) -> Path:
     return Path(os.environ[_FOLDER], use)
 

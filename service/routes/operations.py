@@ -34,7 +34,8 @@ async def readyz(request: Request) -> Readiness:
     if not any(inference.registry):
         raise Overloaded("no model is served")
     models = {}
-    for name in sorted({*inference.registry, *inference.repository.refusals()}):
+    refusals = (name for name, count in inference.repository.refusals().items() if count)
+    for name in sorted({*inference.registry, *refusals}):
         refused = list(map(Refused.model_validate, inference.repository.refused(name)))
         versions = list(inference.registry.versions(name))
         models[name] = ModelState(versions=versions, refused=refused)

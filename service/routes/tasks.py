@@ -175,7 +175,10 @@ def _parse(kind: str, query: bytes) -> _Order:
     Raises:
         InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
     """
-    sent = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    sent = dict(pairs)
+    if len(sent) < len(pairs):
+        raise InvalidRequest("a parameter is given twice")
     try:
         options = _OPTIONS[kind].model_validate(sent)
     except ValidationError as error:

@@ -138,6 +138,7 @@ MEDIA = {
 PARAMETERS = {
     "/uncertainty": [
         *("samples=0", "samples=-1", "samples=1000000000", "samples=true", 'samples="5"'),
+        "samples=5&samples=6",
         *("samples=", "samples=MARKER", "samples=1e2", "samples=" + "9" * 5000, "samples=٣"),
         *("seed=-1", "seed=9223372036854775808", "seed=1.5", "seed=nan"),
         *("masks=MARKER", "level=0", "level=1", "level=nan", "level=inf", "level=-1"),

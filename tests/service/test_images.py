@@ -97,6 +97,8 @@ REFUSED = {
     "PNG without IDAT": (422, PNG, png(data=False)),
     "PNG whose first chunk is another": (422, PNG, png()[:12] + b"IDAT" + png()[16:]),
     "PNG with a bad checksum": (422, PNG, png()[:29] + b"\0\0\0\0" + png()[33:]),
+    "PNG whose pixels have a bad checksum": (422, PNG, png()[:-14] + b"\0\0" + png()[-12:]),
+    "PNG cut in its end": (422, PNG, png()[:-10]),
     "PNG of no width": (422, PNG, png(0, 4)),
     "PNG of no height": (422, PNG, png(4, 0)),
     "PNG with a zTXt bomb": (422, PNG, png(before=chunk(b"zTXt", TEXT + bomb(50_000_000)))),

@@ -177,3 +177,17 @@ def test_a_server_without_its_keys_does_not_start(tmp_path, checkpoints):
     assert run.returncode != 0
     assert "no API key in it" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_worker_that_starts_when_the_keys_are_spoilt_uses_the_last_good_ones(tmp_path):
+    path, kept = tmp_path / "keys", tmp_path / "kept"
+    path.write_text("first-key\n")
+    Keys(path, kept)
+    path.write_text("# none\n")
+    late = Keys(path, kept)
+    assert late.admit([(b"x-api-key", b" first-key ")])
+    assert not late.admit([(b"x-api-key", b"# none")])
+    assert "first-key" not in kept.read_text()
+    path.unlink()
+    os.mkfifo(path)
+    assert Keys(path, kept).admit([(b"authorization", b"Bearer first-key")])

@@ -108,6 +108,29 @@ def test_a_refused_version_that_is_gone_is_no_longer_reported(there, reloader):
     assert not reloader.refused["m"]
 
 
+def test_a_model_of_refused_versions_alone_is_forgotten_when_they_are_gone(there, reloader):
+    there.models["m"] = {1: "bad"}
+    reloader.look()
+    assert list(reloader.refused["m"]) == [1]
+    there.models["m"] = {}
+    reloader._folder = Folder(lambda: {"m": []}, there.mark, there.load)
+    reloader.look()
+    assert not reloader.refused["m"]
+
+
+def test_a_version_replaced_under_its_number_is_loaded_anew_and_stays_if_bad(there, reloader):
+    there.models["m"] = {1: "good"}
+    reloader.look()
+    there.models["m"][1] = "bad"
+    reloader.look()
+    assert served(reloader) == {1: "m 1"}
+    assert list(reloader.refused["m"]) == [1]
+    there.models["m"][1] = "good again"
+    reloader.look()
+    assert not reloader.refused["m"]
+    assert there.loads == [1, 1, 1]
+
+
 def test_a_model_that_is_left_out_goes_and_comes_back(there, reloader):
     there.models = {"m": {1: "good"}, "n": {1: "good"}}
     reloader.look()
