@@ -99,7 +99,7 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
 
     Raises:
         CheckpointError: it could not be written, or could not be read again (a weight is NaN, there
-            are too many tensors); nothing is left behind.
+            are too many tensors or too long metadata); nothing is left behind.
     """
     weights = dump_tensors(Path(WEIGHTS), module.state_dict())
     # By the reader's own checks: a version that would be refused must not come to be.
@@ -107,10 +107,7 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
     metadata = replace(
         metadata, sha256=hashlib.sha256(weights).hexdigest(), torch_version=torch.__version__
     )
-    try:
-        text = json.dumps(metadata.to_json(), indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{metadata.name}: not for JSON: {error}") from error
+    about = _dump_metadata(metadata)
     if not is_name(metadata.name):
         raise CheckpointError(
             f"{metadata.name!r} cannot name a model: use 1 to 64 letters, digits, '.', '_' or '-'"
@@ -121,7 +118,7 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
         sync_folder(root)
         with _temporary_folder(folder) as temporary:
             write_durably(temporary / WEIGHTS, weights)
-            write_durably(temporary / METADATA, text.encode())
+            write_durably(temporary / METADATA, about)
             sync_folder(temporary)
             version = _publish(temporary, folder, (versions(root, metadata.name) or [0])[-1] + 1)
         sync_folder(folder)
@@ -165,9 +162,32 @@ def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module,
     return module.eval(), metadata
 
 
-def _read_metadata(path: Path) -> Metadata:
+def _dump_metadata(metadata: Metadata) -> bytes:
+    """Return the bytes of a `model.json` that a reader will accept; what is too long is refused.
+
+    Examples are a courtesy: they stay out before a model is lost for them.
+    """
     try:
-        return Metadata.from_json(parse_json(path, read_once(path, MAX_HEADER_BYTES)))
+        raw = json.dumps(metadata.to_json(), indent=2, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{metadata.name}: not for JSON: {error}") from error
+    if len(raw) > MAX_HEADER_BYTES:
+        if metadata.examples:
+            return _dump_metadata(replace(metadata, examples=()))
+        raise CheckpointError(
+            f"{metadata.name}: {METADATA} would have {len(raw)} bytes, more than {MAX_HEADER_BYTES}"
+        )
+    _parse_metadata(Path(METADATA), raw)
+    return raw
+
+
+def _read_metadata(path: Path) -> Metadata:
+    return _parse_metadata(path, read_once(path, MAX_HEADER_BYTES))
+
+
+def _parse_metadata(path: Path, raw: bytes) -> Metadata:
+    try:
+        return Metadata.from_json(parse_json(path, raw))
     except ConfigError as error:
         raise CheckpointRefused(path, str(error)) from error
 

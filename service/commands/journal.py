@@ -41,6 +41,7 @@ class Plan:
     folder: str
     model: str
     version: int
+    sha256: str
     samples: int
     seed: int
 
@@ -75,22 +76,27 @@ class Journal:
         """
         if self.plan is None:
             name = asked.get("model") or _default_model(client)
-            version = asked.get("version") or client.model(name).version
-            self.plan = Plan(**{**asked, "model": name, "version": version})
+            model = client.model(name, asked.get("version"))
+            about = {"model": name, "version": model.version, "sha256": model.sha256}
+            self.plan = Plan(**{**asked, **about})
             self._write([asdict(self.plan)])
-        held = asdict(self.plan)
-        differs = [f"{k} {held[k]}, not {v}" for k, v in asked.items() if held[k] != v]
-        if differs:
-            raise Refused(
-                f"the run that was interrupted had {'; '.join(differs)}: ask for the same, or give "
-                f"--restart"
-            )
+            return self.plan
+        _check_same(self.plan, asked)
+        # Another service, or another folder of checkpoints, may have other weights of that name.
+        model = client.model(self.plan.model, self.plan.version)
+        _check_same(self.plan, {"sha256": model.sha256})
         return self.plan
 
     def missing(self, found: Iterable[Path]) -> list[Path]:
-        """Leave out the pictures that have a row already."""
+        """Return the pictures without an answer, and forget all rows but those of the others.
+
+        An error is no answer: what was wrong, say that no more files could be opened, may be so no
+        longer. A picture that is gone needs no row.
+        """
+        pictures = {text_of(path): path for path in found}
+        self.rows = [row for row in self.rows if row.error is None and row.path in pictures]
         known = {row.path for row in self.rows}
-        return [path for path in found if text_of(path) not in known]
+        return [path for text, path in pictures.items() if text not in known]
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep rows, whatever happens to this process."""
@@ -100,6 +106,16 @@ class Journal:
     def _write(self, values: Iterable[object]) -> None:
         self._file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
         self._file.flush()
+
+
+def _check_same(plan: Plan, wanted: Mapping[str, Any]) -> None:
+    held = asdict(plan)
+    differs = [f"{k} {held[k]}, not {v}" for k, v in wanted.items() if held[k] != v]
+    if differs:
+        raise Refused(
+            f"the run that was interrupted had {'; '.join(differs)}: ask for the same, or give "
+            f"--restart"
+        )
 
 
 def _default_model(client: DropserveClient) -> str:

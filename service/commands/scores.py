@@ -87,7 +87,7 @@ async def score(
         DropserveError: the service is gone, or will not answer whatever the picture.
     """
     how: dict[str, Any] = asdict(plan)
-    del how["folder"]
+    del how["folder"], how["sha256"]
     await client.uncertainty(_GOOD_PICTURE, **how)  # what fails now is not the pictures' fault
 
     async def work() -> None:

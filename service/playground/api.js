@@ -10,12 +10,15 @@ export function route(model, version, task) {
   return task === undefined ? path : `${path}/versions/${encodeURIComponent(version)}/${task}`;
 }
 
-/** What went wrong, in words: `title`, `message` (the service's own) and `hint` (what to do). */
+/** What went wrong, in words: `title`, `message` (the service's own) and `hint` (what to do).
+ *  Where that was too many thinned networks, `most` is how many the service has. */
 export class Trouble extends Error {
   constructor(status, detail) {
     super(detail);
     const kind = status in WORDS ? status : status >= 500 ? 500 : 400;
     [this.title, this.hint] = WORDS[kind];
+    this.status = status;
+    this.most = Number(detail.match(/^samples: at most (\d+) here$/)?.[1] ?? NaN);
   }
 }
 
@@ -32,19 +35,27 @@ const WORDS = {
 };
 
 /** GET JSON. */
-export const get = async (path) => (await request(path)).json();
+export const get = async (path, signal) => (await request(path, { signal })).json();
 
 /** GET a picture. */
-export const getBlob = async (path) => (await request(path)).blob();
+export const getBlob = async (path, signal) => (await request(path, { signal })).blob();
 
-/** POST a picture, or several, and read JSON. */
-export async function ask(path, pictures, query, signal) {
-  let body = pictures;
-  if (Array.isArray(pictures)) {
-    body = new FormData();
-    for (const picture of pictures) body.append("file", picture, "picture.png");
+/** POST a picture, or a form of several, and read JSON. */
+export const ask = async (path, body, query, signal) =>
+  (await request(withQuery(path, query), { method: "POST", body, signal })).json();
+
+/** POST pictures and read a prediction each; more than the service takes at once go by halves. */
+export async function askAll(path, pictures, query, signal) {
+  const form = new FormData();
+  for (const picture of pictures) form.append("file", picture, "picture.png");
+  try {
+    return (await ask(path, form, query, signal)).predictions;
+  } catch (error) {
+    if (error.status !== 413 || pictures.length === 1) throw error;
+    const middle = Math.ceil(pictures.length / 2);
+    const first = await askAll(path, pictures.slice(0, middle), query, signal);
+    return [...first, ...(await askAll(path, pictures.slice(middle), query, signal))];
   }
-  return (await request(withQuery(path, query), { method: "POST", body, signal })).json();
 }
 
 /** POST a picture and read server-sent events: yields `[event, data]`. */
@@ -82,6 +93,7 @@ async function request(path, options) {
   const response = await fetch(address(path), options).catch(raise);
   if (response.ok) return response;
   const problem = await response.json().catch(() => ({}));
+  options.signal?.throwIfAborted();
   const detail = problem.detail ?? "The service gave no reason.";
   throw new Trouble(response.status, detail);
 }

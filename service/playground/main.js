@@ -26,9 +26,10 @@ const picture = new Picture({ changed: look });
 let details = null; // of the model that is asked
 let run = null; // what the stream's first event said, and its last
 let stream = null;
+let choice = null;
 
-$("model").addEventListener("change", chooseModel);
-$("version").addEventListener("change", chooseVersion);
+$("model").addEventListener("change", () => choose(readModel));
+$("version").addEventListener("change", () => choose(readVersion));
 $("alert-close").addEventListener("click", () => ($("alert").hidden = true));
 $("play").addEventListener("click", () => (player.playing ? player.pause() : player.play()));
 $("scrub").addEventListener("input", () => player.seek(Number($("scrub").value)));
@@ -40,39 +41,43 @@ $("reseed").addEventListener("click", () => {
 for (const id of ["samples", "seed", "kind"]) $(id).addEventListener("change", settled(look, 50));
 
 network.show();
-start();
+choose(readModels);
 
-async function start() {
+/** Read about what was chosen; of several choices in a row the newest counts, and stops the others. */
+async function choose(read) {
+  choice?.abort();
+  choice = new AbortController();
+  const { signal } = choice;
   try {
-    const { models } = await get("v1/models");
-    $("model").replaceChildren(...models.map(({ name, default: chosen }) =>
-      make("option", { selected: chosen }, name)));
-    if (models.length) await chooseModel();
-    else throw new Trouble(404, "The service has no model loaded.");
+    await read(signal);
   } catch (error) {
+    if (signal.aborted) return;
+    stream?.abort();
+    details = null;
+    stale("No answer this time.");
     fail(error);
   }
 }
 
-async function chooseModel() {
-  try {
-    const { version, versions } = await get(route($("model").value));
-    const newest = [...versions].sort((a, b) => b - a);
-    $("version").replaceChildren(...newest.map((v) => make("option", { selected: v === version }, String(v))));
-    await chooseVersion();
-  } catch (error) {
-    fail(error);
-  }
+async function readModels(signal) {
+  const { models } = await get("v1/models", signal);
+  if (!models.length) throw new Trouble(404, "The service has no model loaded.");
+  $("model").replaceChildren(...models.map(({ name, default: chosen }) =>
+    make("option", { selected: chosen }, name)));
+  await readModel(signal);
 }
 
-async function chooseVersion() {
+async function readModel(signal) {
+  const { version, versions } = await get(route($("model").value), signal);
+  const newest = [...versions].sort((a, b) => b - a);
+  $("version").replaceChildren(...newest.map((v) => make("option", { selected: v === version }, String(v))));
+  await readVersion(signal);
+}
+
+async function readVersion(signal) {
   const [model, version] = [$("model").value, $("version").value];
-  try {
-    details = await get(`${route(model)}/versions/${version}`);
-    await picture.suit({ model, version, input: details.input });
-  } catch (error) {
-    fail(error);
-  }
+  details = await get(`${route(model)}/versions/${version}`, signal);
+  await picture.suit({ model, version, input: details.input }, signal);
 }
 
 /** Ask about the picture: follow the stream, and let the player show it. */
@@ -82,13 +87,16 @@ async function look() {
   const { signal } = stream;
   $("alert").hidden = true;
   $("count").textContent = "–";
-  if (!picture.blob || !details) return stale("Give it a picture: draw one, choose a file, or take an example.");
+  if (!details) return stale("No model to ask yet.");
+  if (!picture.blob) return stale("Give it a picture: draw one, choose a file, or take an example.");
   const query = { samples: $("samples").value, seed: $("seed").value, masks: $("kind").value };
-  const path = route(details.name, details.version, "uncertainty/stream");
+  const { blob } = picture; // of this and the model there may be others before the stream begins
+  const { name, version, input } = details;
+  const path = route(name, version, "uncertainty/stream");
   try {
-    for await (const [event, data] of listen(path, picture.blob, query, signal)) {
+    for await (const [event, data] of listen(path, blob, query, signal)) {
       if (signal.aborted) return;
-      if (event === "start") begin(data);
+      if (event === "start") begin(data, blob, input);
       if (event === "sample") player.push(data);
       if (event === "end") run.end = data.predictions[0];
       if (event === "error") throw new Trouble(data.status, data.detail);
@@ -96,14 +104,24 @@ async function look() {
     if (player.done && !signal.aborted) show(player.t);
   } catch (error) {
     if (signal.aborted) return;
-    stale("No answer this time.");
-    fail(error);
+    if (!suitSamples(error.most)) {
+      stale("No answer this time.");
+      fail(error);
+    }
   }
 }
 
+/** Where the page's own choice is more networks than the service allows, take as many as it does. */
+function suitSamples(most) {
+  const field = $("samples");
+  if (!(most < Number(field.defaultValue)) || field.value !== field.defaultValue) return false;
+  Object.assign(field, { defaultValue: most, value: most, max: most });
+  look();
+  return true;
+}
+
 /** Lay out all parts for a stream that has begun. */
-function begin(data) {
-  const { invert } = details.input;
+function begin(data, blob, { invert }) {
   run = { ...data, invert, input: fromWire(data.input), most: Math.log(data.classes.length), end: null };
   document.body.classList.add("ready");
   document.body.classList.remove("stale");
@@ -114,9 +132,9 @@ function begin(data) {
   player.pace = $("speed").value;
   player.reset(run.samples);
   show(0);
-  modes.begin(picture.blob, run);
+  modes.begin(blob, run);
   odd.begin(run.input, run);
-  code.begin(picture.blob, run);
+  code.begin(blob, run);
 }
 
 function seen() {
@@ -171,7 +189,7 @@ function verdict(now, t) {
     parts.push(" ", many, make("b", { class: "accent" }, classes[best]), ` with ${spoken(now.mean[best])}.`);
   }
   const origin = { pad: "You drew it.", file: "Your picture.", example: `The test set says ${picture.truth}.` };
-  parts.push(make("span", { class: "truth small" }, origin[picture.source]));
+  parts.push(make("span", { class: "truth small" }, origin[picture.source] ?? ""));
   $("verdict").replaceChildren(...parts);
   if (now && t === run.samples) $("spoken").textContent = `${$("verdict").innerText} ${doubtWords(now, run.most, t)}`;
 }

@@ -1,6 +1,6 @@
 // The picture beside ones that the model was not made for: what eval mode says, and the doubt.
 
-import { ask, route } from "./api.js";
+import { askAll, route } from "./api.js";
 import { $, brief, figure, make, nats, percent, release } from "./dom.js";
 import { doubtBar } from "./doubt.js";
 import { imageData, toPng } from "./pixels.js";
@@ -26,16 +26,16 @@ export class Odd {
     this.controller?.abort();
     this.controller = new AbortController();
     const { signal } = this.controller;
-    const { model, version, samples, seed, classes } = this.run;
+    const { model, version, samples, seed, masks, classes } = this.run;
     const kinds = variants(this.input, this.noise);
     try {
       const pictures = await Promise.all(kinds.map(({ input }) => toPng(input, this.run.invert)));
       const path = (task) => route(model, version, task);
       const [plain, doubt] = await Promise.all([
-        ask(path("predict"), pictures, {}, signal),
-        ask(path("uncertainty"), pictures, { samples, seed }, signal),
+        askAll(path("predict"), pictures, {}, signal),
+        askAll(path("uncertainty"), pictures, { samples, seed, masks }, signal),
       ]);
-      this.#show(kinds, plain.predictions, doubt.predictions, Math.log(classes.length));
+      this.#show(kinds, plain, doubt, Math.log(classes.length));
     } catch (error) {
       this.fail(error);
     }

@@ -1,6 +1,6 @@
 // Where the picture comes from: the pad, a file, the clipboard, or the model's own test set.
 
-import { ask, get, getBlob, route } from "./api.js";
+import { askAll, get, getBlob, route } from "./api.js";
 import { $, make, nats, settled } from "./dom.js";
 import { Pad } from "./pad.js";
 
@@ -25,23 +25,29 @@ export class Picture {
   }
 
   /** Suit the pad to a model, and show its most doubtful example if there is no other picture. */
-  async suit({ model, version, input }) {
+  async suit({ model, version, input }, signal) {
     this.pad.suit(input);
-    if (this.source === "example") this.source = null; // it was another model's
+    this.buttons?.forEach(({ button }) => (button.disabled = true)); // they are another model's
+    if (this.source === "example") Object.assign(this, { source: null, blob: null }); // so is it
     else if (this.pad.strokes.length) this.#drawn();
     else if (this.source) this.changed();
-    const { examples } = await get(route(model, version, "examples")).catch(() => ({ examples: [] }));
-    const path = (example) => example.url.replace(/^\//, "");
-    const listed = await Promise.all(examples.slice(0, EXAMPLES).map(async (example) =>
-      ({ ...example, picture: await getBlob(path(example)) })));
-    const doubt = listed.length
-      ? (await ask(route(model, version, "uncertainty"), listed.map((one) => one.picture))).predictions
-      : [];
-    listed.forEach((one, i) => (one.doubt = doubt[i].predictive_entropy));
+    const listed = await this.#examples(model, version, signal).catch(() => []);
+    signal.throwIfAborted(); // another model has been chosen meanwhile
     this.#list(listed);
     if (this.source || this.pad.strokes.length) return;
     if (listed.length) this.#example(listed.reduce((a, b) => (a.doubt >= b.doubt ? a : b)));
     else this.clear();
+  }
+
+  /** Fetch a model's examples, and how much it doubts each; null where it does not say. */
+  async #examples(model, version, signal) {
+    const { examples } = await get(route(model, version, "examples"), signal);
+    const listed = examples.slice(0, EXAMPLES);
+    if (!listed.length) return [];
+    const pictures = await Promise.all(listed.map(({ url }) => getBlob(url.replace(/^\//, ""), signal)));
+    const doubt = await askAll(route(model, version, "uncertainty"), pictures, {}, signal).catch(() => []);
+    return listed.map((example, i) =>
+      ({ ...example, picture: pictures[i], doubt: doubt[i]?.predictive_entropy ?? null }));
   }
 
   /** Show a file, whatever it is: the service says what it cannot read. */
@@ -92,13 +98,14 @@ export class Picture {
 
   #list(examples) {
     $("examples").hidden = !examples.length;
+    $("examples-key").hidden = examples.some((one) => one.doubt === null);
     this.buttons?.forEach(({ image }) => URL.revokeObjectURL(image.src));
     const most = Math.max(...examples.map((one) => one.doubt), 0.1);
     this.buttons = examples.map((example) => {
       const image = make("img", { src: URL.createObjectURL(example.picture), alt: example.label });
       const meter = make("i");
       meter.style.width = `${(100 * example.doubt) / most}%`;
-      const title = `${example.label}, doubt ${nats(example.doubt)}`;
+      const title = example.label + (example.doubt === null ? "" : `, doubt ${nats(example.doubt)}`);
       const button = make("button", { type: "button", title, "aria-pressed": "false" }, image, meter);
       button.addEventListener("click", () => this.#example(example));
       return { example, button, image };

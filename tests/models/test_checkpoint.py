@@ -11,9 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from models.catalogue import find, is_name, versions
+from models.catalogue import is_name, names, versions
 from models.checkpoint import METADATA, WEIGHTS, Metadata, load, save
+from models.data import Split
 from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused
+from models.examples import Example, choose
 from models.networks import NetworkConfig
 from models.preprocessing import Preprocessing
 
@@ -104,8 +106,8 @@ def test_versions_are_numbers_in_numerical_order(tmp_path):
     (tmp_path / ".hidden" / "1").mkdir(parents=True)
     assert versions(tmp_path, "net") == [2, 9, 10]
     assert versions(tmp_path, "..") == []
-    assert find(tmp_path) == {"net": [2, 9, 10]}
-    assert find(tmp_path / "nowhere") == {}
+    assert names(tmp_path) == ["empty", "net"]
+    assert names(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("name", ["a", "digits-mlp", "Net_2.1", "x" * 64])
@@ -257,6 +259,36 @@ INFINITE = {**INPUT.to_json(), "channels": float("inf")}
 def test_metadata_that_make_no_sense_are_refused(path, changes, reason):
     change_json(path, **changes)
     refused(path, reason, METADATA)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"recipe": {"notes": "x" * 1_000_000}}, r"model\.json would have \d+ bytes, more than"),
+        ({"classes": ("a", "b")}, "one class name a logit"),
+        ({"preprocessing": replace(INPUT, size=(8, 9))}, "disagree on the input's shape"),
+        ({"examples": (Example(0, "no picture"),)}, r"examples\[0\]\.png"),
+        ({"recipe": {1: "a number", "1": "the same as text"}}, "a name stands twice"),
+    ],
+    ids=["too long", "classes", "shape", "example", "twice"],
+)
+def test_metadata_that_could_not_be_read_again_are_not_saved(tmp_path, change, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        save(tmp_path, MLP.build(), replace(metadata(), **change))
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_examples_stay_out_where_the_metadata_would_become_too_long(tmp_path):
+    split = Split(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3))
+    about = replace(metadata(), recipe={"notes": ""}, examples=choose(split, 3, INPUT))
+    path = save(tmp_path, MLP.build(), about)
+    assert load(path)[1].examples == about.examples
+    notes = {"notes": "x" * (1_000_000 - (path / METADATA).stat().st_size)}
+    path = save(tmp_path, MLP.build(), replace(about, recipe=notes))  # as long as may be
+    assert load(path)[1].examples == about.examples
+    notes["notes"] += "x"
+    again = load(save(tmp_path, MLP.build(), replace(about, recipe=notes)))[1]
+    assert (again.recipe, again.examples) == (notes, ())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,18 +1,20 @@
 """A real browser on real servers; every page is watched for errors and for who it talks to."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import expect, sync_playwright
+from typer.testing import CliRunner
+
+from service.cli import app
 
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright's event loop runs as long: no asyncio.run() beside it
 def browser():
+    """A browser for all tests here."""
     chromium = shutil.which("chromium")
     assert chromium, "these tests need chromium: `make browser` installs it"
     expect.set_options(timeout=20_000)
@@ -24,48 +26,93 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory, make_server):
-    """A server of the digits model, with examples; its address."""
-    root = tmp_path_factory.mktemp("digits")
-    dropserve = Path(sys.executable).with_name("dropserve")
-    train = [dropserve, "train", "--dataset", "digits", "--epochs", "5", "--checkpoints", root]
-    subprocess.run(train, check=True, stdout=subprocess.DEVNULL)
-    return make_server(root, default_model=None).start().url
+def servers(tmp_path_factory, make_server, checkpoints):
+    """A usual server and a narrow one; their digits-mlp has a trained version 3, with examples."""
+    root = tmp_path_factory.mktemp("playground") / "checkpoints"
+    shutil.copytree(checkpoints, root)
+    train = ["train", "--dataset", "digits", "--epochs", "3", "--samples", "0"]
+    result = CliRunner().invoke(app, [*train, "--checkpoints", str(root)])
+    assert result.exit_code == 0, result.output
+    both = [make_server(root), make_server(root, max_images=2, max_samples=20)]
+    return [server.start().url for server in both]
+
+
+@pytest.fixture(scope="session")
+def digits(servers):
+    """The address of the usual one."""
+    return servers[0]
+
+
+@pytest.fixture
+def http(digits):
+    """A client of it."""
+    with httpx.Client(base_url=digits) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def narrow(servers):
+    """The address of the one that takes two pictures and twenty networks at most."""
+    return servers[1]
+
+
+def open_page(browser, url, faults, *, motion=False, expected=(), **options):
+    """Open the page of a server; what fails, or leaves the origin, goes to `faults`."""
+    context = browser.new_context(reduced_motion="no-preference" if motion else "reduce", **options)
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    allowed = (*expected, "willReadFrequently")  # the tests read canvases, the page does not
+
+    def fault(text):
+        if not any(one in text for one in allowed):
+            faults.append(text)
+
+    def leave(request):
+        if not request.url.startswith((url, "blob:" + url)):
+            faults.append(f"request to {request.url}")
+
+    page.on("console", lambda m: m.type in ("error", "warning") and fault(m.text))
+    page.on("pageerror", lambda error: fault(str(error)))
+    page.on("request", leave)
+    page.goto(url)
+    return page
 
 
 @pytest.fixture
 def visit(browser):
     """Open the page of a server; at the end nothing may have failed or left the origin."""
-    seen, contexts = [], []
+    faults, pages = [], []
 
-    def make(url, *, motion=False, expected=(), **options):
-        context = browser.new_context(
-            reduced_motion="no-preference" if motion else "reduce", **options
-        )
-        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-
-        def fault(text):
-            allowed = (
-                *expected,
-                "willReadFrequently",
-            )  # the tests read canvases, the page does not
-            if not any(one in text for one in allowed):
-                seen.append(text)
-
-        def leave(request):
-            if not request.url.startswith((url, "blob:" + url)):
-                seen.append(f"request to {request.url}")
-
-        page.on("console", lambda m: m.type in ("error", "warning") and fault(m.text))
-        page.on("pageerror", lambda error: fault(str(error)))
-        page.on("request", leave)
-        page.goto(url)
-        return page
+    def make(url, **options):
+        pages.append(open_page(browser, url, faults, **options))
+        return pages[-1]
 
     yield make
-    for context in contexts:
-        context.close()
-    assert seen == []
+    for page in pages:
+        page.context.close()
+    assert faults == []
+
+
+@pytest.fixture(scope="module")
+def shared(browser, digits):
+    """A page for many tests, and its faults so far."""
+    faults = []
+    return open_page(browser, digits, faults), faults
+
+
+@pytest.fixture
+def page(shared):
+    """The shared page as it opens, but for the picture: there is none."""
+    page, faults = shared
+    expect(page.locator("#example-list button").first).to_be_visible()
+    page.evaluate("""() => {
+        const settings = {samples: 100, seed: 0, kind: "stratified"};
+        for (const id in settings) document.getElementById(id).value = settings[id];
+        document.getElementById("fit").checked = true;
+        document.getElementById("p-own").click();
+    }""")
+    page.click("#clear")
+    expect(page.locator("#verdict")).to_contain_text("Give it a picture")
+    yield page
+    assert faults == []

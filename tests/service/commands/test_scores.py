@@ -166,21 +166,38 @@ def begun(out, plan, rows=()):
     out.with_name(out.name + ".part").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
-ROW = ["known.png", "9", 9, 0.9, 0.3, 0.2, 0.1, 0.0, "digits-mlp", 1, None]
+ROW = ["00.PNG", "9", 9, 0.9, 0.3, 0.2, 0.1, 0.0, "digits-mlp", 1, None]
 
 
-def test_a_run_goes_on_with_the_version_that_it_began_with(score, folder, tmp_path):
-    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 1, 100, 0), [ROW])
+def sha256(server, version):
+    with DropserveClient(server.url) as client:
+        return client.model("digits-mlp", version).sha256
+
+
+def test_a_run_goes_on_with_the_version_that_it_began_with(score, server, folder, tmp_path):
+    known, unread, gone = (str(folder / name) for name in ("00.PNG", "02.PNG", "gone.png"))
+    failed = [unread, *[None] * 9, "Too many open files"]
+    plan = Plan(str(folder), "digits-mlp", 1, sha256(server, 1), 100, 0)
+    begun(tmp_path / "scores.csv", plan, [[known, *ROW[1:]], failed, [gone, *ROW[1:]]])
     result, out = score()
     assert result.exit_code == 0, result.output
-    rows = read(out)
-    assert {row["version"] for row in rows if not row["error"]} == {"1"}
-    assert len(rows) == 24
-    assert [row["label"] for row in rows if row["path"] == "known.png"] == ["9"]
+    rows = {row["path"]: row for row in read(out)}
+    assert {row["version"] for row in rows.values() if not row["error"]} == {"1"}
+    assert list(rows) == sorted(map(str, scores.pictures(folder)))  # without the one that is gone
+    assert rows[known]["label"] == "9"  # it was not asked about again
+    assert (rows[unread]["error"], rows[unread]["version"]) == ("", "1")
+
+
+def test_a_run_does_not_go_on_with_other_weights(score, folder, tmp_path):
+    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 2, "a" * 64, 100, 0), [ROW])
+    result, out = score()
+    assert result.exit_code == 2
+    assert f"had sha256 {'a' * 64}, not " in result.stderr
+    assert not out.exists()
 
 
 def test_another_plan_is_refused_by_what_differs_unless_begun_anew(score, folder, tmp_path):
-    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 2, 50, 0), [ROW])
+    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 2, "a" * 64, 50, 0), [ROW])
     result, out = score("--seed", 4)
     assert result.exit_code == 2
     assert "had samples 50, not 100; seed 0, not 4: " in result.stderr
@@ -288,7 +305,7 @@ def test_a_service_that_goes_away_is_the_error_itself(folder):
         transport = httpx.MockTransport(answer)
         async with AsyncDropserveClient(transport=transport) as client:
             batches = scores.batches(scores.pictures(folder), 8)
-            await scores.score(client, Plan("", "m", 1, 1, 0), batches, 3, pytest.fail)
+            await scores.score(client, Plan("", "m", 1, "", 1, 0), batches, 3, pytest.fail)
 
     with pytest.raises(errors.Unreachable, match="gone"):
         asyncio.run(run())
