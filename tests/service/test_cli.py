@@ -449,7 +449,8 @@ def test_the_key_is_sent_and_never_shown(stub, image):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_can_be_had_for_a_shell(shell):
     command = [Path(sys.executable).with_name("dropserve"), "--show-completion", shell]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    named = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # by its argument
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=named)
     assert "_DROPSERVE_COMPLETE" in done.stdout
 
 
