@@ -1,19 +1,11 @@
 """What `/uncertainty/stream` sends: one start, a sample a thinned network, one end. Wire types."""
 
-from typing import Literal
+from pydantic import Field
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from service.schemas import MaskKind, Probabilities, UncertaintyResponse
+from service.schemas import Answer, DropoutSite, Probabilities, Sampled, UncertaintyResponse
 
 
-class _Event(BaseModel):
-    """A field that a newer service adds is ignored by an older client."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
-
-
-class StreamInput(_Event):
+class StreamInput(Answer):
     """The picture as the network sees it, before its numbers are normalised."""
 
     height: int
@@ -22,26 +14,15 @@ class StreamInput(_Event):
     pixels: str = Field(description="Base64 of height x width x channels bytes.")
 
 
-class StreamSite(_Event):
+class StreamSite(DropoutSite):
     """A dropout of the network, whose mask each sample tells."""
 
-    name: str
-    kind: str
-    p: float
-    shape: list[int]
     units: int = Field(description="Bits of its mask: what is kept or dropped as one.")
 
 
-class StreamStart(_Event):
+class StreamStart(Sampled):
     """Event `start` of `/uncertainty/stream`: what will be sampled, and how."""
 
-    model: str
-    version: int
-    method: Literal["dropout"]
-    samples: int
-    seed: int
-    masks: MaskKind
-    log_base: Literal["e"]
     level: float
     classes: list[str]
     eval: Probabilities = Field(description="Of eval mode, to compare with.")
@@ -49,7 +30,7 @@ class StreamStart(_Event):
     sites: list[StreamSite]
 
 
-class StreamSample(_Event):
+class StreamSample(Answer):
     """Event `sample`: what thinned network t says, and all up to it together."""
 
     t: int = Field(description="From 1.")

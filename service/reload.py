@@ -106,7 +106,8 @@ class Reloader(Generic[Served]):
             else:
                 refused.pop(version, None)
                 chosen[version] = found
-                self._registry.replace(name, {**before, **chosen})  # not held up by older ones
+                if before.get(version) is not found:
+                    self._registry.replace(name, {**before, **chosen})  # older ones may take long
         self.refused = {**self.refused, name: refused}
         if chosen and not self.closing:
             self._registry.replace(name, chosen)

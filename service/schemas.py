@@ -12,7 +12,7 @@ Probabilities = list[float]
 """One number a class, in the order of the model's classes."""
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
     """A field that a newer service adds is ignored by an older client."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
@@ -51,7 +51,7 @@ class CompareOptions(_Options):
     p: Annotated[float | None, Field(ge=0, lt=1, description="Every dropout's rate.")] = None
 
 
-class Prediction(_Answer):
+class Prediction(Answer):
     """The answer for one image in eval mode."""
 
     label: str
@@ -60,7 +60,7 @@ class Prediction(_Answer):
     probabilities: Probabilities
 
 
-class PredictResponse(_Answer):
+class PredictResponse(Answer):
     """Answers in the order of the images."""
 
     model: str
@@ -68,7 +68,7 @@ class PredictResponse(_Answer):
     predictions: list[Prediction]
 
 
-class Interval(_Answer):
+class Interval(Answer):
     """Sample quantiles of each class's probability: mask randomness, not the label's."""
 
     level: float
@@ -76,7 +76,7 @@ class Interval(_Answer):
     upper: Probabilities
 
 
-class UncertainPrediction(_Answer):
+class UncertainPrediction(Answer):
     """What T thinned networks say of one image; entropies in nats."""
 
     label: str
@@ -96,8 +96,8 @@ class UncertainPrediction(_Answer):
     )
 
 
-class UncertaintyResponse(_Answer):
-    """Answers in the order of the images, and how they were sampled."""
+class Sampled(Answer):
+    """Which model was sampled, and how."""
 
     model: str
     version: int
@@ -106,10 +106,15 @@ class UncertaintyResponse(_Answer):
     seed: int
     masks: MaskKind
     log_base: Literal["e"]
+
+
+class UncertaintyResponse(Sampled):
+    """Answers in the order of the images, and how they were sampled."""
+
     predictions: list[UncertainPrediction]
 
 
-class ComparedPrediction(_Answer):
+class ComparedPrediction(Answer):
     """One image through both modes."""
 
     eval: list[Probabilities] = Field(description="Two passes in eval mode: identical.")
@@ -118,14 +123,14 @@ class ComparedPrediction(_Answer):
     distance: float = Field(description="Total variation between train_mean and eval, 0 to 1.")
 
 
-class Moments(_Answer):
+class Moments(Answer):
     """Of a layer's activations, over units and images (and passes)."""
 
     mean: float
     variance: float
 
 
-class ComparedLayer(_Answer):
+class ComparedLayer(Answer):
     """One call of a layer in a forward pass."""
 
     name: str
@@ -135,7 +140,7 @@ class ComparedLayer(_Answer):
     train: Moments
 
 
-class CompareResponse(_Answer):
+class CompareResponse(Answer):
     """Train and eval side by side."""
 
     model: str
@@ -147,7 +152,7 @@ class CompareResponse(_Answer):
     layers: list[ComparedLayer]
 
 
-class DropoutSite(_Answer):
+class DropoutSite(Answer):
     """One dropout call of the network: where masks go."""
 
     name: str
@@ -157,7 +162,7 @@ class DropoutSite(_Answer):
     units: int | None = Field(None, description="How many are kept or dropped, each as one.")
 
 
-class Input(_Answer):
+class Input(Answer):
     """What a picture is made into before the network sees it."""
 
     height: int
@@ -168,7 +173,7 @@ class Input(_Answer):
     invert: bool
 
 
-class Precision(_Answer):
+class Precision(Answer):
     """What Monte Carlo samples are computed in."""
 
     dtype: Literal["float32", "bfloat16"]
@@ -176,14 +181,14 @@ class Precision(_Answer):
     error: float | None = Field(description="Most that bfloat16 moved a mean on the probe.")
 
 
-class Refused(_Answer):
+class Refused(Answer):
     """A version that cannot be served; it is tried again when its files change."""
 
     version: int
     reason: str
 
 
-class ModelSummary(_Answer):
+class ModelSummary(Answer):
     """A model in the list of models."""
 
     name: str
@@ -193,7 +198,7 @@ class ModelSummary(_Answer):
     refused: list[Refused] = Field([], description="Versions that cannot be served, and why.")
 
 
-class ModelList(_Answer):
+class ModelList(Answer):
     """All models that are served."""
 
     models: list[ModelSummary]
@@ -218,7 +223,7 @@ class ModelDetails(ModelSummary):
     torch_version: str
 
 
-class Example(_Answer):
+class Example(Answer):
     """A picture from the test set that the model was scored on."""
 
     label: str
@@ -226,7 +231,7 @@ class Example(_Answer):
     url: str = Field(description="Where it is, as a PNG.")
 
 
-class ExampleList(_Answer):
+class ExampleList(Answer):
     """Pictures to try a version of a model with; none where it was saved without."""
 
     model: str
@@ -234,20 +239,20 @@ class ExampleList(_Answer):
     examples: list[Example]
 
 
-class Health(_Answer):
+class Health(Answer):
     """`/livez`."""
 
     status: Literal["ok"]
 
 
-class ModelState(_Answer):
+class ModelState(Answer):
     """The versions of a model that are ready, and those that are refused."""
 
     versions: list[int]
     refused: list[Refused]
 
 
-class Readiness(_Answer):
+class Readiness(Answer):
     """`/readyz`, `/healthz`."""
 
     status: Literal["ready"]

@@ -41,6 +41,10 @@ def reloader(there):
     return Reloader(registry, Folder(there.find, there.mark, there.load), keep=1)
 
 
+def unlisted():
+    raise OSError("stale handle")
+
+
 def served(reloader, name="m"):
     return dict(reloader._registry.versions(name))
 
@@ -146,10 +150,7 @@ def test_a_folder_that_cannot_be_listed_changes_nothing(there, reloader):
     there.models["m"] = {1: "good"}
     reloader.look()
 
-    def broken():
-        raise OSError("stale handle")
-
-    reloader._folder = Folder(broken, there.mark, there.load)
+    reloader._folder = Folder(unlisted, there.mark, there.load)
     reloader.look()
     assert served(reloader) == {1: "m 1"}
 
@@ -190,10 +191,7 @@ def test_a_model_is_left_out_even_where_the_folder_cannot_be_listed(there, reloa
     there.models["m"] = {1: "good"}
     reloader.look()
 
-    def broken():
-        raise OSError("stale handle")
-
-    reloader._folder = Folder(broken, there.mark, there.load)
+    reloader._folder = Folder(unlisted, there.mark, there.load)
     reloader.left_out = frozenset({"m"})
     reloader.look()
     assert served(reloader) == {}
