@@ -18,6 +18,10 @@ from service.keys import Keys
 from service.settings import Settings, environment_name
 from service.workers import StartingLine, shared_folder
 
+_KEEP_ALIVE = 75
+"""Seconds that a connection may rest: longer than clients and proxies let theirs (httpx 5, many
+load balancers 60). Whoever asks must be who closes it, or a request crosses the closing."""
+
 
 def serve(settings: Settings) -> None:
     """Load the models, then serve until SIGTERM or SIGINT; open requests are let finish.
@@ -43,6 +47,7 @@ def serve(settings: Settings) -> None:
         "proxy_headers": False,  # who sent a request is neither used nor logged
         "log_config": None,
         "server_header": False,
+        "timeout_keep_alive": _KEEP_ALIVE,
         "timeout_graceful_shutdown": settings.drain_seconds,
     }
     if settings.workers > 1:

@@ -211,3 +211,12 @@ def test_bodies_are_held_within_a_limit_and_give_their_room_back(make_server, pr
     while answer.status_code == 503 and time.monotonic() < end:
         answer = httpx.post(server.url + "/predict", content=body, headers=PNG_TYPE)
     assert answer.status_code == 200
+
+
+def test_a_connection_outlives_what_clients_keep_idle(server):
+    """httpx closes its idle connections after 5 s: asking and closing must not cross."""
+    with connect(server) as connection:
+        for pause in (5.5, 0):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_until(connection, b"}").startswith(b"HTTP/1.1 200")
+            time.sleep(pause)

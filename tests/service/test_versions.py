@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def picture():
 
 @contextmanager
 def load(url, seen):
-    """Ask from all connections at once, until the block ends; `seen` gets what was answered."""
+    """Ask from all connections at once until the block ends; some answers are `seen` before it."""
     stop = threading.Event()
     body, headers = picture(), {"Content-Type": "image/png"}
 
@@ -120,14 +121,16 @@ def load(url, seen):
             asking = [ask(client, paths[k % 4]) for k in range(CONNECTIONS)]
             await asyncio.gather(*asking)
 
-    thread = threading.Thread(target=asyncio.run, args=(ask_all(),))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(60)
-        assert not thread.is_alive()
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(asyncio.run, ask_all())
+        try:
+            while len(seen) < CONNECTIONS:
+                assert not asking.done(), asking.exception()
+                time.sleep(0.01)
+            yield
+        finally:
+            stop.set()
+            asking.result(60)
 
 
 def wait_for(lines, message, version, count):
