@@ -16,6 +16,7 @@ from starlette.responses import Response
 from service.bodies import BodyLimits, BodyReader
 from service.document import complete_document
 from service.errors import written
+from service.express import Express
 from service.images import ImageLimits
 from service.inference import Inference
 from service.keys import KeyCheck, Keys
@@ -101,6 +102,7 @@ def create_app(
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
+    app.state.express = Express(app.state, settings, reader, keys) if tracing is None else None
     infer = InferRoutes(app.build_middleware_stack(), settings, reader)
     app.middleware_stack = TaskRoutes(infer, settings, reader)
     if tracing is not None:

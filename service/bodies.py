@@ -86,8 +86,14 @@ class BodyReader:
             raise
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    def hold(self, body: bytes) -> bool:
+        """Count a body that was read already as held until it is released, if there is room."""
+        fits = self._held + len(body) <= self._max_held
+        self._held += len(body) if fits else 0
+        return fits
+
     def release(self, body: bytes) -> None:
-        """Give back the room of a body that `read` returned."""
+        """Give back the room of a body that `read` returned, or that `hold` counted."""
         self._held -= len(body)
 
     async def _append(self, receive: Receive, chunks: list[bytes]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from models import catalogue
 from models.memory import keep_freed_memory
-from service.batching import Batcher, QueueFull
+from service.batching import Batcher, Place, QueueFull
 from service.classifier import Answer, Classifier, Pixels, Predict, Task, Watch
 from service.errors import Overloaded
 from service.reload import Folder
@@ -32,6 +32,8 @@ Steps = Iterator[Answer]
 """What a request that is answered in steps has still to be told."""
 Key = tuple[Classifier, Task, Steps | None]
 """What runs together; who is answered in steps runs alone."""
+Waiting = Place[Key, Pixels | Read | None, Answer]
+"""A request in the queue."""
 MAX_WATCHED = 64
 """Most requests that are answered in steps at once: each is remembered until its last."""
 _log = logging.getLogger("dropserve.versions")
@@ -93,6 +95,7 @@ class Inference:
     ) -> None:
         self._settings = settings
         set_threads = partial(torch.set_num_threads, settings.threads)
+        set_threads()  # for what runs on the event loop
         self._worker = ThreadPoolExecutor(1, "inference", set_threads)
         self._loader = ThreadPoolExecutor(1, "loading", set_threads)
         self._decoders = ThreadPoolExecutor(2, "decoding")
@@ -105,6 +108,7 @@ class Inference:
             self._worker,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
+            brief=_is_brief,
             observe=self._observe,
         )
         keep_freed_memory()
@@ -182,6 +186,23 @@ class Inference:
         except QueueFull as error:
             raise Overloaded(_FULL) from error
 
+    def queue(self, classifier: Classifier, task: Task, pixels: Read) -> Waiting:
+        """Do as `run` does for one picture, and wait for nothing; who gives up must `leave`.
+
+        Raises:
+            Overloaded: the queue is full.
+        """
+        try:
+            return self._batcher.queue(
+                (classifier, task, None), pixels, urgent=isinstance(task, Predict)
+            )
+        except QueueFull as error:
+            raise Overloaded(_FULL) from error
+
+    def leave(self, waiting: Waiting) -> None:
+        """Give up what `queue` queued."""
+        self._batcher.leave(waiting)
+
     async def watch(
         self, classifier: Classifier, task: Watch, pixels: Pixels | Read
     ) -> AsyncGenerator[Answer, None]:
@@ -222,6 +243,12 @@ class Inference:
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_brief(key: Key, images: int) -> bool:
+    """Say if a batch takes about as long as changing threads for it."""
+    classifier, task, _ = key
+    return isinstance(task, Predict) and images <= classifier.brief
 
 
 def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Steps:

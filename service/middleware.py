@@ -8,8 +8,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.requests import ClientDisconnect
@@ -18,7 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import DropserveError, written
 from service.logs import FIELDS
 
-_REQUEST_ID = b"x-request-id"
+if TYPE_CHECKING:
+    from service.metrics import Metrics
+
+REQUEST_ID = b"x-request-id"
 CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
 _log = logging.getLogger("dropserve.requests")
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -66,7 +69,7 @@ class _Exchange:
         self._started = time.perf_counter()
         self._scope = scope
         self._send = send
-        self.request_id = _asked_id(scope) or os.urandom(16).hex()
+        self.request_id = request_id(scope["headers"])
         self.status = 0
         self._fields: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=self.request_id, log=self._fields)
@@ -75,7 +78,7 @@ class _Exchange:
         """Pass a message on, with the request's id on the first."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], (_REQUEST_ID, self.request_id.encode())]
+            message["headers"] = [*message["headers"], (REQUEST_ID, self.request_id.encode())]
         try:
             await self._send(message)
         except (OSError, RuntimeError) as error:  # RuntimeError is uvloop's for a closed connection
@@ -101,22 +104,31 @@ class _Exchange:
 
     def end(self) -> None:
         """Write the request's line, and count it; with the status that the log has, if it has."""
-        seconds = time.perf_counter() - self._started
-        fields = self._fields
-        status = fields.get("status", self.status)
-        route = route_of(self._scope)
-        key = (route or "other", fields.get("model", ""), fields.get("version", ""), status)
-        self._scope["app"].state.metrics.requests[key].append(seconds)
-        if _log.isEnabledFor(logging.INFO):
-            line = {
-                "request_id": self.request_id,
-                "method": self._scope["method"],
-                "route": route,
-                **fields,
-                "status": status,
-                "milliseconds": round(1000 * seconds, 3),
-            }
-            _log.info("request", extra={FIELDS: line})
+        scope = self._scope
+        line = {
+            "request_id": self.request_id,
+            "method": scope["method"],
+            "route": route_of(scope),
+            **self._fields,
+        }
+        line.setdefault("status", self.status)
+        record(scope["app"].state.metrics, line, self._started)
+
+
+def record(metrics: "Metrics", line: dict[str, Any], started: float) -> None:
+    """Write a request's line in the log, and count it.
+
+    Args:
+        metrics: where it is counted.
+        line: method, status and all else that is known; the route is None where there is none.
+        started: when, by `time.perf_counter`.
+    """
+    seconds = time.perf_counter() - started
+    key = (line["route"] or "other", line.get("model", ""), line.get("version", ""), line["status"])
+    metrics.requests[key].append(seconds)
+    if _log.isEnabledFor(logging.INFO):
+        line["milliseconds"] = round(1000 * seconds, 3)
+        _log.info("request", extra={FIELDS: line})
 
 
 def route_of(scope: Scope) -> str | None:
@@ -125,9 +137,9 @@ def route_of(scope: Scope) -> str | None:
     return log.get("route") or getattr(scope.get("route"), "path", None)
 
 
-def _asked_id(scope: Scope) -> str | None:
-    """Return the id that the client chose, if it did and it is safe to log."""
-    for name, value in scope["headers"]:
-        if name == _REQUEST_ID:
-            return value.decode() if _SAFE_ID.fullmatch(value) else None
-    return None
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the id that the client chose, if it did and it is safe to log; else a new one."""
+    for name, value in headers:
+        if name == REQUEST_ID and _SAFE_ID.fullmatch(value):
+            return value.decode()
+    return os.urandom(16).hex()

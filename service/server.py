@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from service import logs
 from service.app import create_app
+from service.express import ExpressProtocol
 from service.inference import Inference
 from service.keys import Keys
 from service.settings import Settings, environment_name
@@ -41,7 +42,7 @@ def serve(settings: Settings) -> None:
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": "httptools",
+        "http": ExpressProtocol,
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # who sent a request is neither used nor logged

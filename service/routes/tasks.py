@@ -5,67 +5,30 @@ FastAPI's middleware, router, dependencies and response: those take about as lon
 picture and running a small network together (docs/benchmarks.md).
 """
 
-import re
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import BodyReader, parse_images
-from service.classifier import (
-    Answer,
-    Classifier,
-    Compare,
-    Pixels,
-    Predict,
-    Task,
-    Uncertainty,
-    Watch,
-)
+from service.classifier import Answer, Classifier, Pixels, Task, Uncertainty, Watch
 from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
-from service.routes.front import Front, invalid
+from service.routes.front import Front
+from service.routes.orders import PATHS, read_order, template
 from service.routes.stream import send_events
-from service.schemas import (
-    CompareOptions,
-    PredictOptions,
-    SamplingOptions,
-    UncertaintyOptions,
-)
 from service.settings import Settings
 from service.waiting import WhileConnected
 
 if TYPE_CHECKING:
     from service.inference import Inference, Read
 
-_PATH = re.compile(
-    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?"
-    r"/(?P<task>predict|uncertainty(?:/stream)?|compare)"
-)
-_OPTIONS: Mapping[str, type[BaseModel]] = {
-    "predict": PredictOptions,
-    "uncertainty": UncertaintyOptions,
-    "uncertainty/stream": SamplingOptions,
-    "compare": CompareOptions,
-}
 _MAX_NUMBERS = 1_000_000
 """Sampled probabilities in one answer: about 12 MB of JSON."""
 Watched = tuple[Answer, AsyncGenerator[Answer, None]]
 """An answer in steps: the first, and what makes the others."""
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What a query asks for, and what the answer repeats of it."""
-
-    task: Task
-    head: Mapping[str, Any]
 
 
 class TaskRoutes(Front):
@@ -77,7 +40,7 @@ class TaskRoutes(Front):
         reader: of bodies.
     """
 
-    paths = _PATH
+    paths = PATHS
 
     def __init__(self, behind: ASGIApp, settings: Settings, reader: BodyReader) -> None:
         super().__init__(behind)
@@ -88,11 +51,11 @@ class TaskRoutes(Front):
         """Find the model, run the task, write the answer."""
         name, version, kind = scope["path_params"].values()
         log = scope["state"]["log"]
-        log["route"] = _template(name, version, kind)
+        log["route"] = template(name, version, kind)
         inference: Inference = scope["app"].state.inference
         model = inference.registry.find(name, version)
         log.update(model=model.name, version=model.version)
-        order = _order(kind, scope["query_string"])
+        order = read_order(kind, scope["query_string"])
         if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
             raise InvalidRequest(f"samples: at most {self._max_samples} here")
         answer = await self._run(model, order.task, scope, receive)
@@ -144,13 +107,6 @@ async def _send(send: Send, answer: Mapping[str, Any]) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _template(name: str | None, version: str | None, kind: str) -> str:
-    """Name the route as it was declared."""
-    if name is None:
-        return f"/{kind}"
-    return "/v1/models/{name}" + ("/versions/{version}" if version else "") + f"/{kind}"
-
-
 def _check_length(task: Task, model: Classifier, images: int) -> None:
     """Refuse, before the work, an answer that would be too long to write, or of several parts."""
     if isinstance(task, Watch) and images > 1:
@@ -162,38 +118,3 @@ def _check_length(task: Task, model: Classifier, images: int) -> None:
             f"samples x images x classes is more than {_MAX_NUMBERS}: ask for less at once, or "
             f"without include_samples"
         )
-
-
-def _order(kind: str, query: bytes) -> _Order:
-    """Read the options of a task; the last few queries are remembered, if they are short."""
-    return _remembered(kind, query) if len(query) <= 256 else _parse(kind, query)
-
-
-def _parse(kind: str, query: bytes) -> _Order:
-    """Read the options of a task.
-
-    Raises:
-        InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
-    """
-    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    sent = dict(pairs)
-    if len(sent) < len(pairs):
-        raise InvalidRequest("a parameter is given twice")
-    try:
-        options = _OPTIONS[kind].model_validate(sent)
-    except ValidationError as error:
-        raise invalid(error) from None
-    if isinstance(options, SamplingOptions):
-        head = {
-            "method": "dropout",
-            **options.model_dump(include={"samples", "seed", "masks"}),
-            "log_base": "e",
-        }
-        kind_of = Uncertainty if isinstance(options, UncertaintyOptions) else Watch
-        return _Order(kind_of(**dict(options)), head)
-    if isinstance(options, CompareOptions):
-        return _Order(Compare(**dict(options)), options.model_dump(exclude_none=True))
-    return _Order(Predict(), {})
-
-
-_remembered = lru_cache(256)(_parse)

@@ -1,0 +1,81 @@
+"""What a request for a task asks for: read off its path and its query."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pydantic import BaseModel, ValidationError
+
+from service.classifier import Compare, Predict, Task, Uncertainty, Watch
+from service.errors import InvalidRequest
+from service.routes.front import invalid
+from service.schemas import (
+    CompareOptions,
+    PredictOptions,
+    SamplingOptions,
+    UncertaintyOptions,
+)
+
+PATHS = re.compile(
+    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?"
+    r"/(?P<task>predict|uncertainty(?:/stream)?|compare)"
+)
+_OPTIONS: Mapping[str, type[BaseModel]] = {
+    "predict": PredictOptions,
+    "uncertainty": UncertaintyOptions,
+    "uncertainty/stream": SamplingOptions,
+    "compare": CompareOptions,
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a query asks for, and what the answer repeats of it."""
+
+    task: Task
+    head: Mapping[str, Any]
+
+
+def template(name: str | None, version: str | None, kind: str) -> str:
+    """Name the route as it was declared."""
+    if name is None:
+        return f"/{kind}"
+    return "/v1/models/{name}" + ("/versions/{version}" if version else "") + f"/{kind}"
+
+
+def read_order(kind: str, query: bytes) -> Order:
+    """Read the options of a task; the last few queries are remembered, if they are short."""
+    return _remembered(kind, query) if len(query) <= 256 else _parse(kind, query)
+
+
+def _parse(kind: str, query: bytes) -> Order:
+    """Read the options of a task.
+
+    Raises:
+        InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
+    """
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    sent = dict(pairs)
+    if len(sent) < len(pairs):
+        raise InvalidRequest("a parameter is given twice")
+    try:
+        options = _OPTIONS[kind].model_validate(sent)
+    except ValidationError as error:
+        raise invalid(error) from None
+    if isinstance(options, SamplingOptions):
+        head = {
+            "method": "dropout",
+            **options.model_dump(include={"samples", "seed", "masks"}),
+            "log_base": "e",
+        }
+        kind_of = Uncertainty if isinstance(options, UncertaintyOptions) else Watch
+        return Order(kind_of(**dict(options)), head)
+    if isinstance(options, CompareOptions):
+        return Order(Compare(**dict(options)), options.model_dump(exclude_none=True))
+    return Order(Predict(), {})
+
+
+_remembered = lru_cache(256)(_parse)
