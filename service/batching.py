@@ -34,7 +34,7 @@ class QueueFull(Exception):
     """More would wait than the queue holds."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen: that takes four times as long to make
 class Place(Generic[Key, Item, Result]):
     """An item in the queue, or in a job since.
 
@@ -172,7 +172,9 @@ class Batcher(Generic[Key, Item, Result]):
         self._queued += weight
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._next_step, loop)  # what else arrives in this tick comes along
+            # what else has arrived comes along, and what one more look at the sockets brings: an
+            # eighth of the time a request under load, and nothing of it without
+            loop.call_soon(loop.call_soon, self._next_step, loop)
         return place
 
     def leave(self, place: Place[Key, Item, Result]) -> None:

@@ -3,6 +3,7 @@
 from base64 import b64encode
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,6 +26,7 @@ _BRIEF = 0.001
 _TOGETHER = 64
 """Images sampled together: enough to be quick, few enough for other work to run in between."""
 
+_NOT_FINITE = "the network's output is not finite for this image"
 Pixels = npt.NDArray[np.uint8]
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
@@ -139,7 +141,7 @@ class Classifier:
         else:
             found = yield from self._uncertainty(task, x)
         rest = iter(found)
-        return [{"predictions": [next(rest) for _ in pixels]} for pixels in requests]
+        return [{"predictions": [*islice(rest, len(pixels))]} for pixels in requests]
 
     def watch(self, task: Watch, pixels: Pixels) -> Iterator[Answer]:
         """Answer one request in steps, each with something to tell.
@@ -217,12 +219,16 @@ class Classifier:
 
     def _predict(self, x: Tensor) -> list[Answer]:
         with torch.inference_mode():
-            probabilities = _finite(self._eval(x).float().softmax(-1).numpy())
-        classes = self.classes
-        return [
-            {"label": classes[k], "index": k, "probability": row[k], "probabilities": row}
-            for row, k in zip(probabilities, probabilities.argmax(1).tolist(), strict=True)
-        ]
+            probabilities = self._eval(x).float().softmax(-1).numpy()
+        classes, answers = self.classes, list[Answer]()
+        for row, k in zip(probabilities, probabilities.argmax(1).tolist(), strict=True):
+            probability = row[k]
+            if probability != probability:  # NaN is the greatest to argmax
+                raise ServerError(_NOT_FINITE)
+            answers.append(
+                {"label": classes[k], "index": k, "probability": probability, "probabilities": row}
+            )
+        return answers
 
     def _uncertainty(self, task: Uncertainty, x: Tensor) -> Generator[None, None, list[Answer]]:
         answers: list[Answer] = []
@@ -285,7 +291,7 @@ def _base64(values: npt.NDArray[np.uint8]) -> str:
 
 def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if not np.isfinite(values).all():
-        raise ServerError("the network's output is not finite for this image")
+        raise ServerError(_NOT_FINITE)
     return values
 
 

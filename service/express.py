@@ -1,45 +1,44 @@
 """A shorter way for what is asked most: a small PNG, sent in one piece, to predict or to sample.
 
-For each request uvicorn makes a task, a scope and messages back and forth, and the routes do so with
-them: together that takes longer than decoding a picture and running a small network
-(docs/benchmarks.md). What needs none of it goes from the socket to the queue in one call here, and
-its answer from there to the socket in another.
+For each request uvicorn makes a task, a scope and messages back and forth, and the routes work with
+them: that takes longer than decoding a picture and running a small network (docs/benchmarks.md).
+What needs none of it goes from the socket to the queue in one call here, and its answer from there
+to the socket in another.
 
-Only a 200 is written here. Whatever is anything else in any respect - in how it was sent, in what it
-asks for, in what becomes of it - is handed to uvicorn from its first byte on, and goes the usual
-way. So there is one place for every rule and error, and leaving this file out changes no answer.
+Only a 200 is written here. Whatever is out of the ordinary - in how it was sent, in what it asks
+for, in what becomes of it - is handed to uvicorn from its first byte on, and goes the usual way. So
+every rule and error has one place, and leaving this file out would change no answer.
 """
 
-from asyncio import AbstractEventLoop, Future
-from collections.abc import Mapping
 from functools import lru_cache
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import httptools
 import numpy as np
 import orjson
 from starlette.datastructures import State
-from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from service.bodies import BodyReader
 from service.classifier import Answer, Pixels, Predict, Uncertainty
 from service.errors import DropserveError
 from service.images import decode, is_quick
 from service.keys import Keys
-from service.middleware import CLIENT_CLOSED, record, request_id
+from service.middleware import record, request_id
 from service.routes.orders import PATHS, Order, read_order, template
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from asyncio import Future
+
     from service.inference import Inference
 
 Headers = list[tuple[bytes, bytes]]
-_MOST = 20_000
-"""Bytes of a request that is looked at: a small picture and the lines before it."""
 _UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"))
+
+_ANSWER = (
+    b"HTTP/1.1 200 OK\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\n"
+    b"x-request-id: %b\r\n\r\n%b"
+)
 
 
 class Express:
@@ -84,9 +83,6 @@ class Errand:
 
     Raises:
         DropserveError: it cannot be queued.
-
-    Attributes:
-        future: what will answer it.
     """
 
     __slots__ = (
@@ -123,7 +119,8 @@ class Errand:
 
         def read() -> Pixels:
             image = decode(body, "image/png", reader.limits.image)
-            return classifier.prepare(image)[np.newaxis]
+            pixels: Pixels = classifier.prepare(image)[np.newaxis]
+            return pixels
 
         try:
             self._place = self._inference.queue(classifier, order.task, read)
@@ -132,29 +129,24 @@ class Errand:
             raise
 
     @property
-    def future(self) -> Future[Answer]:
-        return self._place.future
+    def future(self) -> "Future[Answer]":
+        """What will answer it."""
+        future: Future[Answer] = self._place.future
+        return future
 
     def give_up(self) -> None:
         """Take it out of the queue, if it is still there."""
         self._inference.leave(self._place)
 
-    def answer(self, server_headers: Headers, *, close: bool) -> bytes:
-        """Return the response's bytes."""
+    def answer(self, more: bytes) -> bytes:
+        """Return the response's bytes.
+
+        Args:
+            more: header lines.
+        """
         content = {**self._head, **self._place.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        lines = [b"HTTP/1.1 200 OK\r\n"]
-        lines += [b"%b: %b\r\n" % header for header in server_headers]
-        lines.append(
-            b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b"
-            % (
-                len(body),
-                self._line["request_id"].encode(),
-                b"connection: close\r\n" if close else b"",
-                body,
-            )
-        )
-        return b"".join(lines)
+        return _ANSWER % (more, len(body), self._line["request_id"].encode(), body)
 
     def end(self, status: int) -> None:
         """Write the request's line in the log, and count it."""
@@ -181,145 +173,3 @@ def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
     task = order.task
     plain = type(task) is Predict or (type(task) is Uncertainty and not task.include_samples)
     return (name, version, template(name, version, kind), order) if plain else None
-
-
-class _Message:
-    """What a parser finds in some bytes."""
-
-    def __init__(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
-
-    def read(self, data: bytes) -> bool:
-        """Say if the bytes are one POST, whole, and of a client that stays."""
-        self._begun = self._complete = 0
-        try:
-            self._parser.feed_data(data)
-            if self._begun == self._complete == 1 and self._stays():
-                return True
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            pass
-        self._parser = httptools.HttpRequestParser(self)  # the other is within a message
-        return False
-
-    def _stays(self) -> bool:
-        parser = self._parser
-        stays: bool = parser.should_keep_alive()
-        return stays and parser.get_method() == b"POST" and parser.get_http_version() == "1.1"
-
-    def on_message_begin(self) -> None:
-        self._begun += 1
-        self.url = self.body = b""
-        self.headers: Headers = []
-
-    def on_url(self, url: bytes) -> None:
-        self.url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
-
-    def on_body(self, body: bytes) -> None:
-        self.body += body
-
-    def on_message_complete(self) -> None:
-        self._complete += 1
-
-
-class ExpressProtocol(HttpToolsProtocol):
-    """uvicorn's side of one connection, which takes the shorter way where it can."""
-
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self._express: Express | None = config.loaded_app.state.express
-        self._message = _Message()
-        self._errand: Errand | None = None
-        self._sent = b""
-        self._behind: list[bytes] = []
-        self._between = True
-        self._closing = False
-
-    def data_received(self, data: bytes) -> None:
-        """Take what comes: to the queue, or the usual way; one request after another."""
-        if self._errand is not None:
-            self._behind.append(data)
-            self.flow.pause_reading()
-        elif not self._take(data):
-            super().data_received(data)
-
-    def _take(self, data: bytes) -> bool:
-        if self._express is None or len(data) > _MOST or not self._is_free:
-            return False
-        message = self._message
-        if not message.read(data):
-            return False
-        errand = self._express.take(message.url, message.headers, message.body)
-        if errand is None:
-            return False
-        self._unset_keepalive_if_required()
-        self._errand, self._sent = errand, data
-        self.tasks.add(errand.future)  # so that the drain waits for it, and cancels it at its end
-        errand.future.add_done_callback(self._return)
-        return True
-
-    @property
-    def _is_free(self) -> bool:
-        """Whether uvicorn has nothing to read, to answer or to write on this connection."""
-        answered = self.cycle is None or self.cycle.response_complete
-        idle = self._between and answered and not self.pipeline
-        return idle and not self.flow.write_paused and not self.transport.is_closing()
-
-    def _return(self, future: "Future[Answer]") -> None:
-        """Write the answer, or have the request answered the usual way."""
-        self.tasks.discard(future)
-        errand, data = self._errand, self._sent
-        self._errand, self._sent = None, b""
-        if errand is None:
-            return  # the client has gone
-        errand.release()
-        if future.cancelled() or future.exception() is not None:
-            super().data_received(data)
-            if self._closing:
-                super().shutdown()
-        else:
-            self.transport.write(
-                errand.answer(self.server_state.default_headers, close=self._closing)
-            )
-            errand.end(200)
-            if self._closing:
-                self.transport.close()
-            self.on_response_complete()
-        if self._behind:
-            behind = b"".join(self._behind)
-            self._behind.clear()
-            self.flow.resume_reading()
-            self.data_received(behind)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Give up what is under way."""
-        errand, self._errand = self._errand, None
-        if errand is not None:
-            errand.release()
-            errand.give_up()
-            errand.end(CLIENT_CLOSED)
-        super().connection_lost(exc)
-
-    def shutdown(self) -> None:
-        """Close the connection, or have it closed after the answer that is under way."""
-        self._closing = True
-        if self._errand is None:
-            super().shutdown()
-
-    def on_message_begin(self) -> None:
-        """Note that uvicorn is reading a request."""
-        self._between = False
-        super().on_message_begin()
-
-    def on_message_complete(self) -> None:
-        """Note that uvicorn has read it."""
-        self._between = True
-        super().on_message_complete()

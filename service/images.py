@@ -138,7 +138,7 @@ def _load_plain(data: bytes) -> Image.Image | None:
     except struct.error:
         return None
     image = Image.new(mode, _SIZE.unpack_from(data, 16), None)
-    decoder = Image.core.zip_decoder(mode, mode)
+    decoder = Image.core.zip_decoder(mode, mode)  # type: ignore[attr-defined]  # no public name
     decoder.setimage(image.im, (0, 0, *image.size))
     return image if decoder.decode(b"".join(chunks)) == _DECODED else None
 

@@ -13,12 +13,14 @@ from pydantic import SecretStr
 
 from service import logs
 from service.app import create_app
-from service.express import ExpressProtocol
 from service.inference import Inference
 from service.keys import Keys
 from service.settings import Settings, environment_name
 from service.workers import StartingLine, shared_folder
 
+_PATIENCE = 30
+"""Seconds until a worker that does not answer its parent is replaced. Importing torch on a machine
+that is busy takes longer than uvicorn's 5: workers were replaced for ever, and none began."""
 _KEEP_ALIVE = 75
 """Seconds that a connection may rest: longer than clients and proxies let theirs (httpx 5, many
 load balancers 60). Whoever asks must be who closes it, or a request crosses the closing."""
@@ -42,12 +44,13 @@ def serve(settings: Settings) -> None:
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": ExpressProtocol,
+        "http": "service.connection:Connection",
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # who sent a request is neither used nor logged
         "log_config": None,
         "server_header": False,
+        "timeout_worker_healthcheck": _PATIENCE,
         "timeout_keep_alive": _KEEP_ALIVE,
         "timeout_graceful_shutdown": settings.drain_seconds,
     }
