@@ -28,6 +28,9 @@ Steps = Generator[None, None, Sequence[Result | Exception]]
 Run = Callable[[Key, Sequence[Item]], Steps[Result]]
 Observe = Callable[[Key, int, Sequence[float]], None]
 Brief = Callable[[Key, int], bool]
+_LOOKS = 2
+"""Turns of the event loop before a step. Who has just been answered asks again in that time, and
+comes along: a fifth less work a request under load, and 10 us where there is none."""
 
 
 class QueueFull(Exception):
@@ -172,9 +175,7 @@ class Batcher(Generic[Key, Item, Result]):
         self._queued += weight
         if not self._busy:
             self._busy = True
-            # what else has arrived comes along, and what one more look at the sockets brings: an
-            # eighth of the time a request under load, and nothing of it without
-            loop.call_soon(loop.call_soon, self._next_step, loop)
+            self._look_around(loop)
         return place
 
     def leave(self, place: Place[Key, Item, Result]) -> None:
@@ -202,6 +203,13 @@ class Batcher(Generic[Key, Item, Result]):
         self._jobs.clear()
         self._queued = 0
 
+    def _look_around(self, loop: asyncio.AbstractEventLoop, times: int = _LOOKS) -> None:
+        """Let the loop look for what has arrived, then run the next step."""
+        if times:
+            loop.call_soon(self._look_around, loop, times - 1)
+        else:
+            self._next_step(loop)
+
     def _next_step(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run the next step, if there is one, or hand it to the executor."""
         job = None if self._closed else self._next_job()
@@ -210,7 +218,7 @@ class Batcher(Generic[Key, Item, Result]):
             return
         if self._brief is not None and self._brief(job.key, job.weight):
             job.advance(self._run)
-            loop.call_soon(self._after_step, job, loop)
+            self._after_step(job, loop)
         else:
             self._executor.submit(self._step, job, loop)
 
@@ -233,7 +241,7 @@ class Batcher(Generic[Key, Item, Result]):
                     waiting.future.set_result(result)
         elif not job.closed:
             self._jobs.append(job)
-        self._next_step(loop)
+        self._look_around(loop)
 
     def _fail(self, job: _Job[Key, Item, Result], error: Exception) -> None:
         """Run the items of a failed batch one by one, so that only the bad ones fail."""

@@ -2,7 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -17,12 +17,15 @@ from torch import Tensor
 from models import checkpoint
 from models.comparison import Layer, Moments, compare
 from models.examples import Example
-from models.montecarlo import MaskKind, Precision, Sample, Sampler, Statistics, Summary, watch
+from models.montecarlo import Precision, Sample, Sampler, Statistics, Summary, watch
 from models.sequential import lay_out, streamline
 from service.errors import ServerError
+from service.tasks import Compare, Predict, Task, Uncertainty, Watch
 
-_BRIEF = 0.001
-"""Seconds that the event loop may be held up."""
+_BRIEF = 0.005
+"""Seconds that the event loop may be held up: as long as Python lets one thread hold up another."""
+_SIZES = (1, 8, 32)
+"""Batches, by images, that are tried for that."""
 _TOGETHER = 64
 """Images sampled together: enough to be quick, few enough for other work to run in between."""
 
@@ -30,39 +33,6 @@ _NOT_FINITE = "the network's output is not finite for this image"
 Pixels = npt.NDArray[np.uint8]
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
-
-
-@dataclass(frozen=True)
-class Predict:
-    """Eval mode."""
-
-
-@dataclass(frozen=True)
-class Uncertainty:
-    """Monte Carlo dropout."""
-
-    samples: int = 100
-    seed: int = 0
-    masks: MaskKind = "stratified"
-    level: float = 0.9
-    include_samples: bool = False
-
-
-@dataclass(frozen=True)
-class Watch(Uncertainty):
-    """Monte Carlo dropout over one image, told sample by sample."""
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Train mode beside eval mode."""
-
-    passes: int = 8
-    seed: int = 0
-    p: float | None = None
-
-
-Task = Predict | Uncertainty | Compare
 
 
 class Classifier:
@@ -79,7 +49,8 @@ class Classifier:
         CheckpointError, UnsupportedModule: it cannot be served; says why.
 
     Attributes:
-        brief: most images whose prediction takes less than a millisecond here, or less than that.
+        brief: most images of a task that are answered so quickly that changing threads for them
+            would show, of those tasks that were tried.
     """
 
     def __init__(
@@ -100,10 +71,9 @@ class Classifier:
         self._eval = streamline(self._module, x)
         self._sampler = Sampler(self._module, x, precision)
         self._sampler.warm_up(x)
-        for task in (Predict(), Uncertainty()):
-            for _ in self.run(task, [blank.numpy()]):
-                pass
-        self.brief = self._measure_brief(blank.numpy())
+        self.brief: dict[Task, int] = {
+            t: self._measure(t, blank.numpy()) for t in (Predict(), Uncertainty())
+        }
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -161,16 +131,19 @@ class Classifier:
             yield {"sample": [_sample(sample) for sample in some]}
         yield {"end": [{"predictions": self._answers(task, statistics.summary(), [])}]}
 
-    def _measure_brief(self, blank: Pixels) -> int:
-        """Measure how many images are predicted in so little time that nobody else would notice."""
-        for images in (32, 8, 1):
+    def _measure(self, task: Task, blank: Pixels) -> int:
+        """Measure how many images may be answered at once on the event loop; warms up, too."""
+        most = 0
+        for images in _SIZES:
             batch = blank.repeat(images, 0)
             for _ in range(2):
                 started = perf_counter()
-                self._predict(self._input(batch))
-            if perf_counter() - started < _BRIEF:
-                return images
-        return 0
+                for _ in self.run(task, [batch]):
+                    pass
+            if perf_counter() - started > _BRIEF:
+                break
+            most = images
+        return most
 
     def details(self) -> dict[str, Any]:
         """Describe this version; the fields of `ModelDetails` that it knows."""

@@ -19,13 +19,14 @@ import orjson
 from starlette.datastructures import State
 
 from service.bodies import BodyReader
-from service.classifier import Answer, Pixels, Predict, Uncertainty
+from service.classifier import Answer, Pixels
 from service.errors import DropserveError
 from service.images import decode, is_quick
 from service.keys import Keys
 from service.middleware import record, request_id
 from service.routes.orders import PATHS, Order, read_order, template
 from service.settings import Settings
+from service.tasks import Predict, Uncertainty
 
 if TYPE_CHECKING:
     from asyncio import Future

@@ -14,11 +14,12 @@ import torch
 from models import catalogue
 from models.memory import keep_freed_memory
 from service.batching import Batcher, Place, QueueFull
-from service.classifier import Answer, Classifier, Pixels, Predict, Task, Watch
+from service.classifier import Answer, Classifier, Pixels
 from service.errors import Overloaded
 from service.reload import Folder
 from service.repository import Repository
 from service.settings import Settings
+from service.tasks import Predict, Task, Watch
 from service.workers import NoticeBoard
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ class Inference:
 def _is_brief(key: Key, images: int) -> bool:
     """Say if a batch takes about as long as changing threads for it."""
     classifier, task, _ = key
-    return isinstance(task, Predict) and images <= classifier.brief
+    return images <= classifier.brief.get(task, 0)
 
 
 def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Steps:

@@ -20,8 +20,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from service.classifier import Answer, Predict, Task, Uncertainty
+from service.classifier import Answer
 from service.middleware import CLIENT_CLOSED
+from service.tasks import Predict, Task, Uncertainty
 from service.workers import METRICS_FOLDER, lives
 
 if TYPE_CHECKING:

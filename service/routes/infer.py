@@ -11,13 +11,14 @@ from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import BodyLimits, BodyReader, load_json
-from service.classifier import Answer, Pixels, Predict, Task, Uncertainty
+from service.classifier import Answer, Pixels
 from service.errors import InvalidRequest, UnsupportedMediaType
 from service.images import QUICK_BYTES, is_quick
 from service.protocol import PLAIN, SAMPLED, InferRequest
 from service.routes.front import Front, invalid
 from service.schemas import SamplingOptions
 from service.settings import Settings
+from service.tasks import Predict, Task, Uncertainty
 from service.tensors import Pictures, Values, pictures, read, split, write
 from service.waiting import WhileConnected
 

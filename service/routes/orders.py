@@ -9,7 +9,6 @@ from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ValidationError
 
-from service.classifier import Compare, Predict, Task, Uncertainty, Watch
 from service.errors import InvalidRequest
 from service.routes.front import invalid
 from service.schemas import (
@@ -18,6 +17,7 @@ from service.schemas import (
     SamplingOptions,
     UncertaintyOptions,
 )
+from service.tasks import Compare, Predict, Task, Uncertainty, Watch
 
 PATHS = re.compile(
     r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?"

@@ -13,13 +13,14 @@ import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import BodyReader, parse_images
-from service.classifier import Answer, Classifier, Pixels, Task, Uncertainty, Watch
+from service.classifier import Answer, Classifier, Pixels
 from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
 from service.routes.front import Front
 from service.routes.orders import PATHS, read_order, template
 from service.routes.stream import send_events
 from service.settings import Settings
+from service.tasks import Task, Uncertainty, Watch
 from service.waiting import WhileConnected
 
 if TYPE_CHECKING:

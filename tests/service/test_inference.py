@@ -9,10 +9,11 @@ import httpx
 import numpy as np
 import pytest
 
-from service.classifier import Classifier, Predict, Uncertainty
+from service.classifier import Classifier
 from service.errors import InvalidRequest, Overloaded
 from service.inference import Inference
 from service.settings import Settings
+from service.tasks import Predict, Uncertainty
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from starlette.requests import ClientDisconnect
 
 from models import checkpoint
 from service.app import create_app
-from service.classifier import Predict, Watch
 from service.errors import InvalidRequest, Overloaded
 from service.events import StreamEnd, StreamSample, StreamStart
 from service.inference import MAX_WATCHED, Inference
@@ -25,6 +24,7 @@ from service.logs import FIELDS
 from service.routes.stream import send_events
 from service.schemas import Problem
 from service.settings import Settings
+from service.tasks import Predict, Watch
 
 MLP, CNN = "/v1/models/digits-mlp", "/v1/models/colour-cnn"
 EVENTS = {"start": StreamStart, "sample": StreamSample, "end": StreamEnd, "error": Problem}
