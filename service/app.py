@@ -50,7 +50,7 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Express]]:
         board = NoticeBoard.of_this_worker() if line is not None else None
         try:
             running = inference or Inference(settings, board=board, strict=line is None)
@@ -65,7 +65,7 @@ def create_app(
         if keys is not None:
             keepers.append(keys.keep_up())
         keeping_up = [asyncio.create_task(keeper) for keeper in keepers]
-        yield
+        yield {"express": express} if tracing is None else {}
         for task in keeping_up:
             task.cancel()
         await asyncio.gather(*keeping_up, return_exceptions=True)
@@ -102,7 +102,7 @@ def create_app(
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
-    app.state.express = Express(app.state, settings, reader, keys) if tracing is None else None
+    express = Express(app.state, settings, reader, keys)
     infer = InferRoutes(app.build_middleware_stack(), settings, reader)
     app.middleware_stack = TaskRoutes(infer, settings, reader)
     if tracing is not None:

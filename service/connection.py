@@ -33,20 +33,16 @@ class _Message:
         self._begun = self._complete = 0
         try:
             self._parser.feed_data(data)
-            if self._begun == self._complete == 1 and self._stays():
-                return True
+            if self._begun == self._complete == 1:
+                return self._plain
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             pass
         self._parser = httptools.HttpRequestParser(self)  # the other is within a message
         return False
 
-    def _stays(self) -> bool:
-        parser = self._parser
-        stays: bool = parser.should_keep_alive()
-        return stays and parser.get_method() == b"POST" and parser.get_http_version() == "1.1"
-
     def on_message_begin(self) -> None:
         self._begun += 1
+        self._plain = False
         self.url = self.body = b""
         self.headers: Headers = []
 
@@ -55,6 +51,12 @@ class _Message:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        version = parser.get_http_version()
+        self._plain = parser.get_method() == b"POST" and version == "1.1"
+        self._plain &= parser.should_keep_alive()  # to be asked before the end of the message
 
     def on_body(self, body: bytes) -> None:
         self.body += body
@@ -74,7 +76,7 @@ class Connection(HttpToolsProtocol):
         _loop: AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._express: Express | None = config.loaded_app.state.express
+        self._express: Express | None = app_state.get("express")
         self._message = _Message()
         self._errand: Errand | None = None
         self._sent = b""
@@ -101,9 +103,9 @@ class Connection(HttpToolsProtocol):
         if errand is None:
             return False
         self._errand, self._sent = errand, data
-        # the drain waits for what is in there, and cancels it at its end
-        self.tasks.add(errand.future)  # type: ignore[arg-type]
-        errand.future.add_done_callback(self._return)
+        future = errand.place.future
+        self.tasks.add(future)  # type: ignore[arg-type]  # the drain waits for it, then cancels it
+        future.add_done_callback(self._return)
         return True
 
     @property
@@ -118,18 +120,18 @@ class Connection(HttpToolsProtocol):
         self.tasks.discard(future)
         errand, data = self._errand, self._sent
         self._errand, self._sent = None, b""
-        if errand is None:
+        if errand is None or self._express is None:
             return  # the client has gone
-        errand.release()
         try:
             answer = errand.answer(self._header_lines())
         except (Exception, CancelledError):  # what is wrong with it is found again, and told, there
+            self._express.end(errand, None)
             super().data_received(data)
             if self._closing:
                 super().shutdown()
         else:
-            errand.end(200 if self._write(answer) else CLIENT_CLOSED)
-        if self._behind:
+            self._express.end(errand, 200 if self._write(answer) else CLIENT_CLOSED)
+        if self._behind and not self.transport.is_closing():
             behind = b"".join(self._behind)
             self._behind.clear()
             self.flow.resume_reading()
@@ -166,21 +168,22 @@ class Connection(HttpToolsProtocol):
         """Close the connection, if it has rested for so long."""
         self.timeout_keep_alive_task = None
         left = self._resting_since + self.timeout_keep_alive - self.loop.time()
-        if self._errand is None and left <= 0:
-            super().timeout_keep_alive_handler()
-        elif self._errand is None:
+        if self._errand is not None:
+            return  # it is set when that is answered
+        if left > 0:
             self.timeout_keep_alive_task = self.loop.call_later(
                 left, self.timeout_keep_alive_handler
             )
+        else:
+            super().timeout_keep_alive_handler()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give up what is under way."""
         errand, self._errand = self._errand, None
-        if errand is not None:
-            errand.release()
-            errand.give_up()
-            errand.end(CLIENT_CLOSED)
+        if errand is not None and self._express is not None:
+            self._express.give_up(errand)
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves it on if the connection broke
 
     def shutdown(self) -> None:
         """Close the connection, or have it closed after the answer that is under way."""

@@ -10,30 +10,31 @@ for, in what becomes of it - is handed to uvicorn from its first byte on, and go
 every rule and error has one place, and leaving this file out would change no answer.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 from starlette.datastructures import State
 
 from service.bodies import BodyReader
-from service.classifier import Answer, Pixels
-from service.errors import DropserveError
+from service.classifier import Pixels
+from service.errors import DropserveError, NotFound, Overloaded
 from service.images import decode, is_quick
 from service.keys import Keys
-from service.middleware import record, request_id
+from service.middleware import CLIENT_CLOSED, record, request_id
 from service.routes.orders import PATHS, Order, read_order, template
 from service.settings import Settings
 from service.tasks import Predict, Uncertainty
 
 if TYPE_CHECKING:
-    from asyncio import Future
-
-    from service.inference import Inference
+    from service.inference import Inference, Waiting
 
 Headers = list[tuple[bytes, bytes]]
+_MAX_URL = 512
 _UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"))
 
 _ANSWER = (
@@ -62,6 +63,7 @@ class Express:
 
     def take(self, url: bytes, headers: Headers, body: bytes) -> "Errand | None":
         """Queue a request; None: it has to go the usual way."""
+        started = perf_counter()
         given = dict(headers)
         if len(given) < len(headers) or not _UNUSUAL.isdisjoint(given):
             return None
@@ -73,98 +75,74 @@ class Express:
         name, version, route, order = asked
         if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
             return None
+        inference: Inference = self._state.inference
         try:
-            return Errand(self._state, self._reader, (name, version), order, route, headers, body)
-        except DropserveError:
+            model = inference.registry.find(name, version)
+        except NotFound:
+            return None
+        if not self._reader.hold(body):
             return None
 
-
-class Errand:
-    """One request on its way.
-
-    Raises:
-        DropserveError: it cannot be queued.
-    """
-
-    __slots__ = (
-        "_body",
-        "_head",
-        "_inference",
-        "_line",
-        "_metrics",
-        "_place",
-        "_reader",
-        "_started",
-    )
-
-    def __init__(
-        self,
-        state: State,
-        reader: BodyReader,
-        model: tuple[str | None, str | None],
-        order: Order,
-        route: str,
-        headers: Headers,
-        body: bytes,
-    ) -> None:
-        self._started = perf_counter()
-        self._inference: Inference = state.inference
-        self._metrics = state.metrics
-        self._reader = reader
-        self._body = body
-        classifier = self._inference.registry.find(*model)
-        shown = {"model": classifier.name, "version": classifier.version}
-        self._head = {**shown, **order.head}
-        self._line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
-        reader.hold(body)
-
         def read() -> Pixels:
-            image = decode(body, "image/png", reader.limits.image)
-            pixels: Pixels = classifier.prepare(image)[np.newaxis]
+            image = decode(body, "image/png", self._reader.limits.image)
+            pixels: Pixels = model.prepare(image)[np.newaxis]
             return pixels
 
         try:
-            self._place = self._inference.queue(classifier, order.task, read)
-        except DropserveError:
-            reader.release(body)
-            raise
+            place = inference.queue(model, order.task, read)
+        except Overloaded:
+            self._reader.release(body)
+            return None
+        shown = {"model": model.name, "version": model.version}
+        line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
+        return Errand(place, body, {**shown, **order.head}, line, started)
 
-    @property
-    def future(self) -> "Future[Answer]":
-        """What will answer it."""
-        future: Future[Answer] = self._place.future
-        return future
+    def give_up(self, errand: "Errand") -> None:
+        """Take a request whose client has gone out of the queue, if it is still there."""
+        self._state.inference.leave(errand.place)
+        self.end(errand, CLIENT_CLOSED)
 
-    def give_up(self) -> None:
-        """Take it out of the queue, if it is still there."""
-        self._inference.leave(self._place)
+    def end(self, errand: "Errand", status: int | None) -> None:
+        """Let go of a request; write its line and count it, unless its status is told elsewhere."""
+        self._reader.release(errand.body)
+        if status is not None:
+            errand.line |= {"images": 1, "status": status}
+            record(self._state.metrics, errand.line, errand.started)
 
-    def answer(self, more: bytes) -> bytes:
-        """Return the response's bytes.
 
-        Args:
-            more: header lines.
-        """
-        content = {**self._head, **self._place.future.result()}
+@dataclass(eq=False, slots=True)
+class Errand:
+    """One request on its way.
+
+    Attributes:
+        place: in the queue.
+        body: what is held meanwhile.
+        head: what the answer repeats of the request.
+        line: of the log.
+        started: when, by `time.perf_counter`.
+    """
+
+    place: "Waiting"
+    body: bytes
+    head: Mapping[str, Any]
+    line: dict[str, Any]
+    started: float
+
+    def answer(self, header_lines: bytes) -> bytes:
+        """Write the response, with these lines and its own, or raise what went wrong instead."""
+        content = {**self.head, **self.place.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        return _ANSWER % (more, len(body), self._line["request_id"].encode(), body)
-
-    def end(self, status: int) -> None:
-        """Write the request's line in the log, and count it."""
-        self._line["status"] = status
-        record(self._metrics, self._line, self._started)
-
-    def release(self) -> None:
-        """Let go of the body."""
-        self._reader.release(self._body)
+        return _ANSWER % (header_lines, len(body), self.line["request_id"].encode(), body)
 
 
 @lru_cache(256)
 def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
     """Read a request's line: model, version, route and options; None: not for this way."""
     path, _, query = url.partition(b"?")
-    found = PATHS.fullmatch(path.decode("latin-1"))
-    if found is None or b"%" in path or len(url) > 512:
+    if len(url) > _MAX_URL or not url.isascii() or b"%" in path or b"#" in url:
+        return None
+    found = PATHS.fullmatch(path.decode())
+    if found is None:
         return None
     name, version, kind = found.groups()
     try:

@@ -40,7 +40,22 @@ def serve(settings: Settings) -> None:
         Keys(settings.api_keys_file)  # read for its errors: quicker than any model
     if settings.tracing:
         import service.tracing  # noqa: F401  read for its error, too
-    options: dict[str, Any] = {
+    options = uvicorn_options(settings)
+    if settings.workers > 1:
+        _serve_with_workers(settings, options)
+        return
+    app = create_app(settings, Inference(settings))
+    server = uvicorn.Server(uvicorn.Config(app, **options))
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn drains on these, then raises them again; by then the work is done: exit 0
+        signal.signal(stop, lambda _signal, _frame: None)
+    server.run()
+    sys.exit(0 if server.started else 1)
+
+
+def uvicorn_options(settings: Settings) -> dict[str, Any]:
+    """Say how uvicorn is to run the application."""
+    return {
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
@@ -54,16 +69,6 @@ def serve(settings: Settings) -> None:
         "timeout_keep_alive": _KEEP_ALIVE,
         "timeout_graceful_shutdown": settings.drain_seconds,
     }
-    if settings.workers > 1:
-        _serve_with_workers(settings, options)
-        return
-    app = create_app(settings, Inference(settings))
-    server = uvicorn.Server(uvicorn.Config(app, **options))
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn drains on these, then raises them again; by then the work is done: exit 0
-        signal.signal(stop, lambda _signal, _frame: None)
-    server.run()
-    sys.exit(0 if server.started else 1)
 
 
 def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
