@@ -4,7 +4,7 @@ Each request is read whole before it is taken that way, one at a time. uvicorn's
 either all of a request or nothing, so that neither way disturbs the other.
 """
 
-from asyncio import AbstractEventLoop, CancelledError, Future
+from asyncio import AbstractEventLoop, Future
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -40,11 +40,15 @@ class _Message:
         self._parser = httptools.HttpRequestParser(self)  # the other is within a message
         return False
 
+    def forget(self) -> None:
+        """Let go of what was found: a connection may rest for long."""
+        self.url = self.body = b""
+        self.headers: Headers = []
+
     def on_message_begin(self) -> None:
         self._begun += 1
         self._plain = False
-        self.url = self.body = b""
-        self.headers: Headers = []
+        self.forget()
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -82,7 +86,6 @@ class Connection(HttpToolsProtocol):
         self._sent = b""
         self._behind: list[bytes] = []
         self._between = True
-        self._closing = False
         self._resting_since = 0.0
 
     def data_received(self, data: bytes) -> None:
@@ -97,15 +100,14 @@ class Connection(HttpToolsProtocol):
         if self._express is None or len(data) > _MOST or not self._is_free:
             return False
         message = self._message
-        if not message.read(data):
+        taken = message.read(data)
+        if taken:
+            self._errand = self._express.take(message.url, message.headers, message.body)
+        message.forget()
+        if self._errand is None:
             return False
-        errand = self._express.take(message.url, message.headers, message.body)
-        if errand is None:
-            return False
-        self._errand, self._sent = errand, data
-        future = errand.place.future
-        self.tasks.add(future)  # type: ignore[arg-type]  # the drain waits for it, then cancels it
-        future.add_done_callback(self._return)
+        self._sent = data
+        self._errand.place.future.add_done_callback(self._return)
         return True
 
     @property
@@ -115,46 +117,44 @@ class Connection(HttpToolsProtocol):
         idle = self._between and answered and not self.pipeline
         return idle and not self.flow.write_paused and not self.transport.is_closing()
 
-    def _return(self, future: "Future[Answer]") -> None:
+    def _return(self, _future: "Future[Answer]") -> None:
         """Write the answer, or have the request answered the usual way."""
-        self.tasks.discard(future)
-        errand, data = self._errand, self._sent
-        self._errand, self._sent = None, b""
+        errand = self._errand
         if errand is None or self._express is None:
-            return  # the client has gone
+            return  # the client has gone, or waits for its answer the usual way
         try:
-            answer = errand.answer(self._header_lines())
-        except (Exception, CancelledError):  # what is wrong with it is found again, and told, there
-            self._express.end(errand, None)
-            super().data_received(data)
-            if self._closing:
-                super().shutdown()
-        else:
-            self._express.end(errand, 200 if self._write(answer) else CLIENT_CLOSED)
-        if self._behind and not self.transport.is_closing():
-            behind = b"".join(self._behind)
-            self._behind.clear()
-            self.flow.resume_reading()
-            self.data_received(behind)
-
-    def _write(self, answer: bytes) -> bool:
-        """Write an answer, and let the connection rest; False: it is closed."""
+            answer = errand.answer(self.server_state.default_headers)
+        except Exception:  # what is wrong is found again there, and told
+            self._hand_over(errand)
+            return
+        self._errand, self._sent = None, b""
         try:
             self.transport.write(answer)
         except (OSError, RuntimeError):  # RuntimeError is uvloop's
-            return False
+            self._express.end(errand, CLIENT_CLOSED)
+            return
+        self._express.end(errand, 200)
         self.server_state.total_requests += 1
-        if self._closing:
-            self.transport.close()
-        else:
-            self._rest()
-        return True
+        self._rest()
+        if self._behind:
+            self.flow.resume_reading()
+            self.data_received(self._take_behind())
 
-    def _header_lines(self) -> bytes:
-        headers = self.server_state.default_headers
-        if self._closing:
-            headers = [*headers, (b"connection", b"close")]
-        return b"".join([b"%b: %b\r\n" % header for header in headers])
+    def _hand_over(self, errand: "Errand") -> None:
+        """Have a request, and what came behind it, answered the usual way."""
+        data = self._sent + self._take_behind()
+        self._give_up(errand, None)
+        super().data_received(data)
+
+    def _give_up(self, errand: "Errand", status: int | None) -> None:
+        self._errand, self._sent = None, b""
+        if self._express is not None:
+            self._express.give_up(errand, status)
+
+    def _take_behind(self) -> bytes:
+        behind = b"".join(self._behind)
+        self._behind.clear()
+        return behind
 
     def _rest(self) -> None:
         """Let the connection rest as long as it may; a timer that is running is left to run."""
@@ -179,17 +179,19 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give up what is under way."""
-        errand, self._errand = self._errand, None
-        if errand is not None and self._express is not None:
-            self._express.give_up(errand)
+        if self._errand is not None:
+            self._give_up(self._errand, CLIENT_CLOSED)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves it on if the connection broke
 
     def shutdown(self) -> None:
-        """Close the connection, or have it closed after the answer that is under way."""
-        self._closing = True
-        if self._errand is None:
-            super().shutdown()
+        """Close the connection, or have it closed after the answer that is under way.
+
+        That one goes the usual way from here on, which knows what to do when the time is over.
+        """
+        if self._errand is not None:
+            self._hand_over(self._errand)
+        super().shutdown()
 
     def on_message_begin(self) -> None:
         """Note that uvicorn is reading a request."""

@@ -25,7 +25,7 @@ from service.classifier import Pixels
 from service.errors import DropserveError, NotFound, Overloaded
 from service.images import decode, is_quick
 from service.keys import Keys
-from service.middleware import CLIENT_CLOSED, record, request_id
+from service.middleware import record, request_id
 from service.routes.orders import PATHS, Order, read_order, template
 from service.settings import Settings
 from service.tasks import Predict, Uncertainty
@@ -80,7 +80,7 @@ class Express:
             model = inference.registry.find(name, version)
         except NotFound:
             return None
-        if not self._reader.hold(body):
+        if len(body) > self._reader.limits.max_bytes or not self._reader.hold(body):
             return None
 
         def read() -> Pixels:
@@ -97,13 +97,13 @@ class Express:
         line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
         return Errand(place, body, {**shown, **order.head}, line, started)
 
-    def give_up(self, errand: "Errand") -> None:
-        """Take a request whose client has gone out of the queue, if it is still there."""
+    def give_up(self, errand: "Errand", status: int | None) -> None:
+        """Take a request out of the queue, if it is still there, and `end` it."""
         self._state.inference.leave(errand.place)
-        self.end(errand, CLIENT_CLOSED)
+        self.end(errand, status)
 
     def end(self, errand: "Errand", status: int | None) -> None:
-        """Let go of a request; write its line and count it, unless its status is told elsewhere."""
+        """Let go of a request; write its line and count it, unless the usual way will (None)."""
         self._reader.release(errand.body)
         if status is not None:
             errand.line |= {"images": 1, "status": status}
@@ -128,11 +128,12 @@ class Errand:
     line: dict[str, Any]
     started: float
 
-    def answer(self, header_lines: bytes) -> bytes:
-        """Write the response, with these lines and its own, or raise what went wrong instead."""
+    def answer(self, server_headers: Headers) -> bytes:
+        """Write the response, with these headers and its own, or raise what went wrong instead."""
         content = {**self.head, **self.place.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        return _ANSWER % (header_lines, len(body), self.line["request_id"].encode(), body)
+        lines = b"".join([b"%b: %b\r\n" % header for header in server_headers])
+        return _ANSWER % (lines, len(body), self.line["request_id"].encode(), body)
 
 
 @lru_cache(256)

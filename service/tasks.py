@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.montecarlo import MaskKind
+from service.schemas import MaskKind
 
 
 @dataclass(frozen=True)

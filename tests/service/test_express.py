@@ -237,6 +237,7 @@ CUT = b"".join(
         (post(body=CUT), 422),
         (post(body=PNG[:-12]), 422),
         (post(body=png(size=(129, 128))), 200),
+        (post(body=png().replace(b"IDAT", b"tEXt\0\0\0\0", 1)), 422),
         (post(headers=ID + b"Content-Type: image/jpeg\r\n"), 200),  # the first of a name counts
         (post(headers=ID + b"Content-Encoding: gzip\r\n"), 415),
         (post(headers=ID + b"Connection: close\r\n"), 200),
@@ -383,6 +384,12 @@ def test_a_full_queue_and_full_hands_are_503(checkpoints):
         eventually(lambda: not service.held)
 
 
+def test_what_is_too_large_is_413_however_small_the_limit(checkpoints):
+    with serving(checkpoints, max_body_bytes=1024) as service:
+        (status, _, _), taken = service.both_ways(post(body=png(size=(40, 40))))
+        assert (status, taken) == (413, False)
+
+
 def test_a_key_is_asked_for(checkpoints, tmp_path):
     (tmp_path / "keys").write_text("sesame\n")
     with serving(checkpoints, api_keys_file=tmp_path / "keys") as service:
@@ -422,13 +429,17 @@ def test_a_stop_lets_what_is_open_finish_and_then_closes(checkpoints):
 
 def test_what_the_drain_does_not_wait_for_is_told_so(checkpoints):
     service = Service(checkpoints, drain_seconds=1)
-    with busy(service), service.connect() as asking:
-        asking.sendall(post())
-        eventually(lambda: service.held)
+    with busy(service):
+        asking = [service.connect() for _ in range(20)]
+        for connection in asking:
+            connection.sendall(post())
+        eventually(lambda: service.held == 20 * len(PNG))
         service.server.should_exit = True
-        status, headers, body = read_answer(asking.makefile("rb"))
-        assert (status, headers[b"retry-after"]) == (503, b"1")
-        assert json.loads(body)["detail"] == "the service is stopping"
+        for connection in asking:
+            status, headers, body = read_answer(connection.makefile("rb"))
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+            assert json.loads(body)["detail"] == "the service is stopping"
+            connection.close()
     service.stop()
 
 

@@ -99,6 +99,7 @@ REFUSED = {
     "PNG with a bad checksum": (422, PNG, png()[:29] + b"\0\0\0\0" + png()[33:]),
     "PNG whose pixels have a bad checksum": (422, PNG, png()[:-14] + b"\0\0" + png()[-12:]),
     "PNG cut in its end": (422, PNG, png()[:-10]),
+    "PNG of a palette that is not there": (422, PNG, png(colour=3)),
     "PNG of no width": (422, PNG, png(0, 4)),
     "PNG of no height": (422, PNG, png(4, 0)),
     "PNG with a zTXt bomb": (422, PNG, png(before=chunk(b"zTXt", TEXT + bomb(50_000_000)))),
@@ -199,12 +200,17 @@ def test_the_limits_are_the_ones_given():
         (png(), "application/json", False),
         (encoded("JPEG"), JPEG, False),
         (encoded("WEBP"), WEBP, False),
-        (png(before=chunk(b"tEXt", TEXT)), PNG, True),
+        (png(before=chunk(b"IDAT", b"") * 5), PNG, True),
+        (png(before=chunk(b"IDAT", b"") * 6), PNG, False),  # a thousand take a millisecond
+        (png(before=chunk(b"tEXt", TEXT)), PNG, False),
         (png(before=chunk(b"zTXt", TEXT)), PNG, False),
+        (png()[:-12] + chunk(b"tEXt", TEXT) + png()[-12:], PNG, False),
+        (png()[:-1], PNG, False),
+        (png(colour=6, rows=bytes(17 * 4)), PNG, True),
     ],
-    ids=[str(n) for n in range(10)],
+    ids=[str(n) for n in range(15)],
 )
-def test_only_small_png_with_nothing_else_compressed_is_quick(data, content_type, quick):
+def test_only_a_small_png_of_few_chunks_is_quick(data, content_type, quick):
     assert is_quick(data, content_type) is quick
 
 
