@@ -58,6 +58,7 @@ def create_app(
             if line is not None:
                 line.arrive(str(os.getpid()))
         app.state.inference = running
+        running.adopt_this_thread()
         running.metrics, running.tracing = metrics, tracing
         if line is not None:
             await line.wait()

@@ -1,14 +1,15 @@
 """A micro-batcher: what arrives while a step runs makes up the next batch.
 
 It knows neither torch nor HTTP. Items of one key run together, as one job, and a job is a
-generator: it runs on the executor from one `yield` to the next, and in between others have their
-turn. Turns go round so that nobody waits long and nobody is left out:
+generator: it runs on the executor, or on the event loop if it is brief, from one `yield` to the
+next, and in between others have their turn. Turns go round so that nobody waits long and nobody is
+left out:
 
 - an urgent batch gets every other turn at least: it waits for one step of another job;
 - of the rest, keys that wait to start and jobs under way take turns, each in their own order.
 
 A key with many items has one turn a batch, like any other. (A sender of many keys has as many
-turns.) Nothing waits while the executor is idle.
+turns.) Nothing waits while nothing runs, but for two looks at what else has arrived.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ Observe = Callable[[Key, int, Sequence[float]], None]
 Brief = Callable[[Key, int], bool]
 _LOOKS = 2
 """Turns of the event loop before a step. Who has just been answered asks again in that time, and
-comes along: a fifth less work a request under load, and 10 us where there is none."""
+comes along: a fifth less work a request under load, and 10 us more for who asks alone."""
 
 
 class QueueFull(Exception):
@@ -102,7 +103,7 @@ class Batcher(Generic[Key, Item, Result]):
 
     Args:
         run: `(key, items) -> steps`, a generator that returns a result each, in order, or what to
-            raise for it; the executor runs it, and closes it if all who wait for it have gone.
+            raise for it; it is closed if all who wait for it have gone.
         executor: where it runs.
         max_batch: most weight in one batch; an item heavier than that runs alone.
         max_queue: most weight waiting to start; `submit` raises beyond it.

@@ -1,10 +1,10 @@
 """uvicorn's side of a connection, which answers by the shorter way of `express.py` where it can.
 
-Each request is read whole before it is taken that way, one at a time. uvicorn's own parser sees
+A request is taken that way once all of it is there, and one at a time. uvicorn's own parser sees
 either all of a request or nothing, so that neither way disturbs the other.
 """
 
-from asyncio import AbstractEventLoop, Future
+from asyncio import AbstractEventLoop, Future, TimerHandle
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -12,6 +12,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from service.errors import DropserveError
 from service.middleware import CLIENT_CLOSED
 
 if TYPE_CHECKING:
@@ -20,35 +21,35 @@ if TYPE_CHECKING:
 
 _MOST = 20_000
 """Bytes of a request that is looked at: a small picture and the lines before it."""
+_PATIENCE = 0.01
+"""Seconds that a body may be late: many clients send it apart from the lines before it."""
 
 
 class _Message:
-    """What a parser finds in some bytes."""
+    """What a parser finds in some bytes.
 
-    def __init__(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
+    Attributes:
+        whole: they are one POST, complete, of a client that stays.
+        begun: they are the beginning of one.
+        url: of the request.
+        headers: of the request, names in lower case.
+        body: of the request.
+    """
 
-    def read(self, data: bytes) -> bool:
-        """Say if the bytes are one POST, whole, and of a client that stays."""
-        self._begun = self._complete = 0
-        try:
-            self._parser.feed_data(data)
-            if self._begun == self._complete == 1:
-                return self._plain
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            pass
-        self._parser = httptools.HttpRequestParser(self)  # the other is within a message
-        return False
-
-    def forget(self) -> None:
-        """Let go of what was found: a connection may rest for long."""
+    def __init__(self, data: bytes) -> None:
+        self.whole = self.begun = False
         self.url = self.body = b""
         self.headers: Headers = []
+        self._messages = 0
+        self._parser = httptools.HttpRequestParser(self)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.whole = self.begun = False
 
     def on_message_begin(self) -> None:
-        self._begun += 1
-        self._plain = False
-        self.forget()
+        self._messages += 1
+        self.whole = self.begun = False
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -57,16 +58,14 @@ class _Message:
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        parser = self._parser
-        version = parser.get_http_version()
-        self._plain = parser.get_method() == b"POST" and version == "1.1"
-        self._plain &= parser.should_keep_alive()  # to be asked before the end of the message
+        version, stays = self._parser.get_http_version(), self._parser.should_keep_alive()
+        self.begun = stays and version == "1.1" and self._messages == 1
 
     def on_body(self, body: bytes) -> None:
         self.body += body
 
     def on_message_complete(self) -> None:
-        self._complete += 1
+        self.whole, self.begun = self.begun, False
 
 
 class Connection(HttpToolsProtocol):
@@ -81,10 +80,11 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._express: Express | None = app_state.get("express")
-        self._message = _Message()
         self._errand: Errand | None = None
         self._sent = b""
         self._behind: list[bytes] = []
+        self._begun = b""
+        self._patience: TimerHandle | None = None
         self._between = True
         self._resting_since = 0.0
 
@@ -93,22 +93,42 @@ class Connection(HttpToolsProtocol):
         if self._errand is not None:
             self._behind.append(data)
             self.flow.pause_reading()
-        elif not self._take(data):
+            return
+        data = self._take_begun() + data
+        if not self._take(data):
             super().data_received(data)
 
     def _take(self, data: bytes) -> bool:
-        if self._express is None or len(data) > _MOST or not self._is_free:
+        """Queue a request, or wait for the rest of it; False: it has to go the usual way."""
+        express = self._express
+        if express is None or len(data) > _MOST or not data.startswith(b"POST "):
             return False
-        message = self._message
-        taken = message.read(data)
-        if taken:
-            self._errand = self._express.take(message.url, message.headers, message.body)
-        message.forget()
-        if self._errand is None:
+        if not self._is_free:
             return False
-        self._sent = data
-        self._errand.place.future.add_done_callback(self._return)
-        return True
+        message = _Message(data)
+        if message.whole:
+            self._errand = express.take(message.url, message.headers, message.body)
+            if self._errand is None:
+                return False
+            self._sent = data
+            self._errand.place.future.add_done_callback(self._return)
+            return True
+        if message.begun and express.is_plain(message.headers):
+            self._begun = data
+            self._patience = self.loop.call_later(_PATIENCE, self._stop_waiting)
+            return True
+        return False
+
+    def _take_begun(self) -> bytes:
+        """Return what has come of a request whose rest is waited for, and wait no longer."""
+        begun, self._begun = self._begun, b""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        return begun
+
+    def _stop_waiting(self) -> None:
+        super().data_received(self._take_begun())
 
     @property
     def _is_free(self) -> bool:
@@ -124,7 +144,9 @@ class Connection(HttpToolsProtocol):
             return  # the client has gone, or waits for its answer the usual way
         try:
             answer = errand.answer(self.server_state.default_headers)
-        except Exception:  # what is wrong is found again there, and told
+        except Exception as error:  # what is wrong is found again there, and told
+            if not isinstance(error, DropserveError):
+                self.logger.exception("a request is answered the usual way")
             self._hand_over(errand)
             return
         self._errand, self._sent = None, b""
@@ -168,7 +190,7 @@ class Connection(HttpToolsProtocol):
         """Close the connection, if it has rested for so long."""
         self.timeout_keep_alive_task = None
         left = self._resting_since + self.timeout_keep_alive - self.loop.time()
-        if self._errand is not None:
+        if self._errand is not None or self._begun:
             return  # it is set when that is answered
         if left > 0:
             self.timeout_keep_alive_task = self.loop.call_later(
@@ -179,6 +201,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give up what is under way."""
+        self._take_begun()
         if self._errand is not None:
             self._give_up(self._errand, CLIENT_CLOSED)
         super().connection_lost(exc)
@@ -189,6 +212,8 @@ class Connection(HttpToolsProtocol):
 
         That one goes the usual way from here on, which knows what to do when the time is over.
         """
+        if self._begun:
+            self._stop_waiting()
         if self._errand is not None:
             self._hand_over(self._errand)
         super().shutdown()

@@ -1,4 +1,4 @@
-"""A shorter way for what is asked most: a small PNG, sent in one piece, to predict or to sample.
+"""A shorter way for what is asked most: a small PNG, the body itself, to predict or to sample.
 
 For each request uvicorn makes a task, a scope and messages back and forth, and the routes work with
 them: that takes longer than decoding a picture and running a small network (docs/benchmarks.md).
@@ -26,7 +26,7 @@ from service.errors import DropserveError, NotFound, Overloaded
 from service.images import decode, is_quick
 from service.keys import Keys
 from service.middleware import record, request_id
-from service.routes.orders import PATHS, Order, read_order, template
+from service.routes.orders import PATHS, Order, parse_order, template
 from service.settings import Settings
 from service.tasks import Predict, Uncertainty
 
@@ -61,15 +61,18 @@ class Express:
         self._reader = reader
         self._keys = keys
 
+    def is_plain(self, headers: Headers) -> bool:
+        """Say if nothing but the usual is in these lines, and a PNG is to come after them."""
+        given = dict(headers)
+        plain = len(given) == len(headers) and _UNUSUAL.isdisjoint(given)
+        return plain and given.get(b"content-type") == b"image/png"
+
     def take(self, url: bytes, headers: Headers, body: bytes) -> "Errand | None":
         """Queue a request; None: it has to go the usual way."""
         started = perf_counter()
-        given = dict(headers)
-        if len(given) < len(headers) or not _UNUSUAL.isdisjoint(given):
+        if not self.is_plain(headers) or not is_quick(body, "image/png"):
             return None
-        if given.get(b"content-type") != b"image/png" or not is_quick(body, "image/png"):
-            return None
-        asked = _asked(url)
+        asked = _asked(url) if len(url) <= _MAX_URL else None
         if asked is None or (self._keys is not None and not self._keys.admit(headers)):
             return None
         name, version, route, order = asked
@@ -140,14 +143,14 @@ class Errand:
 def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
     """Read a request's line: model, version, route and options; None: not for this way."""
     path, _, query = url.partition(b"?")
-    if len(url) > _MAX_URL or not url.isascii() or b"%" in path or b"#" in url:
+    if not url.isascii() or b"%" in path or b"#" in url:
         return None
     found = PATHS.fullmatch(path.decode())
     if found is None:
         return None
     name, version, kind = found.groups()
     try:
-        order = read_order(kind, query)
+        order = parse_order(kind, query)
     except DropserveError:
         return None
     task = order.task

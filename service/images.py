@@ -21,7 +21,7 @@ from service.errors import (
 )
 
 QUICK_BYTES = 16_384
-QUICK_PIXELS = 128 * 128
+QUICK_PIXELS = 64 * 64
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _PLAIN = {b"\0\0\0\r\x08\0\0\0\0": "L", b"\0\0\0\r\x08\2\0\0\0": "RGB"}
 """Length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs."""

@@ -95,8 +95,7 @@ class Inference:
         strict: bool = True,
     ) -> None:
         self._settings = settings
-        set_threads = partial(torch.set_num_threads, settings.threads)
-        set_threads()  # for what runs on the event loop
+        self._set_threads = set_threads = partial(torch.set_num_threads, settings.threads)
         self._worker = ThreadPoolExecutor(1, "inference", set_threads)
         self._loader = ThreadPoolExecutor(1, "loading", set_threads)
         self._decoders = ThreadPoolExecutor(2, "decoding")
@@ -116,6 +115,10 @@ class Inference:
         found = folder or checkpoints(settings)
         self.repository = Repository(settings, found, self._loader, board, strict=strict)
         self.registry = self.repository.registry
+
+    def adopt_this_thread(self) -> None:
+        """Set up the thread of the event loop, on which brief batches run."""
+        self._set_threads()
 
     @property
     def queued(self) -> int:
@@ -247,9 +250,9 @@ class Inference:
 
 
 def _is_brief(key: Key, images: int) -> bool:
-    """Say if a batch takes about as long as changing threads for it."""
+    """Say if a batch may hold up the event loop; steps of streams, which weigh nothing, may not."""
     classifier, task, _ = key
-    return images <= classifier.brief.get(task, 0)
+    return 0 < images <= classifier.brief.get(task, 0)
 
 
 def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Steps:

@@ -139,7 +139,5 @@ def route_of(scope: Scope) -> str | None:
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the id that the client chose, if it did and it is safe to log; else a new one."""
-    for name, value in headers:
-        if name == REQUEST_ID and _SAFE_ID.fullmatch(value):
-            return value.decode()
-    return os.urandom(16).hex()
+    asked = next((value for name, value in headers if name == REQUEST_ID), b"")
+    return asked.decode() if _SAFE_ID.fullmatch(asked) else os.urandom(16).hex()

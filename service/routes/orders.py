@@ -48,10 +48,10 @@ def template(name: str | None, version: str | None, kind: str) -> str:
 
 def read_order(kind: str, query: bytes) -> Order:
     """Read the options of a task; the last few queries are remembered, if they are short."""
-    return _remembered(kind, query) if len(query) <= 256 else _parse(kind, query)
+    return _remembered(kind, query) if len(query) <= 256 else parse_order(kind, query)
 
 
-def _parse(kind: str, query: bytes) -> Order:
+def parse_order(kind: str, query: bytes) -> Order:
     """Read the options of a task.
 
     Raises:
@@ -78,4 +78,4 @@ def _parse(kind: str, query: bytes) -> Order:
     return Order(Predict(), {})
 
 
-_remembered = lru_cache(256)(_parse)
+_remembered = lru_cache(256)(parse_order)
