@@ -36,16 +36,26 @@ class _Message:
         body: of the request.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self.whole = self.begun = False
-        self.url = self.body = b""
-        self.headers: Headers = []
-        self._messages = 0
+    def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
+        self.forget()
+
+    def read(self, data: bytes) -> None:
+        """Look at some bytes; they may be anything."""
+        self.forget()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.whole = self.begun = False
+        if not self.whole:  # a parser within a message, or at its wits' end
+            self._parser = httptools.HttpRequestParser(self)
+
+    def forget(self) -> None:
+        """Let go of what was found: a connection may rest for long."""
+        self.whole = self.begun = False
+        self.url = self.body = b""
+        self.headers: Headers = []
+        self._messages = 0
 
     def on_message_begin(self) -> None:
         self._messages += 1
@@ -80,6 +90,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._express: Express | None = app_state.get("express")
+        self._message = _Message()
         self._errand: Errand | None = None
         self._sent = b""
         self._behind: list[bytes] = []
@@ -105,7 +116,14 @@ class Connection(HttpToolsProtocol):
             return False
         if not self._is_free:
             return False
-        message = _Message(data)
+        message = self._message
+        message.read(data)
+        try:
+            return self._take_message(express, message, data)
+        finally:
+            message.forget()
+
+    def _take_message(self, express: "Express", message: _Message, data: bytes) -> bool:
         if message.whole:
             self._errand = express.take(message.url, message.headers, message.body)
             if self._errand is None:

@@ -30,6 +30,17 @@ TURNED = {  # EXIF orientation -> how the stored rows and columns are to be seen
 }
 
 
+@pytest.mark.parametrize(("preprocessing", "pixels"), [(GREY, PIXELS[..., 0]), (COLOUR, PIXELS)])
+def test_a_file_that_is_open_but_not_read_yet_is_prepared(preprocessing, pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    opened = Image.open(file)
+    assert not opened.info
+    found = preprocessing.prepare(opened)
+    np.testing.assert_array_equal(found, pixels.reshape(2, 3, -1).transpose(2, 0, 1))
+    found += 1  # it may be written to
+
+
 @pytest.mark.parametrize("orientation", TURNED)
 def test_exif_orientation_is_applied(orientation):
     image = Image.fromarray(PIXELS)

@@ -34,6 +34,7 @@ class Runner:
     def __init__(self):
         self.batches = []
         self.steps = []
+        self.threads = []
         self.pauses = {}
 
     def pause_at(self, item):
@@ -43,6 +44,7 @@ class Runner:
     def __call__(self, key, items):
         self.batches.append((key, list(items)))
         self.steps.append(key)
+        self.threads.append(threading.current_thread())
         self._step(items)
         try:
             for _ in range(int(key.partition(" ")[2] or 0)):
@@ -69,14 +71,19 @@ def run(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
     return run_steps(scenario, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs).batches
 
 
-def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
+def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, brief=None):
     """Run `scenario(batcher, runner)` in an event loop; return the runner."""
     runner = Runner()
 
     async def main():
         with ThreadPoolExecutor(1) as executor:
             batcher = Batcher(
-                runner, executor, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs
+                runner,
+                executor,
+                max_batch=max_batch,
+                max_queue=max_queue,
+                max_jobs=max_jobs,
+                brief=brief,
             )
             async with asyncio.timeout(20):
                 await scenario(batcher, runner)
@@ -335,6 +342,83 @@ def test_the_jobs_under_way_are_limited_and_urgent_ones_pass():
     steps = run_steps(scenario, max_jobs=2).steps
     assert steps.index("u") <= 2
     assert steps.index("z 5") > min(i for i, k in enumerate(steps) if steps[: i + 1].count(k) == 6)
+
+
+def test_brief_batches_run_on_the_event_loop_and_only_while_nothing_else_runs():
+    async def scenario(batcher, runner):
+        assert await batcher.submit("brief", 1) == ("brief", 1)
+        async with busy(batcher, runner):  # "a" is not brief
+            tasks = await queued(*(batcher.submit("brief", n) for n in range(12)))
+            await asyncio.sleep(0.05)
+            assert len(runner.batches) == 2
+        assert await asyncio.gather(*tasks) == [("brief", n) for n in range(12)]
+        assert await batcher.submit("brief 2", 1) == ("brief 2", 1)
+        assert await batcher.submit("brief", "heavy", 5) == ("brief", "heavy")
+        bad = await queued(batcher.submit("brief", "poison"), batcher.submit("brief", 3))
+        results = await asyncio.gather(*bad, return_exceptions=True)
+        assert isinstance(results[0], ValueError)
+        assert results[1] == ("brief", 3)
+
+    asked = []
+
+    def brief(key, weight):
+        asked.append((key, weight))
+        return key.startswith("brief") and weight <= 4
+
+    runner = run_steps(scenario, max_batch=4, brief=brief)
+    main = threading.main_thread()
+    for (key, items), thread in zip(runner.batches, runner.threads, strict=True):
+        assert (thread is main) == (key != "a" and items != ["heavy"])
+    assert [items for key, items in runner.batches[2:5]] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+    ]
+    assert asked.count(("brief 2", 1)) == 3  # of each step
+
+
+def test_what_is_queued_may_leave_before_during_and_after_its_run():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            before, stays = batcher.queue("a", 1), batcher.queue("a", 2, 3)
+            assert batcher.queued == 4
+            batcher.leave(before)
+            assert batcher.queued == 3
+            batcher.leave(before)
+            assert batcher.queued == 3
+        assert await stays.future == ("a", 2)
+        pause = runner.pause_at("during")
+        during = batcher.queue("a", "during")
+        await pause.wait_until_reached()
+        batcher.leave(during)
+        pause.over.set()
+        after = batcher.queue("a", 4)
+        assert await after.future == ("a", 4)
+        batcher.leave(after)
+        assert before.future.cancelled()
+        assert during.future.cancelled()
+        assert batcher.queued == 0
+        batcher.close()
+        batcher.leave(batcher.queue("a", 5))
+        assert batcher.queued == 0
+
+    batches = run(scenario)
+    assert batches == [("a", ["first"]), ("a", [2]), ("a", ["during"]), ("a", [4])]
+
+
+def test_who_is_answered_and_asks_again_at_once_comes_along_with_the_next():
+    async def scenario(batcher, runner):
+        async def ask(name):
+            for n in range(3):
+                await batcher.submit("a", (name, n))
+
+        async with busy(batcher, runner):
+            tasks = await queued(*(ask(name) for name in "xy"))
+            late = asyncio.create_task(ask("z"))
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks, late)
+
+    assert [len(items) for _, items in run(scenario)] == [1, 3, 3, 3]
 
 
 def test_what_is_closed_starts_nothing_more():

@@ -11,7 +11,7 @@ import pytest
 
 from service.classifier import Classifier
 from service.errors import InvalidRequest, Overloaded
-from service.inference import Inference
+from service.inference import Inference, _is_brief
 from service.settings import Settings
 from service.tasks import Predict, Uncertainty
 
@@ -135,3 +135,16 @@ def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(error, checkpoin
             got["predictions"][0]["probabilities"], expected["predictions"][0]["probabilities"]
         )
     inference.close()
+
+
+def test_brief_are_the_tasks_that_were_measured_and_no_steps_of_streams(classifier):
+    assert set(classifier.brief) == {Predict(), Uncertainty()}
+    classifier.brief[Predict()] = 8
+    sizes = [1, 8, 9, 0]
+    assert [_is_brief((classifier, Predict(), None), n) for n in sizes] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not _is_brief((classifier, Uncertainty(samples=3), None), 1)
