@@ -31,7 +31,7 @@ Observe = Callable[[Key, int, Sequence[float]], None]
 Brief = Callable[[Key, int], bool]
 _LOOKS = 2
 """Turns of the event loop before a step. Who has just been answered asks again in that time, and
-comes along: a fifth less work a request under load, and 10 us more for who asks alone."""
+comes along: a seventh less work a request under load, and 10 us more for who asks alone."""
 
 
 class QueueFull(Exception):
