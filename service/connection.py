@@ -218,8 +218,9 @@ class Connection(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give up what is under way."""
-        self._take_begun()
+        """Give up what is under way; what has only begun is noted on the usual way."""
+        if self._begun:
+            self._stop_waiting()
         if self._errand is not None:
             self._give_up(self._errand, CLIENT_CLOSED)
         super().connection_lost(exc)

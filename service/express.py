@@ -23,7 +23,7 @@ from starlette.datastructures import State
 from service.bodies import BodyReader
 from service.classifier import Pixels
 from service.errors import DropserveError, NotFound, Overloaded
-from service.images import decode, is_quick
+from service.images import QUICK_BYTES, decode, is_quick
 from service.keys import Keys
 from service.middleware import record, request_id
 from service.routes.orders import PATHS, Order, parse_order, template
@@ -62,10 +62,11 @@ class Express:
         self._keys = keys
 
     def is_plain(self, headers: Headers) -> bool:
-        """Say if nothing but the usual is in these lines, and a PNG is to come after them."""
+        """Say if nothing but the usual is in these lines, and a small PNG is to come after them."""
         given = dict(headers)
         plain = len(given) == len(headers) and _UNUSUAL.isdisjoint(given)
-        return plain and given.get(b"content-type") == b"image/png"
+        small = int(given.get(b"content-length", b"0")) <= QUICK_BYTES
+        return plain and small and given.get(b"content-type") == b"image/png"
 
     def take(self, url: bytes, headers: Headers, body: bytes) -> "Errand | None":
         """Queue a request; None: it has to go the usual way."""

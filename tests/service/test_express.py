@@ -200,7 +200,8 @@ def test_a_small_png_goes_the_shorter_way_to_the_same_answer(service, raw):
     assert headers == headers_again
 
 
-def test_a_body_that_comes_apart_from_the_lines_before_it_is_waited_for_a_moment(service):
+def test_a_body_that_comes_apart_from_the_lines_before_it_is_waited_for_a_moment(service, caplog):
+    caplog.set_level(logging.INFO, "dropserve.requests")
     raw = post()
     body = len(raw) - len(PNG)
     expected = service.ask(raw)
@@ -212,9 +213,11 @@ def test_a_body_that_comes_apart_from_the_lines_before_it_is_waited_for_a_moment
     assert service.ask(raw, [body], pause=0.1) == expected
     assert service.ask(raw, [body, len(raw) - 1], pause=0.1) == expected
     assert not service.taken
+    caplog.clear()
     with service.connect() as connection:
         connection.sendall(raw[:body])
-    assert service.ask(raw) == expected
+    eventually(lambda: caplog.records)
+    assert getattr(caplog.records[0], FIELDS)["status"] == 499
 
 
 DAMAGED = PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]
