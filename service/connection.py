@@ -92,7 +92,7 @@ class Connection(HttpToolsProtocol):
         self._express: Express | None = app_state.get("express")
         self._message = _Message()
         self._errand: Errand | None = None
-        self._sent = b""
+        self._sent = b""  # the errand's request, to its last byte
         self._behind: list[bytes] = []
         self._begun = b""
         self._patience: TimerHandle | None = None
@@ -105,8 +105,9 @@ class Connection(HttpToolsProtocol):
             self._behind.append(data)
             self.flow.pause_reading()
             return
-        data = self._take_begun() + data
+        data = self._begun + data
         if not self._take(data):
+            self._forget_begun()
             super().data_received(data)
 
     def _take(self, data: bytes) -> bool:
@@ -128,25 +129,28 @@ class Connection(HttpToolsProtocol):
             self._errand = express.take(message.url, message.headers, message.body)
             if self._errand is None:
                 return False
+            self._forget_begun()
             self._sent = data
             self._errand.place.future.add_done_callback(self._return)
             return True
         if message.begun and express.is_plain(message.headers):
             self._begun = data
-            self._patience = self.loop.call_later(_PATIENCE, self._stop_waiting)
+            if self._patience is None:  # else it goes on: who drips has no longer
+                self._patience = self.loop.call_later(_PATIENCE, self._stop_waiting)
             return True
         return False
 
-    def _take_begun(self) -> bytes:
-        """Return what has come of a request whose rest is waited for, and wait no longer."""
-        begun, self._begun = self._begun, b""
+    def _stop_waiting(self) -> None:
+        """Have what has come of a request go the usual way, where its rest has a time limit."""
+        begun = self._begun
+        self._forget_begun()
+        super().data_received(begun)
+
+    def _forget_begun(self) -> None:
+        self._begun = b""
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        return begun
-
-    def _stop_waiting(self) -> None:
-        super().data_received(self._take_begun())
 
     @property
     def _is_free(self) -> bool:
@@ -200,9 +204,12 @@ class Connection(HttpToolsProtocol):
         """Let the connection rest as long as it may; a timer that is running is left to run."""
         self._resting_since = self.loop.time()
         if self.timeout_keep_alive_task is None:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._rest_for(self.timeout_keep_alive)
+
+    def _rest_for(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(
+            seconds, self.timeout_keep_alive_handler
+        )
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection, if it has rested for so long."""
@@ -211,9 +218,7 @@ class Connection(HttpToolsProtocol):
         if self._errand is not None or self._begun:
             return  # it is set when that is answered
         if left > 0:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                left, self.timeout_keep_alive_handler
-            )
+            self._rest_for(left)
         else:
             super().timeout_keep_alive_handler()
 

@@ -212,6 +212,8 @@ def test_a_body_that_comes_apart_from_the_lines_before_it_is_waited_for_a_moment
         service.taken.clear()
     assert service.ask(raw, [body], pause=0.1) == expected
     assert service.ask(raw, [body, len(raw) - 1], pause=0.1) == expected
+    drops = list(range(body, len(raw), 10))
+    assert service.ask(raw, drops, pause=0.003) == expected  # each soon enough, all too late
     assert not service.taken
     caplog.clear()
     with service.connect() as connection:
