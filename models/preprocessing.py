@@ -124,7 +124,7 @@ def _affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor,
 
 
 def _raw(image: Image.Image) -> bytes:
-    """Do what `image.tobytes()` does, in a fifth of the time: pixels of 8 bits a channel."""
+    """Do what `image.tobytes()` does, in half the time: pixels of 8 bits a channel."""
     image.load()
     encoder = Image.core.raw_encoder(image.mode, image.mode, 0, 1)  # type: ignore[attr-defined]
     encoder.setimage(image.im, (0, 0, *image.size))

@@ -66,7 +66,7 @@ def create_app(
         if keys is not None:
             keepers.append(keys.keep_up())
         keeping_up = [asyncio.create_task(keeper) for keeper in keepers]
-        yield {"express": express} if tracing is None else {}
+        yield {"express": express}
         for task in keeping_up:
             task.cancel()
         await asyncio.gather(*keeping_up, return_exceptions=True)

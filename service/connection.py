@@ -89,7 +89,7 @@ class Connection(HttpToolsProtocol):
         _loop: AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._express: Express | None = app_state.get("express")
+        self._express: Express = app_state["express"]  # what the lifespan hands over
         self._message = _Message()
         self._errand: Errand | None = None
         self._sent = b""  # the errand's request, to its last byte
@@ -112,28 +112,24 @@ class Connection(HttpToolsProtocol):
 
     def _take(self, data: bytes) -> bool:
         """Queue a request, or wait for the rest of it; False: it has to go the usual way."""
-        express = self._express
-        if express is None or len(data) > _MOST or not data.startswith(b"POST "):
+        if len(data) > _MOST or not data.startswith(b"POST ") or not self._is_free:
             return False
-        if not self._is_free:
-            return False
-        message = self._message
-        message.read(data)
+        self._message.read(data)
         try:
-            return self._take_message(express, message, data)
+            return self._take_message(self._message, data)
         finally:
-            message.forget()
+            self._message.forget()
 
-    def _take_message(self, express: "Express", message: _Message, data: bytes) -> bool:
+    def _take_message(self, message: _Message, data: bytes) -> bool:
         if message.whole:
-            self._errand = express.take(message.url, message.headers, message.body)
+            self._errand = self._express.take(message.url, message.headers, message.body)
             if self._errand is None:
                 return False
             self._forget_begun()
             self._sent = data
             self._errand.place.future.add_done_callback(self._return)
             return True
-        if message.begun and express.is_plain(message.headers):
+        if message.begun and self._express.is_plain(message.headers):
             self._begun = data
             if self._patience is None:  # else it goes on: who drips has no longer
                 self._patience = self.loop.call_later(_PATIENCE, self._stop_waiting)
@@ -162,7 +158,7 @@ class Connection(HttpToolsProtocol):
     def _return(self, _future: "Future[Answer]") -> None:
         """Write the answer, or have the request answered the usual way."""
         errand = self._errand
-        if errand is None or self._express is None:
+        if errand is None:
             return  # the client has gone, or waits for its answer the usual way
         try:
             answer = errand.answer(self.server_state.default_headers)
@@ -192,8 +188,7 @@ class Connection(HttpToolsProtocol):
 
     def _give_up(self, errand: "Errand", status: int | None) -> None:
         self._errand, self._sent = None, b""
-        if self._express is not None:
-            self._express.give_up(errand, status)
+        self._express.give_up(errand, status)
 
     def _take_behind(self) -> bytes:
         behind = b"".join(self._behind)

@@ -59,7 +59,8 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": "service.connection:Connection",
+        # spans are made of what goes the usual way
+        "http": "httptools" if settings.tracing else "service.connection:Connection",
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # who sent a request is neither used nor logged
