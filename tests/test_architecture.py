@@ -53,11 +53,10 @@ def test_only_the_door_and_the_command_line_touch_models_and_torch(path):
 
 
 @pytest.mark.parametrize("path", [*MODELS, *SERVICE], ids=relative)
-def test_nothing_is_pickled_and_no_file_outgrows_a_sitting(path):
+def test_nothing_is_pickled(path):
     assert not packages(path) & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     source = path.read_text()
     assert not re.search(r"(?<!safetensors\.)torch\.(load|save)\(", source)
-    assert len(source.splitlines()) <= 300
 
 
 def test_the_client_needs_only_the_schemas_the_errors_and_httpx():
