@@ -1,9 +1,10 @@
 """Train mode and eval mode side by side, on the same images."""
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Layer:
     Attributes:
         name: of the module; `[2]` follows where it is called a second time.
         kind: its class.
-        p: its rate, where it is a dropout.
+        p: its rate in train mode, where it is a dropout.
         eval: moments of its output in eval mode, over units and images.
         train: the same with dropout on, over passes too.
     """
@@ -63,7 +64,7 @@ class Comparison:
     Attributes:
         eval: probabilities [2, B, C], the same twice.
         train: probabilities [k, B, C].
-        layers: in the order of a forward pass.
+        layers: those that run in both modes, in the order of a forward pass.
     """
 
     eval: Tensor
@@ -100,50 +101,65 @@ def compare(
     Returns:
         What the passes made of them, when they are over.
     """
-    layers: dict[str, Layer] = {}
+    rates = {site.name: (site if p is None else site.at(p)).p for site in sampler.sites}
+    layers = _Layers(rates)
     plain, thinned = [], []
     for _ in range(2):
-        with torch.inference_mode(), _moments(module, layers, "eval"):  # neither across a yield
+        with torch.inference_mode(), layers.watched(module, "eval"):  # neither across a yield
             plain.append(module(x.clone()))  # which it may overwrite
         yield
     for t in range(passes):
-        with torch.inference_mode(), _moments(module, layers, "train"):
+        with torch.inference_mode(), layers.watched(sampler.training_copy, "train"):
             thinned.append(sampler.thinned(x, seed, "independent", t, p))
         yield
     return Comparison(
         torch.stack(plain).float().softmax(-1),
         torch.stack(thinned).float().softmax(-1),
-        tuple(layers.values()),
+        layers.in_both_modes(),
     )
 
 
-@contextmanager
-def _moments(module: nn.Module, layers: dict[str, Layer], mode: str) -> Iterator[None]:
-    """Add the moments of every leaf's output to `layers`, for passes of this thread."""
-    thread = threading.get_ident()
-    calls: dict[str, int] = {}
+class _Layers:
+    """The leaves of a module, and moments of their outputs.
 
-    def record(name: str, leaf: nn.Module, output: object) -> None:
-        if threading.get_ident() != thread or not isinstance(output, Tensor):
-            return
-        calls[name] = calls.get(name, 0) + 1
-        key = name if calls[name] == 1 else f"{name}[{calls[name]}]"
-        if key not in layers:
-            layers[key] = Layer(key, type(leaf).__name__, _rate(leaf))
-        moments: Moments = getattr(layers[key], mode)
-        moments.add(output)
+    Args:
+        rates: of the dropout sites in train mode, by name.
+    """
 
-    with ExitStack() as hooks:
-        for name, leaf in module.named_modules():
-            if not any(leaf.children()):
-                handle = leaf.register_forward_hook(
-                    lambda m, _args, output, name=name or "root": record(name, m, output)
-                )
-                hooks.callback(handle.remove)
-        yield
+    def __init__(self, rates: Mapping[str, float]) -> None:
+        self._rates = rates
+        self._found: dict[str, Layer] = {}
 
+    def in_both_modes(self) -> tuple[Layer, ...]:
+        """Return the layers that ran in both."""
+        return tuple(x for x in self._found.values() if x.eval.count and x.train.count)
 
-def _rate(leaf: nn.Module) -> float | None:
-    """Return a dropout's p; other modules have none."""
-    p = getattr(leaf, "p", None)
-    return p if isinstance(p, float) else None
+    @contextmanager
+    def watched(self, module: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]:
+        """Add the moments of every leaf's output, for passes of this thread."""
+        thread = threading.get_ident()
+        calls: dict[str, int] = {}
+
+        def record(name: str, leaf: nn.Module, output: object) -> None:
+            if threading.get_ident() != thread or not isinstance(output, Tensor):
+                return
+            calls[name] = calls.get(name, 0) + 1
+            key = name if calls[name] == 1 else f"{name}[{calls[name]}]"
+            if key not in self._found:
+                self._found[key] = Layer(key, type(leaf).__name__, self._rate(key, leaf))
+            layer = self._found[key]
+            (layer.eval if mode == "eval" else layer.train).add(output)
+
+        with ExitStack() as hooks:
+            for name, leaf in module.named_modules():
+                if not any(leaf.children()):
+                    handle = leaf.register_forward_hook(
+                        lambda m, _args, output, name=name or "root": record(name, m, output)
+                    )
+                    hooks.callback(handle.remove)
+            yield
+
+    def _rate(self, key: str, leaf: nn.Module) -> float | None:
+        """Return a dropout's rate, 0 too, where it is no site; other modules have none."""
+        own = getattr(leaf, "p", None)
+        return self._rates.get(key, own if isinstance(own, float) else None)

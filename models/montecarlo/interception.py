@@ -1,12 +1,11 @@
 """Catches every dropout call of one forward pass, in one thread, and puts a given mask there.
 
-No flag of the module is touched: it stays in eval mode, so batch normalisation keeps its running
-statistics, and an eval prediction of the same module in another thread stays exact. Functional
-dropout, with `training=False` too, is caught like the modules; so is the dropout inside attention.
+Functional dropout, with `training=False` too, is caught like the modules; so are the dropout inside
+attention and the masks of stochastic depth. Batch normalisation keeps to its running statistics.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from math import sqrt
+from math import nan, sqrt
 from types import FunctionType
 from typing import Any, Literal
 
@@ -17,10 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 from models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
 
-Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention"]
+Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention", "bernoulli"]
+"""`bernoulli` is a mask that the network's own code draws by `Tensor.bernoulli_` and scales itself,
+as stochastic depth does (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016)."""
 
 ScaleFor = Callable[[Kind, float, torch.Size], Tensor | None]
-"""`(kind, p, mask shape) -> what to multiply by`, zero where a unit is dropped; None: nothing."""
+"""`(kind, p, mask shape) -> what to multiply by`, zero where a unit is dropped; None: as eval mode
+has it, without noise."""
 
 ALPHA = 1.7580993408473766
 """SELU's scale times alpha: minus the value that alpha dropout sets dropped units to."""
@@ -51,8 +53,7 @@ class Interception(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention_forward(*args, **{**kwargs, "training": True})
-        if func is F.linear:
-            func = _linear
+        func = _REPLACED.get(func, func)
         dropout = _DROPOUTS.get(func)
         result = dropout(self._scale_for, *args, **kwargs) if dropout else func(*args, **kwargs)
         self._masked = self._masked or dropout is not None
@@ -91,7 +92,7 @@ def _input_and_rate(
 def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
     scale = scale_for(kind, float(p), shape) if p > 0 else None
     if scale is None:
-        return x
+        return x * (1 - p) if kind == "vanilla" else x
     scale = scale.to(x.dtype)
     if kind not in ("alpha", "feature_alpha"):
         return x * scale
@@ -99,6 +100,27 @@ def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFo
     # -ALPHA, then an affine map restores mean 0 and variance 1.
     a = 1 / sqrt((ALPHA**2 * p + 1) * (1 - p))
     return x * scale * a + (scale - 1 + p) * (ALPHA * a)
+
+
+def _bernoulli(
+    scale_for: ScaleFor,
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`Tensor.bernoulli_`, which sets elements to one with probability `p`: here, of keeping.
+
+    Without noise each element is its mean. The result is a tensor of its own, because under `vmap`
+    `x` may have no dimension for the samples; `x` becomes NaN, so that its use does not go unseen.
+    """
+    if isinstance(p, Tensor) or not x.is_floating_point():
+        return x.bernoulli_(p, generator=generator)
+    x.fill_(nan)
+    keep = scale_for("bernoulli", 1 - p, x.shape) if p < 1 else None
+    if keep is None:
+        return torch.full_like(x, p)
+    return keep.to(x.dtype).expand(x.shape).clone()
 
 
 def _attention(
@@ -147,6 +169,21 @@ def _linear(
     return F.linear(rows, weight, bias).reshape(*input.shape[:-1], weight.shape[0])
 
 
+def _batch_norm(
+    input: Tensor,  # noqa: A002  torch's name for it
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,  # noqa: ARG001  as `F.batch_norm` has it
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` by the running statistics, where there are any, which stay as they are."""
+    of_batch = running_mean is None
+    return F.batch_norm(input, running_mean, running_var, weight, bias, of_batch, momentum, eps)
+
+
 def _unguarded(function: FunctionType) -> FunctionType:
     """Copy a function of `torch.nn.functional`, less its own check for overrides.
 
@@ -181,4 +218,10 @@ _DROPOUTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.feature_alpha_dropout: _channelwise("feature_alpha"),
     torch.feature_alpha_dropout: _channelwise("feature_alpha"),
     F.scaled_dot_product_attention: _attention,
+    torch.Tensor.bernoulli_: _bernoulli,
+}
+
+_REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
 }

@@ -14,7 +14,7 @@ from models.montecarlo.interception import Interception, Kind
 from models.montecarlo.masks import BLOCK, MASK_KINDS, MaskKind
 from models.montecarlo.precision import Choice, Precision, choose, is_native
 from models.montecarlo.scales import Scales, ScaleStore
-from models.montecarlo.sites import Site, survey
+from models.montecarlo.sites import Site, require_close, survey
 from models.montecarlo.statistics import Statistics, Summary
 
 MAX_SEED = 2**63 - 1
@@ -32,14 +32,15 @@ class Sampler:
     not T x batch x units; each image alone still meets T draws from the right distribution.
 
     Args:
-        module: maps images [B, ...] to logits [B, C]; in eval mode, and left as it is. Its weights
-            are read here: a sampler is made anew when they change.
+        module: maps images [B, ...] to logits [B, C]; in eval mode, and left as it is: masks are
+            put into a copy in training mode. A sampler is made anew when weights change.
         example: a batch [B, ...] to look at the module with.
         precision: of the computation; "auto" takes bfloat16 where it is faster here and hardly
             changes the answer (`models.montecarlo.precision`).
 
     Attributes:
-        sites: the module's dropout calls, in the order of a forward pass.
+        training_copy: what runs with masks on every path but "folded"; it shares the weights.
+        sites: its dropout calls, in the order of a forward pass.
         path: "folded" (sequential modules; the fastest), "vmap" (any other; like "folded" it runs
             once what comes before the first mask) or "loop" (a pass a sample, where the module
             cannot be vectorised).
@@ -57,13 +58,14 @@ class Sampler:
         self._module = module
         self._parts = tuple(module.modules())
         self._require_eval_mode()
-        self._found = survey(module, example)
+        probe = _probe(example)
+        self._found = survey(module, probe)
+        self.training_copy = self._found.training_copy
         self.sites: tuple[Site, ...] = self._found.sites
         self.classes = self._found.classes
         self._store = ScaleStore(self.sites)
         self._folded: Folded | None = None
         self._dtype = torch.float32
-        probe = _probe(example)
         self._require_effect(probe)
         self.path: Path = self._choose_path(probe)
         self.precision: Choice = choose(
@@ -191,7 +193,7 @@ class Sampler:
         feed = _Feed(self.sites, factors)
         low = dtype != torch.float32
         with torch.autocast(x.device.type, dtype, enabled=low), Interception(feed):
-            logits: Tensor = self._module(x.clone())  # which it may overwrite
+            logits: Tensor = self.training_copy(x.clone())  # which it may overwrite
         feed.finish()
         return logits
 
@@ -205,13 +207,13 @@ class Sampler:
             if folded is not None:
                 h = folded.prefix(probe)
                 for _, way in folded.ways(h, scales):
-                    _compare(way(h, scales), expected)
+                    require_close(way(h, scales), expected)
                 self._folded = folded
                 return "folded"
         except Exception:  # noqa: S110  a module may fail in any way; the next path may do
             pass
         try:
-            _compare(self._vectorised(probe, scales), expected)
+            require_close(self._vectorised(probe, scales), expected)
         except Exception as error:  # a module may fail under vmap in any way
             warnings.warn(
                 f"Monte Carlo dropout runs one pass a sample: {_first_line(error)}", stacklevel=4
@@ -279,9 +281,3 @@ def _probe(example: Tensor) -> Tensor:
     """Put noise beside the first image of `example`: two images that no path may mix up."""
     noise = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0))
     return torch.cat([example[:1], noise.to(example)])
-
-
-def _compare(got: Tensor, expected: Tensor) -> None:
-    """Raise if two paths' logits differ by more than rounding."""
-    coarse = 4 * torch.finfo(got.dtype).eps
-    torch.testing.assert_close(got, expected, rtol=max(1e-3, coarse), atol=max(1e-4, coarse))

@@ -40,3 +40,27 @@ def test_between_passes_nothing_watches_the_module():
         assert not torch.is_inference_mode_enabled()
         assert not any(leaf._forward_hooks for leaf in module)
     assert between >= 4  # two in eval mode, three in train mode
+
+
+class Switched(nn.Module):
+    """Runs a dropout in train mode alone, and one at rate 0 in both modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.none = nn.Linear(9, 9), nn.AlphaDropout(0.25), nn.Dropout(0.0)
+        self.last = nn.Linear(9, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.training:
+            x = nn.functional.dropout(self.drop(x), 0.5)
+        return self.last(self.none(x))
+
+
+def test_layers_that_run_in_one_mode_are_left_out_and_rates_are_those_of_train_mode():
+    module, x = Switched().eval(), torch.randn(4, 9)
+    _, found = run(compare(module, Sampler(module, x), x, passes=3, p=0.75))
+    assert [(layer.name, layer.p) for layer in found.layers] == [
+        ("first", None), ("none", 0.0), ("last", None),
+    ]  # fmt: skip
+    assert found.distance().min() > 0

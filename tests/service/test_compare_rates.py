@@ -24,6 +24,7 @@ def compared(http, query=""):
 def test_every_site_drops_at_that_rate_and_scales_what_it_keeps(p, http, checkpoints):
     found, raw = compared(http, f"&p={p}")
     assert (found.p, raw["p"], raw["passes"], raw["seed"]) == (p, p, 4, 3)
+    assert {layer.p for layer in found.layers if layer.name.startswith("dropout")} == {p}
     module, _ = checkpoint.load(checkpoints / "digits-mlp" / "1")
     weights = {name: t.double().numpy() for name, t in module.state_dict().items()}
     for t, train in enumerate(found.predictions[0].train):
@@ -41,6 +42,7 @@ def test_eval_mode_is_what_it_was_whatever_the_rate(http):
     plain, raw = compared(http)
     assert plain.p is None
     assert "p" not in raw
+    assert [layer.p for layer in plain.layers if layer.p is not None] == [0.2, 0.5]
     for p in (0, 0.5):
         found, _ = compared(http, f"&p={p}")
         assert found.predictions[0].eval == plain.predictions[0].eval

@@ -43,6 +43,19 @@ class Twice(nn.Module):
         return self.drop(self.drop(x))
 
 
+class Drawn(nn.Module):
+    """Draws a mask of its own by `bernoulli_`, in train mode alone."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape  # of the mask, given that of a batch
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * x.new_empty(self.shape(x)).bernoulli_(1 - P).div_(1 - P)
+
+
 def inverted(x, keep):
     return x * keep / (1 - P)
 
@@ -69,6 +82,9 @@ CASES = {
     "inverted": (InvertedDropout(P), ROWS, ROWS, inverted),
     "vanilla": (VanillaDropout(P), ROWS, ROWS, lambda x, keep: x * keep),
     "spatial": (SpatialDropout(P), PIXELS, (6, 1, 1), inverted),
+    "drawn": (Drawn(lambda x: x.shape), ROWS, ROWS, inverted),
+    "by row": (Drawn(lambda x: (len(x), 1, 1, 1)), PIXELS, (1, 1, 1), inverted),
+    "by batch": (Drawn(lambda x: (1,) * x.dim()), PIXELS, (1, 1, 1, 1), inverted),
 }
 
 

@@ -183,6 +183,6 @@ class Moody(nn.Module):
 def test_dropout_calls_that_are_not_those_of_the_example_are_refused(calls, reason):
     module = Moody().eval()
     sampler = Sampler(module, X)
-    module.calls = calls
+    sampler.training_copy.calls = calls
     with pytest.raises(SamplingError, match=reason):
         sampler.sample(X, 3)
