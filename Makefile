@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test check browser screenshots docs format bench bench-http bench-report clean
+.PHONY: help setup serve train test check browser screenshots docs format bench bench-accuracy bench-http bench-report clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -51,6 +51,9 @@ format: setup ## Format the code and fix what ruff can
 
 bench: setup ## Measure the engine: speed, what masks are worth, training, memory (minutes)
 	$(PYTHON) -m bench.engine
+
+bench-accuracy: setup ## Hold the figures of Monte Carlo dropout against plain passes and exact ones (minutes)
+	$(PYTHON) -m bench.accuracy
 
 bench-http: setup ## Load the service and its peers, each in its own environment, with wrk (an hour)
 	@command -v wrk >/dev/null || { echo "wrk is needed: apt-get install wrk"; exit 1; }

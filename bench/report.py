@@ -45,6 +45,21 @@ starts, when the network is loaded, as in the service; the loop and T-fold draw 
 *New seed* is *ours* with a seed never met in every call, all of it within the time: {least:.1f} to
 {most:.1f} times as long here."""
 
+SWITCHED = """\
+Networks whose noise depends on `self.training`: {passes:,} samples against {passes:,} plain passes
+in train mode, over {images} images. *Variance*: the sum over images and classes, ours over theirs.
+*Mean*: the largest distance of two means, in standard errors of that distance. *Faster*: a loop of
+T = {samples} passes over ours, by batch."""
+
+STANDARD_ERROR = """\
+Root mean square of the answer's `standard_error` over that of the true error, {seeds:,} seeds, by
+rate. The network is so small that all 4,096 thinned networks can be listed, so the true mean is
+known."""
+
+COVERED = """\
+How many of the means lie within Student's 95% interval of the true mean (within 1.96 standard
+errors), stratified masks. One degree of freedom at T = 20 and 25, two at 37."""
+
 WORTH = """\
 Root mean squared error against {passes:,} passes, over {images} test images, {seeds} seeds.
 *Reported* is the answer's `standard_error` over the true one."""
@@ -150,6 +165,50 @@ def _claims_table(rows: Iterable[Result]) -> str:
         for row in rows
     ]
     return table(("claim", "holds", "target", "measured"), lines)
+
+
+def accuracy(result: Result) -> list[str]:
+    """Show what was held against plain passes and against exact figures."""
+    rows = result["standard_error"]
+    rates = list(dict.fromkeys(row["p"] for row in rows))
+
+    def by_rate(masks: str, cell: Callable[[Result], str]) -> list[list[str]]:
+        chosen = [row for row in rows if row["masks"] == masks]
+        sizes = dict.fromkeys(row["samples"] for row in chosen)
+        cells = {size: [cell(r) for r in chosen if r["samples"] == size] for size in sizes}
+        return [[masks, f"{size}", *line] for size, line in cells.items()]
+
+    heads = ("masks", "T", *(f"p = {p:g}" for p in rates))
+    ratios = [
+        line
+        for masks in dict.fromkeys(row["masks"] for row in rows)
+        for line in by_rate(masks, lambda row: f"{row['reported/true']:.2f}")
+    ]
+    covered = by_rate("stratified", lambda r: f"{r['covered']:.0%} ({r['covered_normal']:.0%})")
+    batches = result["settings"]["batches"]
+    switched = [
+        [
+            f"{row['network']}, {row['path']}",
+            f"{row['sites']}",
+            f"{row['variance ratio']:.3f}",
+            f"{row['mean']:.1f}",
+            *(f"{row[f'loop/ours, batch {batch}']:.1f}x" for batch in batches),
+        ]
+        for row in result["switched"]
+    ]
+    faster = (f"faster, {batch}" for batch in batches)
+    return [
+        "## Accuracy",
+        "### Noise that depends on self.training",
+        SWITCHED.format(**result["settings"]),
+        table(("network, path", "sites", "variance", "mean", *faster), switched),
+        "### The standard error",
+        STANDARD_ERROR.format(**result["settings"]),
+        table(heads, ratios),
+        COVERED,
+        table(heads, covered),
+        _made_on(result, "make bench-accuracy && make bench-report"),
+    ]
 
 
 def http(result: Result) -> list[str]:
@@ -263,7 +322,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, marks, *rows))
 
 
-SECTIONS: dict[str, Callable[[Result], list[str]]] = {"engine": engine, "http": http}
+SECTIONS: dict[str, Callable[[Result], list[str]]] = {
+    "engine": engine,
+    "accuracy": accuracy,
+    "http": http,
+}
 
 
 if __name__ == "__main__":

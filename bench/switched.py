@@ -4,15 +4,19 @@ Monte Carlo dropout must answer what plain passes in train mode answer: `compare
 the other.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import networks
-from models.montecarlo import Summary
+from bench import networks, timing
+from bench.progress import follow
+from models.montecarlo import Sampler, Summary
+
+Rows = Iterator[dict[str, Any]]
 
 
 class _Attention(nn.Module):
@@ -166,7 +170,43 @@ def ready(name: str) -> nn.Module:
     return module.eval()
 
 
-def compare(plain: Tensor, ours: Summary) -> dict[str, Any]:
+def study(passes: int, images: int, samples: int, batches: Sequence[int], rounds: int) -> Rows:
+    """Compare each network's samples with plain passes, and time both; yields a row a network.
+
+    Args:
+        passes: of either, for the comparison.
+        images: that are compared; pixels are noise.
+        samples: T of the times.
+        batches: images of the times.
+        rounds: of the times.
+    """
+    x = torch.randn(max(images, *batches), 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    for name in NETWORKS:
+        module = ready(name)
+        noisy, sampler = networks.with_dropout(module), Sampler(module, x[:2])
+        sampler.warm_up(x[:1])  # as the service does
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            plain = timing.passes(noisy, x[:images], follow(range(passes), name))
+        found = compare(plain, sampler.summarize(x[:images], passes))
+        speeds = {}
+        for batch in batches:
+            calls = {
+                "loop": partial(timing.passes, noisy, x[:batch], range(samples)),
+                "ours": partial(sampler.sample, x[:batch], samples),
+            }
+            times = timing.measure(calls, rounds, f"{name}, batch {batch}")
+            speeds[f"loop/ours, batch {batch}"] = times["loop"] / times["ours"]
+        yield {
+            "network": name,
+            "sites": len(sampler.sites),
+            "path": sampler.path,
+            **found,
+            **speeds,
+        }
+
+
+def compare(plain: Tensor, ours: Summary) -> dict[str, float]:
     """Hold a summary against plain passes [T, B, C] in train mode.
 
     Returns:

@@ -7,7 +7,7 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,12 @@ def contenders(module: nn.Module, x: Tensor, samples: int) -> dict[str, Call]:
 
 
 def _loop(module: nn.Module, x: Tensor, samples: int) -> Tensor:
-    return _passes(module, x, samples).mean(0)
+    return passes(module, x, range(samples)).mean(0)
 
 
-def _passes(module: nn.Module, x: Tensor, samples: int) -> Tensor:
-    return torch.stack([module(x).softmax(-1) for _ in range(samples)])  # [T, B, C]
+def passes(module: nn.Module, x: Tensor, samples: Iterable[object]) -> Tensor:
+    """Run a module in train mode once for each of `samples`: probabilities [T, B, C]."""
+    return torch.stack([module(x).softmax(-1) for _ in samples])
 
 
 def _fold(module: nn.Module, x: Tensor, samples: int) -> Tensor:
@@ -119,7 +120,7 @@ def compare(
     """
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(0)  # the same verdict each time
-        variance = float(_passes(noisy, x, samples).var(0).mean())
+        variance = float(passes(noisy, x, range(samples)).var(0).mean())
         loop, *others = (calls[n]() for n in ("loop", "fold", "ours", "ours_new_seed"))
     chance = (2 * variance / samples) ** 0.5
     fold, ours, new_seed = (float((o - loop).square().mean().sqrt()) for o in others)

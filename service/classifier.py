@@ -232,16 +232,18 @@ class Classifier:
     ) -> list[Answer]:
         """Put a summary into words, an answer an image; `sampled` probabilities are [C, B, t]."""
         _finite(summary.mean.numpy())
-        fields = {name: _float32(value) for name, value in vars(summary).items()}
-        lower, upper = fields.pop("lower"), fields.pop("upper")
+        figures = vars(summary)
+        rows = {name: _float32(v) for name, v in figures.items() if isinstance(v, Tensor)}
+        lower, upper = rows.pop("lower"), rows.pop("upper")
+        of_all = {n: v for n, v in figures.items() if not isinstance(v, Tensor)}  # None or a number
         answers: list[Answer] = []
-        for i, k in enumerate(fields["mean"].argmax(1).tolist()):
-            answer = {"label": self.classes[k], "index": k}
-            answer |= {n: None if v is None else v[i] for n, v in fields.items()}
+        for i, k in enumerate(rows["mean"].argmax(1).tolist()):
+            answer = {"label": self.classes[k], "index": k, **of_all}
+            answer |= {name: row[i] for name, row in rows.items()}
             answer["interval"] = {"level": task.level, "lower": lower[i], "upper": upper[i]}
             if task.include_samples:
-                rows = torch.cat([chunk[:, i] for chunk in sampled], 1)
-                answer["sample_probabilities"] = rows.T.contiguous().numpy()
+                probabilities = torch.cat([chunk[:, i] for chunk in sampled], 1)
+                answer["sample_probabilities"] = probabilities.T.contiguous().numpy()
             answers.append(answer)
         return answers
 
@@ -276,9 +278,9 @@ def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return values
 
 
-def _float32(values: Tensor | None) -> Any:  # noqa: ANN401  None stays None
+def _float32(values: Tensor) -> npt.NDArray[np.float32]:
     """Round to float32: JSON then has as many digits as the network's answer means."""
-    return None if values is None else values.contiguous().numpy().astype(np.float32)
+    return values.contiguous().numpy().astype(np.float32)
 
 
 def _layer(layer: Layer) -> Answer:

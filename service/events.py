@@ -37,6 +37,7 @@ class StreamSample(Answer):
     probabilities: Probabilities
     mean: Probabilities
     standard_error: Probabilities | None
+    degrees_of_freedom: int | None = Field(None, description="Of the standard error.")
     predictive_entropy: float
     expected_entropy: float
     mutual_information: float

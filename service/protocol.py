@@ -18,6 +18,7 @@ Sampled = Literal[
     "mean",
     "variance",
     "standard_error",
+    "degrees_of_freedom",
     "predictive_entropy",
     "expected_entropy",
     "mutual_information",
@@ -31,6 +32,8 @@ SAMPLED: tuple[str, ...] = get_args(Sampled)
 Output = Literal[Plain, Sampled]
 ROWS = ("probabilities", "mean", "variance", "standard_error", "lower", "upper")
 """Outputs that have a figure a class."""
+WHOLE = ("index", "degrees_of_freedom")
+"""Outputs that are whole numbers."""
 
 
 def _sound(text: str) -> str:

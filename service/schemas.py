@@ -86,6 +86,9 @@ class UncertainPrediction(Answer):
     standard_error: Probabilities | None = Field(
         description="Of the mean; null where it cannot be estimated."
     )
+    degrees_of_freedom: int | None = Field(
+        None, description="Of the standard error, for Student's quantiles; null likewise."
+    )
     predictive_entropy: float = Field(description="H[mean]: total uncertainty.")
     expected_entropy: float = Field(description="Mean of H[p_t]: aleatoric.")
     mutual_information: float = Field(description="Their difference: epistemic (BALD).")

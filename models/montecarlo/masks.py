@@ -9,8 +9,8 @@ hypercube (McKay, Beckman and Conover, 1979) in blocks of ten samples: a unit's 
 fall one into each tenth of [0, 1), in an order of its own, and it is dropped where its draw is
 below p. Each sample alone still drops each unit with probability exactly p, independently of the
 other units; but within a block a unit is dropped 10p times, to rounding, so the average over the
-block depends little on the luck of the draw, as far as units act one by one. Blocks come in pairs
-whose counts are antithetic (Hammersley and Morton, 1956), so twenty samples hold 20p to rounding.
+block depends little on the luck of the draw, as far as units act one by one. Blocks are independent
+of each other, so that the spread of their means says how far off the mean of all is.
 """
 
 from itertools import combinations
@@ -60,18 +60,12 @@ def _stratified(seed: int, site: int, units: int, p: float, samples: range) -> K
     The Latin hypercube drops floor(10p) of the ten, or one more: the tenth that p falls into
     holds one draw, which is below p with probability 10p - floor(10p). Given the count, every
     subset of that size is equally likely. So one 64-bit word decides a block's ten masks of a unit:
-    its upper half the count, its lower half the subset, from a table. The second block of each two
-    takes its count from the first one's draw, turned round (u -> 1-u): at p = 1/4 the two counts
-    are 2 and 3, never both the same.
+    its upper half the count, its lower half the subset, from a table.
     """
-    pair = 2 * BLOCK
-    first = 2 * (samples.start // pair)
-    last = 2 * ((samples.stop + pair - 1) // pair)
+    first, last = samples.start // BLOCK, -(-samples.stop // BLOCK)
     words = _words(seed, site, first, last - first, units)[:, :units]
     whole, share = divmod(p * BLOCK, 1)
-    count = words >> np.uint64(32)
-    count[1::2] = np.uint64(0xFFFFFFFF) - count[::2]
-    one_more = count < np.uint64(round(share * 2**32))
+    one_more = (words >> np.uint64(32)) < np.uint64(round(share * 2**32))
     subset = words & np.uint64(0xFFFFFFFF)
     dropped = np.where(one_more, _choose(int(whole) + 1, subset), _choose(int(whole), subset))
     rows = np.arange(BLOCK, dtype=np.uint16)[:, None]

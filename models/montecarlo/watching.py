@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.montecarlo.masks import BLOCK, MaskKind
 from models.montecarlo.sampler import Sampler
-from models.montecarlo.statistics import Statistics
+from models.montecarlo.statistics import Statistics, degrees_of_freedom, mean_variance
 
 Array = npt.NDArray[Any]
 
@@ -26,6 +26,7 @@ class Sample:
         probabilities: [C], of this network alone.
         mean: [C], of the first t.
         standard_error: [C], of the first t; None where it cannot be estimated.
+        degrees_of_freedom: of the standard error; None likewise.
         predictive_entropy: of the first t, in nats.
         expected_entropy: of the first t, in nats.
         mutual_information: of the first t, in nats.
@@ -37,6 +38,7 @@ class Sample:
     probabilities: Array
     mean: Array
     standard_error: Array | None
+    degrees_of_freedom: int | None
     predictive_entropy: np.float32
     expected_entropy: np.float32
     mutual_information: np.float32
@@ -103,11 +105,8 @@ class _Running:
         mean = self._sums["first"] + total / n
         with np.errstate(divide="ignore", invalid="ignore"):  # NaN where there are too few
             variance = _variance(self._add("squares", (distance**2).cumsum(0)), total, n)
-            error = variance / n
-            if self._masks == "stratified":  # as in `Statistics`
-                rest = n - BLOCK * blocks
-                between = _variance(block_squares, in_blocks, blocks) / (BLOCK**2 * blocks)
-                error = (1 - rest / n) ** 2 * between + rest * variance / n**2
+            between = _variance(block_squares, in_blocks, blocks)
+            error = mean_variance(self._masks, n, variance, between)
         predictive = _entropy(mean)
         expected = self._add("entropy", _entropy(p).cumsum(0)) / n[:, 0]
         figures = {
@@ -121,7 +120,10 @@ class _Running:
         self._count += len(p)
         return [
             _sample(
-                t, {k: v[i].astype(np.float32) for k, v in figures.items()}, [m[i] for m in kept]
+                t,
+                {name: values[i].astype(np.float32) for name, values in figures.items()},
+                degrees_of_freedom(self._masks, t),
+                [bits[i] for bits in kept],
             )
             for i, t in enumerate(n[:, 0].tolist())
         ]
@@ -133,10 +135,12 @@ class _Running:
         return values
 
 
-def _sample(t: int, figures: dict[str, Any], kept: list[npt.NDArray[np.uint8]]) -> Sample:
-    known = bool(np.isfinite(figures["standard_error"]).all())
-    error = figures["standard_error"] if known else None
-    return Sample(t, **{**figures, "standard_error": error}, kept=tuple(kept))
+def _sample(
+    t: int, figures: dict[str, Any], degrees: int | None, kept: list[npt.NDArray[np.uint8]]
+) -> Sample:
+    if degrees is None:
+        figures = {**figures, "standard_error": None}
+    return Sample(t, **figures, degrees_of_freedom=degrees, kept=tuple(kept))
 
 
 def _variance(squares: Array, total: Array, count: Array) -> Array:

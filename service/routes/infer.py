@@ -14,7 +14,7 @@ from service.bodies import BodyLimits, BodyReader, load_json
 from service.classifier import Answer, Pixels
 from service.errors import InvalidRequest, UnsupportedMediaType
 from service.images import QUICK_BYTES, is_quick
-from service.protocol import PLAIN, SAMPLED, InferRequest
+from service.protocol import PLAIN, SAMPLED, WHOLE, InferRequest
 from service.routes.front import Front, invalid
 from service.schemas import SamplingOptions
 from service.settings import Settings
@@ -95,7 +95,7 @@ def _columns(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
     for name, value in rows[0].items():
         if name in _OUTPUTS and value is not None:
             column = [row[name] for row in rows]
-            kind = np.int64 if name == "index" else np.float32
+            kind = np.int64 if name in WHOLE else np.float32
             columns[name] = column if name == "label" else np.array(column, kind)
     return columns
 

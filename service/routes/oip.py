@@ -15,6 +15,7 @@ from service.protocol import (
     PLAIN,
     ROWS,
     SAMPLED,
+    WHOLE,
     IndexEntry,
     IndexRequest,
     InferRequest,
@@ -101,7 +102,7 @@ def _describe(model: Classifier, versions: Sequence[int]) -> ModelMetadata:
     classes, channels = len(model.classes), model.details()["input"]["channels"]
 
     def output(name: str) -> TensorMetadata:
-        kind = {"index": "INT64", "label": "BYTES"}.get(name, "FP32")
+        kind = "INT64" if name in WHOLE else "BYTES" if name == "label" else "FP32"
         shape = [-1, classes] if name in ROWS else [-1]
         return TensorMetadata(name=name, datatype=kind, shape=shape)
 

@@ -145,6 +145,7 @@ def test_uncertainty_is_the_statistics_of_the_samples(target, masks, http, load)
             "mutual_information": entropy(mean) - aleatoric,
             "variation_ratio": 1 - votes.max() / 40,
         }
+        assert found.degrees_of_freedom == {"independent": 39, "stratified": 3}[masks]
         for name, value in near.items():
             np.testing.assert_allclose(getattr(found, name), value, **CLOSE, err_msg=name)
         np.testing.assert_allclose(found.interval.lower, np.quantile(p, 0.1, 0), **CLOSE)
@@ -190,11 +191,12 @@ def test_one_sample_has_no_spread_and_no_nan(http):
     assert found.interval.lower == found.interval.upper == found.mean
 
 
-@pytest.mark.parametrize(("samples", "known"), [(2, False), (19, False), (20, True), (25, True)])
-def test_the_standard_error_of_stratified_masks_needs_two_blocks(samples, known, http):
+@pytest.mark.parametrize(("samples", "degrees"), [(2, None), (19, None), (20, 1), (39, 2)])
+def test_the_standard_error_of_stratified_masks_needs_two_blocks(samples, degrees, http):
     response = send_raw(http, f"/uncertainty?samples={samples}", pictures(MLP, 1))
     (found,) = answer(schemas.UncertaintyResponse, response).predictions
-    assert (found.standard_error is not None) is known
+    assert (found.standard_error is None) == (degrees is None)
+    assert found.degrees_of_freedom == degrees
     assert found.variance is not None
 
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_estimated_is_left_out_unless_it_is_asked_for(http, proto
     body = {"inputs": [image], "parameters": {"mode": "uncertainty", "samples": 1}}
     path = f"/v2/models/{MLP}/infer"
     found = http.post(path, json=body).raise_for_status().json()
-    missing = {"variance", "standard_error"}
+    missing = {"variance", "standard_error", "degrees_of_freedom"}
     assert {o["name"] for o in found["outputs"]} == {*PLAIN, *SAMPLED} - missing
     named = body | {"outputs": [{"name": "variance"}]}
     assert "variance" in protocol_error(http.post(path, json=named), 422)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import SamplingError
-from models.montecarlo.statistics import Statistics, summarize
+from models.montecarlo.statistics import Statistics, degrees_of_freedom, summarize
 
 LEVELS = (0.5, 0.9, 0.99)
 
@@ -73,16 +73,34 @@ def test_float32_probabilities_are_summed_in_float64():
     np.testing.assert_allclose(got.variance, p.numpy().astype(float).var(0, ddof=1), rtol=1e-11)
 
 
-@pytest.mark.parametrize("samples", [20, 23, 29, 30, 101])
-def test_the_stratified_standard_error_is_taken_between_blocks(samples):
+def solve_mean_variance(p):
+    """Sum the covariances of all pairs of samples: V with itself, C within a block, 0 elsewhere."""
+    samples, blocks = len(p), len(p) // 10
+    block = np.arange(samples) // 10
+    pairs = (block[:, None] == block).sum() - samples
+    sums = p[: 10 * blocks].reshape(blocks, 10, *p.shape[1:]).sum(1)
+    found = np.zeros_like(p[0])
+    for _ in range(200):  # a fixed point, because V is measured about the mean of the samples
+        v = p.var(0) + found
+        c = (sums.var(0, ddof=1) - 10 * v) / 90
+        found = (samples * v + pairs * c) / samples**2
+    return found
+
+
+@pytest.mark.parametrize("samples", [20, 21, 25, 29, 30, 37, 101])
+def test_the_stratified_standard_error_counts_every_covariance(samples):
     p = draws(samples)
-    blocks, rest = divmod(samples, 10)
-    means = np.array([p[10 * k : 10 * k + 10].mean(0) for k in range(blocks)])
-    # The mean of all is (10 K m + sum of the rest) / T: two independent parts.
-    whole = (10 * blocks / samples) ** 2 * means.var(0, ddof=1) / blocks
-    partial = rest * p.var(0, ddof=1) / samples**2
     got = summarize(torch.from_numpy(p), "stratified").standard_error
-    np.testing.assert_allclose(got, np.sqrt(whole + partial), rtol=1e-12)
+    np.testing.assert_allclose(got, np.sqrt(solve_mean_variance(p)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("masks", ["stratified", "independent"])
+def test_degrees_of_freedom_are_there_where_a_standard_error_is(masks):
+    for samples in range(1, 42):
+        known = summarize(torch.from_numpy(draws(samples)), masks).standard_error is not None
+        differences = samples - 1 if masks == "independent" else samples // 10 - 1
+        assert degrees_of_freedom(masks, samples) == (differences if known else None)
+        assert known == (differences > 0)
 
 
 @pytest.mark.parametrize("samples", [2, 9, 10, 19])
