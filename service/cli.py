@@ -13,10 +13,18 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from models import catalogue
-from models.errors import CheckpointNotFound, ModelsError
-from service.commands import terminal
+from models.errors import ModelsError
+from service.commands import terminal, versions
 from service.commands.asking import commands
-from service.commands.options import AsJson, Checkpoints, DataDir, Opt, Version, read_settings
+from service.commands.options import (
+    AsJson,
+    Checkpoints,
+    DataDir,
+    Opt,
+    Version,
+    allow_local_modules,
+    read_settings,
+)
 from service.commands.terminal import Refused
 from service.errors import DropserveError, RequestError
 from service.registry import RegistryError
@@ -90,7 +98,7 @@ def train(
     from models.training import Recipe, fit, launch
     from models.training_state import claimed, earlier_run
 
-    _allow_local_modules()
+    allow_local_modules()
     if resume and restart:
         raise Refused("give --resume or --restart, not both")
     recipes.check_run(name, accelerator)
@@ -142,6 +150,9 @@ def train(
     trust = "" if plan.config.is_builtin else f"DROPSERVE_FACTORIES={network} "
     where = f" --checkpoints {checkpoints}" if checkpoints else ""
     terminal.say(f"saved {path}", f"next: {trust}dropserve serve{where}")
+    if pinned := catalogue.pinned(settings.checkpoints, name):
+        follow = f"dropserve pin {name} latest{where}"
+        terminal.say(f"version {pinned} is pinned and answers; to follow the latest: {follow}")
 
 
 def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Parsed | None:
@@ -149,12 +160,6 @@ def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Pa
         return None if text is None else parse(text)
     except (ValueError, TypeError) as error:
         raise Refused(f"{option}: cannot be read: {error}") from error
-
-
-def _allow_local_modules() -> None:
-    """Let package.module:factory name a file in the current folder, as `python -m` does."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
 
 
 @app.command()
@@ -174,13 +179,10 @@ def evaluate(
     from models import checkpoint, recipes
     from models.evaluation import evaluate as score
 
-    _allow_local_modules()
+    allow_local_modules()
     settings = read_settings(checkpoints=checkpoints, data_dir=data_dir)
-    found = catalogue.versions(settings.checkpoints, name)
-    if not found or version not in (None, *found):
-        there = f"there are {', '.join(map(str, found))}" if found else "there is none"
-        raise CheckpointNotFound(f"no such version of {name!r} in {settings.checkpoints}: {there}")
-    path = settings.checkpoints / name / str(version or found[-1])
+    version = catalogue.choose(settings.checkpoints, name, version)
+    path = settings.checkpoints / name / str(version)
     module, metadata = checkpoint.load(path, settings.factories)
     data = recipes.evaluation_images(metadata, dataset, settings.data_dir)
     with terminal.progress("evaluation") as moved:
@@ -210,11 +212,12 @@ def serve(
 
     from service import server
 
-    _allow_local_modules()
+    allow_local_modules()
     server.serve(settings)
 
 
 app.add_typer(commands)
+app.add_typer(versions.commands)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What the commands of the command line have in common: options, settings, and how they fail."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,3 +39,9 @@ def read_settings(**given: object) -> Settings:
             for e in error.errors()
         )
         raise Refused("; ".join(wrong)) from error
+
+
+def allow_local_modules() -> None:
+    """Let package.module:factory name a file in the current folder, as `python -m` does."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")

@@ -56,7 +56,7 @@ def foreign(tmp_path_factory):
 
 
 REFUSED = {
-    "a damaged checkpoint": "model.safetensors: damaged or exchanged: SHA-256 is",
+    "a strict start": "model.safetensors: damaged, edited or exchanged: it has",
     "an empty folder": "no checkpoint in it; make one with",
     "an unknown default": "the default model 'other' is not in it",
     "an untrusted factory": "the factory 'os.path:join' is not trusted here",
@@ -71,7 +71,7 @@ def started(make_server, damaged, foreign, checkpoints, tmp_path_factory):
         yield {
             "one worker": make_server(),
             "two workers": make_server(workers=2),
-            "a damaged checkpoint": make_server(damaged, port=free_port()),
+            "a strict start": make_server(damaged, port=free_port(), strict_start=True),
             "an empty folder": make_server(empty, port=free_port(), default_model=None),
             "an unknown default": make_server(checkpoints, port=free_port(), default_model="other"),
             "an untrusted factory": make_server(foreign, port=free_port(), default_model=None),
