@@ -115,9 +115,16 @@ def prune(
 
 def _pin(settings: Settings, name: str, version: int | None) -> None:
     catalogue.pin(settings.checkpoints, name, version)
-    answers = "the latest version answers" if version is None else f"version {version} answers"
-    until = "" if version is None else f", until: dropserve pin {name} latest"
-    terminal.say(f"{name}: {answers} in {settings.poll_seconds:g} s{until}")
+    chosen = (
+        "no version is pinned: the latest"
+        if version is None
+        else f"version {version} is pinned: it"
+    )
+    terminal.say(
+        f"{name}: {chosen} answers from the next poll on, within {settings.poll_seconds:g} s"
+    )
+    if version is not None:
+        terminal.say(f"to follow the latest again: dropserve pin {name} latest")
 
 
 def _fixed(settings: Settings, name: str) -> int | None:

@@ -70,11 +70,11 @@ def test_manifests_are_written_where_none_is_and_verified_where_one_is(root):
 
 
 def test_a_pin_is_a_small_file_that_the_next_one_replaces(root):
-    assert "version 2 answers" in done(root, "pin", "m", 2)
+    assert "version 2 is pinned" in done(root, "pin", "m", 2)
     assert json.loads((root / "m" / catalogue.PIN).read_text()) == {"version": 2}
     done(root, "pin", "m", 4)
     assert catalogue.pinned(root, "m") == 4
-    assert "the latest version answers" in done(root, "pin", "m", "latest")
+    assert "no version is pinned: the latest answers" in done(root, "pin", "m", "latest")
     assert catalogue.pinned(root, "m") is None
     assert {path.name for path in (root / "m").iterdir()} == set("12345")
     done(root, "pin", "m", "latest")
@@ -109,7 +109,7 @@ def test_a_rollback_goes_to_the_version_before_that_can_be_served(root):
     result = run(root, "rollback", "m")
     assert "version 5 is not served" in result.stderr
     assert "version 3 is not served" in result.stderr
-    assert result.stdout.startswith("m: version 4 answered until now\nm: version 2 answers")
+    assert result.stdout.startswith("m: version 4 answered until now\nm: version 2 is pinned")
     assert catalogue.pinned(root, "m") == 2
     done(root, "rollback", "m")
     assert catalogue.pinned(root, "m") == 1
