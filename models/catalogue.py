@@ -90,7 +90,7 @@ def remove(root: Path, name: str, version: int) -> bool:
     sync_folder(folder)
     for removed in folder.glob(".removed-*"):  # those of an interrupted removal, too
         with suppress(FileNotFoundError):  # another process is at it
-            shutil.rmtree(removed)
+            removed.unlink() if removed.is_symlink() else shutil.rmtree(removed)
     return True
 
 

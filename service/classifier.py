@@ -67,9 +67,10 @@ class Classifier:
     ) -> None:
         self.name = name
         self.version = version
-        read = checkpoint.read(path)
-        self._module, self._metadata = read.build(factories), read.metadata
-        self.manifest_sha256 = read.manifest_sha256
+        found = checkpoint.read(path)
+        self._module, self._metadata = found.build(factories), found.metadata
+        self.manifest_sha256 = found.manifest_sha256
+        del found  # its tensors, of which the module has copies
         self._preprocessing = self._metadata.preprocessing
         lay_out(self._module)
         blank = torch.zeros(1, *self._preprocessing.shape, dtype=torch.uint8)

@@ -7,13 +7,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
 from models import catalogue
-from models.errors import ModelsError
+from models.errors import CheckpointRefused, ModelsError
 from service.commands import terminal, versions
 from service.commands.asking import commands
 from service.commands.options import (
@@ -21,7 +22,7 @@ from service.commands.options import (
     Checkpoints,
     DataDir,
     Opt,
-    Version,
+    SavedVersion,
     allow_local_modules,
     read_settings,
 )
@@ -150,9 +151,10 @@ def train(
     trust = "" if plan.config.is_builtin else f"DROPSERVE_FACTORIES={network} "
     where = f" --checkpoints {checkpoints}" if checkpoints else ""
     terminal.say(f"saved {path}", f"next: {trust}dropserve serve{where}")
-    if pinned := catalogue.pinned(settings.checkpoints, name):
-        follow = f"dropserve pin {name} latest{where}"
-        terminal.say(f"version {pinned} is pinned and answers; to follow the latest: {follow}")
+    with suppress(CheckpointRefused):  # a damaged pin is the service's to report
+        if pinned := catalogue.pinned(settings.checkpoints, name):
+            follow = f"dropserve pin {name} latest{where}"
+            terminal.say(f"version {pinned} is pinned: to let the new one answer, {follow}")
 
 
 def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Parsed | None:
@@ -166,7 +168,7 @@ def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Pa
 @_reported
 def evaluate(
     name: Annotated[str, Opt(help="Of the model.")],
-    version: Version = None,
+    version: SavedVersion = None,
     dataset: Annotated[str | None, Opt(help="The one it was trained on if left out.")] = None,
     samples: Annotated[
         int, Opt(min=0, metavar="N", help="Thinned networks, T; 0: eval mode alone.")

@@ -1,7 +1,7 @@
 """Names and versions: which model a request means. Names are looked up, never joined to a path."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from service.errors import NotFound
@@ -14,11 +14,16 @@ class RegistryError(Exception):
 
 
 @dataclass(frozen=True)
-class _Model(Generic[Served]):
-    """A model's versions in ascending order, and which answers where none is named."""
+class Model(Generic[Served]):
+    """A model as it is served at one moment.
 
-    versions: Mapping[int, Served]
-    answers: int
+    Attributes:
+        versions: in ascending order; none: it is not served.
+        answers: the one that is meant where none is named.
+    """
+
+    versions: Mapping[int, Served] = field(default_factory=dict)
+    answers: int | None = None
 
 
 class Registry(Generic[Served]):
@@ -37,7 +42,7 @@ class Registry(Generic[Served]):
     def __init__(self, default: str | None, where: str) -> None:
         self.default = default
         self._where = where
-        self._models: Mapping[str, _Model[Served]] = {}
+        self._models: Mapping[str, Model[Served]] = {}
 
     def settle(self, models: Sequence[str]) -> None:
         """Settle the default by the models that are there at the start: later ones don't change it.
@@ -66,23 +71,25 @@ class Registry(Generic[Served]):
             raise NotFound(
                 "there are several models and no default: name one, or set DROPSERVE_DEFAULT_MODEL"
             )
-        model = self._models.get(self.default or "" if name is None else name)
-        if model is None and name is None:
-            raise NotFound("the default model is not served now; GET /readyz says why")
-        if model is None:
-            raise NotFound("no such model; GET /v1/models lists them")
+        model = self.model(self.default or "" if name is None else name)
+        if not model.versions:
+            raise NotFound(
+                "the default model is not served now; GET /readyz says why"
+                if name is None
+                else "no such model; GET /v1/models lists them"
+            )
         number = model.answers if version is None else plain_number(version)
-        if number not in model.versions:
+        if number is None or number not in model.versions:
             raise NotFound("no such version of the model; GET /v1/models lists them")
         return model.versions[number]
 
     def versions(self, name: str) -> Mapping[int, Served]:
         """Return a model's versions, in ascending order; none where there is no such model."""
-        return self._models[name].versions if name in self._models else {}
+        return self.model(name).versions
 
-    def answers(self, name: str) -> int | None:
-        """Return the version that answers where none is named; None: the model is not served."""
-        return self._models[name].answers if name in self._models else None
+    def model(self, name: str) -> Model[Served]:
+        """Return a model; one without versions where there is no such model."""
+        return self._models.get(name) or Model()
 
     def replace(self, name: str, versions: Mapping[int, Served], pinned: int | None = None) -> None:
         """Serve these versions of a model and no others; none: the model is not served.
@@ -92,7 +99,7 @@ class Registry(Generic[Served]):
         models = {n: found for n, found in self._models.items() if n != name}
         if versions:
             answers = max(versions) if pinned is None or pinned not in versions else pinned
-            models[name] = _Model(dict(sorted(versions.items())), answers)
+            models[name] = Model(dict(sorted(versions.items())), answers)
         # in one assignment, so that a lookup sees what was before or what is after
         self._models = dict(sorted(models.items()))
 

@@ -112,8 +112,8 @@ class Reloader(Generic[Served]):
 
         A model whose last version is gone stays as it was: more likely its volume is away.
         """
-        before = self._registry.versions(name)
-        answered = self._registry.answers(name)
+        model = self._registry.model(name)
+        before = model.versions
         known = self.refused.get(name, {})
         pin = self._read_pin(name)
         chosen: dict[int, Served] = {}
@@ -136,7 +136,7 @@ class Reloader(Generic[Served]):
         if chosen and not self.closing:
             self._registry.replace(name, chosen, pin.version)
         if not self.closing:
-            self._note_pin(name, _followed(pin, chosen, refused), answered)
+            self._note_pin(name, _followed(pin, chosen, refused), model.answers)
 
     def _read_pin(self, name: str) -> Pin:
         """Read which version is to answer; where that fails, it stays the one that it was."""
@@ -149,7 +149,7 @@ class Reloader(Generic[Served]):
 
     def _note_pin(self, name: str, pin: Pin, answered: int | None) -> None:
         """Remember a pin, and log what has become of it and of the version that answers."""
-        answers = self._registry.answers(name)
+        answers = self._registry.model(name).answers
         about = {"model": name, "version": answers, "pinned": pin.version}
         if pin.problem and pin != self.pins.get(name):
             _log.error("pin not followed", extra={FIELDS: {**about, "reason": pin.problem}})

@@ -123,17 +123,17 @@ class Repository(Generic[Served]):
 
     def state(self, name: str) -> dict[str, Any]:
         """Say which versions of a model answer and which cannot; the fields of `ModelState`."""
-        versions = self.registry.versions(name)
+        model = self.registry.model(name)
         bad = {v: self._reason(r.error) for v, r in self._reloader.refused.get(name, {}).items()}
         there = self._reloader.found.get(name, ())
-        bad |= {v: "its folder is gone" for v in versions if v not in there}
+        bad |= {v: "its folder is gone" for v in model.versions if v not in there}
         listed = [{"version": v, "reason": reason} for v, reason in sorted(bad.items())]
         pin = self._reloader.pins.get(name, Pin())
         return {
-            "version": self.registry.answers(name),
-            "versions": list(versions),
-            "refused": [entry for entry in listed if entry["version"] not in versions],
-            "changed": [entry for entry in listed if entry["version"] in versions],
+            "version": model.answers,
+            "versions": list(model.versions),
+            "refused": [entry for entry in listed if entry["version"] not in model.versions],
+            "changed": [entry for entry in listed if entry["version"] in model.versions],
             "pinned": pin.version,
             "pin_problem": pin.problem and pin.problem.replace(self._where, ""),
         }
@@ -193,16 +193,17 @@ class Repository(Generic[Served]):
 
     def _state(self, name: str, version: int) -> dict[str, str]:
         state = self.state(name)
-        reasons = {e["version"]: e["reason"] for e in (*state["refused"], *state["changed"])}
-        reason = reasons.get(version, "")
+        refused, changed = (
+            {entry["version"]: entry["reason"] for entry in state[kind]}
+            for kind in ("refused", "changed")
+        )
+        if version in changed:
+            return {"state": "READY", "reason": f"served from memory: {changed[version]}"}
         if version in state["versions"]:
-            return {"state": "READY", "reason": reason and f"served from memory: {reason}"}
-        if name in self._reloader.left_out:
-            reason = "unloaded"
-        return {
-            "state": "UNAVAILABLE",
-            "reason": reason or "older than the versions that are kept",
-        }
+            return {"state": "READY", "reason": ""}
+        reason = refused.get(version, "older than the versions that are kept")
+        unloaded = name in self._reloader.left_out
+        return {"state": "UNAVAILABLE", "reason": "unloaded" if unloaded else reason}
 
     def _reason(self, error: Exception) -> str:
         """Say what is wrong with a version, without saying where the checkpoints lie."""

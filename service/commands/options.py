@@ -15,6 +15,9 @@ AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
 Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
 DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
 Version = Annotated[
+    int | None, Opt(min=1, metavar="N", help="Of the model; the one that answers if left out.")
+]
+SavedVersion = Annotated[
     int | None, Opt(min=1, metavar="N", help="Of the model; the latest if left out.")
 ]
 

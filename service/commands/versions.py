@@ -14,7 +14,6 @@ from service.commands import terminal
 from service.commands.options import (
     Checkpoints,
     Opt,
-    Version,
     allow_local_modules,
     read_settings,
 )
@@ -29,7 +28,13 @@ _reported = terminal.reported(wrong=(ModelsError,), failed=(OSError,))
 
 @commands.command()
 @_reported
-def manifest(name: Name, version: Version = None, checkpoints: Checkpoints = None) -> None:
+def manifest(
+    name: Name,
+    version: Annotated[
+        int | None, Opt(min=1, metavar="N", help="Of the model; all if left out.")
+    ] = None,
+    checkpoints: Checkpoints = None,
+) -> None:
     """Verify a model's versions, all or one, and write the manifest of those that have none."""
     from models import checkpoint
 
@@ -77,15 +82,13 @@ def pin(
 def rollback(name: Name, checkpoints: Checkpoints = None) -> None:
     """Pin the version before the one that answers now, and that can be served."""
     settings = read_settings(checkpoints=checkpoints)
-    if (fixed := _fixed(settings, name)) is not None:
-        raise Refused(f"DROPSERVE_DEFAULT_VERSION wins over a pin: set it to less than {fixed}")
     now = _answering(settings, name)
     older = [v for v in catalogue.versions(settings.checkpoints, name) if v < now]
     before = _first_that_loads(settings, name, reversed(older))
     if before is None:
         raise Refused(f"{name}: version {now} answers, and none before it can be served")
-    terminal.say(f"{name}: version {now} answered until now")
     _pin(settings, name, before)
+    terminal.say(f"version {now} answered until now")
 
 
 @commands.command()
@@ -109,22 +112,19 @@ def prune(
     for version in there:
         if version not in kept and (dry_run or catalogue.remove(root, name, version)):
             terminal.say(f"{'would remove' if dry_run else 'removed'} {root / name / str(version)}")
-    stay = ", ".join(str(version) for version in there if version in kept)
-    terminal.say(f"{name}: {'would keep' if dry_run else 'has'} {stay}")
+    stay = [v for v in there if v in kept] if dry_run else catalogue.versions(root, name)
+    terminal.say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, stay))}")
 
 
 def _pin(settings: Settings, name: str, version: int | None) -> None:
+    if (fixed := _fixed(settings, name)) is not None:
+        raise Refused(f"DROPSERVE_DEFAULT_VERSION is {fixed} and wins over a pin: change that")
     catalogue.pin(settings.checkpoints, name, version)
-    chosen = (
-        "no version is pinned: the latest"
-        if version is None
-        else f"version {version} is pinned: it"
-    )
-    terminal.say(
-        f"{name}: {chosen} answers from the next poll on, within {settings.poll_seconds:g} s"
-    )
+    what = "no version is pinned" if version is None else f"version {version} is pinned"
+    when = f"at their next poll, within {settings.poll_seconds:g} s"
+    terminal.say(f"{name}: {what}; services that read {settings.checkpoints} follow {when}")
     if version is not None:
-        terminal.say(f"to follow the latest again: dropserve pin {name} latest")
+        terminal.say(f"to follow the latest version again: dropserve pin {name} latest")
 
 
 def _fixed(settings: Settings, name: str) -> int | None:

@@ -235,11 +235,14 @@ def test_resuming_with_other_options_is_refused(stopped):
 
 
 def test_resuming_where_nothing_was_interrupted_says_so_and_trains(tmp_path):
+    (tmp_path / "fresh").mkdir()
+    catalogue.pin(tmp_path, "fresh", 7)
     result = train(tmp_path, "--resume", "--name", "fresh", "--epochs", 1)
     assert result.exit_code == 0, result.output
     assert "epochs done before" not in result.stdout
     assert "1,437 images to train on, 360 to test on" in result.stdout
     assert catalogue.versions(tmp_path, "fresh") == [1]
+    assert "version 7 is pinned: to let the new one answer, dropserve pin fresh" in result.stdout
 
 
 def test_two_processes_share_the_work_and_save_one_version(tmp_path):

@@ -46,12 +46,12 @@ def test_versions_that_are_replaced_are_found_from_then_on(registry):
     with pytest.raises(NotFound, match="no such model"):
         registry.find("b")
     assert list(registry) == ["a"]
-    assert registry.answers("b") is None
+    assert registry.model("b").answers is None
 
 
 def test_the_pinned_version_answers_as_long_as_it_is_served(registry):
     registry.replace("b", MODELS["b"], pinned=2)
-    assert (registry.find(), registry.answers("b")) == ("b2", 2)
+    assert (registry.find(), registry.model("b").answers) == ("b2", 2)
     assert registry.find("b", "10") == "b10"
     registry.replace("b", {10: "b10"}, pinned=2)
     assert registry.find() == "b10"
