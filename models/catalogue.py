@@ -1,7 +1,15 @@
-"""Which versions of which models there are: folder names alone, so that asking is quick."""
+"""Which versions of which models there are, and which is pinned: asking is quick, without torch."""
 
+import json
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
+
+from models.errors import CheckpointNotFound, CheckpointRefused
+from models.storage import parse_json, read_if_there, replace_durably, sync_folder
+
+PIN = "pin.json"
 
 
 def is_name(name: str) -> bool:
@@ -23,12 +31,79 @@ def names(root: Path) -> list[str]:
     return sorted(d.name for d in root.iterdir() if is_name(d.name)) if root.is_dir() else []
 
 
-def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return what changes when the files in a version's folder do, or who may read them."""
+def choose(root: Path, name: str, version: int | None = None) -> int:
+    """Return a version that is there: the latest where None is asked for.
+
+    Raises:
+        CheckpointNotFound: it is not; says which there are.
+    """
+    found = versions(root, name)
+    if not found or version not in (None, *found):
+        there = f"there are {', '.join(map(str, found))}" if found else "there is none"
+        raise CheckpointNotFound(f"no such version of {name!r} in {root}: {there}")
+    return version or found[-1]
+
+
+def pinned(root: Path, name: str) -> int | None:
+    """Return the version that is to answer whatever newer ones there are; None: the latest is.
+
+    Raises:
+        CheckpointRefused: the pin cannot be read.
+    """
+    path = root / name / PIN
+    raw = read_if_there(path, 1000)
+    if raw is None:
+        return None
+    version = parse_json(path, raw).get("version")
+    if type(version) is not int:
+        raise CheckpointRefused(path, 'not {"version": a whole number}')
+    return version
+
+
+def pin(root: Path, name: str, version: int | None) -> None:
+    """Pin a version, or none. What reads the folder finds the pin before or this one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = root / name / PIN
+    if version is None:
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    else:
+        replace_durably(path, json.dumps({"version": version}).encode() + b"\n")
+
+
+def remove(root: Path, name: str, version: int) -> bool:
+    """Remove a version: at once for whoever reads the folder, then its files; says if it was done.
+
+    A version that is pinned meanwhile stays.
+
+    Raises:
+        CheckpointRefused: the pin cannot be read.
+        OSError: it cannot be removed.
+    """
+    folder = root / name
+    if pinned(root, name) == version:
+        return False
+    (folder / str(version)).rename(folder / f".removed-{version}")
+    sync_folder(folder)
+    for removed in folder.glob(".removed-*"):  # those of an interrupted removal, too
+        with suppress(FileNotFoundError):  # another process is at it
+            removed.unlink() if removed.is_symlink() else shutil.rmtree(removed)
+    return True
+
+
+def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
+    """Return what changes when the files in a version's folder do, or who may read them.
+
+    Returns:
+        None where there is no such folder, or none that can be listed.
+    """
     try:
         files = [(path.name, path.lstat()) for path in sorted(folder.iterdir())]
     except OSError:  # it is going just now
-        return ()
+        return None
     return tuple((name, s.st_ctime_ns, s.st_size, s.st_ino) for name, s in files)
 
 

@@ -1,12 +1,14 @@
-"""One folder a version: `<root>/<name>/<version>/model.safetensors` and `model.json`.
+"""One folder a version: `<root>/<name>/<version>/model.safetensors`, `model.json`, `manifest.json`.
 
 Safetensors and JSON only: nothing is ever pickled or unpickled. A version is written to a temporary
 folder, flushed to disk and renamed, so it is there whole or not at all. Reading trusts nothing:
-bytes are read once, from one descriptor, and every claim of the header is checked.
+bytes are read once, from one descriptor, and every claim of the header is checked. The manifest has
+the size and SHA-256 of both other files: it shows damage and changes, not who made them.
 """
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -28,14 +30,18 @@ from models.storage import (
     dump_tensors,
     parse_json,
     parse_tensors,
+    read_if_there,
     read_once,
+    replace_durably,
     sync_folder,
     write_durably,
 )
 
 WEIGHTS = "model.safetensors"
 METADATA = "model.json"
+MANIFEST = "manifest.json"
 _MAX_BYTES = 8 * 2**30
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
         with _temporary_folder(folder) as temporary:
             write_durably(temporary / WEIGHTS, weights)
             write_durably(temporary / METADATA, about)
+            write_durably(temporary / MANIFEST, _manifest(_digests(about, weights)))
             sync_folder(temporary)
             version = _publish(temporary, folder, (versions(root, metadata.name) or [0])[-1] + 1)
         sync_folder(folder)
@@ -127,12 +134,72 @@ def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
     return version
 
 
+@dataclass(frozen=True)
+class Version:
+    """One version as it was read: its bytes are verified, and no code that it names has run.
+
+    Attributes:
+        path: its folder.
+        metadata: what its `model.json` says.
+        tensors: of `model.safetensors`, by name.
+        digests: size and SHA-256 of its files, by name.
+        manifest_sha256: of its `manifest.json`, hence of every byte of the version; None: it has
+            none.
+    """
+
+    path: Path
+    metadata: Metadata
+    tensors: Mapping[str, Tensor]
+    digests: Mapping[str, Any]
+    manifest_sha256: str | None
+
+    def build(self, factories: Collection[str] | None = ()) -> nn.Module:
+        """Rebuild the module, in eval mode.
+
+        Args:
+            factories: factory names that may be imported and called; None: any.
+
+        Raises:
+            CheckpointRefused: the metadata describe another network than the tensors are of.
+        """
+        if self.manifest_sha256 is None:
+            _log.warning(
+                f"{self.path} has no {MANIFEST}, so that a change of its {METADATA} would not be "
+                f"noticed; one is written by: dropserve manifest {self.path.parent.name} "
+                f"--version {self.path.name}"
+            )
+        network = self.metadata.network
+        try:
+            with torch.random.fork_rng(devices=[]):
+                module = network.build(factories)
+        except ConfigError as error:
+            raise CheckpointRefused(self.path / METADATA, str(error)) from error
+        if not network.is_builtin:
+            _check_tensors(self.path / WEIGHTS, self.tensors, module.state_dict())
+        module.load_state_dict(self.tensors)
+        return module.eval()
+
+
 def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module, Metadata]:
     """Read one version, verify all of it, and rebuild its module, in eval mode.
 
     Args:
         path: the version's folder.
-        factories: factory names that may be imported and called; None: any.
+        factories: as in `Version.build`.
+
+    Raises:
+        CheckpointNotFound: no such folder.
+        CheckpointRefused: it is damaged or was tampered with; names the file or tensor.
+    """
+    version = read(path)
+    return version.build(factories), version.metadata
+
+
+def read(path: Path) -> Version:
+    """Read one version and verify it, as far as can be without running code that it names.
+
+    Args:
+        path: the version's folder.
 
     Raises:
         CheckpointNotFound: no such folder.
@@ -140,26 +207,61 @@ def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module,
     """
     if not path.is_dir():
         raise CheckpointNotFound(f"{path}: no such checkpoint")
-    metadata = _read_metadata(path / METADATA)
-    weights = path / WEIGHTS
-    raw = read_once(weights, _MAX_BYTES)
-    tensors = parse_tensors(weights, raw)
-    if (got := hashlib.sha256(raw).hexdigest()) != metadata.sha256:
+    manifest = read_if_there(path / MANIFEST, MAX_HEADER_BYTES)
+    about = read_once(path / METADATA, MAX_HEADER_BYTES)
+    weights = read_once(path / WEIGHTS, _MAX_BYTES)
+    digests = _digests(about, weights)
+    if manifest is not None:
+        _check_manifest(path, manifest, digests)
+    metadata = _parse_metadata(path / METADATA, about)
+    tensors = parse_tensors(path / WEIGHTS, weights)
+    if (got := digests[WEIGHTS]["sha256"]) != metadata.sha256:
         raise CheckpointRefused(
-            weights, f"damaged or exchanged: SHA-256 is {got}, {METADATA} says {metadata.sha256}"
+            path / WEIGHTS,
+            f"damaged or exchanged: SHA-256 is {got}, {METADATA} says {metadata.sha256}",
         )
     if metadata.network.is_builtin:  # a description may lie: weigh it before it takes memory
         with torch.device("meta"):
-            _check_tensors(weights, tensors, metadata.network.build().state_dict())
-    try:
-        with torch.random.fork_rng(devices=[]):
-            module = metadata.network.build(factories)
-    except ConfigError as error:
-        raise CheckpointRefused(path / METADATA, str(error)) from error
-    if not metadata.network.is_builtin:
-        _check_tensors(weights, tensors, module.state_dict())
-    module.load_state_dict(tensors)
-    return module.eval(), metadata
+            _check_tensors(path / WEIGHTS, tensors, metadata.network.build().state_dict())
+    sealed = None if manifest is None else hashlib.sha256(manifest).hexdigest()
+    return Version(path, metadata, tensors, digests, sealed)
+
+
+def add_manifest(version: Version) -> Version:
+    """Write the manifest that a version lacks, of the bytes that were verified, and return it so.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    manifest = _manifest(version.digests)
+    replace_durably(version.path / MANIFEST, manifest)
+    return replace(version, manifest_sha256=hashlib.sha256(manifest).hexdigest())
+
+
+def _digests(about: bytes, weights: bytes) -> dict[str, dict[str, Any]]:
+    """Return what a manifest says of each file of a version."""
+    return {
+        name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        for name, raw in ((METADATA, about), (WEIGHTS, weights))
+    }
+
+
+def _manifest(digests: Mapping[str, Any]) -> bytes:
+    return json.dumps({"files": digests}, indent=2).encode() + b"\n"
+
+
+def _check_manifest(path: Path, raw: bytes, digests: Mapping[str, Any]) -> None:
+    """Refuse a version whose files are not those that its manifest was written for."""
+    told = parse_json(path / MANIFEST, raw).get("files")
+    if not isinstance(told, dict) or told.keys() != digests.keys():
+        raise CheckpointRefused(path / MANIFEST, f"must name {METADATA} and {WEIGHTS} alone")
+    for name, found in digests.items():
+        if told[name] != found:
+            raise CheckpointRefused(
+                path / name,
+                f"damaged, edited or exchanged: it has {found['bytes']} bytes and SHA-256 "
+                f"{found['sha256']}, {MANIFEST} says otherwise",
+            )
 
 
 def _dump_metadata(metadata: Metadata) -> bytes:

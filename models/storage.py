@@ -7,13 +7,14 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from models.errors import CheckpointRefused
+
+if TYPE_CHECKING:  # what reads and writes JSON alone starts without PyTorch
+    from torch import Tensor
 
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 10_000
@@ -30,7 +31,9 @@ def read_once(path: Path, limit: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointRefused(path, f"cannot be opened: {error.strerror}") from error
+        link = path.is_symlink()
+        why = "a symbolic link: put the file itself there" if link else error.strerror
+        raise CheckpointRefused(path, f"cannot be opened: {why}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -46,7 +49,17 @@ def read_once(path: Path, limit: int) -> bytes:
     return raw
 
 
-def parse_tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
+def read_if_there(path: Path, limit: int) -> bytes | None:
+    """Do as `read_once`; None where there is no such file."""
+    try:
+        return read_once(path, limit)
+    except CheckpointRefused as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def parse_tensors(path: Path, raw: bytes) -> "dict[str, Tensor]":
     """Read tensors from the bytes of a safetensors file, after bounding what its header claims.
 
     The safetensors library checks offsets: no overlap, no hole, no byte left over.
@@ -54,6 +67,8 @@ def parse_tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
     Raises:
         CheckpointRefused: not a sound safetensors file.
     """
+    import safetensors.torch
+
     check_header(path, raw)
     try:
         return safetensors.torch.load(raw)
@@ -62,7 +77,7 @@ def parse_tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
 
 
 def dump_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None
 ) -> bytes:
     """Return the bytes of a safetensors file that `parse_tensors` will accept.
 
@@ -71,6 +86,8 @@ def dump_tensors(
     Raises:
         CheckpointRefused: there are more tensors, or longer names, than a reader takes.
     """
+    import safetensors.torch
+
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     raw = safetensors.torch.save(copies, metadata)
     check_header(path, raw)

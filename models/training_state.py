@@ -1,7 +1,9 @@
 """What a training run must remember between two epochs to go on as if it had never stopped."""
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,6 +25,9 @@ from models.storage import (
 _MAX_BYTES = 32 * 2**30
 _PARTS = {"module": "network", "description": "network config, precision or devices"}
 """What the parts of a fingerprint are called, where it is not by their names."""
+_BLANK = "0" * 64
+_SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+"""The file's own SHA-256 in its header: of all bytes, with `_BLANK` in the digest's place."""
 
 
 @contextmanager
@@ -118,9 +123,10 @@ class State:
             "epoch": str(self.epoch),
             "best_score": repr(self._best_score),
             "best_epoch": str(self._best_epoch),
+            "sha256": _BLANK,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(path, dump_tensors(path, tensors, metadata))
+        replace_durably(path, _sealed(dump_tensors(path, tensors, metadata)))
 
     def restore(self, path: Path) -> None:
         """Continue from a state written by `write()`.
@@ -204,5 +210,33 @@ def _finished_epochs(state: Path) -> int:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a state file and the strings of its header."""
     raw = read_once(path, _MAX_BYTES)
+    seal = _SEAL.search(raw)
+    if seal is None:
+        raise CheckpointRefused(
+            path,
+            "without a checksum: damaged, or written by an earlier release of Dropserve, which "
+            "can finish the run; --restart discards it",
+        )
+    if (got := _digest(raw, seal)) != (told := seal[1].decode()):
+        raise CheckpointRefused(
+            path, f"damaged: its SHA-256 is {got}, it says {told}; --restart discards it"
+        )
     tensors = parse_tensors(path, raw)
     return tensors, check_header(path, raw).get("__metadata__", {})
+
+
+def _sealed(raw: bytes) -> bytes:
+    """Write the SHA-256 of a state file into its header, where `_BLANK` is now."""
+    seal = _SEAL.search(raw)
+    if seal is None:
+        raise ValueError("a state file has no place for its checksum")
+    view = memoryview(raw)
+    return b"".join([view[: seal.start(1)], _digest(raw, seal).encode(), view[seal.end(1) :]])
+
+
+def _digest(raw: bytes, seal: re.Match[bytes]) -> str:
+    view = memoryview(raw)
+    digest = hashlib.sha256(view[: seal.start(1)])
+    digest.update(_BLANK.encode())
+    digest.update(view[seal.end(1) :])
+    return digest.hexdigest()

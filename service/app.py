@@ -53,7 +53,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Express]]:
         board = NoticeBoard.of_this_worker() if line is not None else None
         try:
-            running = inference or Inference(settings, board=board, strict=line is None)
+            running = inference or Inference(settings, board=board, check=line is None)
         finally:  # a worker that fails must not leave the others waiting
             if line is not None:
                 line.arrive(str(os.getpid()))

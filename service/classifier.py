@@ -54,6 +54,7 @@ class Classifier:
     Attributes:
         brief: most images of a task that are answered so quickly that changing threads for them
             would show, of those tasks that were tried.
+        manifest_sha256: of every byte of its files; None: it has no manifest.
     """
 
     def __init__(
@@ -66,7 +67,10 @@ class Classifier:
     ) -> None:
         self.name = name
         self.version = version
-        self._module, self._metadata = checkpoint.load(path, factories)
+        found = checkpoint.read(path)
+        self._module, self._metadata = found.build(factories), found.metadata
+        self.manifest_sha256 = found.manifest_sha256
+        del found  # its tensors, of which the module has copies
         self._preprocessing = self._metadata.preprocessing
         lay_out(self._module)
         blank = torch.zeros(1, *self._preprocessing.shape, dtype=torch.uint8)

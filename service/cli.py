@@ -7,16 +7,25 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
 from models import catalogue
-from models.errors import CheckpointNotFound, ModelsError
-from service.commands import terminal
+from models.errors import CheckpointRefused, ModelsError
+from service.commands import terminal, versions
 from service.commands.asking import commands
-from service.commands.options import AsJson, Checkpoints, DataDir, Opt, Version, read_settings
+from service.commands.options import (
+    AsJson,
+    Checkpoints,
+    DataDir,
+    Opt,
+    SavedVersion,
+    allow_local_modules,
+    read_settings,
+)
 from service.commands.terminal import Refused
 from service.errors import DropserveError, RequestError
 from service.registry import RegistryError
@@ -90,7 +99,7 @@ def train(
     from models.training import Recipe, fit, launch
     from models.training_state import claimed, earlier_run
 
-    _allow_local_modules()
+    allow_local_modules()
     if resume and restart:
         raise Refused("give --resume or --restart, not both")
     recipes.check_run(name, accelerator)
@@ -142,6 +151,10 @@ def train(
     trust = "" if plan.config.is_builtin else f"DROPSERVE_FACTORIES={network} "
     where = f" --checkpoints {checkpoints}" if checkpoints else ""
     terminal.say(f"saved {path}", f"next: {trust}dropserve serve{where}")
+    with suppress(CheckpointRefused):  # a damaged pin is the service's to report
+        if pinned := catalogue.pinned(settings.checkpoints, name):
+            follow = f"dropserve pin {name} latest{where}"
+            terminal.say(f"version {pinned} is pinned: to let the new one answer, {follow}")
 
 
 def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Parsed | None:
@@ -151,17 +164,11 @@ def _parsed(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Pa
         raise Refused(f"{option}: cannot be read: {error}") from error
 
 
-def _allow_local_modules() -> None:
-    """Let package.module:factory name a file in the current folder, as `python -m` does."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-
-
 @app.command()
 @_reported
 def evaluate(
     name: Annotated[str, Opt(help="Of the model.")],
-    version: Version = None,
+    version: SavedVersion = None,
     dataset: Annotated[str | None, Opt(help="The one it was trained on if left out.")] = None,
     samples: Annotated[
         int, Opt(min=0, metavar="N", help="Thinned networks, T; 0: eval mode alone.")
@@ -174,13 +181,10 @@ def evaluate(
     from models import checkpoint, recipes
     from models.evaluation import evaluate as score
 
-    _allow_local_modules()
+    allow_local_modules()
     settings = read_settings(checkpoints=checkpoints, data_dir=data_dir)
-    found = catalogue.versions(settings.checkpoints, name)
-    if not found or version not in (None, *found):
-        there = f"there are {', '.join(map(str, found))}" if found else "there is none"
-        raise CheckpointNotFound(f"no such version of {name!r} in {settings.checkpoints}: {there}")
-    path = settings.checkpoints / name / str(version or found[-1])
+    version = catalogue.choose(settings.checkpoints, name, version)
+    path = settings.checkpoints / name / str(version)
     module, metadata = checkpoint.load(path, settings.factories)
     data = recipes.evaluation_images(metadata, dataset, settings.data_dir)
     with terminal.progress("evaluation") as moved:
@@ -210,11 +214,12 @@ def serve(
 
     from service import server
 
-    _allow_local_modules()
+    allow_local_modules()
     server.serve(settings)
 
 
 app.add_typer(commands)
+app.add_typer(versions.commands)
 
 
 @app.command()

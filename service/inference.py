@@ -62,6 +62,7 @@ def checkpoints(settings: Settings) -> Folder[Classifier]:
         find=find,
         mark=lambda name, version: catalogue.mark(root / name / str(version)),
         load=load,
+        pinned=lambda name: catalogue.pinned(root, name),
     )
 
 
@@ -72,12 +73,10 @@ class Inference:
         settings: threads, batch and queue sizes, where checkpoints are.
         folder: where versions come from; the seam for tests.
         board: shared with other workers, if there are any.
-        strict: a version that cannot be served is an error now. Later, and in a worker that takes a
-            dead one's place, it is refused and the others serve.
+        check: whether a start that serves no model is an error, see `Repository`.
 
     Raises:
-        CheckpointError, UnsupportedModule: a version cannot be served, if `strict`.
-        RegistryError: there is none, or the default is not among them.
+        RegistryError: no model can be served, or there is no such default.
 
     Attributes:
         repository: the models, and how they come and go.
@@ -92,7 +91,7 @@ class Inference:
         folder: Folder[Classifier] | None = None,
         board: NoticeBoard | None = None,
         *,
-        strict: bool = True,
+        check: bool = True,
     ) -> None:
         self._settings = settings
         self._set_threads = set_threads = partial(torch.set_num_threads, settings.threads)
@@ -113,7 +112,7 @@ class Inference:
         )
         keep_freed_memory()
         found = folder or checkpoints(settings)
-        self.repository = Repository(settings, found, self._loader, board, strict=strict)
+        self.repository = Repository(settings, found, self._loader, board, check=check)
         self.registry = self.repository.registry
 
     def adopt_this_thread(self) -> None:

@@ -1,13 +1,31 @@
 """Structured logs: one JSON object a line, on standard output."""
 
 import logging
+import logging.config
 import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import orjson
 
 FIELDS = "fields"
 """Name under which a record carries its structured fields: `extra={FIELDS: {...}}`."""
+
+_context: ContextVar[Mapping[str, object] | None] = ContextVar("_context", default=None)
+_warnings = logging.getLogger("py.warnings")
+
+
+@contextmanager
+def context(**fields: object) -> Iterator[None]:
+    """Add fields to all that this thread logs and warns of inside the block."""
+    token = _context.set({**(_context.get() or {}), **fields})
+    try:
+        yield
+    finally:
+        _context.reset(token)
 
 
 class JsonFormatter(logging.Formatter):
@@ -21,11 +39,32 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **(_context.get() or {}),
             **getattr(record, FIELDS, {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(line, default=str).decode()
+
+
+def configure(level: str) -> None:
+    """Log this process in lines of JSON from now on, what Python and PyTorch warn of as well."""
+    logging.config.dictConfig(config(level))
+    warnings.showwarning = _log_warning
+    # Pillow warns of damaged metadata, in words that vary with it: they would pile up
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,  # noqa: ARG001  with `line`, what Python passes
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    where = f"{filename}:{lineno}"
+    _warnings.warning(str(message), extra={FIELDS: {"kind": category.__name__, "where": where}})
 
 
 def config(level: str) -> dict[str, Any]:

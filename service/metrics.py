@@ -121,10 +121,16 @@ class Metrics:
         )
         self._loads = counter("model_loads_total", "Versions loaded or refused.", "model", "result")
         self._latest = gauge(
-            "model_version", "Latest version that is served.", "model", of="livemin"
+            "model_version", "Version that answers where none is named.", "model", of="livemin"
         )
         self._loaded = gauge("model_loaded", "Workers that serve it.", "model", "version")
-        self._refused = gauge("model_refused_versions", "That do not load.", "model", of="livemax")
+        self._refused = gauge("model_refused_versions", "Not served.", "model", of="livemax")
+        self._changed = gauge(
+            "model_changed_versions", "Served from memory.", "model", of="livemax"
+        )
+        self._pin_failed = gauge(
+            "model_pin_failed", "Whether another than the pinned answers.", "model", of="livemax"
+        )
         gauge("workers", "Processes that serve.").set(1)
         gauge("info", "The release.", "version", of="livemax").labels(version("dropserve")).set(1)
 
@@ -136,6 +142,7 @@ class Metrics:
         self._informations: _Events[tuple[str]] = _Events()
         self._counted: dict[tuple[str, str], int] = {}
         self._served: set[tuple[str, int]] = set()
+        self._models: set[str] = set()
 
     def batch(self, task: str, images: int, waits: Sequence[float]) -> None:
         """Note a batch as it starts, and the seconds that its requests waited for it."""
@@ -188,15 +195,19 @@ class Metrics:
     def _look(self, inference: "Inference") -> None:
         """Read off what is so just now."""
         self._depth.set(inference.queued)
-        served = {(n, v) for n in inference.registry for v in inference.registry.versions(n)}
+        registry, repository = inference.registry, inference.repository
+        served = {(n, v) for n in registry for v in registry.versions(n)}
         for name, number in served | self._served:
             self._loaded.labels(name, number).set((name, number) in served)
-        for name in {name for name, _ in served | self._served}:
-            self._latest.labels(name).set(max((v for n, v in served if n == name), default=0))
         self._served = served
-        for name, refused in inference.repository.refusals().items():
-            self._refused.labels(name).set(refused)
-        for key, count in dict(inference.repository.loads).items():
+        self._models.update(repository.models())
+        for name in self._models:
+            state = repository.state(name)
+            self._latest.labels(name).set(state["version"] or 0)
+            self._refused.labels(name).set(len(state["refused"]))
+            self._changed.labels(name).set(len(state["changed"]))
+            self._pin_failed.labels(name).set(state["pin_problem"] is not None)
+        for key, count in dict(repository.loads).items():
             self._loads.labels(*key).inc(count - self._counted.get(key, 0))
             self._counted[key] = count
 

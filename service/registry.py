@@ -1,6 +1,7 @@
 """Names and versions: which model a request means. Names are looked up, never joined to a path."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from service.errors import NotFound
@@ -12,13 +13,26 @@ class RegistryError(Exception):
     """There is nothing to serve, or nothing to serve by default."""
 
 
+@dataclass(frozen=True)
+class Model(Generic[Served]):
+    """A model as it is served at one moment.
+
+    Attributes:
+        versions: in ascending order; none: it is not served.
+        answers: the one that is meant where none is named.
+    """
+
+    versions: Mapping[int, Served] = field(default_factory=dict)
+    answers: int | None = None
+
+
 class Registry(Generic[Served]):
     """The versions of every model that are served; at first none.
 
     Any thread may look up while one thread replaces.
 
     Args:
-        default: the model that is meant where none is named; None: see `open`.
+        default: the model that is meant where none is named; None: see `settle`.
         where: the models come from, for messages.
 
     Attributes:
@@ -28,15 +42,14 @@ class Registry(Generic[Served]):
     def __init__(self, default: str | None, where: str) -> None:
         self.default = default
         self._where = where
-        self._models: Mapping[str, Mapping[int, Served]] = {}
+        self._models: Mapping[str, Model[Served]] = {}
 
-    def open(self) -> None:
-        """Settle the default, once the models of the start are there: later ones don't change it.
+    def settle(self, models: Sequence[str]) -> None:
+        """Settle the default by the models that are there at the start: later ones don't change it.
 
         Raises:
             RegistryError: there is no model, or no such default.
         """
-        models = list(self._models)
         if not models:
             raise RegistryError(
                 f"{self._where}: no checkpoint in it; make one with `dropserve train`"
@@ -49,7 +62,7 @@ class Registry(Generic[Served]):
         self.default = self.default or (models[0] if len(models) == 1 else None)
 
     def find(self, name: str | None = None, version: str | None = None) -> Served:
-        """Look up a version; the latest where none is asked for.
+        """Look up a version; the one that answers where none is asked for.
 
         Raises:
             NotFound: no such model or version, or no default.
@@ -58,25 +71,37 @@ class Registry(Generic[Served]):
             raise NotFound(
                 "there are several models and no default: name one, or set DROPSERVE_DEFAULT_MODEL"
             )
-        versions = self._models.get(self.default or "" if name is None else name)
-        if versions is None:
-            raise NotFound("no such model; GET /v1/models lists them")
-        if version is None:
-            return versions[max(versions)]
-        number = plain_number(version)
-        if number not in versions:
+        model = self.model(self.default or "" if name is None else name)
+        if not model.versions:
+            raise NotFound(
+                "the default model is not served now; GET /readyz says why"
+                if name is None
+                else "no such model; GET /v1/models lists them"
+            )
+        number = model.answers if version is None else plain_number(version)
+        if number is None or number not in model.versions:
             raise NotFound("no such version of the model; GET /v1/models lists them")
-        return versions[number]
+        return model.versions[number]
 
     def versions(self, name: str) -> Mapping[int, Served]:
         """Return a model's versions, in ascending order; none where there is no such model."""
-        return self._models.get(name, {})
+        return self.model(name).versions
 
-    def replace(self, name: str, versions: Mapping[int, Served]) -> None:
-        """Serve these versions of a model and no others; none: the model is not served."""
-        models = {**self._models, name: dict(sorted(versions.items()))}
+    def model(self, name: str) -> Model[Served]:
+        """Return a model; one without versions where there is no such model."""
+        return self._models.get(name) or Model()
+
+    def replace(self, name: str, versions: Mapping[int, Served], pinned: int | None = None) -> None:
+        """Serve these versions of a model and no others; none: the model is not served.
+
+        Where no version is named the pinned one answers, or the latest if that is not among them.
+        """
+        models = {n: found for n, found in self._models.items() if n != name}
+        if versions:
+            answers = max(versions) if pinned is None or pinned not in versions else pinned
+            models[name] = Model(dict(sorted(versions.items())), answers)
         # in one assignment, so that a lookup sees what was before or what is after
-        self._models = {n: found for n, found in sorted(models.items()) if found}
+        self._models = dict(sorted(models.items()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)

@@ -7,8 +7,8 @@ from concurrent.futures import Executor
 from typing import Any, Generic, TypeVar
 
 from service.errors import InvalidRequest, NotFound, Overloaded
-from service.registry import Registry
-from service.reload import Folder, Reloader
+from service.registry import Registry, RegistryError
+from service.reload import Folder, Pin, Reloader
 from service.settings import Settings
 from service.workers import Notice, NoticeBoard
 
@@ -28,16 +28,16 @@ class Repository(Generic[Served]):
         folder: where versions come from.
         loader: a thread that makes them ready.
         board: shared with other workers, if there are any.
-        strict: what cannot be served is an error now, and the default is settled. A worker is not:
-            its parent was, and it may take a dead one's place when a bad version has come, or all
-            models are unloaded.
+        check: the default is settled, and to serve no model is an error now; with the setting
+            strict_start, also to refuse any version. Workers do not: their parent did, and one may
+            take a dead one's place when a bad version has come, or all models are unloaded.
 
     Attributes:
         registry: what is served.
 
     Raises:
-        CheckpointError, UnsupportedModule: a version cannot be served, if `strict`.
-        RegistryError: there is none, or the default is not among them.
+        RegistryError: no model can be served, or there is no such default.
+        OSError: the checkpoints cannot be listed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Repository(Generic[Served]):
         loader: Executor,
         board: NoticeBoard | None,
         *,
-        strict: bool,
+        check: bool,
     ) -> None:
         self._where = f"{settings.checkpoints}/"
         self._poll = settings.poll_seconds
@@ -57,8 +57,14 @@ class Repository(Generic[Served]):
         self.registry: Registry[Served] = Registry(
             settings.default_model, where=str(settings.checkpoints)
         )
-        self._reloader = Reloader(self.registry, folder, settings.keep_versions)
-        self._loader.submit(self._open, strict).result()
+        self._reloader = Reloader(
+            self.registry, folder, settings.keep_versions, settings.default_version
+        )
+        if check:
+            self._settle(folder, settings.default_version)
+        self._loader.submit(self._obey).result()
+        if check:
+            self._check(strict=settings.strict_start)
 
     @property
     def loads(self) -> Mapping[tuple[str, str], int]:
@@ -91,7 +97,8 @@ class Repository(Generic[Served]):
         if not self._reloader.found.get(name):
             raise NotFound("no such model in the checkpoints folder")
         if not self.registry.versions(name):
-            reasons = {refusal["reason"] for refusal in self.refused(name)} or {"unloaded again"}
+            refused: list[dict[str, Any]] = self.state(name)["refused"]
+            reasons = {refusal["reason"] for refusal in refused} or {"unloaded again"}
             raise InvalidRequest(f"no version can be served: {'; '.join(sorted(reasons))}")
 
     async def unload(self, name: str) -> None:
@@ -114,27 +121,53 @@ class Repository(Generic[Served]):
             for version in sorted({*found.get(name, ()), *self.registry.versions(name)})
         ]
 
-    def refused(self, name: str) -> list[dict[str, Any]]:
-        """List the versions of a model that cannot be served: version and reason."""
-        refusals = sorted(self._reloader.refused.get(name, {}).items())
-        return [{"version": v, "reason": self._reason(r.error)} for v, r in refusals]
+    def state(self, name: str) -> dict[str, Any]:
+        """Say which versions of a model answer and which cannot; the fields of `ModelState`."""
+        model = self.registry.model(name)
+        bad = {v: self._reason(r.error) for v, r in self._reloader.refused.get(name, {}).items()}
+        there = self._reloader.found.get(name, ())
+        bad |= {v: "its folder is gone" for v in model.versions if v not in there}
+        listed = [{"version": v, "reason": reason} for v, reason in sorted(bad.items())]
+        pin = self._reloader.pins.get(name, Pin())
+        return {
+            "version": model.answers,
+            "versions": list(model.versions),
+            "refused": [entry for entry in listed if entry["version"] not in model.versions],
+            "changed": [entry for entry in listed if entry["version"] in model.versions],
+            "pinned": pin.version,
+            "pin_problem": pin.problem and pin.problem.replace(self._where, ""),
+        }
 
-    def refusals(self) -> dict[str, int]:
-        """Count the versions of each model that cannot be served."""
-        return {name: len(refusals) for name, refusals in self._reloader.refused.items()}
+    def models(self) -> list[str]:
+        """Name all models that are served, or have versions that cannot be."""
+        refused = (name for name, versions in self._reloader.refused.items() if versions)
+        return sorted({*self.registry, *refused})
 
     def close(self) -> None:
         """Load no more versions than the one that is being loaded."""
         self._reloader.closing = True
 
-    def _open(self, strict: bool) -> None:
-        """Load what there is at the start."""
-        self._obey()
-        if strict:
-            for refusals in self._reloader.refused.values():
-                for refusal in refusals.values():
-                    raise refusal.error
-            self.registry.open()
+    def _settle(self, folder: Folder[Served], default_version: int | None) -> None:
+        self.registry.settle([name for name, versions in folder.find().items() if versions])
+        if default_version is not None and self.registry.default is None:
+            raise RegistryError(
+                "DROPSERVE_DEFAULT_VERSION is of the default model: set DROPSERVE_DEFAULT_MODEL"
+            )
+
+    def _check(self, *, strict: bool) -> None:
+        """Raise if there is nothing to serve, or anything to complain of in a strict start."""
+        problems = [
+            str(refusal.error) or type(refusal.error).__name__
+            for refusals in self._reloader.refused.values()
+            for refusal in refusals.values()
+        ]
+        if not any(self.registry):
+            raise RegistryError(f"no model can be served: {'; '.join(problems)}")
+        problems += [
+            f"{name}: {pin.problem}" for name, pin in self._reloader.pins.items() if pin.problem
+        ]
+        if strict and problems:
+            raise RegistryError(f"DROPSERVE_STRICT_START is set, and {'; '.join(problems)}")
 
     def _obey(self) -> None:
         """Do as the notice board says, and look for new versions."""
@@ -159,16 +192,18 @@ class Repository(Generic[Served]):
             raise Overloaded(text) from None
 
     def _state(self, name: str, version: int) -> dict[str, str]:
-        refusal = self._reloader.refused.get(name, {}).get(version)
-        if version in self.registry.versions(name):
+        state = self.state(name)
+        refused, changed = (
+            {entry["version"]: entry["reason"] for entry in state[kind]}
+            for kind in ("refused", "changed")
+        )
+        if version in changed:
+            return {"state": "READY", "reason": f"served from memory: {changed[version]}"}
+        if version in state["versions"]:
             return {"state": "READY", "reason": ""}
-        if name in self._reloader.left_out:
-            reason = "unloaded"
-        elif refusal is not None:
-            reason = self._reason(refusal.error)
-        else:
-            reason = "older than the versions that are kept"
-        return {"state": "UNAVAILABLE", "reason": reason}
+        reason = refused.get(version, "older than the versions that are kept")
+        unloaded = name in self._reloader.left_out
+        return {"state": "UNAVAILABLE", "reason": "unloaded" if unloaded else reason}
 
     def _reason(self, error: Exception) -> str:
         """Say what is wrong with a version, without saying where the checkpoints lie."""

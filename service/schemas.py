@@ -185,20 +185,35 @@ class Precision(Answer):
 
 
 class Refused(Answer):
-    """A version that cannot be served; it is tried again when its files change."""
+    """A version that cannot be loaded; it is tried again when its files change."""
 
     version: int
     reason: str
 
 
-class ModelSummary(Answer):
+class ModelState(Answer):
+    """The versions of a model that are ready, and what keeps others from it."""
+
+    version: int | None = Field(None, description="The one that answers where none is named.")
+    versions: list[int]
+    refused: list[Refused] = Field([], description="Versions that cannot be served, and why.")
+    changed: list[Refused] = Field(
+        [],
+        description="Versions that are served from memory: why their files could not be any more.",
+    )
+    pinned: int | None = Field(None, description="To answer; null: the latest does.")
+    pin_problem: str | None = Field(None, description="Why another than the pinned one answers.")
+
+
+class ModelSummary(ModelState):
     """A model in the list of models."""
 
     name: str
     version: int = Field(description="The one that answers where none is named.")
-    versions: list[int]
     default: bool = Field(description="Whether /predict means this model.")
-    refused: list[Refused] = Field([], description="Versions that cannot be served, and why.")
+    manifest_sha256: str | None = Field(
+        None, description="Of manifest.json, hence of all files; null: the version has none."
+    )
 
 
 class ModelList(Answer):
@@ -246,13 +261,6 @@ class Health(Answer):
     """`/livez`."""
 
     status: Literal["ok"]
-
-
-class ModelState(Answer):
-    """The versions of a model that are ready, and those that are refused."""
-
-    versions: list[int]
-    refused: list[Refused]
 
 
 class Readiness(Answer):

@@ -1,22 +1,20 @@
 """Runs the application under uvicorn."""
 
-import logging.config
 import os
 import signal
 import sys
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from fastapi import FastAPI
 from pydantic import SecretStr
 
 from service import logs
-from service.app import create_app
-from service.inference import Inference
 from service.keys import Keys
 from service.settings import Settings, environment_name
 from service.workers import StartingLine, shared_folder
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 _PATIENCE = 30
 """Seconds until a worker that does not answer its parent is replaced. Importing torch on a machine
@@ -30,12 +28,12 @@ def serve(settings: Settings) -> None:
     """Load the models, then serve until SIGTERM or SIGINT; open requests are let finish.
 
     Raises:
-        CheckpointError, UnsupportedModule, RegistryError: a model cannot be served. Nothing was
-            listened on.
+        RegistryError: no model can be served, or not all that there is in a strict start. Nothing
+            was listened on.
         ServerError: OpenTelemetry is not installed and should trace.
         OSError: nor are there API keys in the file that should have them.
     """
-    _configure_logs(settings)
+    logs.configure(settings.log_level)
     if settings.api_keys_file is not None:
         Keys(settings.api_keys_file)  # read for its errors: quicker than any model
     if settings.tracing:
@@ -44,6 +42,9 @@ def serve(settings: Settings) -> None:
     if settings.workers > 1:
         _serve_with_workers(settings, options)
         return
+    from service.app import create_app  # only now, as importing PyTorch may log warnings
+    from service.inference import Inference
+
     app = create_app(settings, Inference(settings))
     server = uvicorn.Server(uvicorn.Config(app, **options))
     for stop in (signal.SIGTERM, signal.SIGINT):
@@ -74,7 +75,9 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
 
 def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
     """Run several processes, each with its own models and queue."""
-    inference = Inference(settings)  # strictly: workers are not, see `Repository`
+    from service.inference import Inference
+
+    inference = Inference(settings)  # checks the start: workers do not, see `Repository`
     inference.close()
     if inference.registry.default is not None:  # one that starts later might find another
         settings = settings.model_copy(update={"default_model": inference.registry.default})
@@ -84,10 +87,12 @@ def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
         uvicorn.run("service.server:worker_app", factory=True, workers=settings.workers, **options)
 
 
-def worker_app() -> FastAPI:
+def worker_app() -> "FastAPI":
     """Make the application of one of several processes, from the environment."""
     settings = Settings()
-    _configure_logs(settings)
+    logs.configure(settings.log_level)
+    from service.app import create_app
+
     return create_app(settings, line=StartingLine.of_this_worker(settings.workers))
 
 
@@ -96,9 +101,3 @@ def _text(value: object) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _configure_logs(settings: Settings) -> None:
-    logging.config.dictConfig(logs.config(settings.log_level))
-    # Pillow warns of damaged metadata, in words that vary with it: they would pile up
-    warnings.filterwarnings("ignore", module=r"PIL\.")

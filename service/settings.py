@@ -39,6 +39,12 @@ class Settings(BaseSettings):
     default_model: str | None = Field(
         None, description="Model that /predict means; needed where there are several."
     )
+    default_version: int | None = Field(
+        None, ge=1, description="Version of the default model that answers; wins over a pin."
+    )
+    strict_start: bool = Field(
+        False, description="Do not start if a version or a pin in the folder is no good."
+    )
     factories: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="package.module:factory names, comma-separated, that checkpoints may call.",

@@ -1,6 +1,6 @@
 """Runs many thinned networks over one batch."""
 
-import warnings
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
@@ -17,6 +17,7 @@ from models.montecarlo.scales import Scales, ScaleStore
 from models.montecarlo.sites import Site, require_close, survey
 from models.montecarlo.statistics import Statistics, Summary
 
+_log = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
 _CHUNK_ELEMENTS = 2**21
 """Widest result that the vmap path holds at once: 8 MiB of float32, or what one sample of all
@@ -215,9 +216,7 @@ class Sampler:
         try:
             require_close(self._vectorised(probe, scales), expected)
         except Exception as error:  # a module may fail under vmap in any way
-            warnings.warn(
-                f"Monte Carlo dropout runs one pass a sample: {_first_line(error)}", stacklevel=4
-            )
+            _log.warning(f"Monte Carlo dropout runs one pass a sample: {_first_line(error)}")
             return "loop"
         return "vmap"
 

@@ -126,10 +126,9 @@ def between(before: Look, after: Look) -> Figures:
             return labels["model"] == name
 
         state = after.readiness.models[name]
-        latest = max(state.versions, default=0)
         return ModelFigures(
-            version=latest,
-            others=[version for version in state.versions if version != latest],
+            version=state.version or 0,
+            others=[version for version in state.versions if version != state.version],
             refused=[refused.version for refused in state.refused],
             requests=gained("requests_total", own) / seconds,
             confidence=mean("confidence", own),

@@ -53,5 +53,5 @@ def _wait(url: str) -> None:
                 models = client.readiness().models
                 break
             time.sleep(0.1)
-    served = ", ".join(f"{name} {max(m.versions, default='')}" for name, m in models.items())
+    served = ", ".join(f"{name} {m.version or '(refused)'}" for name, m in models.items())
     typer.echo(f"ready: {url} serves {served}; Ctrl-C stops it", err=True)

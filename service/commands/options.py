@@ -1,5 +1,6 @@
 """What the commands of the command line have in common: options, settings, and how they fail."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,9 @@ AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
 Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
 DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
 Version = Annotated[
+    int | None, Opt(min=1, metavar="N", help="Of the model; the one that answers if left out.")
+]
+SavedVersion = Annotated[
     int | None, Opt(min=1, metavar="N", help="Of the model; the latest if left out.")
 ]
 
@@ -38,3 +42,9 @@ def read_settings(**given: object) -> Settings:
             for e in error.errors()
         )
         raise Refused("; ".join(wrong)) from error
+
+
+def allow_local_modules() -> None:
+    """Let package.module:factory name a file in the current folder, as `python -m` does."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")

@@ -181,7 +181,8 @@ def show_models(models: Sequence[ModelDetails]) -> None:
         versions = ", ".join(map(str, model.versions))
         default = "yes" if model.default else ""
         how = (model.path, model.precision.dtype)
-        table.add_row(model.name, str(model.version), versions, default, *how)
+        pinned = " (pinned)" if model.version == model.pinned else ""
+        table.add_row(model.name, f"{model.version}{pinned}", versions, default, *how)
     console().print(table)
 
 

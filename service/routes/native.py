@@ -98,12 +98,12 @@ def inference_of(request: Request) -> Inference:
 
 
 async def default_model(request: Request) -> Classifier:
-    """Find the default model's latest version."""
+    """Find the default model's version that answers."""
     return inference_of(request).registry.find()
 
 
 async def named_model(request: Request, name: str) -> Classifier:
-    """Find a model's latest version."""
+    """Find a model's version that answers."""
     return inference_of(request).registry.find(name)
 
 
@@ -127,10 +127,10 @@ def _describe(request: Request, model: Classifier) -> Response:
 def _summary(inference: Inference, model: Classifier) -> dict[str, Any]:
     return {
         "name": model.name,
+        **inference.repository.state(model.name),
         "version": model.version,
-        "versions": list(inference.registry.versions(model.name)),
-        "refused": inference.repository.refused(model.name),
         "default": model.name == inference.registry.default,
+        "manifest_sha256": model.manifest_sha256,
     }
 
 

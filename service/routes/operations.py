@@ -8,7 +8,7 @@ from fastapi.responses import PlainTextResponse
 
 from service.errors import Overloaded
 from service.routes.native import inference_of
-from service.schemas import Health, ModelState, Readiness, Refused
+from service.schemas import Health, ModelState, Readiness
 
 if TYPE_CHECKING:
     from service.metrics import Metrics
@@ -25,20 +25,16 @@ async def livez() -> Health:
 @router.get("/readyz")
 @router.get("/healthz", name="healthz")
 async def readyz(request: Request) -> Readiness:
-    """All models are loaded: nothing listens before they are, nor from the moment of shutdown.
+    """Models are loaded: nothing listens before they are, nor from the moment of shutdown.
 
-    A version that came later and cannot be served does not change that: those before it serve.
-    Where none is served, because an operator unloaded all, it is 503.
+    A version that cannot be served does not change that; it is listed as refused, with the reason.
+    Where no model is served, because an operator unloaded all, it is 503.
     """
     inference = inference_of(request)
     if not any(inference.registry):
         raise Overloaded("no model is served")
-    models = {}
-    refusals = (name for name, count in inference.repository.refusals().items() if count)
-    for name in sorted({*inference.registry, *refusals}):
-        refused = list(map(Refused.model_validate, inference.repository.refused(name)))
-        versions = list(inference.registry.versions(name))
-        models[name] = ModelState(versions=versions, refused=refused)
+    repository = inference.repository
+    models = {n: ModelState.model_validate(repository.state(n)) for n in repository.models()}
     return Readiness(status="ready", models=models)
 
 

@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from models.catalogue import is_name, names, versions
-from models.checkpoint import METADATA, WEIGHTS, Metadata, load, save
+from models.checkpoint import MANIFEST, METADATA, WEIGHTS, Metadata, add_manifest, load, read, save
 from models.data import Split
 from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused
 from models.examples import Example, choose
@@ -38,15 +40,26 @@ def path(tmp_path):
     return save(tmp_path, MLP.build(), metadata())
 
 
-def seal(path, raw):
-    """Put other weights there, and their SHA-256 into the metadata, as a forger would."""
-    (path / WEIGHTS).write_bytes(raw)
-    change_json(path, sha256=hashlib.sha256(raw).hexdigest())
+def digest(raw):
+    return hashlib.sha256(raw).hexdigest()
+
+
+def forge(path, file, raw):
+    """Write a file of a version anew, and a manifest that fits, as a forger would."""
+    (path / file).write_bytes(raw)
+    found = {name: (path / name).read_bytes() for name in (METADATA, WEIGHTS)}
+    files = {name: {"bytes": len(raw), "sha256": digest(raw)} for name, raw in found.items()}
+    (path / MANIFEST).write_text(json.dumps({"files": files}))
 
 
 def change_json(path, **changes):
     values = json.loads((path / METADATA).read_text())
-    (path / METADATA).write_text(json.dumps({**values, **changes}))
+    forge(path, METADATA, json.dumps({**values, **changes}).encode())
+
+
+def change_weights(path, raw):
+    (path / WEIGHTS).write_bytes(raw)
+    change_json(path, sha256=digest(raw))
 
 
 def tensors(path):
@@ -70,13 +83,12 @@ def test_a_module_comes_back_to_the_bit_and_in_eval_mode(tmp_path, network):
     assert not any(m.training for m in again.modules())
     with torch.inference_mode():
         assert torch.equal(again(x), module.eval()(x))
-    raw = (path / WEIGHTS).read_bytes()
-    sealed = {"sha256": hashlib.sha256(raw).hexdigest(), "torch_version": torch.__version__}
-    assert about == replace(metadata(network), **sealed)
+    sha256 = digest((path / WEIGHTS).read_bytes())
+    assert about == replace(metadata(network), sha256=sha256, torch_version=torch.__version__)
 
 
-def test_a_version_holds_two_files_and_no_pickle(path):
-    assert sorted(p.name for p in path.iterdir()) == [METADATA, WEIGHTS]
+def test_a_version_holds_three_files_and_no_pickle(path):
+    assert sorted(p.name for p in path.iterdir()) == [MANIFEST, METADATA, WEIGHTS]
     assert sorted(p.name for p in path.parent.iterdir()) == ["1"]
     assert json.loads((path / METADATA).read_text())["name"] == "net"
     assert tensors(path).keys() == MLP.build().state_dict().keys()
@@ -169,16 +181,102 @@ def test_a_missing_file_is_refused(path, file):
     ids=["truncated", "truncated early", "trailing byte", "huge header", "a renamed pickle"],
 )
 def test_damaged_weights_are_refused_even_if_their_sha_was_forged(path, damage, reason):
-    seal(path, damage((path / WEIGHTS).read_bytes()))
+    change_weights(path, damage((path / WEIGHTS).read_bytes()))
     refused(path, reason)
 
 
-def test_a_flipped_bit_is_refused_by_its_sha(path):
+def test_weights_of_another_version_are_refused_even_if_the_manifest_was_forged(path):
     raw = bytearray((path / WEIGHTS).read_bytes())
     raw[-3] ^= 1
-    (path / WEIGHTS).write_bytes(raw)
-    digest = hashlib.sha256(raw).hexdigest()
-    refused(path, rf"exchanged: SHA-256 is {digest}, model.json says [0-9a-f]{{64}}")
+    forge(path, WEIGHTS, raw)
+    refused(path, rf"exchanged: SHA-256 is {digest(raw)}, model.json says [0-9a-f]{{64}}")
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_byte_of_any_file_is_refused_and_put_right_is_loaded(path, data):
+    file = path / data.draw(st.sampled_from([MANIFEST, METADATA, WEIGHTS]))
+    raw = file.read_bytes()
+    flipped = bytearray(raw)
+    flipped[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(flipped)
+    try:
+        # white space is the only thing in a manifest that says nothing
+        if file.name != MANIFEST or json_or_none(flipped) != json.loads(raw):
+            with pytest.raises(CheckpointRefused):
+                load(path)
+    finally:
+        file.write_bytes(raw)
+    assert load(path)[1].name == "net"
+
+
+def json_or_none(raw):
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
+
+
+def reverse_the_classes(about):
+    about["classes"].reverse()
+
+
+def change_the_mean(about):
+    about["preprocessing"]["mean"] = [0.4]
+
+
+def change_the_rates(about):
+    about["network"]["dropout"] = [0.05]
+
+
+def raise_the_accuracy(about):
+    about["evaluation"]["accuracy"] = 0.99
+
+
+TAMPERED = [reverse_the_classes, change_the_mean, change_the_rates, raise_the_accuracy]
+
+
+@pytest.mark.parametrize("tamper", TAMPERED)
+def test_metadata_that_were_edited_are_refused_although_they_make_sense(path, tamper):
+    about = json.loads((path / METADATA).read_text())
+    tamper(about)
+    (path / METADATA).write_text(json.dumps(about, indent=2) + "\n")
+    refused(path, "edited or exchanged: it has .* bytes and SHA-256 ", METADATA)
+    (path / MANIFEST).unlink()
+    assert load(path)[1].name == "net"  # integrity, not authenticity
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{}, [], None, {METADATA: {}}, {METADATA: {}, WEIGHTS: {}, "notes": {}}],
+    ids=["none", "a list", "null", "one", "three"],
+)
+def test_a_manifest_names_both_files_and_no_other(path, files):
+    (path / MANIFEST).write_text(json.dumps({"files": files}))
+    refused(path, "must name model.json and model.safetensors alone", MANIFEST)
+
+
+def test_files_that_the_manifest_does_not_name_are_never_read(path):
+    os.mkfifo(path / "notes")
+    (path / "state.safetensors").write_bytes(b"damaged")
+    assert load(path)[1].name == "net"
+
+
+def test_a_version_without_a_manifest_is_loaded_with_the_command_that_writes_one(path, caplog):
+    digests = {name: digest((path / name).read_bytes()) for name in (METADATA, WEIGHTS)}
+    sealed = read(path)
+    assert sealed.manifest_sha256 == digest((path / MANIFEST).read_bytes())
+    load(path)
+    assert caplog.messages == []
+    (path / MANIFEST).unlink()
+    load(path)
+    (message,) = caplog.messages
+    assert message.endswith("dropserve manifest net --version 1")
+    found = read(path)
+    assert found.manifest_sha256 is None
+    assert add_manifest(found).manifest_sha256 == sealed.manifest_sha256
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    assert {name: entry["sha256"] for name, entry in files.items()} == digests
 
 
 def other(name, value):
@@ -202,19 +300,19 @@ def other(name, value):
 def test_tensors_that_are_not_the_networks_are_refused_by_name(path, change, reason):
     weights = tensors(path)
     change(weights)
-    seal(path, safetensors.torch.save(weights))
+    change_weights(path, safetensors.torch.save(weights))
     refused(path, reason)
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, METADATA])
-def test_a_link_is_refused(path, file):
+@pytest.mark.parametrize("file", [WEIGHTS, METADATA, MANIFEST])
+def test_a_link_is_refused_and_called_one(path, file):
     (path / file).rename(path / "elsewhere")
     (path / file).symlink_to("elsewhere")
-    refused(path, "cannot be opened", file)
+    refused(path, "cannot be opened: a symbolic link", file)
 
 
 @pytest.mark.timeout(10)
-@pytest.mark.parametrize("file", [WEIGHTS, METADATA])
+@pytest.mark.parametrize("file", [WEIGHTS, METADATA, MANIFEST])
 def test_a_pipe_is_refused_and_does_not_hang(path, file):
     (path / file).unlink()
     os.mkfifo(path / file)
@@ -233,7 +331,7 @@ def test_a_pipe_is_refused_and_does_not_hang(path, file):
     ids=["empty", "no values", "a list", "too long", "a duplicate name"],
 )
 def test_metadata_that_are_no_metadata_are_refused(path, raw, reason):
-    (path / METADATA).write_bytes(raw)
+    forge(path, METADATA, raw)
     refused(path, reason, METADATA)
 
 

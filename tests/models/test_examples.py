@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoint import METADATA, Metadata, load, save
+from models.checkpoint import MANIFEST, METADATA, Metadata, load, save
 from models.data import Split
 from models.errors import CheckpointRefused
 from models.examples import COUNT, choose
@@ -85,6 +85,7 @@ def change(path, edit):
     values = json.loads((path / METADATA).read_text())
     edit(values)
     (path / METADATA).write_text(json.dumps(values))
+    (path / MANIFEST).unlink()  # as in an older checkpoint
 
 
 def test_an_older_checkpoint_has_none(path):

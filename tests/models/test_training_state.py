@@ -1,13 +1,17 @@
 """The state of an interrupted run: refused where it is another run's, or damaged."""
 
+import hashlib
 import os
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from models.errors import CheckpointRefused, ConfigError
@@ -102,7 +106,10 @@ def write_changed(path, change):
         metadata = file.metadata()
     tensors = safetensors.torch.load(path.read_bytes())
     change(tensors, metadata)
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    blank = "0" * 64
+    raw = safetensors.torch.save(tensors, {**metadata, "sha256": blank})
+    seal = hashlib.sha256(raw).hexdigest()
+    path.write_bytes(raw.replace(blank.encode(), seal.encode(), 1))
 
 
 def test_a_state_that_was_rewritten_unchanged_is_restored(tmp_path):
@@ -133,6 +140,32 @@ def test_a_state_that_does_not_fit_is_refused_before_a_step_is_taken(tmp_path, c
     write_changed(tmp_path / "state", change)
     with pytest.raises(CheckpointRefused):
         stepped().restore(tmp_path / "state")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    stepped().write(path)
+    return path, path.read_bytes()
+
+
+@given(st.data())
+def test_a_state_with_any_byte_flipped_is_refused_with_the_remedy(written, data):
+    path, raw = written
+    flipped = bytearray(raw)
+    flipped[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(flipped)
+    for refused in (stepped().restore, partial(earlier_run, resume=True, restart=False)):
+        with pytest.raises(CheckpointRefused, match="--restart discards it"):
+            refused(path)
+    assert path.read_bytes() == flipped  # nothing is lost unasked
+
+
+def test_a_state_of_an_earlier_release_is_refused_as_it_has_no_checksum(path):
+    tensors = safetensors.torch.load(path.read_bytes())
+    path.write_bytes(safetensors.torch.save(tensors, {"epoch": "1"}))
+    with pytest.raises(CheckpointRefused, match=r"without a checksum.*earlier release.*--restart"):
+        earlier_run(path, resume=True, restart=False)
 
 
 def test_a_state_behind_a_link_or_a_pipe_is_refused(digits, path):

@@ -25,7 +25,10 @@ from service.settings import Settings, environment_name
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n picture"
-MODEL = {"name": "pets", "version": 2, "versions": [1, 2], "default": True, "refused": []}
+MODEL = {
+    "name": "pets", "version": 2, "versions": [1, 2], "default": True, "refused": [],
+    "changed": [], "pinned": 2, "pin_problem": None, "manifest_sha256": "a" * 64,
+}  # fmt: skip
 DETAILS = MODEL | {
     "classes": ["cat", "dog", "[b]owl"],
     "input": {
@@ -232,11 +235,14 @@ def test_resuming_with_other_options_is_refused(stopped):
 
 
 def test_resuming_where_nothing_was_interrupted_says_so_and_trains(tmp_path):
+    (tmp_path / "fresh").mkdir()
+    catalogue.pin(tmp_path, "fresh", 7)
     result = train(tmp_path, "--resume", "--name", "fresh", "--epochs", 1)
     assert result.exit_code == 0, result.output
     assert "epochs done before" not in result.stdout
     assert "1,437 images to train on, 360 to test on" in result.stdout
     assert catalogue.versions(tmp_path, "fresh") == [1]
+    assert "version 7 is pinned: to let the new one answer, dropserve pin fresh" in result.stdout
 
 
 def test_two_processes_share_the_work_and_save_one_version(tmp_path):
@@ -255,11 +261,16 @@ def test_every_field_of_a_recipe_is_an_option():
     assert {field.name for field in fields(Recipe)} - options == {"validation_share"}
 
 
-def test_a_damaged_state_is_refused(stopped):
-    (stopped / "digits-mlp" / ".training" / "state.safetensors").write_bytes(b"damaged")
+def test_a_state_with_a_flipped_bit_is_refused_and_nothing_is_published(stopped):
+    state = stopped / "digits-mlp" / ".training" / "state.safetensors"
+    raw = bytearray(state.read_bytes())
+    raw[-10] ^= 1
+    state.write_bytes(raw)
     result = train(stopped, "--resume")
     assert result.exit_code == 2
-    assert "state.safetensors: not safetensors" in result.stderr
+    assert "state.safetensors: damaged: its SHA-256 is" in result.stderr
+    assert "--restart" in result.stderr
+    assert catalogue.versions(stopped, "digits-mlp") == []
 
 
 @pytest.mark.parametrize(
@@ -481,7 +492,7 @@ def test_help_leaves_room_to_read_on_a_narrow_terminal(command):
 def test_models_lists_what_is_served(stub):
     result = run("models", "--url", stub[1])
     row = [cell.strip() for cell in result.stdout.splitlines()[3].split("│")]
-    assert row == ["", "pets", "2", "1, 2", "yes", "vmap", "bfloat16", ""]
+    assert row == ["", "pets", "2 (pinned)", "1, 2", "yes", "vmap", "bfloat16", ""]
     assert json.loads(run("models", "--url", stub[1], "--json").stdout) == {"models": [MODEL]}
 
 

@@ -4,9 +4,14 @@ import asyncio
 import json
 import logging
 import re
+import warnings
 
+import httpx
 import pytest
 
+from models import checkpoint
+from models.networks import NetworkConfig
+from models.preprocessing import Preprocessing
 from service.app import create_app
 from service.logs import FIELDS, JsonFormatter, config
 from service.middleware import RequestLog
@@ -110,3 +115,58 @@ def test_every_line_of_the_server_is_json(server, http):
     lines = [json.loads(line) for line in text[: text.rfind("\n")].splitlines()]
     assert len(lines) > 3
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+
+
+NOISY = """
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+warnings.warn("an import warns")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Linear(64, 3)
+
+    def forward(self, x):
+        torch.from_numpy(np.frombuffer(b"read-only", np.uint8))  # PyTorch itself warns
+        x = F.dropout(x.flatten(1), 0.5, self.training)
+        return self.logits(x) if x.sum().item() > -1e9 else x  # no vmap: one pass a sample
+"""
+
+
+def test_what_python_and_pytorch_warn_of_is_logged_with_the_model(
+    make_server, tmp_path, monkeypatch
+):
+    (tmp_path / "noisy.py").write_text(NOISY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    preprocessing = Preprocessing((8, 8), 1, (0.3,), (0.4,))
+    network = NetworkConfig("noisy:Net", preprocessing.shape, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("one", "two"):
+            about = checkpoint.Metadata(name, network, preprocessing, ("a", "b", "c"))
+            checkpoint.save(tmp_path / "checkpoints", network.build(), about)
+    server = make_server(
+        tmp_path / "checkpoints", default_model="one", factories="noisy:Net"
+    ).start()
+    pixels = {"instances": [[[0] * 8] * 8]}
+    assert httpx.post(server.url + "/uncertainty", json=pixels).status_code == 200
+    assert server.stop() == 0
+    assert server.errors.read_text() == ""
+    found = [line for line in server.lines() if line["level"] == "warning"]
+    for name in ("one", "two"):
+        (slow,) = [
+            x for x in found if "runs one pass a sample" in x["message"] and x["model"] == name
+        ]
+        assert slow["version"] == 1
+    for kind, message in (("an import", "an import warns"), ("PyTorch", "is not writable")):
+        (warned,) = [x for x in found if message in x["message"]]
+        assert (warned["model"], warned["kind"]) == ("one", "UserWarning"), kind
+        assert re.fullmatch(r".*noisy\.py:\d+", warned["where"])

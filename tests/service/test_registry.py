@@ -12,7 +12,7 @@ def opened(models, default=None):
     registry = Registry(default, "here")
     for name, versions in models.items():
         registry.replace(name, versions)
-    registry.open()
+    registry.settle(sorted(models))
     return registry
 
 
@@ -41,9 +41,20 @@ def test_versions_that_are_replaced_are_found_from_then_on(registry):
     with pytest.raises(NotFound, match="no such version"):
         registry.find("b", "2")
     registry.replace("b", {})
-    with pytest.raises(NotFound, match="no such model"):
+    with pytest.raises(NotFound, match="default model is not served now"):
         registry.find()
+    with pytest.raises(NotFound, match="no such model"):
+        registry.find("b")
     assert list(registry) == ["a"]
+    assert registry.model("b").answers is None
+
+
+def test_the_pinned_version_answers_as_long_as_it_is_served(registry):
+    registry.replace("b", MODELS["b"], pinned=2)
+    assert (registry.find(), registry.model("b").answers) == ("b2", 2)
+    assert registry.find("b", "10") == "b10"
+    registry.replace("b", {10: "b10"}, pinned=2)
+    assert registry.find() == "b10"
 
 
 def test_a_model_that_comes_later_does_not_change_the_default():

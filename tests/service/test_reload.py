@@ -3,11 +3,14 @@
 import gc
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.registry import Registry
-from service.reload import Folder, Reloader
+from service.registry import Registry, RegistryError
+from service.reload import Folder, Pin, Reloader
+from service.repository import Repository
+from service.settings import Settings
 
 
 class Checkpoints:
@@ -15,6 +18,7 @@ class Checkpoints:
 
     def __init__(self):
         self.models = {"m": {}}
+        self.pins = {}
         self.loads = []
 
     def find(self):
@@ -22,6 +26,12 @@ class Checkpoints:
 
     def mark(self, name, version):
         return self.models[name][version]
+
+    def pinned(self, name):
+        found = self.pins.get(name)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def load(self, name, version):
         self.loads.append(version)
@@ -38,7 +48,7 @@ def there():
 @pytest.fixture
 def reloader(there):
     registry = Registry(None, "here")
-    return Reloader(registry, Folder(there.find, there.mark, there.load), keep=1)
+    return Reloader(registry, Folder(there.find, there.mark, there.load, there.pinned), keep=1)
 
 
 def unlisted():
@@ -47,6 +57,10 @@ def unlisted():
 
 def served(reloader, name="m"):
     return dict(reloader._registry.versions(name))
+
+
+def answers(reloader, name="m"):
+    return reloader._registry.find(name)
 
 
 def test_the_latest_versions_are_loaded_once_and_older_ones_let_go(there, reloader):
@@ -84,6 +98,17 @@ def test_a_bad_version_is_refused_until_its_files_change(there, reloader):
     assert served(reloader) == {1: "m 1", 2: "m 2"}
     assert not reloader.refused["m"]
     assert there.loads == [2, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("level", "traceback"), [("INFO", False), ("DEBUG", True)])
+def test_a_refusal_is_one_line_with_its_reason(level, traceback, there, reloader, caplog):
+    caplog.set_level(level, "dropserve.versions")
+    there.models["m"] = {1: "bad"}
+    reloader.look()
+    (record,) = caplog.records
+    assert (record.levelname, record.message) == ("ERROR", "version refused")
+    assert record.fields == {"reason": "m 1 is bad"}
+    assert bool(record.exc_info) is traceback
 
 
 def test_a_bad_version_does_not_take_the_place_of_an_older_one(there, reloader):
@@ -146,6 +171,86 @@ def test_a_model_that_is_left_out_goes_and_comes_back(there, reloader):
     assert served(reloader) == {1: "m 1"}
 
 
+def test_the_pinned_version_answers_and_newer_ones_are_callable(there, reloader, caplog):
+    there.models["m"] = {1: "good", 2: "good", 3: "good", 4: "good"}
+    there.pins["m"] = 1
+    reloader.look()
+    assert (served(reloader), answers(reloader)) == ({1: "m 1", 3: "m 3", 4: "m 4"}, "m 1")
+    there.models["m"][5] = "good"
+    reloader.look()
+    assert (served(reloader), answers(reloader)) == ({1: "m 1", 4: "m 4", 5: "m 5"}, "m 1")
+    there.pins["m"] = 4
+    reloader.look()
+    assert (served(reloader), answers(reloader)) == ({4: "m 4", 5: "m 5"}, "m 4")
+    there.pins["m"] = None
+    reloader.look()
+    assert (answers(reloader), reloader.pins["m"]) == ("m 5", Pin())
+    assert there.loads == [1, 4, 3, 5]
+    assert not caplog.records
+
+
+def test_what_answered_goes_on_until_the_pinned_version_is_loaded(there, reloader):
+    there.models["m"] = {1: "good", 2: "good", 3: "good"}
+    reloader.look()
+    seen = []
+    load = there.load
+    there.load = lambda *of: seen.append(answers(reloader)) or load(*of)
+    reloader._folder = Folder(there.find, there.mark, there.load, there.pinned)
+    there.models["m"][4] = "good"
+    there.pins["m"] = 1
+    reloader.look()
+    assert seen == ["m 3", "m 1"]  # before 1 is loaded, and before 4 is
+    assert answers(reloader) == "m 1"
+
+
+@pytest.mark.parametrize(
+    ("pinned", "problem"),
+    [(9, "version 9 is not there"), (2, "version 2 cannot be loaded: m 2 is bad")],
+)
+def test_where_the_pinned_version_cannot_answer_the_latest_does(
+    pinned, problem, there, reloader, caplog
+):
+    there.models["m"] = {1: "good", 2: "bad", 3: "good"}
+    there.pins["m"] = pinned
+    reloader.look()
+    reloader.look()
+    assert (answers(reloader), reloader.pins["m"]) == ("m 3", Pin(pinned, problem))
+    (record,) = [r for r in caplog.records if r.message == "pin not followed"]
+    assert record.fields == {"model": "m", "version": 3, "pinned": pinned, "reason": problem}
+    there.models["m"][pinned] = "good now"
+    reloader.look()
+    assert (answers(reloader), reloader.pins["m"]) == (f"m {pinned}", Pin(pinned))
+
+
+def test_a_pin_that_cannot_be_read_stays_what_it_was(there, reloader):
+    there.models["m"] = {1: "good", 2: "good"}
+    there.pins["m"] = 1
+    reloader.look()
+    there.pins["m"] = ValueError("no JSON")
+    reloader.look()
+    assert answers(reloader) == "m 1"
+    assert reloader.pins["m"] == Pin(1, "the pin cannot be read: no JSON")
+
+
+def test_the_default_version_wins_over_a_pin_of_the_default_model_alone(there):
+    registry = Registry("m", "here")
+    folder = Folder(there.find, there.mark, there.load, there.pinned)
+    there.models = {"m": {1: "good", 2: "good"}, "n": {1: "good", 2: "good"}}
+    there.pins = {"m": 2, "n": 2}
+    Reloader(registry, folder, keep=1, default_version=1).look()
+    assert (registry.find("m"), registry.find("n")) == ("m 1", "n 2")
+
+
+def test_a_version_that_is_removed_while_it_is_loaded_is_not_refused(there, reloader, caplog):
+    there.models["m"] = {1: "good", 2: "bad"}
+    marks = iter(["bad", None, "good"])  # of 2, of 2 when it failed, of 1
+    reloader._folder = Folder(there.find, lambda *_: next(marks), there.load)
+    reloader.look()
+    assert served(reloader) == {1: "m 1"}
+    assert not reloader.refused["m"]
+    assert not caplog.records
+
+
 def test_a_folder_that_cannot_be_listed_changes_nothing(there, reloader):
     there.models["m"] = {1: "good"}
     reloader.look()
@@ -206,3 +311,61 @@ def test_who_closes_waits_for_one_version_and_not_for_all(there, reloader):
     there.models["m"] = {1: "good", 2: "good"}
     reloader.look()
     assert there.loads == [2]
+
+
+def started(there, *, check=True, **settings):
+    with ThreadPoolExecutor(1) as loader:
+        folder = Folder(there.find, there.mark, there.load, there.pinned)
+        return Repository(Settings(**settings), folder, loader, None, check=check)
+
+
+def test_a_start_serves_what_loads_and_says_what_does_not(there):
+    there.models = {"m": {1: "good", 2: "bad"}, "n": {1: "bad"}}
+    repository = started(there)
+    assert list(repository.registry) == ["m"]
+    assert repository.registry.default is None  # as it will be when "n" is good again
+    assert repository.models() == ["m", "n"]
+    assert repository.state("n") == {
+        "version": None,
+        "versions": [],
+        "refused": [{"version": 1, "reason": "n 1 is bad"}],
+        "changed": [],
+        "pinned": None,
+        "pin_problem": None,
+    }
+    assert started(there, default_model="n").registry.default == "n"
+
+
+@pytest.mark.parametrize(
+    ("models", "settings", "reason"),
+    [
+        ({"m": {1: "bad"}, "n": {2: "bad"}}, {}, "no model can be served: m 1 is bad; n 2 is bad"),
+        ({"m": {1: "good", 2: "bad"}}, {"strict_start": True}, "m 2 is bad"),
+        ({"m": {1: "good"}}, {"strict_start": True, "default_version": 2}, "2 is not there"),
+        ({"m": {1: "good"}, "n": {1: "good"}}, {"default_version": 1}, "DROPSERVE_DEFAULT_MODEL"),
+        ({"m": {1: "good"}}, {"default_model": "n"}, "the default model 'n' is not in it"),
+        ({}, {}, "no checkpoint in it"),
+    ],
+    ids=["none", "strict", "strict pin", "version of no default", "no such default", "empty"],
+)
+def test_a_start_that_cannot_be_meant_fails_and_a_workers_does_not(there, models, settings, reason):
+    there.models = models
+    with pytest.raises(RegistryError, match=reason):
+        started(there, **settings)
+    started(there, check=False, **settings)
+
+
+def test_a_version_whose_files_changed_is_served_and_said_to_be_from_memory(there):
+    there.models = {"m": {1: "good", 2: "good"}}
+    repository = started(there)
+    there.models["m"][2] = "bad"
+    repository._obey()
+    state = repository.state("m")
+    assert (state["version"], state["versions"], state["refused"]) == (2, [1, 2], [])
+    assert state["changed"] == [{"version": 2, "reason": "m 2 is bad"}]
+    entry = {"name": "m", "version": "2", "state": "READY"}
+    assert repository.index()[1] == entry | {"reason": "served from memory: m 2 is bad"}
+    there.models["m"] = {}
+    repository._obey()  # its volume is away, more likely than not
+    reasons = {changed["reason"] for changed in repository.state("m")["changed"]}
+    assert reasons == {"its folder is gone"}

@@ -1,6 +1,7 @@
 """The process: what it refuses to start with, how it stops, and several workers."""
 
 import io
+import json
 import shutil
 import socket
 import threading
@@ -56,7 +57,7 @@ def foreign(tmp_path_factory):
 
 
 REFUSED = {
-    "a damaged checkpoint": "model.safetensors: damaged or exchanged: SHA-256 is",
+    "a strict start": "model.safetensors: damaged, edited or exchanged: it has",
     "an empty folder": "no checkpoint in it; make one with",
     "an unknown default": "the default model 'other' is not in it",
     "an untrusted factory": "the factory 'os.path:join' is not trusted here",
@@ -70,8 +71,8 @@ def started(make_server, damaged, foreign, checkpoints, tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         yield {
             "one worker": make_server(),
-            "two workers": make_server(workers=2),
-            "a damaged checkpoint": make_server(damaged, port=free_port()),
+            "two workers": make_server(workers=2, default_version=1),
+            "a strict start": make_server(damaged, port=free_port(), strict_start=True),
             "an empty folder": make_server(empty, port=free_port(), default_model=None),
             "an unknown default": make_server(checkpoints, port=free_port(), default_model="other"),
             "an untrusted factory": make_server(foreign, port=free_port(), default_model=None),
@@ -126,7 +127,8 @@ def test_two_workers_serve_the_same_and_stop_cleanly(started):
     answers = {
         httpx.post(server.url + "/predict", content=PNG, headers=HEADERS).content for _ in range(20)
     }
-    assert len(answers) == 1
+    (answer,) = answers
+    assert json.loads(answer)["version"] == 1  # of two: the setting says so
     assert server.stop() == 0
     assert all("message" in line for line in server.lines())
     assert server.errors.read_text() == ""

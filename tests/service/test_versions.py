@@ -1,6 +1,7 @@
 """New versions under load, over a socket, with two workers: no request fails, none is mistaken."""
 
 import asyncio
+import hashlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from bisect import bisect
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,10 +20,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from models import checkpoint
+from models import catalogue, checkpoint
 from models.networks import NetworkConfig
 from models.preprocessing import Preprocessing
+from service.cli import app as command_line
 
 POLL = 0.3
 CONNECTIONS = 32
@@ -49,10 +53,40 @@ def break_the_json(folder):
     (folder / "model.json").write_text("{")
 
 
-def ask_for_a_factory(folder):
+def edit(folder, change):
     about = json.loads((folder / "model.json").read_text())
-    about["network"]["kind"] = "os:system"
+    change(about)
     (folder / "model.json").write_text(json.dumps(about))
+
+
+def leave_no_manifest(folder):
+    (folder / "manifest.json").unlink()  # as in a version of an earlier release
+
+
+def ask_for_a_factory(folder):
+    edit(folder, lambda about: about["network"].update(kind="os:system"))
+    leave_no_manifest(folder)
+
+
+def reverse_the_classes(folder):
+    edit(folder, lambda about: about["classes"].reverse())
+
+
+def change_the_mean(folder):
+    edit(folder, lambda about: about["preprocessing"].update(mean=[0.9]))
+
+
+def change_the_rates(folder):
+    edit(folder, lambda about: about["network"].update(dropout=[0.01, 0.01]))
+
+
+def raise_the_accuracy(folder):
+    edit(folder, lambda about: about.update(evaluation={"accuracy": 0.999}))
+
+
+def link_the_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.symlink_to(weights.rename(folder / "elsewhere").name)
 
 
 BAD = {
@@ -89,12 +123,27 @@ class Publisher:
         (self.staging / "m" / str(version)).mkdir()  # so that the next number is the next
 
 
-@pytest.fixture
-def publisher(tmp_path):
-    made = Publisher(tmp_path / "checkpoints", tmp_path / "staging")
+def publish_in(folder):
+    made = Publisher(folder / "checkpoints", folder / "staging")
     made.root.mkdir()
     made.publish(1)
     return made
+
+
+@pytest.fixture
+def publisher(tmp_path):
+    return publish_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, make_server):
+    """A publisher, and a server of two workers that end well."""
+    made = publish_in(tmp_path_factory.mktemp("running"))
+    options = {"poll_seconds": POLL, "keep_versions": 2, "default_model": "m"}
+    server = make_server(made.root, workers=2, **options).start()
+    yield made, server
+    assert server.stop() == 0
+    assert server.errors.read_text() == ""
 
 
 def picture():
@@ -104,7 +153,7 @@ def picture():
 
 
 @contextmanager
-def load(url, seen):
+def load(url, seen, connections=CONNECTIONS):
     """Ask from all connections at once until the block ends; some answers are `seen` before it."""
     stop = threading.Event()
     body, headers = picture(), {"Content-Type": "image/png"}
@@ -115,16 +164,16 @@ def load(url, seen):
             seen.append((time.monotonic(), path, answer.status_code, answer.content))
 
     async def ask_all():
-        limits = httpx.Limits(max_connections=CONNECTIONS)
+        limits = httpx.Limits(max_connections=connections)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             paths = ["/predict", "/predict", "/predict", "/uncertainty?samples=20"]
-            asking = [ask(client, paths[k % 4]) for k in range(CONNECTIONS)]
+            asking = [ask(client, paths[k % 4]) for k in range(connections)]
             await asyncio.gather(*asking)
 
     with ThreadPoolExecutor(1) as thread:
         asking = thread.submit(asyncio.run, ask_all())
         try:
-            while len(seen) < CONNECTIONS:
+            while len(seen) < connections:
                 assert not asking.done(), asking.exception()
                 time.sleep(0.01)
             yield
@@ -144,10 +193,8 @@ def wait_for(lines, message, version, count):
     raise AssertionError(f"{message!r} of version {version} is not in the log of all workers")
 
 
-def test_twenty_versions_under_load_and_five_of_them_bad(publisher, make_server):
-    server = make_server(
-        publisher.root, workers=2, poll_seconds=POLL, keep_versions=2, default_model="m"
-    ).start()
+def test_twenty_versions_under_load_and_five_of_them_bad(running):
+    publisher, server = running
     seen, switched = [], {1: 0.0}
     with load(server.url, seen):
         for version in range(2, 22):
@@ -183,20 +230,140 @@ def test_twenty_versions_under_load_and_five_of_them_bad(publisher, make_server)
             found = answer["predictions"][0]["probabilities"]
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert set(versions) == set(publisher.answers)
+
+
+def ask(server, path):
+    return httpx.get(server.url + path, timeout=60).json()
+
+
+def gauge(server, name):
+    text = httpx.get(server.url + "/metrics", timeout=60).text
+    return [int(float(line.split()[1])) for line in text.splitlines() if line.startswith(name)]
+
+
+def dropserve(*arguments, root):
+    result = CliRunner().invoke(command_line, [*map(str, arguments), "--checkpoints", str(root)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+TAMPERED = [reverse_the_classes, change_the_mean, change_the_rates, raise_the_accuracy]
+
+
+def test_versions_that_are_bad_at_the_start_are_refused_and_the_others_served(
+    publisher, make_server
+):
+    """What was edited, what is a link, what has no manifest, and what is edited while it serves."""
+    publisher.publish(2, leave_no_manifest)
+    for version, harm in enumerate([*TAMPERED, link_the_weights], 3):
+        publisher.publish(version, harm)
+    manifests = {v: publisher.root / "m" / str(v) / "manifest.json" for v in (1, 2)}
+    server = make_server(publisher.root, poll_seconds=POLL, default_model="m").start()
+
+    state = ask(server, "/readyz")["models"]["m"]
+    assert (state["version"], state["versions"], state["changed"]) == (2, [1, 2], [])
+    reasons = {refused["version"]: refused["reason"] for refused in state["refused"]}
+    assert list(reasons) == [3, 4, 5, 6, 7]
+    for version in (3, 4, 5, 6):
+        assert reasons[version].startswith(f"m/{version}/model.json: damaged, edited or exchanged")
+    assert "m/7/model.safetensors: cannot be opened: a symbolic link" in reasons[7]
+    assert gauge(server, "dropserve_model_refused_versions{") == [5]
+    refused = [line for line in server.lines() if line["message"] == "version refused"]
+    assert sorted(line["version"] for line in refused) == [3, 4, 5, 6, 7]
+    for line in refused:
+        assert line["level"] == "error"
+        assert line["reason"].endswith(reasons[line["version"]])
+        assert "exception" not in line
+    (warned,) = [line for line in server.lines() if line["level"] == "warning"]
+    assert (warned["model"], warned["version"]) == ("m", 2)
+    assert "dropserve manifest m --version 2" in warned["message"]
+
+    sha256 = hashlib.sha256(manifests[1].read_bytes()).hexdigest()
+    assert ask(server, "/v1/models/m/versions/1")["manifest_sha256"] == sha256
+    assert ask(server, "/v1/models/m")["manifest_sha256"] is None
+    dropserve("manifest", "m", "--version", 2, root=publisher.root)
+    wait_for(server.lines, "version ready", 2, 2)
+    sha256 = hashlib.sha256(manifests[2].read_bytes()).hexdigest()
+    assert ask(server, "/v1/models/m")["manifest_sha256"] == sha256
+    listed = CliRunner().invoke(command_line, ["models", "--url", server.url, "--json"]).stdout
+    assert json.loads(listed)["models"][0]["manifest_sha256"] == sha256
+
+    reverse_the_classes(manifests[2].parent)
+    wait_for(server.lines, "version changed, served from memory", 2, 1)
+    state = ask(server, "/readyz")["models"]["m"]
+    assert (state["version"], state["versions"]) == (2, [1, 2])
+    assert [changed["version"] for changed in state["changed"]] == [2]
+    assert "m/2/model.json: damaged, edited" in state["changed"][0]["reason"]
+    assert 2 not in [refused["version"] for refused in state["refused"]]
+    assert gauge(server, "dropserve_model_changed_versions{") == [1]
+    assert gauge(server, "dropserve_model_refused_versions{") == [5]
+    (found,) = httpx.post(server.url + "/predict", files={"file": ("x", picture())}).json()[
+        "predictions"
+    ]
+    assert found["label"] == f"class {found['index']}"  # not by the reversed names
     assert server.stop() == 0
     assert server.errors.read_text() == ""
 
 
-def test_a_version_that_is_bad_at_the_start_stops_it_and_later_does_not(publisher, make_server):
-    publisher.publish(2, cut_the_weights)
-    server = make_server(publisher.root, default_model="m")
-    assert server.process.wait(60) != 0
-    shutil.rmtree(publisher.root / "m" / "2")
-    server = make_server(publisher.root, poll_seconds=POLL, default_model="m").start()
-    publisher.publish(3, cut_the_weights)
-    wait_for(server.lines, "version refused", 3, 1)
-    assert httpx.get(server.url + "/readyz").status_code == 200
-    assert httpx.get(server.url + "/v1/models/m").json()["version"] == 1
+def test_pins_rollbacks_and_prunes_reach_all_workers_and_fail_no_request(running):
+    publisher, server = running
+    root, before = publisher.root, max(publisher.answers)
+    first, *_, last, newest = (before + k for k in range(1, 7))
+    for version in range(first, newest):
+        publisher.publish(version)
+    wait_for(server.lines, "version answers", last, 2)
+    started = len(server.lines())
+    moments = [(time.monotonic(), last)]  # when both workers had changed, and what answers
+
+    def answers(version):
+        wait_for(lambda: server.lines()[started:], "version answers", version, 2)
+        moments.append((time.monotonic(), version))
+
+    seen = []
+    with load(server.url, seen, 8):
+        dropserve("pin", "m", first, root=root)
+        answers(first)
+        publisher.publish(newest)
+        wait_for(server.lines, "version ready", newest, 2)
+        state = ask(server, "/v1/models/m")
+        assert (state["version"], state["pinned"], state["pin_problem"]) == (first, first, None)
+        assert state["versions"] == [first, last - 1, last, newest]
+        path = f"{server.url}/v1/models/m/versions/{newest}/predict"
+        answer = httpx.post(path, files={"file": ("x", picture())}, timeout=60)
+        assert answer.json()["version"] == newest
+        dropserve("rollback", "m", root=root)
+        answers(before)
+        dropserve("pin", "m", "latest", root=root)
+        answers(newest)
+        dropserve("rollback", "m", root=root)
+        answers(last)
+        dropserve("prune", "m", "--keep", 1, root=root)
+        assert catalogue.versions(root, "m") == [last, newest]
+        time.sleep(2 * POLL)
+        catalogue.pin(root, "m", first)  # which is there no more
+        wait_for(server.lines, "pin not followed", newest, 2)
+        moments.append((time.monotonic(), newest))
+        state = ask(server, "/readyz")["models"]["m"]
+        assert (state["version"], state["pinned"]) == (newest, first)
+        assert state["pin_problem"] == f"version {first} is not there"
+        assert gauge(server, "dropserve_model_pin_failed{") == [1]
+        assert gauge(server, "dropserve_model_version{") == [newest]
+    assert len(seen) > 100
+    changes = [moment for moment, _ in moments]
+    for moment, path, status, content in seen:
+        assert status == 200, content
+        answer = json.loads(content)
+        if path == "/predict":
+            expected = publisher.answers[answer["version"]]
+            found = answer["predictions"][0]["probabilities"]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        begun = max(bisect(changes, moment - 1) - 1, 0)  # a second for what was under way
+        possible = moments[begun : bisect(changes, moment) + 1]  # and the next change
+        assert answer["version"] in {version for _, version in possible}
+    answered = {json.loads(content)["version"] for *_, content in seen}
+    assert answered == {before, first, last, newest}
+    errors = [line for line in server.lines()[started:] if line["level"] == "error"]
+    assert {line["message"] for line in errors} == {"pin not followed"}
 
 
 def workers(server):
@@ -223,15 +390,17 @@ def kill_a_worker(server):
 
 def test_a_worker_that_takes_a_dead_ones_place_serves_what_is_good(publisher, make_server):
     token = "a-token-of-an-operator"  # noqa: S105  of this test
+    publisher.publish(2)
+    catalogue.pin(publisher.root, "m", 1)
     server = make_server(
         publisher.root, workers=2, poll_seconds=POLL, default_model=None, admin_token=token
     ).start()
-    publisher.publish(2, cut_the_weights)
-    wait_for(server.lines, "version refused", 2, 2)
+    publisher.publish(3, cut_the_weights)
+    wait_for(server.lines, "version refused", 3, 2)
     shutil.copytree(publisher.root / "m", publisher.root / "other")  # no default any more, if asked
-    wait_for(server.lines, "version refused", 2, 4)
+    wait_for(server.lines, "version refused", 3, 4)
     kill_a_worker(server)
-    wait_for(server.lines, "version refused", 2, 6)
+    wait_for(server.lines, "version refused", 3, 6)
     headers = {"Authorization": f"Bearer {token}"}
     for act, status in (("unload", 404), ("load", 200)):
         for name in ("m", "other"):
@@ -242,6 +411,8 @@ def test_a_worker_that_takes_a_dead_ones_place_serves_what_is_good(publisher, ma
             time.sleep(3)
         body = {"content": picture(), "headers": {"Content-Type": "image/png"}, "timeout": 60}
         for _ in range(20):
-            assert httpx.post(server.url + "/predict", **body).status_code == status
+            answer = httpx.post(server.url + "/predict", **body)
+            assert answer.status_code == status
+            assert status == 404 or answer.json()["version"] == 1  # which is pinned
             ready = httpx.get(server.url + "/readyz").status_code
             assert ready == (200 if status == 200 else 503)

@@ -28,7 +28,9 @@ from service.schemas import Readiness
 
 READY = {
     "status": "ready",
-    "models": {"a": {"versions": [3, 2], "refused": [{"version": 4, "reason": "damaged"}]}},
+    "models": {
+        "a": {"version": 3, "versions": [3, 2], "refused": [{"version": 4, "reason": "damaged"}]}
+    },
 }
 
 
