@@ -8,7 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from models.dropout import Dropout
 from models.montecarlo import Sampler
 
 
@@ -160,6 +162,5 @@ class _Layers:
             yield
 
     def _rate(self, key: str, leaf: nn.Module) -> float | None:
-        """Return a dropout's rate, 0 too, where it is no site; other modules have none."""
-        own = getattr(leaf, "p", None)
-        return self._rates.get(key, own if isinstance(own, float) else None)
+        """Return a dropout's rate, 0 where it is no site; other modules have none."""
+        return self._rates.get(key, 0.0 if isinstance(leaf, _DropoutNd | Dropout) else None)

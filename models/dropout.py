@@ -107,7 +107,7 @@ def check_rate(p: float) -> float:
     return float(p)
 
 
-class _Dropout(nn.Module):
+class Dropout(nn.Module):
     """What the three modules share: a rate and a mask source."""
 
     def __init__(self, p: float = 0.5, source: MaskSource = random_mask) -> None:
@@ -116,10 +116,11 @@ class _Dropout(nn.Module):
         self.source = source
 
     def extra_repr(self) -> str:
+        """Show the rate."""
         return f"p={self.p}"
 
 
-class InvertedDropout(_Dropout):
+class InvertedDropout(Dropout):
     """`inverted_dropout` as a module: the identity in eval mode.
 
     Args:
@@ -135,7 +136,7 @@ class InvertedDropout(_Dropout):
         return inverted_dropout(x, self.p, self.training, self.source)
 
 
-class VanillaDropout(_Dropout):
+class VanillaDropout(Dropout):
     """`vanilla_dropout` as a module: multiplies by 1-p in eval mode. For comparison."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class VanillaDropout(_Dropout):
         return vanilla_dropout(x, self.p, self.training, self.source)
 
 
-class SpatialDropout(_Dropout):
+class SpatialDropout(Dropout):
     """`spatial_dropout` as a module: whole channels of `[B, C, ...]`."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Catches every dropout call of one forward pass, in one thread, and puts a given mask there.
 
-Functional dropout, with `training=False` too, is caught like the modules; so are the dropout inside
-attention and the masks of stochastic depth. Batch normalisation keeps to its running statistics.
+Functional dropout is caught like the modules; so are the dropout inside attention and the masks of
+stochastic depth. Batch normalisation keeps to its running statistics.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
+from models.montecarlo.tensor_table import TensorTable
 
 Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention", "bernoulli"]
 """`bernoulli` is a mask that the network's own code draws by `Tensor.bernoulli_` and scales itself,
@@ -29,18 +30,32 @@ ALPHA = 1.7580993408473766
 
 
 class Interception(TorchFunctionMode):
-    """Inside `with Interception(scale_for):` dropout multiplies by what `scale_for` returns.
+    """Runs a module whose dropout multiplies by what `scale_for` returns.
+
+    That is dropout that is switched on: its `training` is obeyed.
+
+    Args:
+        scale_for: makes the masks.
+        running_statistics: batch normalisation keeps to its running statistics.
 
     Attributes:
         widest: elements of the largest tensor that any call returned from the first dropout on:
             what comes before runs once, whatever the number of samples.
     """
 
-    def __init__(self, scale_for: ScaleFor) -> None:
+    def __init__(self, scale_for: ScaleFor, *, running_statistics: bool = True) -> None:
         super().__init__()
         self._scale_for = scale_for
+        self._running_statistics = running_statistics
+        self._overwritten: TensorTable[Tensor] = TensorTable()
+        self._uniforms: TensorTable[float] = TensorTable()
         self._masked = False
         self.widest = 0
+
+    def run(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:  # noqa: ANN401  the module's
+        """Run a module under the interception, on a copy of `x`, which it may overwrite."""
+        with self:
+            return self._overwritten.replaced(module(x.clone()))
 
     def __torch_function__(
         self,
@@ -50,47 +65,117 @@ class Interception(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  whatever the intercepted function returns
         kwargs = kwargs or {}
+        if self._overwritten:
+            args, kwargs = self._overwritten.replaced(args), self._overwritten.replaced(kwargs)
         if func is F.multi_head_attention_forward:
             with self:
-                return _attention_forward(*args, **{**kwargs, "training": True})
-        func = _REPLACED.get(func, func)
+                return _attention_forward(*args, **kwargs)
+        if func is torch.rand or func is torch.rand_like:
+            return self._uniform(func, *args, **kwargs)
+        if self._uniforms and any(isinstance(x, Tensor) and x in self._uniforms for x in args):
+            return self._of_uniform(func, *args, **kwargs)
+        if func is F.linear:
+            func = _linear
+        elif func is F.batch_norm and self._running_statistics:
+            func = _batch_norm
         dropout = _DROPOUTS.get(func)
-        result = dropout(self._scale_for, *args, **kwargs) if dropout else func(*args, **kwargs)
-        self._masked = self._masked or dropout is not None
+        if dropout is None:
+            result = func(*args, **kwargs)
+        else:
+            result = dropout(self._scale_for, *args, **kwargs)
+            self._masked = True
+            x = args[0] if args else kwargs["input"]
+            if result is not x and _is_in_place(func, *args, **kwargs):
+                self._overwritten[x] = result
         if self._masked and isinstance(result, Tensor):
             self.widest = max(self.widest, result.numel())
         return result
 
+    def _uniform(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  of either
+        """Stand for `torch.rand` and its like: NaN, until its use makes a mask of it."""
+        kwargs.pop("generator", None)
+        empty = torch.empty if func is torch.rand else torch.empty_like
+        uniform = empty(*args, **kwargs).fill_(nan)
+        self._uniforms[uniform] = 0.0
+        return uniform
 
-def _elementwise(kind: Kind) -> Callable[..., Tensor]:
-    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
-        x, p = _input_and_rate(*args, **kwargs)
-        return _drop(x, kind, p, x.shape, scale_for)
+    def _of_uniform(self, func: Callable[..., Tensor], x: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  numbers, and tensors
+        """Follow uniform numbers U to floor(keep + U), a mask (older timm, Hugging Face)."""
+        if func in _ADDITIONS and len(args) == 1 and isinstance(args[0], int | float):
+            result = func(x, *args, **kwargs)
+            self._uniforms[result] = self._uniforms[x] + args[0]
+            return result
+        if func in _FLOORS:
+            self._masked = True
+            result = _bernoulli(self._scale_for, x, self._uniforms[x])
+            if func is torch.Tensor.floor_:
+                self._overwritten[x] = result
+            return result
+        if func.__name__ != "__get__":  # x.shape, say
+            torch.rand(())  # which `RefuseRandomness` sees
+        return func(x, *args, **kwargs)
 
-    return dropout
 
-
-def _channelwise(kind: Kind) -> Callable[..., Tensor]:
-    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
-        x, p = _input_and_rate(*args, **kwargs)
-        channels = torch.Size((*x.shape[:2], *(1 for _ in x.shape[2:])))
-        return _drop(x, kind, p, channels, scale_for)
-
-    return dropout
-
-
-def _input_and_rate(
-    input: Tensor,  # noqa: A002  torch's name for it
-    p: float = 0.5,
+def _is_in_place(
+    func: Callable[..., Any],
+    _input: object = None,
+    _p: object = None,
+    _training: object = None,
+    inplace: object = False,
     *_: object,
     **__: object,
-) -> tuple[Tensor, float]:
+) -> bool:
+    """Say if a dropout function overwrites its input."""
+    return func is torch.Tensor.bernoulli_ or inplace is True
+
+
+def _elementwise(kind: Kind, *, default: bool = True) -> Callable[..., Tensor]:
+    """Make what stands for a dropout of units; `default` is that of its argument `training`."""
+
+    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
+        x, p, on = _arguments(default, *args, **kwargs)
+        return _drop(x, kind, p, x.shape, scale_for if on else _no_mask)
+
+    return dropout
+
+
+def _channelwise(
+    kind: Kind, *, default: bool = True, unbatched: int | None = None
+) -> Callable[..., Tensor]:
+    """Make what stands for a dropout of channels.
+
+    PyTorch takes inputs of `unbatched` dimensions for one image, and so their first for channels.
+    """
+
+    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
+        x, p, on = _arguments(default, *args, **kwargs)
+        kept = 1 if x.dim() == unbatched else 2
+        channels = torch.Size((*x.shape[:kept], *(1 for _ in x.shape[kept:])))
+        return _drop(x, kind, p, channels, scale_for if on else _no_mask)
+
+    return dropout
+
+
+def _arguments(
+    default: bool,
+    input: Tensor,  # noqa: A002  torch's name for it
+    p: float = 0.5,
+    training: bool | None = None,
+    *_: object,
+    train: bool | None = None,
+    **__: object,
+) -> tuple[Tensor, float, bool]:
     """Pick what matters of a dropout function's arguments, however they were passed."""
-    return input, p
+    given = train if training is None else training
+    return input, float(p), default if given is None else given
+
+
+def _no_mask(_kind: Kind, _p: float, _shape: torch.Size) -> None:
+    """Stand for a dropout that is switched off."""
 
 
 def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
-    scale = scale_for(kind, float(p), shape) if p > 0 else None
+    scale = scale_for(kind, p, shape) if p > 0 else None
     if scale is None:
         return x * (1 - p) if kind == "vanilla" else x
     scale = scale.to(x.dtype)
@@ -111,12 +196,13 @@ def _bernoulli(
 ) -> Tensor:
     """`Tensor.bernoulli_`, which sets elements to one with probability `p`: here, of keeping.
 
-    Without noise each element is its mean. The result is a tensor of its own, because under `vmap`
-    `x` may have no dimension for the samples; `x` becomes NaN, so that its use does not go unseen.
+    Without noise each element is its mean. The result is a tensor of its own: under `vmap` a mask
+    has a dimension for the samples that `x` may not have.
     """
+    if isinstance(p, Tensor) and p.dim() == 0:
+        p = float(p)
     if isinstance(p, Tensor) or not x.is_floating_point():
         return x.bernoulli_(p, generator=generator)
-    x.fill_(nan)
     keep = scale_for("bernoulli", 1 - p, x.shape) if p < 1 else None
     if keep is None:
         return torch.full_like(x, p)
@@ -145,14 +231,15 @@ def _attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
-    weights = query @ key.transpose(-2, -1) * (scale or 1 / sqrt(query.shape[-1]))
+    scale = 1 / sqrt(query.shape[-1]) if scale is None else scale
+    weights = query @ key.transpose(-2, -1) * scale
     if is_causal:
         attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         weights = weights.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         weights = weights + attn_mask
-    weights = weights.softmax(-1)
+    weights = torch._safe_softmax(weights, -1)  # noqa: SLF001  0 where all is masked; no public name
     return _drop(weights, "attention", dropout_p, weights.shape, scale_for) @ value
 
 
@@ -203,25 +290,23 @@ def _unguarded(function: FunctionType) -> FunctionType:
 
 _attention_forward = _unguarded(F.multi_head_attention_forward)  # type: ignore[arg-type]  # it is one
 
+_ADDITIONS = frozenset((torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__radd__))
+_FLOORS = frozenset((torch.floor, torch.Tensor.floor, torch.Tensor.floor_))
+
 _DROPOUTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.dropout: _elementwise("dropout"),
     torch.dropout: _elementwise("dropout"),
     inverted_dropout: _elementwise("dropout"),
     vanilla_dropout: _elementwise("vanilla"),
-    F.dropout1d: _channelwise("spatial"),
+    F.dropout1d: _channelwise("spatial", unbatched=2),
     F.dropout2d: _channelwise("spatial"),
-    F.dropout3d: _channelwise("spatial"),
+    F.dropout3d: _channelwise("spatial", unbatched=4),
     torch.feature_dropout: _channelwise("spatial"),
     spatial_dropout: _channelwise("spatial"),
-    F.alpha_dropout: _elementwise("alpha"),
+    F.alpha_dropout: _elementwise("alpha", default=False),
     torch.alpha_dropout: _elementwise("alpha"),
-    F.feature_alpha_dropout: _channelwise("feature_alpha"),
+    F.feature_alpha_dropout: _channelwise("feature_alpha", default=False),
     torch.feature_alpha_dropout: _channelwise("feature_alpha"),
     F.scaled_dot_product_attention: _attention,
     torch.Tensor.bernoulli_: _bernoulli,
-}
-
-_REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.linear: _linear,
-    F.batch_norm: _batch_norm,
 }

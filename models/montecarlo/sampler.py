@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -67,8 +69,16 @@ class Sampler:
         self._store = ScaleStore(self.sites)
         self._folded: Folded | None = None
         self._dtype = torch.float32
-        self._require_effect(probe)
-        self.path: Path = self._choose_path(probe)
+        try:
+            self._require_effect(probe)
+            self._find_layout(probe)
+            self.path: Path = self._choose_path(probe)
+        except UnsupportedModule:
+            raise
+        except SamplingError as error:
+            raise UnsupportedModule(
+                f"the module's dropout calls depend on masks or on the images: {error}"
+            ) from error
         self.precision: Choice = choose(
             precision, partial(self._at, probe), native=is_native(example.device)
         )
@@ -193,8 +203,8 @@ class Sampler:
         """Logits [B, C] of the thinned network that `factors` [*template] describe."""
         feed = _Feed(self.sites, factors)
         low = dtype != torch.float32
-        with torch.autocast(x.device.type, dtype, enabled=low), Interception(feed):
-            logits: Tensor = self.training_copy(x.clone())  # which it may overwrite
+        with torch.autocast(x.device.type, dtype, enabled=low):
+            logits: Tensor = Interception(feed).run(self.training_copy, x)
         feed.finish()
         return logits
 
@@ -226,6 +236,27 @@ class Sampler:
         if self.path == "folded":
             self._folded = Folded.of(self._module, self._found, dtype)
         return lambda: self.summarize(probe, 2 * BLOCK).mean
+
+    @torch.inference_mode()
+    def _find_layout(self, probe: Tensor) -> None:
+        """Find where masks lie whose batch dimension holds several rows an image.
+
+        Raises:
+            UnsupportedModule: an image's logits depend on the others of its batch.
+        """
+        factors = self._store.draw("independent", 0, range(1), probe.device).factors
+        one = tuple(factor[0] for factor in factors)
+        alone = torch.cat(
+            [self._forward(image, one, torch.float32) for image in torch.split(probe, 1)]
+        )
+        for inside in (False, True):
+            self.sites = tuple(replace(site, images_inside=inside) for site in self.sites)
+            with suppress(AssertionError):
+                return require_close(self._forward(probe, one, torch.float32), alone)
+        raise UnsupportedModule(
+            "an image's logits depend on the other images of its batch: let every layer treat "
+            "images one by one, and keep the batch in one dimension"
+        )
 
     @torch.inference_mode()
     def _require_effect(self, probe: Tensor) -> None:

@@ -1,20 +1,16 @@
 """Where a network drops units: found by running a copy in training mode, and watching."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import NoDropout, UnsupportedModule
 from models.montecarlo.interception import Interception, Kind
-from models.montecarlo.training_copy import training_copy
+from models.montecarlo.randomness import RefuseRandomness
+from models.montecarlo.training_copy import share_parameters, training_copy
 
 _RESCALED = ("dropout", "spatial", "attention")
 """Kinds that divide what they keep by 1-p."""
@@ -25,13 +21,15 @@ class Site:
     """One call of a dropout function in a forward pass.
 
     Attributes:
-        name: the module it was called in; `:kind` follows where that is no dropout module, `[2]`
+        name: the module it was called in; `:kind` follows where that does more than drop, `[2]`
             where the same module drops a second time.
         kind: which dropout.
         p: probability of dropping a unit.
         shape: the units that one image's mask covers; for spatial kinds the channels.
         template: the mask's shape for a batch of one, as the call sees it.
         batch_dim: the dimension of `template` that grows with the batch; None if none does.
+        images_inside: whether that dimension, where it holds several rows an image, counts the
+            images within a row, and not the rows within an image.
     """
 
     name: str
@@ -40,6 +38,7 @@ class Site:
     shape: tuple[int, ...]
     template: tuple[int, ...]
     batch_dim: int | None
+    images_inside: bool = False
 
     @property
     def units(self) -> int:
@@ -62,8 +61,8 @@ class Site:
     def fit(self, scale: Tensor, shape: torch.Size) -> Tensor | None:
         """Spread a mask `scale` [*template] over a call's `shape`; None if it does not fit.
 
-        A batch dimension may hold several rows an image (attention folds its heads into it);
-        the rows of one image lie together.
+        A batch dimension may hold several rows an image: attention folds its heads into it, and
+        recurrent networks their time.
         """
         dim = self.batch_dim
         if dim is None or len(shape) != len(self.template):
@@ -74,9 +73,9 @@ class Site:
             return None
         if rows == 1:
             return scale
-        return (
-            scale.unsqueeze(dim).expand(*shape[:dim], images, *self.template[dim:]).reshape(shape)
-        )
+        place = dim + 1 if self.images_inside else dim
+        spread = (*self.template[:place], images, *self.template[place:])
+        return scale.unsqueeze(place).expand(spread).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,11 @@ class _Trace:
         output: of the module.
         calls: of dropout functions, in order.
         widest: elements in the widest result that depends on masks.
-        generator_user: the module that drew from Python's or NumPy's global generator, if one did.
     """
 
     output: Tensor
     calls: list[_Call]
     widest: int
-    generator_user: str | None
 
 
 def survey(module: nn.Module, probe: Tensor) -> Survey:
@@ -138,40 +135,69 @@ def survey(module: nn.Module, probe: Tensor) -> Survey:
             is not logits [B, C], or another behaviour in training mode than dropout.
     """
     _refuse_unreachable(module)
-    expected = _without_noise(module, probe)  # first: it makes the parameters of lazy modules
+    expected, dropouts = _eval_mode(module, probe)  # it makes the parameters of lazy modules
     copied = training_copy(module)
-    buffers = {name: buffer.clone() for name, buffer in copied.named_buffers()}
-    two, three = (_trace(copied, probe[[0, 1, 0][:images]]) for images in (2, 3))
-    output = two.output
-    if output.dim() != 2 or output.shape[0] != 2 or not output.is_floating_point():
-        raise UnsupportedModule(
-            f"the module must map a batch of B images to logits [B, C]; two images gave "
-            f"{output.dtype} {list(output.shape)}"
-        )
-    if (
-        two.generator_user is not None and three.generator_user is not None
-    ):  # twice: it was no other thread
-        raise UnsupportedModule(
-            _randomness(two.generator_user, "Python's or NumPy's global generator")
-        )
-    for name, buffer in copied.named_buffers():
-        if name in buffers and not torch.equal(buffer, buffers[name]):
-            raise UnsupportedModule(
-                f"in training mode the module changes its buffer {name}, so that answers would "
-                f"depend on earlier ones: change it outside of forward"
-            )
-    _require_same(output, expected)
+    try:
+        two, three = _traces(copied, probe, expected)
+        share_parameters(copied, module)
+        logits, now = _eval_mode(module, probe)
+        _require_same(logits + (now - dropouts), expected, _MODULE_CHANGED)
+    except UnsupportedModule:
+        copied.eval()  # what its train() has changed outside of it, code of its eval() may undo
+        raise
     if not two.calls:
         raise NoDropout(
-            "the module calls no dropout with p > 0, so every Monte Carlo sample would be the "
-            "same: add dropout (models.dropout.InvertedDropout or torch.nn.Dropout) and train"
+            "the module calls no dropout with p > 0 in training mode, so every Monte Carlo sample "
+            "would be the same: add dropout (models.dropout.InvertedDropout or torch.nn.Dropout) "
+            "and train"
         )
     if [(c.name, c.kind, c.p) for c in two.calls] != [(c.name, c.kind, c.p) for c in three.calls]:
-        raise UnsupportedModule("the module's dropout calls change with the size of the batch")
+        raise UnsupportedModule(
+            "the module's dropout calls change with the size of the batch, or from pass to pass"
+        )
     pairs = zip(two.calls, three.calls, strict=True)
     sites = tuple(_site(call, other.shape) for call, other in pairs)
     widest = max(two.widest, *(call.shape.numel() for call in two.calls))
-    return Survey(copied, sites, widest // 2, output.shape[1])
+    return Survey(copied, sites, widest // 2, two.output.shape[1])
+
+
+_MODULE_CHANGED = (
+    "after a copy of the module ran in training mode, the module is another in eval mode: let "
+    "train() and forward change nothing but attributes of the module"
+)
+_MORE_THAN_DROPOUT = (
+    "with its dropout switched off, the module computes other logits in training mode than in "
+    "eval mode: let nothing but dropout depend on self.training (no auxiliary heads, no statistics "
+    "of the batch), and multiply by masks of bernoulli_ as floating-point numbers"
+)
+_NOT_REPEATED = (
+    "two passes in training mode over the same images, without dropout, differ: the module draws "
+    "random numbers that no mask can replace, or changes its buffers"
+)
+
+
+def _traces(copied: nn.Module, probe: Tensor, expected: Tensor) -> tuple[_Trace, _Trace]:
+    """Run a copy in training mode over two images and three; refuse what is more than dropout."""
+    before = {name: parameter.clone() for name, parameter in copied.named_parameters()}
+    two, three = (_trace(copied, probe[[0, 1, 0][:images]]) for images in (2, 3))
+    if two.output.dim() != 2 or len(two.output) != 2 or not two.output.is_floating_point():
+        raise UnsupportedModule(
+            f"the module must map a batch of B images to logits [B, C]; two images gave "
+            f"{two.output.dtype} {list(two.output.shape)}"
+        )
+    for name, parameter in copied.named_parameters():
+        if not torch.equal(parameter, before[name]):
+            raise UnsupportedModule(
+                f"in training mode a pass changes the parameter {name}: change it elsewhere"
+            )
+    if not torch.equal(_trace(copied, probe).output, two.output):
+        raise UnsupportedModule(_NOT_REPEATED)
+    try:
+        _require_same(two.output, expected, _MORE_THAN_DROPOUT)
+    except UnsupportedModule:
+        # A mask of bernoulli_ that is not scaled: then all kept is what eval mode computes.
+        _require_same(_trace(copied, probe, all_kept=True).output, expected, _MORE_THAN_DROPOUT)
+    return two, three
 
 
 def _site(call: _Call, three: torch.Size) -> Site:
@@ -193,33 +219,33 @@ def _site(call: _Call, three: torch.Size) -> Site:
     return Site(call.name, call.kind, call.p, tuple(units), template, dim)
 
 
-def _trace(module: nn.Module, x: Tensor) -> _Trace:
-    """Run images through a module without the noise of dropout, and watch."""
+def _trace(copied: nn.Module, x: Tensor, *, all_kept: bool = False) -> _Trace:
+    """Run images through a copy in training mode without the noise of dropout, and watch.
+
+    Masks of `bernoulli_` are their mean, or all ones if `all_kept`.
+    """
     calls: list[_Call] = []
-    stack: list[tuple[str, nn.Module]] = [("", module)]
+    stack: list[tuple[str, nn.Module]] = [("", copied)]
     uses: dict[str, int] = {}
 
-    def note(kind: Kind, p: float, shape: torch.Size) -> None:
+    def note(kind: Kind, p: float, shape: torch.Size) -> Tensor | None:
         path, caller = stack[-1]
         if p >= 1:
             raise UnsupportedModule(f"{path or 'the module'}: dropout with p={p} drops everything")
         name = path or "root"
-        if not hasattr(caller, "p"):  # a function called in some other module's forward
+        if [*caller.children(), *caller.parameters()]:  # then it does more than drop
             name = f"{name}:{kind}"
         uses[name] = uses.get(name, 0) + 1
         if uses[name] > 1:
             name = f"{name}[{uses[name]}]"
         calls.append(_Call(name, kind, p, shape))
+        return torch.ones(shape, device=x.device) if all_kept and kind == "bernoulli" else None
 
-    interception, generators = Interception(note), _GlobalGenerators()
-    with (
-        _current_module(module, stack, generators.look),
-        torch.no_grad(),
-        interception,
-        _RefuseRandomness(stack),
-    ):
+    interception = Interception(note)
+    randomness = RefuseRandomness(lambda: stack[-1][0])
+    with _current_module(copied, stack, randomness.look), torch.no_grad(), randomness:
         try:
-            output = _run(module, x, "training mode")
+            output = _logits(interception.run(copied, x), "training mode")
         except UnsupportedModule:
             raise
         except Exception as error:  # somebody's own module may fail in any way
@@ -227,16 +253,18 @@ def _trace(module: nn.Module, x: Tensor) -> _Trace:
                 f"in training mode the module fails: {type(error).__name__}: {error}; let nothing "
                 f"but dropout depend on self.training"
             ) from error
-    return _Trace(output, calls, interception.widest, generators.user)
+    return _Trace(output, calls, interception.widest)
 
 
-def _without_noise(module: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad(), Interception(lambda _kind, _p, _shape: None):
-        return _run(module, x, "eval mode")
+def _eval_mode(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Run a module in eval mode; switch off, and count, dropout that is on all the same."""
+    kinds: list[Kind] = []
+    interception = Interception(lambda kind, *_: kinds.append(kind), running_statistics=False)
+    with torch.no_grad():
+        return _logits(interception.run(module, x), "eval mode"), len(kinds)
 
 
-def _run(module: nn.Module, x: Tensor, mode: str) -> Tensor:
-    output = module(x.clone())  # which it may overwrite
+def _logits(output: object, mode: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise UnsupportedModule(
             f"the module must return one tensor of logits, not {type(output)} as in {mode}"
@@ -244,16 +272,11 @@ def _run(module: nn.Module, x: Tensor, mode: str) -> Tensor:
     return output
 
 
-def _require_same(training: Tensor, evaluation: Tensor) -> None:
-    """Refuse a module that does more in training mode than drop units."""
+def _require_same(got: Tensor, expected: Tensor, otherwise: str) -> None:
     try:
-        require_close(training, evaluation)
+        require_close(got, expected)
     except AssertionError as error:
-        raise UnsupportedModule(
-            "with its dropout switched off, the module computes other logits in training mode than "
-            "in eval mode: let nothing but dropout depend on self.training (no auxiliary heads, no "
-            "statistics of the batch), and use the values that dropout and bernoulli_ return"
-        ) from error
+        raise UnsupportedModule(otherwise) from error
 
 
 def require_close(got: Tensor, expected: Tensor) -> None:
@@ -262,84 +285,19 @@ def require_close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=max(1e-3, coarse), atol=max(1e-4, coarse))
 
 
-def _randomness(where: str, source: str) -> str:
-    return (
-        f"{where or 'the module'}: draws from {source}, which no mask can replace: use dropout "
-        f"(torch.nn or torch.nn.functional), or draw masks by Tensor.bernoulli_(keep_probability)"
-    )
-
-
-class _RefuseRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch's is untyped
-    """Refuses operations that draw random numbers; dropout that is intercepted draws none.
-
-    Args:
-        stack: the modules whose forward is running, by name, innermost last.
-    """
-
-    def __init__(self, stack: Sequence[tuple[str, nn.Module]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # likewise
-        self._stack = stack
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401  whatever the operation returns
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
-            raise UnsupportedModule(_randomness(self._stack[-1][0], f"PyTorch's {func}"))
-        return func(*args, **kwargs)
-
-
-def _draws(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Say if an operation that can draw random numbers does: attention, say, without dropout."""
-    names = [argument.name for argument in func._schema.arguments]  # noqa: SLF001  no public name
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    rates = [given.get(name, 0.0) for name in ("dropout_p", "dropout") if name in names]
-    return any(rates) or not rates
-
-
-class _GlobalGenerators:
-    """Watches the generators of Python and NumPy.
-
-    Attributes:
-        user: the first module that drew from one.
-    """
-
-    def __init__(self) -> None:
-        self._state = self._read()
-        self.user: str | None = None
-
-    def look(self, running: str) -> None:
-        """Compare with the last look: who was running since has drawn, if anybody has."""
-        state = self._read()
-        if state != self._state and self.user is None:
-            self.user = running
-        self._state = state
-
-    @staticmethod
-    def _read() -> tuple[object, ...]:
-        numpys = np.random.get_state(legacy=False)["state"]
-        return random.getstate(), numpys["key"].tobytes(), numpys["pos"]
-
-
 @contextmanager
 def _current_module(
-    module: nn.Module, stack: list[tuple[str, nn.Module]], look: Callable[[str], None]
+    module: nn.Module, stack: list[tuple[str, nn.Module]], before_change: Callable[[], None]
 ) -> Iterator[None]:
-    """Keep on `stack` the modules whose forward is running, innermost last.
-
-    `look` is called at each change with the name of the one that ran until then.
-    """
+    """Keep on `stack` the modules whose forward is running, innermost last."""
 
     def enter_module(name: str, child: nn.Module) -> None:
-        look(stack[-1][0])
+        before_change()
         stack.append((name, child))
 
     def leave_module() -> None:
-        look(stack.pop()[0])
+        before_change()
+        stack.pop()
 
     with ExitStack() as hooks:
         for name, child in module.named_modules():

@@ -1,8 +1,10 @@
 """Train mode beside eval mode, a pass a step."""
 
+import pytest
 import torch
 from torch import nn
 
+from bench import switched
 from models.comparison import compare
 from models.montecarlo import Sampler
 
@@ -42,25 +44,33 @@ def test_between_passes_nothing_watches_the_module():
     assert between >= 4  # two in eval mode, three in train mode
 
 
+class DropPath(nn.Module):
+    """Stochastic depth, whose rate has another name than p."""
+
+    def forward(self, x):
+        return switched.drop_path(x, 0.3, self.training)
+
+
 class Switched(nn.Module):
     """Runs a dropout in train mode alone, and one at rate 0 in both modes."""
 
     def __init__(self):
         super().__init__()
         self.first, self.drop, self.none = nn.Linear(9, 9), nn.AlphaDropout(0.25), nn.Dropout(0.0)
-        self.last = nn.Linear(9, 3)
+        self.path, self.last = DropPath(), nn.Linear(9, 3)
+        self.last.p = 3.0  # of something else
 
     def forward(self, x):
         x = self.first(x)
         if self.training:
             x = nn.functional.dropout(self.drop(x), 0.5)
-        return self.last(self.none(x))
+        return self.last(self.none(self.path(x)))
 
 
 def test_layers_that_run_in_one_mode_are_left_out_and_rates_are_those_of_train_mode():
     module, x = Switched().eval(), torch.randn(4, 9)
     _, found = run(compare(module, Sampler(module, x), x, passes=3, p=0.75))
     assert [(layer.name, layer.p) for layer in found.layers] == [
-        ("first", None), ("none", 0.0), ("last", None),
+        ("first", None), ("path", pytest.approx(0.3)), ("none", 0.0), ("last", None),
     ]  # fmt: skip
     assert found.distance().min() > 0

@@ -15,21 +15,22 @@ ALPHA = 1.7580993408473766  # Klambauer et al. (2017): SELU's scale times alpha
 
 
 class Functional(nn.Module):
-    """Calls `F.dropout` with training=False, in its own forward."""
+    """Calls `F.dropout` in its own forward, as the mode says."""
 
     def forward(self, x):
-        return F.dropout(x, P, training=False)
+        return F.dropout(x, P, self.training)
 
 
 class Skip(nn.Module):
     """A residual connection around a dropout."""
 
-    def __init__(self):
+    def __init__(self, drop):
         super().__init__()
-        self.drop = nn.Dropout(P)
+        self.drop = drop
 
     def forward(self, x):
-        return x + self.drop(x)
+        dropped = self.drop(x)
+        return x + dropped
 
 
 class Twice(nn.Module):
@@ -41,6 +42,25 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.drop(self.drop(x))
+
+
+class InPlace(nn.Module):
+    """Drops in place, and goes on with the tensor that it gave and not with what came back."""
+
+    def forward(self, x):
+        F.dropout(x, P, self.training, inplace=True)
+        return x
+
+
+class Uniform(nn.Module):
+    """Draws a mask of whole rows as older releases of timm do, and Hugging Face's networks."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        mask = (1 - P) + torch.rand((len(x), 1, 1, 1), dtype=x.dtype, device=x.device)
+        mask.floor_()
+        return x.div(1 - P) * mask
 
 
 class Drawn(nn.Module):
@@ -78,10 +98,19 @@ CASES = {
     "alpha": (nn.AlphaDropout(P), ROWS, ROWS, alpha),
     "feature alpha": (nn.FeatureAlphaDropout(P), PIXELS, (6, 1, 1), alpha),
     "functional": (Functional(), ROWS, ROWS, inverted),
-    "skip": (Skip(), ROWS, ROWS, lambda x, keep: x + inverted(x, keep)),
+    "skip": (Skip(nn.Dropout(P)), ROWS, ROWS, lambda x, keep: x + inverted(x, keep)),
     "inverted": (InvertedDropout(P), ROWS, ROWS, inverted),
     "vanilla": (VanillaDropout(P), ROWS, ROWS, lambda x, keep: x * keep),
     "spatial": (SpatialDropout(P), PIXELS, (6, 1, 1), inverted),
+    "in place, not returned": (InPlace(), ROWS, ROWS, inverted),
+    "in place, before a skip": (
+        nn.Sequential(Skip(nn.Dropout(P, inplace=True))),
+        ROWS,
+        ROWS,
+        lambda x, k: 2 * inverted(x, k),
+    ),
+    "uniform": (Uniform(), PIXELS, (1, 1, 1), inverted),
+    "unbatched": (nn.Dropout1d(P), ROWS, (), inverted),
     "drawn": (Drawn(lambda x: x.shape), ROWS, ROWS, inverted),
     "by row": (Drawn(lambda x: (len(x), 1, 1, 1)), PIXELS, (1, 1, 1), inverted),
     "by batch": (Drawn(lambda x: (1,) * x.dim()), PIXELS, (1, 1, 1, 1), inverted),

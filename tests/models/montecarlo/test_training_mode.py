@@ -1,7 +1,9 @@
 """Noise that a module switches by `self.training`: found, sampled, and told from all else."""
 
 import random
+import weakref
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ SITES = {
     "torch.nn.TransformerEncoder": ["attention", "dropout", "dropout", "dropout"] * 2,
     "LSTM, dropout on its outputs": ["dropout"],
 }
+PRIVATE = random.Random(1)  # noqa: S311
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
@@ -81,13 +84,45 @@ def by_bound_method():
     return module
 
 
+def by_weak_reference():
+    module = Function(lambda m, x: F.dropout(x, 0.5) if m.parent().training else x)
+    module.parent = weakref.ref(module)
+    return module
+
+
+def by_weak_proxy():
+    module = Function(lambda m, x: F.dropout(x, 0.5) if m.parent.training else x)
+    vars(module)["parent"] = weakref.proxy(module)
+    return module
+
+
+def by_function_in_a_function():
+    def mode(again=True):
+        return mode(False) if again else module.training
+
+    module = Function(lambda m, x: m.drop(x))
+    module.drop = lambda x, /, *, p=0.5: F.dropout(x, p) if mode() else x
+    return module
+
+
 def by_default_argument():
     module = Function(lambda m, x: m.drop(x))
     module.drop = partial(lambda x, outer: F.dropout(x, 0.5) if outer.training else x, outer=module)
     return module
 
 
-@pytest.mark.parametrize("build", [by_attribute, by_hook, by_bound_method, by_default_argument])
+@pytest.mark.parametrize(
+    "build",
+    [
+        by_attribute,
+        by_hook,
+        by_bound_method,
+        by_weak_reference,
+        by_weak_proxy,
+        by_function_in_a_function,
+        by_default_argument,
+    ],
+)
 def test_functions_that_refer_to_the_module_run_in_the_copys_mode(build):
     module = build().eval()
     before = state(module)
@@ -156,8 +191,8 @@ def test_batch_norm_of_user_code_keeps_to_running_statistics_and_does_not_overwr
 def test_parameters_are_shared_and_buffers_are_not():
     module = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)).eval()
     copied = Sampler(module, X).training_copy
-    pairs = zip(module.parameters(), copied.parameters(), strict=True)
-    assert all(own is other for own, other in pairs)
+    for own, other in zip(module.parameters(), copied.parameters(), strict=True):
+        assert own.data_ptr() == other.data_ptr()
     for own, other in zip(module.buffers(), copied.buffers(), strict=True):
         assert own.data_ptr() != other.data_ptr()
     assert [child.training for child in copied] == [True, False, True]
@@ -167,20 +202,17 @@ def if_training(change):
     return Function(lambda m, x: F.dropout(change(x) if m.training else x, 0.5))
 
 
-def old_drop_path(x):
-    return x.div(0.8) * (0.8 + torch.rand(len(x), 1)).floor_()
-
-
 @pytest.mark.parametrize(
     ("change", "source"),
     [
         (lambda x: x + torch.randn_like(x), "aten.randn_like"),
-        (old_drop_path, "aten.rand.default"),
+        (lambda x: x * (torch.rand_like(x) > 0.5) * 2, "aten.rand.default"),
         (lambda x: F.rrelu(x, training=True), "aten.rrelu_with_noise"),
         (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), "aten.bernoulli.default"),
         (lambda x: x * torch.ops.aten.dropout(x, 0.5, True), "dropout|bernoulli"),
-        (lambda x: x * random.choice((1.0, 1.0)), "Python's or NumPy's"),  # noqa: S311
-        (lambda x: x * float(np.random.rand() < 2), "Python's or NumPy's"),
+        (lambda x: x * random.choice((1.0, 1.0)), "Python's random"),  # noqa: S311
+        (lambda x: x * PRIVATE.choice((1.0, 1.0)), "Python's random"),
+        (lambda x: x * float(np.random.rand() < 2), "NumPy's global generator"),
     ],
 )
 def test_other_randomness_is_refused_by_name_with_the_remedy(change, source):
@@ -201,18 +233,59 @@ class Auxiliary(nn.Module):
         return (logits, self.auxiliary(x)) if self.training else logits
 
 
-class Counter(nn.Module):
-    """Counts its passes in train mode."""
+class Drifting(nn.Module):
+    """Changes a buffer, on which its output depends, in train mode."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("passes", torch.ones(()))
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x):
         if self.training:
-            self.passes += 1
-        return self.drop(x)
+            self.passes += 1e-5
+        return self.drop(x) * self.passes
+
+
+class Clamped(nn.Module):
+    """Changes its weights in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+        return F.linear(F.dropout(x, 0.5), self.weight)
+
+
+class Everywhere(nn.Module):
+    """Keeps its mode outside of the instance."""
+
+    on = False
+
+    def train(self, mode=True):
+        Everywhere.on = mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return F.dropout(x, 0.5) * (1 + Everywhere.on)
+
+
+class Itself(nn.Module):
+    """Is its own copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Dropout(0.5)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        return self.inner(x)
 
 
 class NeedsTargets(nn.Module):
@@ -224,10 +297,8 @@ class NeedsTargets(nn.Module):
         return F.dropout(x, 0.5, self.training)
 
 
-def thrown_away(x):
-    mask = torch.empty_like(x)
-    mask.bernoulli_(0.5)
-    return x * mask * 2
+def layer_drop(x):
+    return F.dropout(x, 0.1) if torch.empty(1).bernoulli_(0.5) else x
 
 
 @pytest.mark.parametrize(
@@ -237,8 +308,15 @@ def thrown_away(x):
         (Function(lambda m, x: F.dropout(x, 0.5) * (2 if m.training else 1)), "auxiliary heads"),
         (Function(lambda m, x: m.first(x) if m.training else F.dropout(x)), "other logits"),
         (if_training(lambda x: x - x.mean(0)), "statistics of the batch"),
-        (if_training(thrown_away), "use the values that dropout and bernoulli_ return"),
-        (Counter(), "changes its buffer passes"),
+        (if_training(layer_drop), "dropout calls depend on masks"),
+        (Drifting(), "two passes in training mode over the same images"),
+        (Clamped(), "changes the parameter weight"),
+        (Everywhere(), "after a copy .* other logits in eval mode|other logits in training mode"),
+        (nn.Sequential(Itself()), "holds parts of the module itself"),
+        (
+            nn.Sequential(nn.Flatten(), Function(lambda _, x: F.dropout(x - x.mean(0)))),
+            "depend on the other images",
+        ),
         (NeedsTargets(), "in training mode the module fails: ValueError: .*targets"),
     ],
 )
@@ -247,8 +325,86 @@ def test_what_else_depends_on_the_mode_is_refused_with_advice(module, advice):
         Sampler(module.eval(), X)
 
 
-def test_a_module_that_cannot_be_copied_is_refused_with_the_reason():
+@pytest.mark.parametrize("what", [Lock(), np, (n for n in range(3))])
+def test_what_cannot_be_copied_is_shared(what):
     module = Function(lambda _, x: F.dropout(x, 0.5)).eval()
-    module.stream = (n for n in range(3))
-    with pytest.raises(UnsupportedModule, match=r"cannot be copied .*generator"):
-        Sampler(module, X)
+    module.what, module.table = what, {"inner": [what, torch.ones(3)]}
+    copied = Sampler(module, X).training_copy
+    assert copied.what is what
+    assert copied.table["inner"][0] is what
+    assert copied.table["inner"][1] is not module.table["inner"][1]
+
+
+class Merged(nn.Linear):
+    """Adds a product to its weights in eval mode and takes it off in train mode, as LoRA does."""
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.left, self.right = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def train(self, mode=True):
+        change = self.left @ self.right
+        if mode != self.training:
+            self.weight.data += -change if mode else change
+        return super().train(mode)
+
+    def forward(self, x):
+        x = F.dropout(x, 0.5)
+        beside = x @ (self.left @ self.right).T if self.training else 0
+        return super().forward(x) + beside
+
+
+def test_weights_that_train_changes_are_changed_in_the_copy_alone():
+    module = Merged().eval()
+    before, merged = state(module), module.weight.detach().clone()
+    sampler = Sampler(module, X)
+    assert state(module) == before
+    got = sampler._forward(X, (torch.full((1, 6), 2.0),), torch.float32)
+    torch.testing.assert_close(got, F.linear(2 * X, merged, module.bias))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm, nn.utils.weight_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_are_normalised_are_those_of_eval_mode(norm):
+    module = nn.Sequential(norm(nn.Linear(6, 6)), Function(lambda _, x: F.dropout(x, 0.5))).eval()
+    with torch.no_grad():
+        module(X)
+    before = state(module)
+    sampler = Sampler(module, X)
+    first = sampler.sample(X, 30)
+    assert torch.equal(sampler.sample(X, 30), first)
+    all_kept = (torch.ones(sampler.sites[0].template),)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            sampler._forward(X, all_kept, torch.float32),
+            module[1].last(module[1].first(module[0](X))),
+        )
+    assert state(module) == before
+
+
+class TimeFirst(nn.Module):
+    """Folds time into the batch, the images of a step side by side."""
+
+    def __init__(self, outer):
+        super().__init__()
+        self.outer, self.drop, self.last = outer, nn.Dropout(0.5), nn.Linear(3, 3)
+
+    def forward(self, x):
+        steps = x.view(len(x), 2, 3)
+        steps = steps if self.outer else steps.transpose(0, 1)
+        dropped = self.drop(steps.reshape(-1, 3)).view(steps.shape).tanh()
+        return self.last(dropped.mean(1 if self.outer else 0))
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_an_answer_does_not_depend_on_the_batch_wherever_rows_of_an_image_lie(outer):
+    sampler = Sampler(TimeFirst(outer).eval(), X)
+    assert sampler.sites[0].shape == (2, 3)
+    assert sampler.sites[0].images_inside is not outer
+    together = sampler.sample(X, 40)
+    for image in (0, 1):
+        alone = sampler.sample(X[image : image + 1], 40)
+        torch.testing.assert_close(together[:, image], alone[:, 0], rtol=0, atol=1e-6)
+    assert not torch.allclose(together[:, 0], together[:, 1], atol=1e-3)
