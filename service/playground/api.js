@@ -15,7 +15,7 @@ export function route(model, version, task) {
  *  samples (`most` is how many the service allows), and the id by which a failure is in its log. */
 export class Trouble extends Error {
   constructor(status, { detail = "", request_id: id } = {}) {
-    const kind = status in WORDS ? status : status < 500 ? 422 : 500;
+    const kind = status in WORDS ? status : LIKE[status] ?? 500;
     const [message, hint] = WORDS[kind];
     super(message);
     this.hint = kind === 500 && id ? `${hint} Its number is ${id}.` : hint;
@@ -26,6 +26,7 @@ export class Trouble extends Error {
   }
 }
 
+const LIKE = { 400: 422, 429: 503, 502: 0, 504: 0 }; // all but 400 are what proxies say
 const WORDS = {
   0: ["The service does not answer.", "Check your connection, and whether it is running (dropserve serve)."],
   401: ["The service asks for an API key.", "Reload the page, and give the key as the password, with any user name."],

@@ -27,7 +27,7 @@ let details = null; // of the model that is asked
 let run = null; // what the stream's first event said, and its last
 let stream = null;
 let choice = null;
-let retry = look; // what the alert's button does
+let retry = null; // what the alert's button does
 
 $("model").addEventListener("change", () => choose(readModel));
 $("version").addEventListener("change", () => choose(readVersion));

@@ -77,7 +77,7 @@ export class Picture {
     this.#hint();
   }
 
-  /** Take an example off the pad as soon as somebody draws: they are not meant to improve on it. */
+  /** Take an example off the pad as soon as somebody draws: the drawing is what they ask about. */
   #marked() {
     if (this.source === "example") this.pad.picture = null;
     this.#mark(null);
