@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test check browser screenshots docs format bench bench-accuracy bench-http bench-report clean
+.PHONY: help setup serve train test test-compose check browser screenshots docs format bench bench-accuracy bench-http bench-report clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -27,6 +27,10 @@ train: setup ## Train the default model, digits, if there is none (seconds, no d
 # Two processes, for the many tests that wait for a server; one thread each, or they would compete.
 test: check browser ## Run every check and every test
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+# Where pip needs more than the Dockerfile knows: build the image `dropserve` first, and BUILD=no.
+test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman: after changes to either
+	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py -x -rs
 
 check: setup ## Lint, check the format and the types
 	$(PYTHON) -m ruff check .

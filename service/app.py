@@ -79,6 +79,7 @@ def create_app(
         description="Predictions that say how sure they are.",
         version=version("dropserve"),
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked of each request

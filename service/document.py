@@ -1,6 +1,7 @@
 """The OpenAPI document: what the framework derives from the routes, with all errors and examples.
 
-The examples are what a service was sent and answered; `docs/examples.py` asked it.
+The page at `/docs` shows it. The examples are what a service was sent and answered;
+`docs/examples.py` asked it.
 """
 
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import Response
 
 from service.errors import error_for, written
 from service.keys import OPEN
@@ -23,11 +26,14 @@ _WHICH = re.compile(r"^/v1/models/\{name}(/versions/\{version})?(?=/[puc])|/vers
 """The part of a path that says which model is asked; the answer is built the same."""
 _DERIVED = ("HTTPValidationError", "ValidationError")
 """What the framework believes to answer to a bad request."""
+_SERVER = {"url": "."}
+"""Relative to the document's own URL: right behind a proxy that adds a prefix, too."""
 
 
 def complete_document(app: FastAPI) -> None:
     """Let an application's document say of every route how it fails and what it answers."""
     derive = app.openapi
+    app.servers = [_SERVER]
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -35,6 +41,17 @@ def complete_document(app: FastAPI) -> None:
         return derive()
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does it
+
+    @app.get("/docs", include_in_schema=False)
+    async def page() -> Response:
+        static = "static-offline-docs"  # mounted by FastAPIOffline
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="Dropserve: API",
+            swagger_js_url=f"{static}/swagger-ui-bundle.js",
+            swagger_css_url=f"{static}/swagger-ui.css",
+            swagger_favicon_url="playground/icon.svg",
+        )
 
 
 def common(path: str) -> str:

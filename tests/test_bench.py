@@ -129,35 +129,79 @@ def test_every_call_of_ours_with_a_new_seed_has_other_masks():
     assert not torch.equal(call(), call())
 
 
+T = 100
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """What a picture must be answered, and answers of 20 samples by PyTorch [20, C]."""
+    """A checkpoint's module, pictures that it is unsure about [K, 1, 8, 8], and their answers."""
     torch.manual_seed(0)
-    config = NetworkConfig("mlp", (1, 8, 8), 4, hidden=(32, 32))
+    config = NetworkConfig("mlp", (1, 8, 8), 4, hidden=(32, 32), dropout=(0.2, 0.5))
     network, shown = config.build().eval(), Preprocessing((8, 8), 1, (0.5,), (0.1,))
+    with torch.no_grad():
+        network.logits.weight.mul_(20)
     metadata = checkpoint.Metadata("a", config, shown, tuple("abcd"))
     version = checkpoint.save(tmp_path_factory.mktemp("bench-http"), network, metadata)
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    x = (torch.from_numpy(pixels).float().div(255).view(1, 1, 8, 8) - 0.5) / 0.1
+    files = []
+    for pixels in np.random.default_rng(0).integers(0, 256, (400, 8, 8), np.uint8):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        files.append(file.getvalue())
+    asked = reference.unsure(version, files)
+    pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(png)))) for png in asked]
+    x = (torch.stack(pixels).float().div(255).unsqueeze(1) - 0.5) / 0.1
+    return network, x, reference.expected(version, asked, T)
+
+
+def answers(served, samples, rates=None, count=10):
+    """Make `count` times the mean and variance [K, C] of so many passes, by PyTorch, at rates."""
+    network, x, _ = served
+    noisy = with_dropout(network)
+    for layer, p in zip(filter(is_dropout, noisy.modules()), rates or (), strict=False):
+        layer.p = p
     with torch.inference_mode():
-        noisy = with_dropout(network)(x.expand(20, -1, -1, -1)).softmax(-1)
-        quiet = network(x).softmax(-1)[0]
-    return reference.expected(version, file.getvalue(), 20), noisy, quiet
+        passes = [noisy(x.repeat(samples, 1, 1, 1)).softmax(-1) for _ in range(count)]
+    drawn = torch.stack(passes).double().unflatten(1, (samples, -1)).numpy()
+    return drawn.mean(1), drawn.var(1, ddof=1)
 
 
-def test_right_answers_over_http_pass(served):
-    expected, noisy, quiet = served
-    expected.check_prediction(quiet.tolist())
-    expected.check_samples(noisy.mean(0).tolist(), noisy.var(0).tolist())
+def is_dropout(layer):
+    return "Dropout" in type(layer).__name__
 
 
-def test_a_server_that_drops_nothing_or_answers_the_wrong_mean_is_found_out(served):
-    expected, noisy, quiet = served
-    with pytest.raises(reference.WrongAnswer, match="variance"):
-        expected.check_samples(expected.mean.tolist(), [0.0] * 4)
-    with pytest.raises(reference.WrongAnswer):
-        expected.check_samples(noisy.mean(0).flip(0).tolist(), noisy.var(0).tolist())
-    with pytest.raises(reference.WrongAnswer):
-        expected.check_prediction([float("nan"), *quiet.tolist()[1:]])
+def is_wrong(expected, mean, variance):
+    try:
+        expected.check_samples(mean, variance)
+    except reference.WrongAnswer:
+        return True
+    return False
+
+
+def test_a_right_server_is_not_called_wrong_in_ten_thousand_runs(served):
+    mean, variance = answers(served, T, count=400)
+    rng, pictures = np.random.default_rng(0), np.arange(mean.shape[1])
+    for _ in range(10_000):  # each picture's answer is that of one of 400 requests
+        drawn = rng.integers(0, len(mean), len(pictures))
+        assert not is_wrong(served[2], mean[drawn, pictures], variance[drawn, pictures])
+
+
+@pytest.mark.parametrize(
+    ("samples", "rates"),
+    [(T // 5, (0.2, 0.5)), (T, (0.1, 0.1)), (T, (0.5, 0.5)), (T, (0.2, 0)), (T, (0, 0.5))],
+)
+def test_a_server_with_a_fifth_of_the_passes_or_other_rates_is_found_out(served, samples, rates):
+    runs = zip(*answers(served, samples, rates), strict=True)
+    assert all(is_wrong(served[2], mean, variance) for mean, variance in runs)
+
+
+def test_a_server_in_eval_mode_or_without_an_answer_is_found_out(served):
+    network, x, expected = served
+    with torch.inference_mode():
+        plain = network(x).softmax(-1).double().numpy()
+    expected.check_predictions(plain)
+    nothing = np.full(plain.shape, np.nan)
+    assert is_wrong(expected, plain, np.zeros(plain.shape))
+    assert is_wrong(expected, expected.mean, nothing)
+    for wrong in (expected.mean, nothing, plain[:, :3]):
+        with pytest.raises(reference.WrongAnswer):
+            expected.check_predictions(wrong)

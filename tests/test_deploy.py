@@ -190,12 +190,9 @@ def test_grace_period_is_longer_than_the_drain():
     assert seconds(service["stop_grace_period"]) > drain
 
 
-def test_health_check_gives_up_in_bounded_time():
-    check = COMPOSE["services"]["service"]["healthcheck"]
-    assert f"http://127.0.0.1:{CONTAINER_PORT}/readyz" in check["test"][-1]
-    assert 0 < seconds(check["timeout"]) < seconds(check["interval"])
-    assert check["retries"] > 0
-    assert seconds(check["start_period"]) > 0
+def test_health_is_checked_by_the_image_and_only_where_something_is_served():
+    assert COMPOSE["services"]["trainer"]["healthcheck"] == {"disable": True}
+    assert "healthcheck" not in COMPOSE["services"]["service"]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -212,6 +209,20 @@ def test_image_runs_as_a_numbered_user_that_is_not_root():
     user, group = (int(number) for number in last("USER").split(":"))
     assert user > 0
     assert group > 0
+
+
+def test_health_check_gives_up_in_bounded_time():
+    options, command = health_check()
+    assert "/readyz" in command[-1]
+    assert 0 < seconds(options["timeout"]) < seconds(options["interval"])
+    assert int(options["retries"]) > 0
+    assert seconds(options["start-period"]) > 0
+
+
+def health_check():
+    """Read the options and the command of the image's health check."""
+    options, command = last("HEALTHCHECK").split(" CMD ")
+    return dict(option[2:].split("=") for option in options.split()), json.loads(command)
 
 
 def test_final_stage_installs_and_compiles_nothing():
@@ -391,14 +402,12 @@ class Containers:
         return run(*self.command("trainer"), **self.options("trainer"))
 
     def healthy(self):
-        check = COMPOSE["services"]["service"]["healthcheck"]
-        assert check["test"][0] == "CMD"
-        command = [part.replace(f":{CONTAINER_PORT}", f":{self.port}") for part in check["test"]]
+        options, command = health_check()
         done = subprocess.run(
-            command[1:],
+            command,
             check=False,
             stderr=subprocess.DEVNULL,
-            timeout=seconds(check["timeout"]),
+            timeout=seconds(options["timeout"]),
             **self.options("service"),
         )
         return done.returncode == 0
@@ -457,9 +466,9 @@ def served(containers):
 
 
 def wait_until_healthy(containers, process, log_path):
-    check = COMPOSE["services"]["service"]["healthcheck"]
-    patience = seconds(check["start_period"]) + check["retries"] * seconds(check["interval"])
-    deadline = time.monotonic() + patience
+    options, _ = health_check()
+    patience = int(options["retries"]) * seconds(options["interval"])
+    deadline = time.monotonic() + seconds(options["start-period"]) + patience
     while not containers.healthy():
         assert process.poll() is None, log_path.read_text()
         assert time.monotonic() < deadline, log_path.read_text()

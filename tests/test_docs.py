@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs/api.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+BELOW = (p for p in ROOT.glob("[!.]*/**/*.md") if "/." not in str(p.relative_to(ROOT)))
+MARKDOWN = sorted({*PAGES, *BELOW})
 URL = "http://127.0.0.1:8000"
 DROPSERVE = Path(sys.executable).with_name("dropserve")
 
@@ -150,8 +152,48 @@ def test_the_map_shows_every_room_and_no_other():
     assert mapped == rooms - {"__init__.py"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    missing = [link for link in links if not (page.parent / link).exists()]
-    assert not missing
+def test_where_a_training_is_shown_both_its_rows_are():
+    trainings = [
+        block
+        for page in PAGES
+        for block in blocks(page.read_text(), "text")
+        if "saved checkpoints" in block or "│ eval mode" in block
+    ]
+    assert len(trainings) >= 5
+    for block in trainings:
+        assert re.search(r"^│ eval mode .*\n│ Monte Carlo dropout", block, re.MULTILINE), block
+
+
+def test_training_page_says_helps_or_hurts_as_its_figures_do():
+    page = (ROOT / "docs/training.md").read_text()
+    section = page.partition("## When Monte Carlo dropout helps")[2].partition("\n## ")[0]
+    figure = r"(\.\d{4})"
+    modes = [rf"\| {mode} \| " + r" \| ".join([figure] * 4) for mode in ("eval", "Monte Carlo")]
+    rows = re.findall(rf"{modes[0]} \| \|\n\| \| {modes[1]} \| (.*?) \|", section)
+    assert len(rows) >= 10
+    for *figures, says in rows:
+        _, confidence, nll, ece, _, less, mc_nll, mc_ece = map(float, figures)
+        assert less < confidence
+        better = (mc_nll < nll, mc_ece < ece)
+        words = {(True, True): "helps", (False, False): "hurts", (True, False): "helps the NLL"}
+        assert says == words[better]
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_and_anchors_lead_somewhere(page):
+    links = re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", without_code(page.read_text()))
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Name the headings of a page as GitHub links to them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

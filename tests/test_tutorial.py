@@ -54,6 +54,7 @@ class Reader:
             port = place.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
         given = {"PORT": str(port), "DATA_DIR": str(DATA), "POLL_SECONDS": "0.1"}
+        given["PRECISION"] = "float32"  # as shown; where there is bfloat16, a measurement chooses
         self._environment = (
             {k: v for k, v in os.environ.items() if not k.startswith("DROPSERVE_")}
             | {f"DROPSERVE_{k}": v for k, v in given.items()}

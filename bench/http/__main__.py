@@ -14,13 +14,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -41,8 +42,10 @@ class Bench:
         data_dir = reference.default_data_dir()
         trained = reference.find_or_train(options.checkpoints, data_dir)
         self.checkpoint = reference.alone(trained, folder / "checkpoints")
-        self.pictures = reference.pictures(data_dir)
-        self.expected = [reference.expected(self.checkpoint, png, SAMPLES) for png in self.pictures]
+        candidates = reference.pictures(data_dir)
+        self.pictures = candidates[: reference.PICTURES]
+        self.questions = reference.unsure(self.checkpoint, candidates)
+        self.expected = reference.expected(self.checkpoint, self.questions, SAMPLES)
         self.rounds: dict[str, dict[int, list[load.Load]]] = {}
         self.starts: dict[str, list[float]] = {}
         self.versions: dict[str, dict[str, str]] = {}
@@ -88,7 +91,7 @@ class Bench:
                 (bodies / str(i)).write_bytes(server.body.wrap(png))
 
             def ask(i: int) -> httpx.Response:
-                content = (bodies / str(i)).read_bytes()
+                content = server.body.wrap(self.questions[i])
                 headers = {"Content-Type": server.body.content_type}
                 return http.post(url.replace(NEW_SEED, str(i)), content=content, headers=headers)
 
@@ -102,8 +105,7 @@ class Bench:
                 bin_folder = server.environment.python.parent if server.environment else _OWN_BIN
                 command = server.command(str(bin_folder), port)
                 with serving(command, self._variables(server), folder, answers) as seconds:
-                    for i, expected in enumerate(self.expected):
-                        _check(server, expected, ask(i))
+                    _check(server, self.expected, map(ask, range(len(self.questions))))
                     self.starts.setdefault(server.name, []).append(seconds)
                     self._load(server, url, bodies)
             except Exception as error:  # whatever it is, the others go on
@@ -153,12 +155,15 @@ class Bench:
 _OWN_BIN = Path(sys.executable).parent
 
 
-def _check(server: Server, expected: reference.Expected, response: httpx.Response) -> None:
-    answer = response.raise_for_status().json()
+def _check(
+    server: Server, expected: reference.Expected, responses: Iterable[httpx.Response]
+) -> None:
+    answers = [response.raise_for_status().json() for response in responses]
+    got = np.array([server.probabilities(answer) for answer in answers])
     if server.task == "predict":
-        expected.check_prediction(server.probabilities(answer))
+        expected.check_predictions(got)
     else:
-        expected.check_samples(server.probabilities(answer), server.variance(answer))
+        expected.check_samples(got, np.array([server.variance(answer) for answer in answers]))
 
 
 def _one_line(error: Exception) -> str:

@@ -10,28 +10,35 @@ export function route(model, version, task) {
   return task === undefined ? path : `${path}/versions/${encodeURIComponent(version)}/${task}`;
 }
 
-/** What went wrong, in words: `title`, `message` (the service's own) and `hint` (what to do).
- *  Where that was too many thinned networks, `most` is how many the service has. */
+/** What went wrong, in words for people: `message` says what, `hint` what to do about it.
+ *  The API's own words are for programs; only two things in them count here: that there are too many
+ *  samples (`most` is how many the service allows), and the id by which a failure is in its log. */
 export class Trouble extends Error {
-  constructor(status, detail) {
-    super(detail);
-    const kind = status in WORDS ? status : status >= 500 ? 500 : 400;
-    [this.title, this.hint] = WORDS[kind];
+  constructor(status, { detail = "", request_id: id } = {}) {
+    const kind = status in WORDS ? status : LIKE[status] ?? 500;
+    const [message, hint] = WORDS[kind];
+    super(message);
+    this.hint = kind === 500 && id ? `${hint} Its number is ${id}.` : hint;
     this.status = status;
+    this.again = [0, 408, 500, 503].includes(kind); // the same request may succeed later
+    this.ofPicture = [413, 415, 422].includes(kind); // it never will
     this.most = Number(detail.match(/^samples: at most (\d+) here$/)?.[1] ?? NaN);
   }
 }
 
+const LIKE = { 400: 422, 429: 503, 502: 0, 504: 0 }; // all but 400 are what proxies say
 const WORDS = {
-  0: ["No answer", "Is it still running? Start it again with: dropserve serve"],
-  400: ["Not understood", "Try another picture."],
-  401: ["A key is needed", "Reload the page, and give an API key as the password."],
-  404: ["Not there", "Reload the page: models may have changed since."],
-  413: ["Too large", "Try a smaller picture."],
-  415: ["Not a format that is read", "Choose a PNG, JPEG or WebP picture."],
-  422: ["Cannot be answered", "Try another picture, or other settings."],
-  500: ["The service failed", "Its log says why. Try again."],
-  503: ["Busy", "Many are asking. Try again in a moment."],
+  0: ["The service does not answer.", "Check your connection, and whether it is running (dropserve serve)."],
+  401: ["The service asks for an API key.", "Reload the page, and give the key as the password, with any user name."],
+  404: ["This model or version is not served any more.", "Reload the page to see those that are."],
+  408: ["The picture took too long to arrive.", "Over a slow connection, take a smaller one."],
+  413: ["This picture is too large for the service.", "Make it smaller: a thousand pixels a side are plenty."],
+  415: ["The service does not read files of this kind.", "Choose a picture in PNG, JPEG or WebP."],
+  422: ["This picture cannot be read.", "It may be damaged, animated, or have 16 bits a colour. Save it once more as a plain PNG or JPEG."],
+  500: ["Something failed in the service.", "If it fails again, tell whoever runs it: the log says why."],
+  503: ["The service is busy: too many ask at once.", "Wait a few seconds."],
+  none: ["The service has no model.", "Train one with: dropserve train --dataset digits. It is found within seconds; then reload the page."],
+  page: ["Something failed in this page.", "Reload it. The browser’s console says more."],
 };
 
 /** GET JSON. */
@@ -94,11 +101,10 @@ async function request(path, options) {
   if (response.ok) return response;
   const problem = await response.json().catch(() => ({}));
   options.signal?.throwIfAborted();
-  const detail = problem.detail ?? "The service gave no reason.";
-  throw new Trouble(response.status, detail);
+  throw new Trouble(response.status, problem);
 }
 
 function raise(error) {
   if (error.name === "AbortError") throw error;
-  throw new Trouble(0, "The service cannot be reached.");
+  throw new Trouble(0);
 }

@@ -1,6 +1,6 @@
 // Two small charts: the running mean with its standard error, and that error alone.
 
-import { figure, paint, percent } from "./dom.js";
+import { figure, many, paint, percent } from "./dom.js";
 
 const LINES = 3;
 
@@ -9,7 +9,7 @@ export function meanChart(canvas, { samples, total, classes, evalMode }) {
   const last = samples.at(-1);
   const top = last.mean.map((p, k) => [p, k]).sort((a, b) => b[0] - a[0]).slice(0, LINES);
   const best = top[0][1];
-  canvas.setAttribute("aria-label", `Running mean after ${samples.length} networks: ` +
+  canvas.setAttribute("aria-label", `Running mean after ${many(samples.length, "network")}: ` +
     top.map(([p, k]) => `${classes[k]} ${percent(p)}`).join(", "));
   paint(canvas, (context, width, height, ink) => {
     const plot = frame(context, width, height, ink, total, 1, (y) => `${100 * y}%`);
@@ -44,7 +44,7 @@ export function errorChart(canvas, { samples, total, stratified }) {
   const naive = stratified ? independent(samples, best) : [];
   const highest = Math.max(points.length || naive.length > 3 ? 1e-6 : 0.01, ...points.map(([, y]) => y), ...naive.slice(3).map(([, y]) => y));
   canvas.setAttribute("aria-label", points.length
-    ? `Standard error ${figure(points.at(-1)[1])} after ${last.t} networks` : "Standard error: not known yet");
+    ? `Standard error ${figure(points.at(-1)[1])} after ${many(last.t, "network")}` : "Standard error: not known yet");
   paint(canvas, (context, width, height, ink) => {
     const plot = frame(context, width, height, ink, total, highest, (y) => String(Number((100 * y).toPrecision(2))), 14);
     context.save();

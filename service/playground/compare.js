@@ -120,7 +120,8 @@ function units(p) {
   const kept = height.map((_, i) => ((i * 7) % UNITS) + 0.5 > p * UNITS);
   const after = height.map((h, i) => (kept[i] ? h / (1 - p) : 0));
   const mean = (values) => values.reduce((a, b) => a + b) / UNITS;
-  const text = `${kept.filter(Boolean).length} of ${UNITS} units stay, each × 1/(1−${brief(p)}) = ` +
+  const left = kept.filter(Boolean).length;
+  const text = `${left} of ${UNITS} units ${left === 1 ? "stays" : "stay"}, each × 1/(1−${brief(p)}) = ` +
     `${brief(1 / (1 - p))}; hollow ones are dropped. Mean before ${figure(mean(height))}, after ${figure(mean(after))} (dashed).`;
   $("units-text").textContent = text;
   $("units").setAttribute("aria-label", text);

@@ -26,6 +26,9 @@ export const spoken = (p) => percent(p).replace("<", "less than ").replace(">", 
 /** Write a rate or a factor: no more than two decimals, and none that say nothing. */
 export const brief = (x) => String(Number(x.toFixed(2)));
 
+/** Write how many: `many(1, "network")`, `many(2, "network")`. */
+export const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
 /** Write a difference of probabilities in percentage points. */
 export const points = (gap) =>
   gap < 0.0005 ? "less than 0.1 points" : `${(100 * gap).toFixed(gap < 0.0995 ? 1 : 0)} points`;

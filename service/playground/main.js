@@ -27,10 +27,12 @@ let details = null; // of the model that is asked
 let run = null; // what the stream's first event said, and its last
 let stream = null;
 let choice = null;
+let retry = null; // what the alert's button does
 
 $("model").addEventListener("change", () => choose(readModel));
 $("version").addEventListener("change", () => choose(readVersion));
 $("alert-close").addEventListener("click", () => ($("alert").hidden = true));
+$("alert-again").addEventListener("click", () => retry());
 $("play").addEventListener("click", () => (player.playing ? player.pause() : player.play()));
 $("scrub").addEventListener("input", () => player.seek(Number($("scrub").value)));
 $("speed").addEventListener("change", () => (player.pace = $("speed").value));
@@ -55,13 +57,13 @@ async function choose(read) {
     stream?.abort();
     details = null;
     stale("No answer this time.");
-    fail(error);
+    fail(error, () => choose(read));
   }
 }
 
 async function readModels(signal) {
   const { models } = await get("v1/models", signal);
-  if (!models.length) throw new Trouble(404, "The service has no model loaded.");
+  if (!models.length) throw new Trouble("none");
   $("model").replaceChildren(...models.map(({ name, default: chosen }) =>
     make("option", { selected: chosen }, name)));
   await readModel(signal);
@@ -89,6 +91,8 @@ async function look() {
   $("count").textContent = "–";
   if (!details) return stale("No model to ask yet.");
   if (!picture.blob) return stale("Give it a picture: draw one, choose a file, or take an example.");
+  const wrong = [$("samples"), $("seed")].find((field) => !field.checkValidity());
+  if (wrong) return outOfRange(wrong);
   const query = { samples: $("samples").value, seed: $("seed").value, masks: $("kind").value };
   const { blob } = picture; // of this and the model there may be others before the stream begins
   const { name, version, input } = details;
@@ -99,25 +103,31 @@ async function look() {
       if (event === "start") begin(data, blob, input);
       if (event === "sample") player.push(data);
       if (event === "end") run.end = data.predictions[0];
-      if (event === "error") throw new Trouble(data.status, data.detail);
+      if (event === "error") throw new Trouble(data.status, data);
     }
     if (player.done && !signal.aborted) show(player.t);
   } catch (error) {
     if (signal.aborted) return;
-    if (!suitSamples(error.most)) {
-      stale("No answer this time.");
-      fail(error);
-    }
+    if (error.most) return suitSamples(error.most);
+    if (error.ofPicture) picture.drop();
+    stale("No answer this time.");
+    fail(error);
   }
 }
 
-/** Where the page's own choice is more networks than the service allows, take as many as it does. */
+/** Learn how many networks the service allows; where the page's own choice is more, take as many. */
 function suitSamples(most) {
   const field = $("samples");
-  if (!(most < Number(field.defaultValue)) || field.value !== field.defaultValue) return false;
-  Object.assign(field, { defaultValue: most, value: most, max: most });
-  look();
-  return true;
+  field.max = most;
+  if (field.value === field.defaultValue) Object.assign(field, { defaultValue: most, value: most });
+  return look();
+}
+
+/** Say what a number may be. */
+function outOfRange(field) {
+  const name = field.parentElement.firstChild.textContent.trim();
+  stale("No answer this time.");
+  alarm(`${name}: choose a whole number from ${field.min} to ${field.max}.`);
 }
 
 /** Lay out all parts for a stream that has begun. */
@@ -209,14 +219,19 @@ function stale(words) {
   network.show();
 }
 
-/** Say what went wrong, and what to do. */
-function fail(error) {
+/** Say what went wrong, and what to do; `again` is what trying again means. */
+function fail(error, again = look) {
   if (error.name === "AbortError") return;
-  const trouble = error instanceof Trouble ? error : new Trouble(500, String(error));
+  const trouble = error instanceof Trouble ? error : new Trouble("page");
   if (trouble !== error) console.error(error);
-  $("alert-text").replaceChildren(make("strong", {}, `${trouble.title}. `), `${sentence(trouble.message)} ${trouble.hint}`);
+  alarm(trouble.message, trouble.hint, trouble.again && again);
+}
+
+function alarm(what, hint = "", again = null) {
+  $("alert-text").replaceChildren(make("strong", {}, what), ` ${hint}`);
+  $("alert-again").hidden = !again;
+  retry = again;
   $("alert").hidden = false;
 }
 
 const top = (values) => values.indexOf(Math.max(...values));
-const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;

@@ -71,11 +71,12 @@ function summary(kinds, plain, doubt) {
   if (k === 0) return `It doubts yours most. Start from a clearer picture.${caveat}`;
   const rise = total[k] - total[0];
   const part = (doubt[k].mutual_information - doubt[0].mutual_information) / rise;
-  const times = total[0] > 0.05 ? `, ${brief(Number((total[k] / total[0]).toPrecision(2)))} times as much as yours` : "";
+  const times = brief(Number((total[k] / total[0]).toPrecision(2)));
+  const more = total[0] <= 0.05 ? "" : times === "1" ? ", hardly more than yours" : `, ${times} times as much as yours`;
   const source = part > 0.02
     ? `${Math.min(100, Math.round(100 * part))}% of the rise is disagreement between networks.`
     : "The networks do not disagree more; each by itself is less sure.";
-  return `It doubts ${name(k)} most${times}. ${source}${caveat}`;
+  return `It doubts ${name(k)} most${more}. ${source}${caveat}`;
 }
 
 /** Make odd pictures out of one: each `{name, noun, input}`, with pixels as the network sees them. */

@@ -12,7 +12,7 @@ export class Picture {
   constructor({ changed }) {
     Object.assign(this, { changed, blob: null, truth: undefined, source: null });
     const drawn = settled(() => this.#drawn(), SETTLE);
-    this.pad = new Pad($("pad"), { changed: drawn, marked: () => this.#hint() });
+    this.pad = new Pad($("pad"), { changed: drawn, marked: () => this.#marked() });
     $("fit").addEventListener("change", () => this.source === "pad" && this.#drawn());
     $("clear").addEventListener("click", () => this.clear());
     $("file").addEventListener("change", () => {
@@ -64,12 +64,24 @@ export class Picture {
   }
 
   clear() {
+    this.drop();
+    this.changed();
+  }
+
+  /** Forget a picture: after a service has refused it, no model is asked about it again. */
+  drop() {
     this.#take(null);
     this.pad.clear();
     Object.assign(this, { blob: null, truth: undefined });
     this.#mark(null);
     this.#hint();
-    this.changed();
+  }
+
+  /** Take an example off the pad as soon as somebody draws: the drawing is what they ask about. */
+  #marked() {
+    if (this.source === "example") this.pad.picture = null;
+    this.#mark(null);
+    this.#hint();
   }
 
   async #drawn() {

@@ -33,7 +33,7 @@ def servers(tmp_path_factory, make_server, checkpoints):
     train = ["train", "--dataset", "digits", "--epochs", "3", "--samples", "0"]
     result = CliRunner().invoke(app, [*train, "--checkpoints", str(root)])
     assert result.exit_code == 0, result.output
-    both = [make_server(root), make_server(root, max_images=2, max_samples=20)]
+    both = [make_server(root), make_server(root, max_images=2, max_samples=20, max_pixels=100_000)]
     return [server.start().url for server in both]
 
 
@@ -52,16 +52,25 @@ def http(digits):
 
 @pytest.fixture(scope="session")
 def narrow(servers):
-    """The address of the one that takes two pictures and twenty networks at most."""
+    """The address of the one that takes two pictures, small ones, and twenty networks at most."""
     return servers[1]
 
 
-def open_page(browser, url, faults, *, motion=False, expected=(), **options):
-    """Open the page of a server; what fails, or leaves the origin, goes to `faults`."""
+def open_page(browser, url, faults, *, motion=False, expected=(), prefix="", **options):
+    """Open the page of a server, or of a proxy in front of it that adds a prefix to all its paths.
+
+    What fails, or leaves the prefix or the origin, goes to `faults`.
+    """
     context = browser.new_context(reduced_motion="no-preference" if motion else "reduce", **options)
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
     page = context.new_page()
     page.set_default_timeout(15_000)
+    server, url = url, url + prefix
+    if prefix:
+        forward = lambda route: route.fulfill(  # noqa: E731  Playwright calls it with a route alone
+            response=route.fetch(url=route.request.url.replace(url, server))
+        )
+        page.route(f"{url}/**", forward)
     allowed = (*expected, "willReadFrequently")  # the tests read canvases, the page does not
 
     def fault(text):
@@ -69,13 +78,13 @@ def open_page(browser, url, faults, *, motion=False, expected=(), **options):
             faults.append(text)
 
     def leave(request):
-        if not request.url.startswith((url, "blob:" + url)):
+        if not request.url.startswith((url, "blob:" + server)):
             faults.append(f"request to {request.url}")
 
     page.on("console", lambda m: m.type in ("error", "warning") and fault(m.text))
     page.on("pageerror", lambda error: fault(str(error)))
     page.on("request", leave)
-    page.goto(url)
+    page.goto(url + "/")
     return page
 
 

@@ -18,6 +18,9 @@ THREE = ROOT / "docs/images/three.png"
 FOLDER = ROOT / "service/playground"
 TIMES = "\N{MULTIPLICATION SIGN}"
 DIGIT_ONE = [(140, 40), (140, 90), (140, 140), (140, 190), (140, 240)]
+DIGIT_THREE = [(80, 60), (120, 40), (170, 45), (190, 80), (170, 115), (130, 130), (170, 145)]
+DIGIT_THREE += [(195, 185), (175, 225), (125, 240), (80, 220)]
+OUT_OF_RANGE = "Networks: choose a whole number from"
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
 
 
@@ -96,6 +99,7 @@ def test_nothing_outside_the_folder_is_served(http, problem, path):
 
 def test_the_page_has_one_address(http):
     for path in ("/playground/", "/playground/index.html"):
+        assert http.get(path).headers["location"] == "../"  # wherever a proxy has put it
         assert http.get(path, follow_redirects=True).url.path == "/"
 
 
@@ -142,10 +146,19 @@ def test_one_can_draw_by_keyboard(page):
     expect(page.locator("#verdict")).to_contain_text("Give it a picture")
 
 
-def test_a_phone_has_no_sideways_scroll_and_takes_touches(visit, digits):
-    page = visit(digits, **PHONE)
+@pytest.mark.parametrize("size", [(390, 844), (360, 640)])
+def test_a_phone_shows_the_pad_at_once_scrolls_no_line_sideways_and_takes_touches(
+    visit, digits, size
+):
+    width, height = size
+    page = visit(digits, viewport={"width": width, "height": height}, has_touch=True)
     played(page)
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    box = page.locator("#pad").bounding_box()
+    assert box["y"] + box["height"] <= height
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for language in page.locator("#languages button").all():
+        language.click()
+        assert page.locator("#code").evaluate("box => box.scrollWidth <= box.clientWidth")
     page.click("#clear")
     page.locator("#pad").tap()
     played(page)
@@ -162,6 +175,24 @@ def test_an_example_says_what_it_is(page, digits):
     sent = httpx.get(digits + listed[1]["url"]).content
     played(page)
     assert pixels(page, "#seen") == list(Image.open(io.BytesIO(sent)).convert("L").tobytes())
+
+
+def test_who_draws_on_an_example_starts_from_an_empty_pad(page):
+    nine = page.locator("#example-list button:has(img[alt='9'])").first
+    nine.click()
+    expect(page.locator("#verdict")).to_contain_text("The test set says 9.")
+    draw(page, DIGIT_THREE)
+    expect(nine).to_have_attribute("aria-pressed", "false")
+    expect(page.locator("#verdict")).to_contain_text("You drew it.")
+    assert "says 3 with" in played(page)
+    page.set_input_files("#file", THREE)  # one's own picture stays, to be drawn upon
+    played(page)
+    before = pixels(page, "#seen")
+    draw(page, [(20, 20)])
+    expect(page.locator("#verdict")).to_contain_text("You drew it.")
+    played(page)
+    changed = (abs(a - b) > 50 for a, b in zip(before, pixels(page, "#seen"), strict=True))
+    assert 0 < sum(changed) < 16
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
@@ -271,6 +302,38 @@ def test_odd_pictures_stand_beside_yours(page):
     assert rows.nth(0).locator("td").nth(1).inner_text() == doubt[0]
 
 
+@pytest.mark.parametrize(
+    ("entropy", "words"),
+    [(1.01, "noise most, hardly more than yours."), (2, "noise most, 2 times as much as yours.")],
+)
+def test_how_much_more_is_said_as_people_do(page, entropy, words):
+    show_three(page)
+    expect(page.locator("#odd tr")).to_have_count(5)
+
+    def answer(route):
+        told = route.fetch().json()
+        for i, one in enumerate(told["predictions"]):
+            one["predictive_entropy"] = (1, 0.9, 0.9, 0.9, entropy)[i]
+        route.fulfill(json=told)
+
+    asked = re.compile(r"/uncertainty\?")
+    page.route(asked, answer)
+    page.click("#odd-again")
+    expect(page.locator("#odd-text")).to_contain_text(words)
+    page.unroute(asked)
+
+
+def test_one_is_not_many(page):
+    page.locator("#samples").fill("1")
+    page.set_input_files("#file", THREE)
+    expect(page.locator("#verdict")).to_contain_text("One thinned network says")
+    played(page, 1)
+    label = page.locator("#mean-chart").get_attribute("aria-label")
+    assert label.startswith("Running mean after 1 network: ")
+    page.locator("#p").fill("0.95")
+    expect(page.locator("#units-text")).to_contain_text("1 of 24 units stays, each")
+
+
 # Code
 
 
@@ -360,30 +423,77 @@ def test_a_service_that_takes_less_is_asked_for_less(visit, narrow):
     expect(page.locator("#alert")).to_be_hidden()
     page.locator("#samples").fill("30")
     page.locator("#samples").press("Enter")
-    expect(page.locator("#alert")).to_contain_text("Samples: at most 20 here.")
+    expect(page.locator("#alert-text")).to_have_text(f"{OUT_OF_RANGE} 1 to 20.")
+    too_large = {"name": "a.png", "mimeType": "image/png", "buffer": picture(size=(400, 400))}
+    page.locator("#samples").fill("20")
+    page.set_input_files("#file", too_large)
+    expect(page.locator("#alert")).to_contain_text("This picture is too large for the service.")
 
 
-def test_errors_are_shown_in_words_with_what_to_do(visit, digits):
-    page = visit(digits, expected=["415", "422", "net::ERR"])
+def test_errors_are_shown_in_words_for_people_with_what_to_do(visit, digits):
+    page = visit(digits, expected=["415", "422", "400", "503", "net::ERR"])
     show_three(page)
-    alert = page.locator("#alert")
-    gif = {"name": "a.gif", "mimeType": "image/gif", "buffer": picture("GIF")}
-    page.set_input_files("#file", gif)
-    expect(alert).to_contain_text("Choose a PNG, JPEG or WebP picture.")
-    expect(alert).to_contain_text("This is no picture that is read here")
-    broken = {"name": "a.png", "mimeType": "image/png", "buffer": picture()[:60]}
-    page.set_input_files("#file", broken)
-    expect(alert).to_contain_text("damaged")
+    alert, again = page.locator("#alert"), page.locator("#alert-again")
+    for name, content, words in [
+        ("a.gif", picture("GIF"), "Choose a picture in PNG, JPEG or WebP."),
+        ("a.png", picture()[:60], "This picture cannot be read. It may be damaged,"),
+        ("empty.png", b"", "This picture cannot be read. It may be damaged,"),
+    ]:
+        page.click("#clear")
+        file = {"name": name, "mimeType": f"image/{name[-3:]}", "buffer": content}
+        page.set_input_files("#file", file)
+        expect(alert).to_contain_text(words)
+        expect(again).to_be_hidden()
     page.locator("#samples").fill("0")
     page.set_input_files("#file", THREE)
-    expect(alert).to_contain_text("Samples: ")
+    expect(alert).to_contain_text(f"{OUT_OF_RANGE} 1 to 1000.")
     page.locator("#samples").fill("50")
     page.locator("#samples").press("Tab")
     expect(alert).to_be_hidden()
     played(page, 50)
     page.route("**/stream*", lambda route: route.abort())
     page.click("#reseed")
-    expect(alert).to_contain_text("The service cannot be reached.")
+    expect(alert).to_contain_text("The service does not answer. Check your connection")
+    page.unroute("**/stream*")
+    page.route("**/stream*", lambda route: route.fulfill(status=503, json={"detail": "the queue"}))
+    again.click()
+    expect(alert).to_contain_text("The service is busy: too many ask at once. Wait a few seconds.")
+    page.unroute("**/stream*")
+    again.click()
+    played(page, 50)
+    expect(alert).to_be_hidden()
+
+
+def test_a_refused_picture_is_not_sent_again(visit, digits):
+    page = visit(digits, expected=["415"])
+    played(page)
+    page.select_option("#version", "2")  # has no examples
+    expect(page.locator("#examples")).to_be_hidden()
+    asked = []
+    page.on("request", lambda request: request.method == "POST" and asked.append(request.url))
+    gif = {"name": "a.gif", "mimeType": "image/gif", "buffer": picture("GIF")}
+    page.set_input_files("#file", gif)
+    expect(page.locator("#alert")).to_be_visible()
+    assert len(asked) == 1
+    page.select_option("#model", "colour-cnn")
+    expect(page.locator("#verdict")).to_contain_text("Give it a picture")
+    expect(page.locator("#alert")).to_be_hidden()
+    page.click("#reseed")
+    page.wait_for_timeout(300)
+    assert len(asked) == 1
+
+
+def test_page_and_documentation_work_under_any_prefix(visit, digits):
+    page = visit(digits, prefix="/apps/dropserve")
+    played(page)
+    expect(page.locator("#odd tr")).to_have_count(5)
+    expect(page.locator("#code")).to_contain_text(f"{digits}/apps/dropserve/v1/models/digits-mlp")
+    page.get_by_role("link", name="API documentation").first.click()
+    page.locator(".opblock-get", has_text="/readyz").first.click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".request-url pre")).to_have_text(f"{digits}/apps/dropserve/readyz")
+    expect(page.locator(".live-responses-table")).to_contain_text("digits-mlp")
 
 
 # For everyone
