@@ -3,6 +3,8 @@
 import { figure, many, paint, percent } from "./dom.js";
 
 const LINES = 3;
+// 97.5% quantiles of Student's distribution, by degrees of freedom from 1.
+const STUDENT = [12.71, 4.3, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26];
 
 /** Draw the running mean of the likeliest classes; eval mode is the dashed line. */
 export function meanChart(canvas, { samples, total, classes, evalMode }) {
@@ -16,8 +18,8 @@ export function meanChart(canvas, { samples, total, classes, evalMode }) {
     const band = samples.filter((sample) => sample.standard_error);
     context.fillStyle = ink.soft;
     context.beginPath();
-    for (const s of band) context.lineTo(plot.x(s.t), plot.y(Math.min(1, s.mean[best] + 2 * s.standard_error[best])));
-    for (const s of band.reverse()) context.lineTo(plot.x(s.t), plot.y(Math.max(0, s.mean[best] - 2 * s.standard_error[best])));
+    for (const s of band) context.lineTo(plot.x(s.t), plot.y(Math.min(1, s.mean[best] + halfInterval(s, best))));
+    for (const s of band.reverse()) context.lineTo(plot.x(s.t), plot.y(Math.max(0, s.mean[best] - halfInterval(s, best))));
     context.fill();
     dashed(context, plot, evalMode[best], total, ink);
     const labels = [];
@@ -34,6 +36,11 @@ export function meanChart(canvas, { samples, total, classes, evalMode }) {
       context.fillText(text, plot.x(last.t) + 5, y + 4);
     }
   });
+}
+
+/** Half of the 95% interval of a class's mean: what it would be over all masks lies within. */
+function halfInterval({ standard_error: error, degrees_of_freedom: degrees }, k) {
+  return error[k] * (STUDENT[degrees - 1] ?? 1.96 + 2.6 / degrees);
 }
 
 /** Draw the standard error of the likeliest class; dashed: what independent masks would give. */

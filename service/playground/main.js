@@ -178,7 +178,8 @@ function summarise(now, samples) {
   errorChart($("error-chart"), chart);
   const best = top(now.mean);
   const error = now.standard_error?.[best];
-  $("mean-text").textContent = `${classes[best]}: ${percent(now.mean[best])}; eval mode is dashed.`;
+  $("mean-text").textContent = `${classes[best]}: ${percent(now.mean[best])}; eval mode is dashed` +
+    `${error == null ? "" : ", the band is the mean’s 95% interval"}.`;
   $("error-text").textContent = error == null
     ? "Takes two blocks of ten masks to know."
     : `± ${points(error)}${chart.stratified ? "; dashed: with independent masks." : "."}`;
