@@ -1,7 +1,10 @@
 """Which versions of which models there are: folder names alone, so that asking is quick."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
+
+from models.errors import CheckpointNotFound
 
 
 def is_name(name: str) -> bool:
@@ -21,6 +24,24 @@ def versions(root: Path, name: str) -> list[int]:
 def names(root: Path) -> list[str]:
     """List the folders under `root` that may hold a model's versions, in order."""
     return sorted(d.name for d in root.iterdir() if is_name(d.name)) if root.is_dir() else []
+
+
+def choose(root: Path, name: str, version: int | None = None) -> int:
+    """Return a version that is there: the latest where None is asked for.
+
+    Raises:
+        CheckpointNotFound: it is not; says which there are.
+    """
+    found = versions(root, name)
+    if not found:
+        known = [other for other in names(root) if versions(root, other)]
+        like = "".join(f"; did you mean {x}?" for x in get_close_matches(name, known, 1))
+        there = f"there are {', '.join(known)}{like}" if known else "there is none"
+        raise CheckpointNotFound(f"no model {name!r} in {root}: {there}")
+    if version not in (None, *found):
+        there = ", ".join(map(str, found))
+        raise CheckpointNotFound(f"no version {version} of {name!r} in {root}: there are {there}")
+    return version or found[-1]
 
 
 def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:

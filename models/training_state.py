@@ -21,7 +21,7 @@ from models.storage import (
 )
 
 _MAX_BYTES = 32 * 2**30
-_PARTS = {"module": "network", "description": "network config, precision or devices"}
+_PARTS = {"module": "network", "from": "version to start from", "on": "precision or devices"}
 """What the parts of a fingerprint are called, where it is not by their names."""
 
 
