@@ -13,10 +13,11 @@ from models.catalogue import is_name
 from models.checkpoint import Metadata
 from models.data import NAMED, Dataset, Split, load_dataset
 from models.errors import ConfigError, DataError, ModelsError
+from models.factories import FORMS
 from models.hyperparameters import Recipe, default_recipe
 from models.montecarlo import Sampler
 from models.networks import NetworkConfig, default_config
-from models.preprocessing import Fit, Preprocessing
+from models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -51,39 +52,25 @@ def plan(
     data_dir: Path,
     *,
     recipe: Mapping[str, Any],
-    size: tuple[int, int] | None = None,
-    invert: bool = False,
-    fit: Fit = "stretch",
-    hidden: tuple[int, ...] | None = None,
-    dropout: tuple[float, ...] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    skip_broken: bool = False,
+    asked: Mapping[str, Any] | None = None,
+    **how: Any,  # noqa: ANN401  what `load_dataset` takes
 ) -> Plan:
     """Suggest all that is not asked for, and see that it can be trained and sampled.
 
     Args:
-        dataset: as `models.data.load_dataset` takes it, with `data_dir`, `size`, `invert`, `fit`
-            and `skip_broken`.
+        dataset: as `models.data.load_dataset` takes it, with `data_dir` and `how`.
         network: "mlp", "cnn" or a factory, as `models.networks.NetworkConfig` has it.
         data_dir: of datasets.
         recipe: the fields of `Recipe` that are asked for.
-        size: as `models.data.load_dataset` takes it.
-        invert: likewise.
-        fit: likewise.
-        hidden: widths of an mlp's or cnn's hidden layers.
-        dropout: rates after them.
-        arguments: of a factory.
-        skip_broken: as `models.data.load_dataset` takes it.
+        asked: of an mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
+        how: `size`, `invert`, `fit` and `skip_broken` of `models.data.load_dataset`.
 
     Raises:
         ConfigError, DataError, UnsupportedModule: it cannot.
     """
     chosen = replace(default_recipe(dataset, network), **recipe)
-    data = load_dataset(
-        dataset, data_dir, size=size, invert=invert, fit=fit, skip_broken=skip_broken
-    )
-    shape, classes = data.preprocessing.shape, len(data.classes)
-    config = _config(network, shape, classes, hidden, dropout, arguments)
+    data = load_dataset(dataset, data_dir, **how)
+    config = _config(network, data.preprocessing, len(data.classes), asked or {})
     example = data.preprocessing.normalize(data.train.images[:1])
     return Plan(data, config, chosen, build_checked(config, example, chosen.seed), {})
 
@@ -99,7 +86,7 @@ def plan_from(
 ) -> Plan:
     """Plan to train a saved version further: its network, weights, preprocessing and classes.
 
-    The learning rate that is suggested is a tenth of a fresh network's.
+    The learning rate that is suggested is a tenth of that for fresh weights.
 
     Args:
         path: the version's folder.
@@ -107,15 +94,15 @@ def plan_from(
         dataset: as for `plan`; it has the version's classes.
         data_dir: as for `plan`.
         recipe: as for `plan`.
-        skip_broken: as for `plan`.
+        skip_broken: as `models.data.load_dataset` takes it.
 
     Raises:
         CheckpointError: the version cannot be loaded.
         ConfigError, DataError: as `plan`.
     """
     module, found = checkpoint.load(path, factories)
-    suggested = default_recipe(dataset, found.network.kind)
-    slower = replace(suggested, learning_rate=suggested.learning_rate / 10)
+    usual = default_recipe(dataset, found.network.kind)
+    chosen = replace(replace(usual, learning_rate=usual.learning_rate / 10), **recipe)
     data = load_dataset(
         dataset,
         data_dir,
@@ -124,7 +111,7 @@ def plan_from(
         skip_broken=skip_broken,
     )
     start = {"name": found.name, "version": int(path.name), "sha256": found.sha256}
-    return Plan(data, found.network, replace(slower, **recipe), module, start)
+    return Plan(data, found.network, chosen, module, start)
 
 
 def imported(
@@ -133,10 +120,7 @@ def imported(
     network: str,
     preprocessing: Preprocessing,
     classes: Sequence[str],
-    *,
-    hidden: tuple[int, ...] | None = None,
-    dropout: tuple[float, ...] | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any],
 ) -> tuple[nn.Module, Metadata]:
     """Make a model of a network that was trained elsewhere, by the checks of one to be trained.
 
@@ -146,9 +130,7 @@ def imported(
         network: as for `plan`.
         preprocessing: what the network was trained with.
         classes: in the order of its logits.
-        hidden: as for `plan`.
-        dropout: as for `plan`.
-        arguments: as for `plan`.
+        asked: as for `plan`.
 
     Raises:
         CheckpointRefused: the weights are not the network's; names the tensor.
@@ -156,7 +138,7 @@ def imported(
     """
     if len(set(classes)) < len(classes) or not all(classes):
         raise ConfigError("classes need names, each another one")
-    config = _config(network, preprocessing.shape, len(classes), hidden, dropout, arguments)
+    config = _config(network, preprocessing, len(classes), asked)
     blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
     module = build_checked(config, preprocessing.normalize(blank), seed=0)
     checkpoint.load_weights(weights, module)
@@ -165,22 +147,13 @@ def imported(
 
 
 def _config(
-    network: str,
-    shape: tuple[int, int, int],
-    classes: int,
-    hidden: tuple[int, ...] | None,
-    dropout: tuple[float, ...] | None,
-    arguments: Mapping[str, Any] | None,
+    network: str, preprocessing: Preprocessing, classes: int, asked: Mapping[str, Any]
 ) -> NetworkConfig:
-    if ":" in network and (hidden is not None or dropout is not None):
+    if ":" in network and asked.keys() & {"hidden", "dropout"}:
         raise ConfigError("hidden widths and dropout rates are for mlp and cnn: use arguments")
-    if ":" not in network and arguments is not None:
-        raise ConfigError(
-            f"arguments are for a factory, package.module:factory, not for {network!r}"
-        )
-    asked = {"hidden": hidden, "dropout": dropout, "arguments": arguments}
-    changes: dict[str, Any] = {field: value for field, value in asked.items() if value is not None}
-    return replace(default_config(network, shape, classes), **changes)
+    if ":" not in network and "arguments" in asked:
+        raise ConfigError(f"arguments are for a factory, {FORMS}, not for {network!r}")
+    return replace(default_config(network, preprocessing.shape, classes), **asked)
 
 
 def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Module:

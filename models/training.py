@@ -81,7 +81,7 @@ def with_threads(recipe: Recipe, module: nn.Module, example: Tensor) -> Recipe:
     """
     if recipe.threads is not None:
         return recipe
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         module.eval()(example)
     worth = counter.get_total_flops() * recipe.batch_size // _WORK_OF_A_THREAD
     return replace(recipe, threads=max(1, min(worth, torch.get_num_threads())))

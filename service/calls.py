@@ -29,47 +29,29 @@ from service.errors import (
 
 
 @runtime_checkable
-class Array(Protocol):
-    """A NumPy array, or what is like one: uint8 from 0 to 255, H x W (grey) or H x W x C.
-
-    C is 1 (grey), 3 (RGB) or 4 (RGB and alpha).
-    """
-
+class _Array(Protocol):
     @property
-    def dtype(self) -> Any:  # noqa: ANN401  NumPy's own type
-        """What `str` calls "uint8"."""
-
+    def dtype(self) -> object: ...
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W) or (H, W, C)."""
-
-    def tobytes(self) -> bytes:
-        """Return the pixels, row after row."""
+    def shape(self) -> tuple[int, ...]: ...
+    def tobytes(self) -> bytes: ...
 
 
 @runtime_checkable
-class PillowImage(Protocol):
-    """A `PIL.Image.Image` of 8 bits a channel, in any mode."""
-
+class _PillowImage(Protocol):
     @property
-    def mode(self) -> str:
-        """As Pillow names it."""
-
+    def mode(self) -> str: ...
     @property
-    def getexif(self) -> Callable[[], Any]:
-        """Return the metadata, of which the orientation is sent."""
-
+    def getexif(self) -> Callable[[], Any]: ...
     @property
-    def convert(self) -> Callable[[str], Any]:
-        """Return the image in another mode."""
-
+    def convert(self) -> Callable[[str], Any]: ...
     @property
-    def save(self) -> Callable[..., None]:
-        """Write the image to a file."""
+    def save(self) -> Callable[..., None]: ...
 
 
-Image = bytes | Path | Array | PillowImage
-"""A PNG, JPEG or WebP file, as its bytes or where it lies; or pixels, which are sent as a PNG."""
+Image = bytes | Path | _Array | _PillowImage
+"""A PNG, JPEG or WebP file, as its bytes or where it lies; or pixels, which are sent as a PNG: a
+NumPy array of uint8 from 0 to 255, H x W or H x W x C (C 1, 3 or 4), or a PIL image of 8 bits."""
 
 Images = Image | Sequence[Image]
 
@@ -204,10 +186,10 @@ def _file(image: Image) -> bytes:
         return image
     if isinstance(image, Path):
         return _picture(image)
-    return _png(image) if isinstance(image, Array) else _saved(image)
+    return _png(image) if isinstance(image, _Array) else _saved(image)
 
 
-def _png(array: Array) -> bytes:
+def _png(array: _Array) -> bytes:
     """Write pixels as a PNG (RFC 2083): what Pillow would do, without Pillow."""
     height, width, channels = (*array.shape, 1)[:3] if len(array.shape) in (2, 3) else (0, 0, 0)
     if str(array.dtype) != "uint8" or channels not in _COLOURS or 0 in (height, width):
@@ -225,7 +207,7 @@ def _png(array: Array) -> bytes:
     )
 
 
-def _saved(image: PillowImage) -> bytes:
+def _saved(image: _PillowImage) -> bytes:
     """Have Pillow write an image as a PNG, with its orientation and nothing else of its EXIF."""
     if image.mode[0] in "IF":
         raise ValueError(f"an image of mode {image.mode} has no 8 bits a channel: convert it first")

@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -54,50 +54,61 @@ _reported = terminal.reported(
 )
 
 
-def _list(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
-    """Return what reads values with commas between them."""
+def _read(
+    must: str,
+    metavar: str,
+    text: str,
+    parse: Callable[[str], object],
+    show_default: bool | str = True,
+) -> Any:  # noqa: ANN401  Typer's own type
+    """Make an option that is parsed; an error says what it must be."""
 
-    def parse(text: str) -> tuple[object, ...]:
+    def parsed(given: str) -> object:
         try:
-            return tuple(map(kind, text.split(",")))
-        except ValueError as error:
-            raise ValueError("must be numbers, with commas between them") from error
+            return parse(given)
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"must be {must}") from error
 
-    return parse
-
-
-def _arguments(text: str) -> dict[str, object]:
-    try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise ValueError('must be a JSON object, as {"width": 64}') from error
+    return Opt(parser=parsed, metavar=metavar, help=text, show_default=show_default)
 
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    try:
-        return int(height), int(width or height)
-    except ValueError as error:
-        raise ValueError("must be pixels of a side, or height x width, as 48x64") from error
+    return int(height), int(width or height)
 
 
+def _classes(text: str) -> list[str]:
+    names = text.split(",") if "," in text else Path(text).read_text().splitlines()
+    return [name.strip() for name in names]
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def _of(name: str, text: str, **settings: Any) -> Any:  # noqa: ANN401  likewise
+    """Make the option of a recipe's field; its help says what is suggested."""
+    return Opt(help=text, show_default=suggested(name), **settings)
+
+
+_LIST = "numbers with commas between them"
+_HXW = "pixels of a side, or height x width, as 48x64"
+_NAMES = "names with commas between them, or a file of a name a line"
 # Any is what the parser returns.
 Hidden = Annotated[
-    Any, Opt(parser=_list(int), metavar="N,..", help="Widths of the hidden layers: 256,256.")
+    Any,
+    _read(_LIST, "N,..", "Widths of the hidden layers.", lambda x: tuple(map(int, x.split(",")))),
 ]
-Dropout = Annotated[
-    Any, Opt(parser=_list(float), metavar="P,..", help="Rate after each hidden layer: 0.2,0.5.")
-]
+Dropout = Annotated[Any, _read(_LIST, "P,..", "Rate after each hidden layer.", _floats)]
 Arguments = Annotated[
-    Any, Opt(parser=_arguments, metavar="JSON", help="Keyword arguments of a factory.")
+    Any,
+    _read('a JSON object, as {"a": 1}', "JSON", "Of a factory.", lambda x: dict(json.loads(x))),
 ]
-_SIZE: Mapping[str, Any] = {"parser": _size, "metavar": "HxW"}
-FolderSize = Annotated[Any, Opt(**_SIZE, show_default="32", help="Pixels of a folder's images.")]
-InputSize = Annotated[Any, Opt(**_SIZE, help="Pixels of the network's input.")]
-Mean = Annotated[
-    Any, Opt(parser=_list(float), metavar="M,..", help="Of each channel, in units of 0 to 1.")
-]
-Std = Annotated[Any, Opt(parser=_list(float), metavar="S,..", help="Of each channel, likewise.")]
+FolderSize = Annotated[Any, _read(_HXW, "HxW", "Pixels of a folder's images.", _size, "32")]
+InputSize = Annotated[Any, _read(_HXW, "HxW", "Pixels of the network's input.", _size)]
+Classes = Annotated[Any, _read(_NAMES, "A,B,..", "By logit; or a file, a name a line.", _classes)]
+Mean = Annotated[Any, _read(_LIST, "M,..", "Of each channel, in units of 0 to 1.", _floats)]
+Std = Annotated[Any, _read(_LIST, "S,..", "Of each channel, likewise.", _floats)]
 Invert = Annotated[bool, Opt("--invert", help="Turn dark into light.")]
 Fit = Annotated[
     Literal["stretch", "crop", "pad"],
@@ -125,11 +136,6 @@ def main(
     """Take the options that stand before a command."""
 
 
-def _field(name: str, text: str, **settings: Any) -> Any:  # noqa: ANN401  Typer's own type
-    """Make the option of a recipe's field; its help says what is suggested."""
-    return Opt(help=text, show_default=suggested(name), **settings)
-
-
 @app.command()
 @_reported
 def train(
@@ -138,9 +144,7 @@ def train(
     ] = "digits",
     network: Annotated[
         str | None,
-        Opt(
-            show_default="mlp", help="mlp, cnn, package.module:factory or path/to/file.py:factory."
-        ),
+        Opt(show_default="mlp", help="mlp, cnn, package.module:factory or path/file.py:factory."),
     ] = None,
     name: Annotated[
         str | None, Opt(help="Of the model; DATASET-NETWORK, or that of --from, if left out.")
@@ -151,31 +155,25 @@ def train(
     if_missing: Annotated[bool, Opt("--if-missing", help="Do nothing if there is one.")] = False,
     resume: Annotated[bool, Opt("--resume", help="Continue an interrupted run.")] = False,
     restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
-    epochs: Annotated[int | None, _field("epochs", "At most so many.")] = None,
-    batch_size: Annotated[int | None, _field("batch_size", "Images a step.")] = None,
+    epochs: Annotated[int | None, _of("epochs", "At most so many.")] = None,
+    batch_size: Annotated[int | None, _of("batch_size", "Images a step.")] = None,
     learning_rate: Annotated[
-        float | None, _field("learning_rate", "At its peak; a tenth with --from.")
+        float | None, _of("learning_rate", "At its peak; a tenth with --from.")
     ] = None,
-    weight_decay: Annotated[
-        float | None, _field("weight_decay", "Of matrices and kernels.")
-    ] = None,
+    weight_decay: Annotated[float | None, _of("weight_decay", "Of matrices and kernels.")] = None,
     optimizer: Annotated[
         Literal["adamw", "sgd"] | None,
-        _field("optimizer", "Of the weights: adamw, sgd.", metavar="O"),
+        _of("optimizer", "Of the weights: adamw, sgd.", metavar="O"),
     ] = None,
     label_smoothing: Annotated[
-        float | None, _field("label_smoothing", "Share spread over all classes.")
+        float | None, _of("label_smoothing", "Share spread over all classes.")
     ] = None,
-    shift: Annotated[
-        int | None, _field("shift", "Augment: shift by at most so many pixels.")
-    ] = None,
+    shift: Annotated[int | None, _of("shift", "Augment: most pixels to shift by.")] = None,
     flip: Annotated[
         bool | None,
         Opt("--flip/--no-flip", help="Augment: mirror half.", show_default=suggested("flip")),
     ] = None,
-    patience: Annotated[
-        int | None, _field("patience", "Stop after so many epochs without a gain; 0: never.")
-    ] = None,
+    patience: Annotated[int | None, _of("patience", "Epochs without a gain, then stop.")] = None,
     seed: Annotated[int, Opt(help="Of everything random.")] = 0,
     threads: Annotated[
         int | None, Opt(help="CPU threads.", show_default="by the network's size")
@@ -215,25 +213,24 @@ def train(
     if resume and restart:
         raise Refused("give --resume or --restart, not both")
     recipes.check_run(name, accelerator)
-    asked = {f.name: options[f.name] for f in fields(Recipe) if options.get(f.name) is not None}
+    asked = _given(**{f.name: options.get(f.name) for f in fields(Recipe)})
     if start is None:
         plan = recipes.plan(
             dataset,
             network or "mlp",
             settings.data_dir,
             recipe=asked,
+            asked=_given(hidden=hidden, dropout=dropout, arguments=network_arguments),
             size=size,
             invert=invert,
             fit=fit,
-            hidden=hidden,
-            dropout=dropout,
-            arguments=network_arguments,
             skip_broken=skip_broken,
         )
     else:
-        kept = ("network", "hidden", "dropout", "network_arguments", "size", "invert")
-        given = [f"--{name}".replace("_", "-") for name in kept if options[name]]
-        given += ["--fit"] if fit != "stretch" else []
+        kept = ("network", "hidden", "dropout", "network_arguments", "size", "invert", "fit")
+        given = [
+            f"--{o}".replace("_", "-") for o in kept if options[o] not in (None, False, "stretch")
+        ]
         if given:
             raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(given)}")
         if not (number or "1").isdecimal():
@@ -285,9 +282,7 @@ def import_(
         str, Opt(help="package.module:factory, path/to/file.py:factory, mlp, or cnn.")
     ],
     weights: Annotated[Path, Opt(help="A safetensors file of all its tensors.")],
-    classes: Annotated[
-        str, Opt(metavar="A,B,..", help="In the order of the logits; or a file, a class a line.")
-    ],
+    classes: Classes,
     mean: Mean,
     std: Std,
     size: InputSize,
@@ -318,16 +313,13 @@ def import_(
     recipes.check_run(name)
     channels = channels or len(mean)
     mean, std = (values * (channels if len(values) == 1 else 1) for values in (mean, std))
-    listed = Path(classes)
     module, metadata = recipes.imported(
         name,
         weights,
         network,
         Preprocessing(size, channels, mean, std, invert, fit),
-        listed.read_text().splitlines() if listed.is_file() else classes.split(","),
-        hidden=hidden,
-        dropout=dropout,
-        arguments=network_arguments,
+        classes,
+        _given(hidden=hidden, dropout=dropout, arguments=network_arguments),
     )
     if evaluate is not None:
         test = recipes.evaluation_images(
@@ -335,6 +327,10 @@ def import_(
         )
         metadata = _scored(metadata, module, test, samples)
     _say_saved(checkpoint.save(settings.checkpoints, module, metadata), metadata, checkpoints)
+
+
+def _given(**options: object) -> dict[str, object]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _figures(

@@ -292,9 +292,9 @@ def test_a_damaged_state_is_refused(stopped):
         (["--network-arguments", "{}"], "arguments are for a factory"),
         (
             ["--network-arguments", "3"],
-            '--network-arguments: must be a JSON object, as {"width": 64}',
+            '--network-arguments: must be a JSON object, as {"a": 1}',
         ),
-        (["--hidden", "many"], "--hidden: must be numbers, with commas between them"),
+        (["--hidden", "many"], "--hidden: must be numbers with commas between them"),
         (["--epochs", "many"], "--epochs: must be a whole number"),
         (["--optimizer", "adam"], "--optimizer: 'adam' is not one of 'adamw', 'sgd'"),
         (["--threads", "0"], "threads must be 1 to 256"),
