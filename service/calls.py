@@ -315,9 +315,9 @@ def base_url(url: str) -> str:
     """Return a service's address.
 
     Raises:
-        ValueError: it does not say http:// or https://.
+        ValueError: it does not begin with http:// or https://.
     """
-    if not url.lower().startswith(("http://", "https://")):
+    if "://" not in url:
         raise ValueError(f"{url!r} has no scheme: did you mean http://{url}?")
     return url
 

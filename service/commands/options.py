@@ -97,7 +97,7 @@ def find_model(client: DropserveClient, name: str | None, version: int | None) -
     if version is not None and not name:
         raise Refused("--version is of a model: give --model as well")
     served = {model.name: model for model in client.models().models}
-    there = f"there are {', '.join(served)}"
+    there = f"there are {', '.join(served) or 'none'}"
     name = name or next((model.name for model in served.values() if model.default), None)
     if name is None:
         raise Refused(f"give --model: {there}")
