@@ -336,7 +336,10 @@ def test_a_pickle_is_refused_with_the_lines_that_turn_it_into_weights(
             "'hidden1.bias' is missing, .*'module.h",
         ),
         (lambda t: {n: x.half() for n, x in t.items()}, "is torch.float16 .*needs torch.float32"),
-        (lambda t: {n: x[..., :2].clone() for n, x in t.items()}, "the network needs torch.float32"),
+        (
+            lambda t: {n: x[..., :2].clone() for n, x in t.items()},
+            "the network needs torch.float32",
+        ),
         (lambda t: {n: x * float("nan") for n, x in t.items()}, "holds NaN or infinity"),
     ],
     ids=["prefixed", "half", "narrow", "nan"],
