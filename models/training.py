@@ -154,9 +154,9 @@ def fit(
                     f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
                 )
             score = fabric.broadcast(accuracy_of(module, validation, normalize, fabric.device))
-        best = state.finish_epoch(score)
-        if state_path is not None and fabric.is_global_zero:
-            state.write(state_path)
+            best = state.finish_epoch(score)
+            if state_path is not None and fabric.is_global_zero:
+                state.write(state_path)
         speed = batches.steps * min(recipe.batch_size, len(train)) / seconds
         yield Epoch(state.epoch, loss, accuracy, score, seconds, speed, best)
     state.load_best()

@@ -270,7 +270,7 @@ def train(
                 shown.epoch(**vars(epoch))
         with training.cpu_threads(recipe.threads):
             metadata = _scored(plan.metadata(name, recipe), module, data.test, samples)
-        path = checkpoint.save(root, module, metadata)
+            path = checkpoint.save(root, module, metadata)
         shutil.rmtree(state.parent)
     _say_saved(path, metadata, checkpoints)
 
