@@ -223,8 +223,8 @@ def _check_tensors(path: Path, got: Mapping[str, Tensor], expected: Mapping[str,
         wrong = [f"tensor {min(missing)!r} is missing"] if missing else []
         wrong += [f"tensor {min(extra)!r} belongs to no layer"] if extra else []
         raise CheckpointRefused(path, ", ".join(wrong))
-    for name, tensor in got.items():
-        want = expected[name]
+    for name, want in expected.items():  # in the network's order, and not the file's
+        tensor = got[name]
         if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
             raise CheckpointRefused(
                 path,

@@ -125,7 +125,7 @@ def test_images_are_scored_by_the_names_of_their_classes():
     [
         (
             ["--network-arguments", '{"width": 5}'],
-            "the network needs torch.float32 [5",
+            "tensor '1.weight' is torch.float32 [8, 162], the network needs",
         ),
         (["--network", "nets/other.py:Net"], "nets/other.py:Net: FileNotFoundError"),
         (["--network", "torch.nn:Flatten"], "calls no dropout"),
