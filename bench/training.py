@@ -20,7 +20,8 @@ from bench.networks import Network, all_cores
 from bench.progress import follow
 from models.data import Split
 from models.dropout import InvertedDropout
-from models.training import Normalize, Recipe, fit, launch
+from models.hyperparameters import Recipe
+from models.training import Normalize, fit, launch
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from models.errors import CheckpointNotFound, CheckpointRefused
@@ -38,9 +39,14 @@ def choose(root: Path, name: str, version: int | None = None) -> int:
         CheckpointNotFound: it is not; says which there are.
     """
     found = versions(root, name)
-    if not found or version not in (None, *found):
-        there = f"there are {', '.join(map(str, found))}" if found else "there is none"
-        raise CheckpointNotFound(f"no such version of {name!r} in {root}: {there}")
+    if not found:
+        known = [other for other in names(root) if versions(root, other)]
+        like = "".join(f"; did you mean {x}?" for x in get_close_matches(name, known, 1))
+        there = f"there are {', '.join(known)}{like}" if known else "there is none"
+        raise CheckpointNotFound(f"no model {name!r} in {root}: {there}")
+    if version not in (None, *found):
+        there = ", ".join(map(str, found))
+        raise CheckpointNotFound(f"no version {version} of {name!r} in {root}: there are {there}")
     return version or found[-1]
 
 

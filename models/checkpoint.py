@@ -41,6 +41,11 @@ WEIGHTS = "model.safetensors"
 METADATA = "model.json"
 MANIFEST = "manifest.json"
 _MAX_BYTES = 8 * 2**30
+_TO_SAFETENSORS = """\
+  import torch; from safetensors.torch import save_file
+  state = torch.load({file!r}, map_location="cpu", weights_only=True)
+  save_file({{k: v.contiguous().clone() for k, v in state.items()}}, {to!r})
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -264,6 +269,25 @@ def _check_manifest(path: Path, raw: bytes, digests: Mapping[str, Any]) -> None:
             )
 
 
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Put the tensors of a safetensors file into a module: all of its own, and no others.
+
+    Raises:
+        CheckpointRefused: the file is damaged, or has other tensors; names one. Or it is a pickle:
+            then notes say how to turn it into safetensors.
+    """
+    file = path.resolve() if path.is_symlink() else path  # as in a cache of downloads
+    raw = read_once(file, _MAX_BYTES)
+    if raw.startswith((b"PK\3\4", b"\x80\2\x8a", b"\x80\4\x95")):
+        error = CheckpointRefused(path, "PyTorch's pickle, which is never read here; turn it once:")
+        to = path.with_suffix(".safetensors")
+        error.add_note(_TO_SAFETENSORS.format(file=str(path), to=str(to)).rstrip())
+        raise error
+    tensors = parse_tensors(path, raw)
+    _check_tensors(path, tensors, module.state_dict())
+    module.load_state_dict(tensors)
+
+
 def _dump_metadata(metadata: Metadata) -> bytes:
     """Return the bytes of a `model.json` that a reader will accept; what is too long is refused.
 
@@ -296,12 +320,13 @@ def _parse_metadata(path: Path, raw: bytes) -> Metadata:
 
 def _check_tensors(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are not the network's: by name, shape, dtype and finiteness."""
-    if missing := expected.keys() - got.keys():
-        raise CheckpointRefused(path, f"tensor {min(missing)!r} is missing")
-    if extra := got.keys() - expected.keys():
-        raise CheckpointRefused(path, f"tensor {min(extra)!r} belongs to no layer")
-    for name, tensor in got.items():
-        want = expected[name]
+    missing, extra = expected.keys() - got.keys(), got.keys() - expected.keys()
+    if missing or extra:
+        wrong = [f"tensor {min(missing)!r} is missing"] if missing else []
+        wrong += [f"tensor {min(extra)!r} belongs to no layer"] if extra else []
+        raise CheckpointRefused(path, ", ".join(wrong))
+    for name, want in expected.items():  # in the network's order, and not the file's
+        tensor = got[name]
         if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
             raise CheckpointRefused(
                 path,

@@ -10,18 +10,18 @@ import io
 import math
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from models.errors import DataError
-from models.preprocessing import Pixels, Preprocessing
+from models.preprocessing import Fit, Pixels, Preprocessing
 
 NAMED = ("digits", "fashion-mnist", "mnist")
 
@@ -49,7 +49,11 @@ _MNIST_FILES = {
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _TEST_SHARE = 0.2  # where a dataset comes without a test split of its own
 
+_FITTED = {"stretch": "stretched", "crop": "cropped", "pad": "padded"}
+
 Fetch = Callable[[str], bytes]
+Rows = list[tuple[str, int, Pixels]]
+"""Name of a file, label, and pixels [C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,21 @@ class Split:
             yield Split(self.images[start : start + size], self.labels[start : start + size])
 
 
+@dataclass
+class Found:
+    """What a folder of images holds.
+
+    Attributes:
+        sizes: (height, width) of the images, in pixels.
+        others: files that are not images by their names.
+        broken: why an image cannot be read, one text each.
+    """
+
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    others: int = 0
+    broken: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A training and a test split, their classes, and how a picture becomes an input."""
@@ -85,6 +104,22 @@ class Dataset:
     train: Split
     test: Split
     preprocessing: Preprocessing
+    found: Found = field(default_factory=Found)
+
+    def summary(self) -> str:
+        """Say in one line what there is, and how images are fitted; sizes are height x width."""
+        used = self.preprocessing.size
+        sizes = sorted(self.found.sizes or {used}, key=math.prod)
+        smallest, largest, wanted = ("x".join(map(str, s)) for s in (sizes[0], sizes[-1], used))
+        pixels = smallest if len(sizes) == 1 else f"{smallest} to {largest}"
+        fitted = f", {_FITTED[self.preprocessing.fit]} to {wanted}" if sizes != [used] else ""
+        others, broken = self.found.others, len(self.found.broken)
+        return (
+            f"{self.name}: {len(self.train):,} images to train on, {len(self.test):,} to test on; "
+            f"{len(self.classes)} classes; {pixels} pixels{fitted}"
+            + (f"; other files: {others:,}" if others else "")
+            + (f"; broken images skipped: {broken:,}" if broken else "")
+        )
 
     def origin(self) -> dict[str, Any]:
         """Say what a model was trained on, for its checkpoint."""
@@ -97,7 +132,16 @@ class Dataset:
 
 
 def load_dataset(
-    name: str, data_dir: Path, *, size: int | None = None, invert: bool = False
+    name: str,
+    data_dir: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    invert: bool = False,
+    fit: Fit = "stretch",
+    preprocessing: Preprocessing | None = None,
+    classes: tuple[str, ...] | None = None,
+    skip_broken: bool = False,
+    whole: bool = False,
 ) -> Dataset:
     """Load a dataset by name, or a folder of images by its path.
 
@@ -105,30 +149,64 @@ def load_dataset(
         name: "digits", "fashion-mnist", "mnist", or a folder: one sub-folder a class, or `train`
             and `test` folders of such.
         data_dir: where IDX files lie, or are downloaded to, in a sub-folder called like the set.
-        size: side in pixels that a folder's images are resized to (default 32).
+        size: (height, width) in pixels that a folder's images are resized to (default 32 x 32).
         invert: turn dark into light in every picture that comes in: a folder's, and those that are
             served. The named sets are pixels already, and what is dark in them stays dark.
+        fit: how images of other proportions are fitted, as `Preprocessing` has it; likewise.
+        preprocessing: a model's, in place of `size`, `invert` and `fit`, and of what would be
+            measured.
+        classes: a model's, in its order; None: a folder's are in the order of their names.
+        skip_broken: leave out images of a folder that cannot be read.
+        whole: of a folder without `train` and `test`, all images are to test on.
 
     Raises:
-        DataError: no such dataset, or its files are missing, damaged or empty.
+        DataError: no such dataset, or its files are missing, damaged or empty, or do not fit
+            `preprocessing` or `classes`. All images of a folder that cannot be read are named.
     """
-    if size is not None and not Path(name).is_dir():
-        raise DataError(f"{name} has a size of its own: size is for a folder of images")
-    if name == "digits":
-        dataset = _digits()
-    elif name == "fashion-mnist":
-        files = _idx_files(data_dir / name, _FASHION_FILES, _FASHION_URL)
-        dataset = _from_idx(name, _FASHION_CLASSES, files)
-    elif name == "mnist":
-        files = _idx_files(data_dir / name, _MNIST_FILES, _MNIST_URL)
-        dataset = _from_idx(name, _DIGIT_CLASSES, files)
+    if name in NAMED:
+        if size is not None:
+            raise DataError(f"{name} has a size of its own: size is for a folder of images")
+        dataset = _named(name, data_dir)
+        prepared = preprocessing or replace(dataset.preprocessing, invert=invert, fit=fit)
     elif Path(name).is_dir():
-        return _folder(Path(name), size or 32, invert)
+        plain = Preprocessing(size or (32, 32), 3, (0.0,) * 3, (1.0,) * 3, invert, fit)
+        dataset = _folder(Path(name), preprocessing or plain, skip_broken, whole)
+        images = dataset.train.images
+        prepared = preprocessing or Preprocessing.measured(images, invert, fit)
     else:
-        raise DataError(f"no dataset {name!r}: give digits, fashion-mnist, mnist, or a folder")
-    if invert:
-        dataset = replace(dataset, preprocessing=replace(dataset.preprocessing, invert=True))
-    return dataset
+        raise DataError(f"no dataset {name!r}: give {', '.join(NAMED)}, or a folder of images")
+    if dataset.preprocessing.shape != prepared.shape:
+        raise DataError(
+            f"{name} has images {dataset.preprocessing.shape} (channels, height, width), "
+            f"the model takes {prepared.shape}"
+        )
+    return _with_classes(replace(dataset, preprocessing=prepared), classes or dataset.classes)
+
+
+def _with_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """Number the labels as a model does."""
+    missing, unknown = (
+        set(a) - set(b) for a, b in ((classes, dataset.classes), (dataset.classes, classes))
+    )
+    if missing or unknown:
+        differ = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+        differ += [f"has {', '.join(sorted(unknown))} too"] if unknown else []
+        raise DataError(
+            f"{dataset.name} has other classes than the model: it {' and '.join(differ)}"
+        )
+    number = torch.tensor([classes.index(name) for name in dataset.classes])
+    train, test = (Split(s.images, number[s.labels]) for s in (dataset.train, dataset.test))
+    return replace(dataset, classes=classes, train=train, test=test)
+
+
+def _named(name: str, data_dir: Path) -> Dataset:
+    if name == "digits":
+        return _digits()
+    classes, sums, url = {
+        "fashion-mnist": (_FASHION_CLASSES, _FASHION_FILES, _FASHION_URL),
+        "mnist": (_DIGIT_CLASSES, _MNIST_FILES, _MNIST_URL),
+    }[name]
+    return _from_idx(name, classes, _idx_files(data_dir / name, sums, url))
 
 
 def _digest(*splits: Split) -> str:
@@ -218,22 +296,46 @@ def _fetch(url: str) -> bytes:
     return raw
 
 
-def _folder(root: Path, size: int, invert: bool) -> Dataset:
+def _folder(root: Path, preprocessing: Preprocessing, skip_broken: bool, whole: bool) -> Dataset:
     """One sub-folder a class, or `train` and `test` folders of such."""
     split = (root / "train").is_dir() and (root / "test").is_dir()
-    train_root = root / "train" if split else root
-    classes = tuple(sorted(d.name for d in train_root.iterdir() if d.is_dir()))
+    parts = [root / "train", root / "test"] if split else [root]
+    classes = tuple(path.name for path in _visible(parts[0], "*") if path.is_dir())
     if len(classes) < 2:
-        raise DataError(f"{train_root}: needs at least two sub-folders, one a class")
-    plain = Preprocessing((size, size), 3, (0.0,) * 3, (1.0,) * 3, invert)
-    names, train = _read_images(train_root, classes, plain)
-    if split:
-        _, test = _read_images(root / "test", classes, plain)
+        raise DataError(f"{parts[0]}: needs at least two sub-folders, one a class")
+    found = Found()
+    for folder in {root, *parts}:
+        found.others += sum(path.is_file() for path in _visible(folder, "*"))
+    parts = parts[-1:] if whole else parts
+    read = [_read_images(part, classes, preprocessing, found) for part in parts]
+    if found.broken and not skip_broken:
+        count = f"{len(found.broken):,} of {len(found.broken) + sum(map(len, read)):,} images"
+        error = DataError(
+            f"{root}: {count} cannot be read; give --skip-broken to go on without them"
+        )
+        for reason in found.broken:
+            error.add_note(reason)
+        raise error
+    splits = [_stack(part, classes, rows) for part, rows in zip(parts, read, strict=True)]
+    if whole:
+        train, test = splits[0].take(torch.tensor([], dtype=torch.int64)), splits[0]
+    elif split:
+        train, test = splits
     else:
-        held_out = _held_out(names, train.labels)
-        train, test = train.take(~held_out), train.take(held_out)
+        held_out = _held_out([name for name, _, _ in read[0]], splits[0].labels)
+        train, test = splits[0].take(~held_out), splits[0].take(held_out)
     name = f"{root.resolve().name}/"  # the slash tells it from the named sets
-    return Dataset(name, classes, train, test, Preprocessing.measured(train.images, invert))
+    return Dataset(name, classes, train, test, preprocessing, found)
+
+
+def _visible(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield what is in a folder, in order, but for names that begin with a dot.
+
+    macOS writes `._cat.jpg` beside `cat.jpg`, which is no image.
+    """
+    for path in sorted(folder.glob(pattern)):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _held_out(names: list[str], labels: Tensor) -> Tensor:
@@ -252,26 +354,40 @@ def _held_out(names: list[str], labels: Tensor) -> Tensor:
 
 
 def _read_images(
-    root: Path, classes: Iterable[str], preprocessing: Preprocessing
-) -> tuple[list[str], Split]:
-    names, images, labels = [], [], []
+    root: Path, classes: Iterable[str], preprocessing: Preprocessing, found: Found
+) -> Rows:
+    """Read what can be read; `found` is told of it and of the rest."""
+    rows: Rows = []
     for label, name in enumerate(classes):
-        files = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
-        if not files:
+        files = [path for path in _visible(root / name, "**/*") if path.is_file()]
+        images = [path for path in files if path.suffix.lower() in _IMAGE_SUFFIXES]
+        found.others += len(files) - len(images)
+        if not images:
             raise DataError(f"{root / name}: no .png, .jpg or .webp image in it")
-        for path in files:
-            images.append(_read_image(path, preprocessing))
-            names.append(path.relative_to(root).as_posix())
-            labels.append(label)
-    return names, Split(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+        for path in images:
+            try:
+                pixels, size = _read_image(path, preprocessing)
+            except UnidentifiedImageError:
+                found.broken.append(f"{path}: not a PNG, JPEG or WebP image")
+            except Exception as error:  # Pillow's parsers raise whatever a bad file makes them
+                found.broken.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+            else:
+                found.sizes.add(size)
+                rows.append((path.relative_to(root).as_posix(), label, pixels))
+    return rows
 
 
-def _read_image(path: Path, preprocessing: Preprocessing) -> Pixels:
+def _stack(root: Path, classes: Sequence[str], rows: Rows) -> Split:
+    labels = [label for _, label, _ in rows]
+    for label in sorted({*range(len(classes))} - {*labels}):
+        raise DataError(f"{root / classes[label]}: no image in it can be read")
+    return Split(torch.from_numpy(np.stack([pixels for *_, pixels in rows])), torch.tensor(labels))
+
+
+def _read_image(path: Path, preprocessing: Preprocessing) -> tuple[Pixels, tuple[int, int]]:
+    """Return an image's pixels [C, H, W], and the (height, width) that it had."""
     raw = path.read_bytes()
     if raw[:4] == b"\x89PNG" and raw[24:25] == b"\x10":
-        raise DataError(f"{path}: 16 bits a channel, which would be clipped: save it with 8")
-    try:
-        with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")) as image:
-            return preprocessing.prepare(image)
-    except Exception as error:  # Pillow's parsers raise whatever a bad file makes them
-        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+        raise ValueError("16 bits a channel, which would be clipped: save it with 8")
+    with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")) as image:
+        return preprocessing.prepare(image), (image.height, image.width)

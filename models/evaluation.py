@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
+    multiclass_confusion_matrix,
 )
 
 from models.data import Split
@@ -65,6 +66,8 @@ def evaluate(
     samples: int = 100,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    *,
+    confusion: bool = False,
 ) -> Mapping[str, Any]:
     """Score a module in eval mode, and its Monte Carlo mean where it has dropout.
 
@@ -75,9 +78,11 @@ def evaluate(
         samples: T; 0 leaves Monte Carlo dropout out.
         seed: of the masks.
         progress: called with (images done, images in all).
+        confusion: count which classes are taken for which in eval mode.
 
     Returns:
-        `{"images": N, "eval": {...}, "dropout": {..., "samples": T}}`, ready for JSON.
+        `{"images": N, "eval": {...}, "dropout": {..., "samples": T}}`, ready for JSON; and where it
+        was asked for `"confusion"`: a row a class of the labels, a column a class of the answers.
     """
     module.eval()
     sampler = _sampler(module, normalize(data.images[:1])) if samples else None
@@ -101,4 +106,7 @@ def evaluate(
             "samples": samples,
             "seed": seed,
         }
+    if confusion:
+        p = torch.cat(plain)
+        figures["confusion"] = multiclass_confusion_matrix(p, data.labels, p.shape[1]).tolist()
     return figures

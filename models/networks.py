@@ -1,6 +1,5 @@
 """Networks, from a frozen description that goes into the checkpoint and rebuilds them."""
 
-import importlib
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from torch import nn
 
 from models.dropout import InvertedDropout, SpatialDropout, check_rate
 from models.errors import ConfigError
+from models.factories import FORMS, call_factory, trusted
 from models.storage import whole_numbers
 
 _MAX_WIDTH = 65_536
@@ -21,7 +21,8 @@ class NetworkConfig:
     """What to build.
 
     Attributes:
-        kind: "mlp", "cnn", or "package.module:factory", a callable that returns a module.
+        kind: "mlp", "cnn", or a callable that returns a module: "package.module:factory" or
+            "path/to/file.py:factory".
         input: shape of one image, (channels, height, width).
         classes: how many logits.
         hidden: widths of the fully connected layers before the logits.
@@ -45,7 +46,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         if not self.is_builtin and ":" not in self.kind:
-            raise ConfigError(f"network must be mlp, cnn or package.module:factory: {self.kind!r}")
+            raise ConfigError(f"network must be mlp, cnn, {FORMS}: {self.kind!r}")
         if len(self.input) != 3:
             raise ConfigError(f"input must be (channels, height, width): {self.input}")
         widths = (*self.input, self.classes, *self.hidden, *self.channels)
@@ -69,7 +70,7 @@ class NetworkConfig:
         """Make the module, with fresh weights from PyTorch's global generator.
 
         Args:
-            factories: "package.module:factory" names that may be imported and called; None: any.
+            factories: names, as `kind` has them, that may be imported and called; None: any.
                 A checkpoint names its factory, so a server must say which it trusts.
 
         Raises:
@@ -79,7 +80,11 @@ class NetworkConfig:
             return _mlp(self)
         if self.kind == "cnn":
             return _cnn(self)
-        return _from_factory(self, factories)
+        kind = self.kind if factories is None else trusted(self.kind, factories)
+        module = call_factory(kind, self.arguments)
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"{kind} made a {type(module).__name__}, not a torch.nn.Module")
+        return module
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -155,20 +160,3 @@ def _head(config: NetworkConfig, width: int) -> list[tuple[str, nn.Module]]:
             layers.append((f"dropout{i}", InvertedDropout(p)))
         width = units
     return [*layers, ("logits", nn.Linear(width, config.classes))]
-
-
-def _from_factory(config: NetworkConfig, factories: Collection[str] | None) -> nn.Module:
-    if factories is not None and config.kind not in factories:
-        raise ConfigError(
-            f"the factory {config.kind!r} is not trusted here: name it in DROPSERVE_FACTORIES "
-            f"if you want this checkpoint to import and call it"
-        )
-    module_name, _, name = config.kind.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-        module = factory(**config.arguments)
-    except Exception as error:
-        raise ConfigError(f"{config.kind}: {type(error).__name__}: {error}") from error
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"{config.kind} made a {type(module).__name__}, not a torch.nn.Module")
-    return module

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from models.errors import ConfigError
 from models.storage import whole_numbers
 
 Pixels = npt.NDArray[np.uint8]
+Fit = Literal["stretch", "crop", "pad"]
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, as paper and browsers have it."""
 
@@ -29,6 +30,9 @@ class Preprocessing:
         mean: of each channel, in units of 0 to 1, subtracted.
         std: of each channel, in units of 0 to 1, divided by.
         invert: turn dark into light first, for networks trained on light strokes on black.
+        fit: how an image of other proportions gets the size: "stretch" changes its proportions,
+            "crop" scales its shorter side and cuts off the ends of the longer one, "pad" scales its
+            longer side and fills the rest with what the network sees as 0.
 
     Raises:
         ConfigError: a value makes no sense.
@@ -39,6 +43,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     invert: bool = False
+    fit: Fit = "stretch"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -49,6 +54,8 @@ class Preprocessing:
             raise ConfigError("mean and std need one value a channel")
         if not all(np.isfinite((*self.mean, *self.std))) or not all(s > 0 for s in self.std):
             raise ConfigError("mean and std must be finite, std above 0")
+        if self.fit not in get_args(Fit):
+            raise ConfigError(f"fit must be stretch, crop or pad, not {self.fit!r}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -67,11 +74,30 @@ class Preprocessing:
             image = _flatten(image).convert(mode)
         height, width = self.size
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            image = self._fitted(image)
         raw = bytearray(_raw(image))  # to be written to
         pixels = np.frombuffer(raw, np.uint8).reshape(height, width, self.channels)
         pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return 255 - pixels if self.invert else pixels
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """Resize an image, "L" or "RGB", to the network's size."""
+        (height, width), (w, h) = self.size, image.size
+        scales = width / w, height / h
+        box = (0.0, 0.0, float(w), float(h))  # of the image, what is seen
+        inner = width, height  # of the network's input, what it fills
+        if self.fit == "crop":
+            seen = min(width / max(scales), w), min(height / max(scales), h)
+            left, top = (w - seen[0]) / 2, (h - seen[1]) / 2
+            box = left, top, min(left + seen[0], w), min(top + seen[1], h)
+        elif self.fit == "pad":
+            inner = (max(round(w * min(scales)), 1), max(round(h * min(scales)), 1))
+        image = image.resize(inner, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
+        if inner == (width, height):
+            return image
+        padded = Image.new(image.mode, (width, height), "white" if self.invert else "black")
+        padded.paste(image, (round((width - inner[0]) / 2), round((height - inner[1]) / 2)))
+        return padded
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Map uint8 [B, C, H, W] to float32 with the stored mean and std."""
@@ -97,12 +123,13 @@ class Preprocessing:
                 mean=tuple(float(v) for v in values["mean"]),
                 std=tuple(float(v) for v in values["std"]),
                 invert={True: True, False: False}[values["invert"]],
+                fit=values.get("fit", "stretch"),  # earlier checkpoints do not say
             )
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"preprocessing: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def measured(cls, pixels: Tensor, invert: bool = False) -> Self:
+    def measured(cls, pixels: Tensor, invert: bool = False, fit: Fit = "stretch") -> Self:
         """Take size, channels, mean and std from training images, uint8 [N, C, H, W]."""
         std, mean = torch.std_mean(pixels[:10_000].double() / 255, dim=(0, 2, 3))
         return cls(
@@ -111,6 +138,7 @@ class Preprocessing:
             mean=tuple(round(v, 4) for v in mean.tolist()),
             std=tuple(max(round(v, 4), 1e-3) for v in std.tolist()),
             invert=invert,
+            fit=fit,
         )
 
 

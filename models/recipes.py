@@ -1,46 +1,49 @@
-"""From what somebody asks for to what is trained and scored, with what we suggest for the rest."""
+"""From what somebody asks for to what is trained, imported and scored, checked beforehand."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models import checkpoint
 from models.catalogue import is_name
 from models.checkpoint import Metadata
 from models.data import NAMED, Dataset, Split, load_dataset
 from models.errors import ConfigError, DataError, ModelsError
+from models.factories import FORMS
+from models.hyperparameters import Recipe, default_recipe
 from models.montecarlo import Sampler
 from models.networks import NetworkConfig, default_config
-from models.training import Recipe
-
-
-def default_recipe(dataset: str, network: str) -> Recipe:
-    """Suggest how to train.
-
-    Args:
-        dataset: as `models.data.load_dataset` takes it.
-        network: as `models.networks.NetworkConfig.kind`.
-    """
-    if dataset == "digits":
-        return Recipe(epochs=60, batch_size=32, learning_rate=1e-3)
-    if (dataset, network) == ("fashion-mnist", "cnn"):
-        return Recipe(epochs=14, learning_rate=3e-3, weight_decay=0.05, shift=1, flip=True)
-    if (dataset, network) == ("fashion-mnist", "mlp"):
-        return Recipe(epochs=30, learning_rate=1e-3)
-    return Recipe()
+from models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained, checked before the work starts: fresh weights in `module`."""
+    """What is to be trained, checked before the work starts.
+
+    Attributes:
+        module: with fresh weights, or those of the version that it starts from.
+        start: name, version and digest of that version; empty: there is none.
+    """
 
     data: Dataset
     config: NetworkConfig
     recipe: Recipe
     module: nn.Module
+    start: Mapping[str, Any]
+
+    def description(self) -> dict[str, Any]:
+        """Say what an interrupted run must have begun with to be continued by this plan."""
+        return {"network": self.config.to_json(), "from": dict(self.start)}
+
+    def metadata(self, name: str, recipe: Recipe) -> Metadata:
+        """Describe the model that comes of it."""
+        made = asdict(recipe) | ({"from": dict(self.start)} if self.start else {})
+        data = self.data
+        return Metadata(name, self.config, data.preprocessing, data.classes, made, data.origin())
 
 
 def plan(
@@ -49,42 +52,108 @@ def plan(
     data_dir: Path,
     *,
     recipe: Mapping[str, Any],
-    size: int | None = None,
-    invert: bool = False,
-    hidden: tuple[int, ...] | None = None,
-    dropout: tuple[float, ...] | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any] | None = None,
+    **how: Any,  # noqa: ANN401  what `load_dataset` takes
 ) -> Plan:
     """Suggest all that is not asked for, and see that it can be trained and sampled.
 
     Args:
-        dataset: as `models.data.load_dataset` takes it, with `data_dir`, `size` and `invert`.
-        network: "mlp", "cnn" or "package.module:factory".
+        dataset: as `models.data.load_dataset` takes it, with `data_dir` and `how`.
+        network: "mlp", "cnn" or a factory, as `models.networks.NetworkConfig` has it.
         data_dir: of datasets.
         recipe: the fields of `Recipe` that are asked for.
-        size: as `models.data.load_dataset` takes it.
-        invert: likewise.
-        hidden: widths of an mlp's or cnn's hidden layers.
-        dropout: rates after them.
-        arguments: of a factory.
+        asked: of an mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
+        how: `size`, `invert`, `fit` and `skip_broken` of `models.data.load_dataset`.
 
     Raises:
         ConfigError, DataError, UnsupportedModule: it cannot.
     """
     chosen = replace(default_recipe(dataset, network), **recipe)
-    data = load_dataset(dataset, data_dir, size=size, invert=invert)
-    prepared = data.preprocessing
-    if ":" in network and (hidden is not None or dropout is not None):
+    data = load_dataset(dataset, data_dir, **how)
+    config = _config(network, data.preprocessing, len(data.classes), asked or {})
+    example = data.preprocessing.normalize(data.train.images[:1])
+    return Plan(data, config, chosen, build_checked(config, example, chosen.seed), {})
+
+
+def plan_from(
+    path: Path,
+    factories: Collection[str] | None,
+    dataset: str,
+    data_dir: Path,
+    *,
+    recipe: Mapping[str, Any],
+    skip_broken: bool = False,
+) -> Plan:
+    """Plan to train a saved version further: its network, weights, preprocessing and classes.
+
+    The learning rate that is suggested is a tenth of that for fresh weights.
+
+    Args:
+        path: the version's folder.
+        factories: as `checkpoint.load` takes them.
+        dataset: as for `plan`; it has the version's classes.
+        data_dir: as for `plan`.
+        recipe: as for `plan`.
+        skip_broken: as `models.data.load_dataset` takes it.
+
+    Raises:
+        CheckpointError: the version cannot be loaded.
+        ConfigError, DataError: as `plan`.
+    """
+    module, found = checkpoint.load(path, factories)
+    usual = default_recipe(dataset, found.network.kind)
+    chosen = replace(replace(usual, learning_rate=usual.learning_rate / 10), **recipe)
+    data = load_dataset(
+        dataset,
+        data_dir,
+        preprocessing=found.preprocessing,
+        classes=found.classes,
+        skip_broken=skip_broken,
+    )
+    start = {"name": found.name, "version": int(path.name), "sha256": found.sha256}
+    return Plan(data, found.network, chosen, module, start)
+
+
+def imported(
+    name: str,
+    weights: Path,
+    network: str,
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    asked: Mapping[str, Any],
+) -> tuple[nn.Module, Metadata]:
+    """Make a model of a network that was trained elsewhere, by the checks of one to be trained.
+
+    Args:
+        name: of the model.
+        weights: a safetensors file of all the network's tensors.
+        network: as for `plan`.
+        preprocessing: what the network was trained with.
+        classes: in the order of its logits.
+        asked: as for `plan`.
+
+    Raises:
+        CheckpointRefused: the weights are not the network's; names the tensor.
+        ConfigError, UnsupportedModule: as `plan`.
+    """
+    if len(set(classes)) < len(classes) or not all(classes):
+        raise ConfigError("classes need names, each another one")
+    config = _config(network, preprocessing, len(classes), asked)
+    blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
+    module = build_checked(config, preprocessing.normalize(blank), seed=0)
+    checkpoint.load_weights(weights, module)
+    made = {"imported": weights.name}
+    return module.eval(), Metadata(name, config, preprocessing, tuple(classes), made)
+
+
+def _config(
+    network: str, preprocessing: Preprocessing, classes: int, asked: Mapping[str, Any]
+) -> NetworkConfig:
+    if ":" in network and asked.keys() & {"hidden", "dropout"}:
         raise ConfigError("hidden widths and dropout rates are for mlp and cnn: use arguments")
-    if ":" not in network and arguments is not None:
-        raise ConfigError(
-            f"arguments are for a factory, package.module:factory, not for {network!r}"
-        )
-    asked = {"hidden": hidden, "dropout": dropout, "arguments": arguments}
-    changes: dict[str, Any] = {field: value for field, value in asked.items() if value is not None}
-    config = replace(default_config(network, prepared.shape, len(data.classes)), **changes)
-    example = prepared.normalize(data.train.images[:1])
-    return Plan(data, config, chosen, build_checked(config, example, chosen.seed))
+    if ":" not in network and "arguments" in asked:
+        raise ConfigError(f"arguments are for a factory, {FORMS}, not for {network!r}")
+    return replace(default_config(network, preprocessing.shape, classes), **asked)
 
 
 def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Module:
@@ -114,7 +183,7 @@ def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Modul
     return module
 
 
-def check_run(name: str, accelerator: str) -> None:
+def check_run(name: str, accelerator: str = "auto") -> None:
     """Refuse before the training what would fail after it, or in another library.
 
     Raises:
@@ -126,28 +195,31 @@ def check_run(name: str, accelerator: str) -> None:
         raise ConfigError("no accelerator cuda: PyTorch finds no CUDA device here")
 
 
-def evaluation_images(metadata: Metadata, dataset: str | None, data_dir: Path) -> Split:
+def evaluation_images(
+    metadata: Metadata, dataset: str | None, data_dir: Path, *, skip_broken: bool = False
+) -> Split:
     """Load test images to score a saved model on, prepared as its own were.
 
     Args:
-        metadata: of the model.
+        metadata: of the model. One that was not trained here is scored on the whole of a folder.
         dataset: as `models.data.load_dataset` takes it; None: what the model was trained on.
         data_dir: as `models.data.load_dataset` takes it.
+        skip_broken: likewise.
 
     Raises:
         DataError: they are not there, or have another shape or other classes.
     """
-    prepared = metadata.preprocessing
     name = dataset or metadata.data.get("name")
     if not name or (dataset is None and name not in NAMED):
         raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
-    size = prepared.size[0] if Path(name).is_dir() else None
-    data = load_dataset(name, data_dir, size=size, invert=prepared.invert)
-    if (data.preprocessing.shape, data.classes) != (prepared.shape, metadata.classes):
-        raise DataError(
-            f"{name} has images {data.preprocessing.shape} of {', '.join(data.classes)}; "
-            f"{metadata.name} takes {prepared.shape} of {', '.join(metadata.classes)}"
-        )
+    data = load_dataset(
+        name,
+        data_dir,
+        preprocessing=metadata.preprocessing,
+        classes=metadata.classes,
+        skip_broken=skip_broken,
+        whole=not metadata.data,
+    )
     if dataset is None and data.digest() != metadata.data.get("digest"):
         raise DataError(f"{name} is not the data that {metadata.name} was trained on any more")
     return data.test

@@ -10,7 +10,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,61 +19,20 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.augmentation import augment
 from models.data import Split
 from models.errors import ConfigError, TrainingDiverged
+from models.hyperparameters import Recipe
 from models.training_state import State
 
 Normalize = Callable[[Tensor], Tensor]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _EVAL_BATCH = 1000
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        epochs: at most so many.
-        batch_size: images a step.
-        optimizer: "adamw" (Loshchilov and Hutter, 2019) or "sgd" with momentum .9 (Nesterov).
-        learning_rate: at the peak; warmed up over the first 5% of steps, then a half cosine to 0.
-        weight_decay: on weight matrices and kernels; never on biases and norms.
-        label_smoothing: share of the target spread over all classes (Szegedy et al., 2016).
-        shift: augmentation: at most so many pixels up, down, left, right.
-        flip: augmentation: mirror half of the images left to right.
-        patience: stop after so many epochs without a better validation accuracy; 0: never.
-        validation_share: part of the training images held out to choose the best epoch.
-        seed: of everything random.
-
-    Raises:
-        ConfigError: a value makes no sense.
-    """
-
-    epochs: int = 20
-    batch_size: int = 128
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.0
-    shift: int = 0
-    flip: bool = False
-    patience: int = 0
-    validation_share: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2 or self.patience < 0 or self.shift < 0:
-            raise ConfigError("epochs must be at least 1, batch_size 2, patience and shift 0")
-        if not 0 < self.learning_rate < 100 or not 0 <= self.weight_decay < 100:
-            raise ConfigError("learning_rate must be in (0, 100), weight_decay in [0, 100)")
-        if not 0 <= self.label_smoothing < 1 or not 0 < self.validation_share < 1:
-            raise ConfigError("label_smoothing must be in [0, 1), validation_share in (0, 1)")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ConfigError(f"optimizer must be adamw or sgd, not {self.optimizer!r}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError("seed must be 0 to 2^63-1")
+_WORK_OF_A_THREAD = 250_000_000
+"""Floating-point operations of a step's forward pass that are worth a thread. Threads wait for each
+other in every layer; where other programs want the processor too, for longer than they compute."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +71,33 @@ def launch(accelerator: str = "auto", devices: int = 1, precision: Precision = "
     return fabric
 
 
+def with_threads(recipe: Recipe, module: nn.Module, example: Tensor) -> Recipe:
+    """Choose the CPU threads by the network's size where the recipe does not say.
+
+    Args:
+        recipe: how the module will be trained.
+        module: the network.
+        example: one normalised image [1, C, H, W].
+    """
+    if recipe.threads is not None:
+        return recipe
+    with FlopCounterMode(display=False) as counter:
+        module.eval()(example)
+    worth = counter.get_total_flops() * recipe.batch_size // _WORK_OF_A_THREAD
+    return replace(recipe, threads=max(1, min(worth, torch.get_num_threads())))
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Have PyTorch compute with so many threads for the length of the block; None: as it is set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def fit(
     module: nn.Module,
     data: Split,
@@ -131,8 +118,8 @@ def fit(
         recipe: how.
         state_path: a file that holds the run's state after each epoch. If it is there, the run
             continues from it.
-        description: what else a state must have been made with to be continued: the network's
-            config, say.
+        description: what else a state must have been made with to be continued, by its name: the
+            network's config, say.
         fabric: where to train, from `launch()`; None: one device of whatever there is.
         progress: called with (images done, images in all) of the epoch that runs.
 
@@ -153,22 +140,23 @@ def fit(
     wrapped, optimizer = fabric.setup(module, state.optimizer)
     batches = _Batches(fabric, train, normalize, recipe)
     while state.epoch < recipe.epochs and not state.exhausted(recipe.patience):
-        started = time.perf_counter()
-        module.train()
-        with torch.random.fork_rng():
-            torch.manual_seed(_derived_seed(recipe.seed, state.epoch, fabric.global_rank))
-            loss, accuracy = _train_epoch(
-                fabric, wrapped, optimizer, batches, recipe, state.epoch, progress
-            )
-        seconds = time.perf_counter() - started
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
-            )
-        score = fabric.broadcast(accuracy_of(module, validation, normalize, fabric.device))
-        best = state.finish_epoch(score)
-        if state_path is not None and fabric.is_global_zero:
-            state.write(state_path)
+        with cpu_threads(recipe.threads):
+            started = time.perf_counter()
+            module.train()
+            with torch.random.fork_rng():
+                torch.manual_seed(_derived_seed(recipe.seed, state.epoch, fabric.global_rank))
+                loss, accuracy = _train_epoch(
+                    fabric, wrapped, optimizer, batches, recipe, state.epoch, progress
+                )
+            seconds = time.perf_counter() - started
+            if not math.isfinite(loss):
+                raise TrainingDiverged(
+                    f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
+                )
+            score = fabric.broadcast(accuracy_of(module, validation, normalize, fabric.device))
+            best = state.finish_epoch(score)
+            if state_path is not None and fabric.is_global_zero:
+                state.write(state_path)
         speed = batches.steps * min(recipe.batch_size, len(train)) / seconds
         yield Epoch(state.epoch, loss, accuracy, score, seconds, speed, best)
     state.load_best()
@@ -269,7 +257,7 @@ def _fingerprint(
 ) -> str:
     """Say what a state must have been made with to continue it: layers, rates, recipe, images."""
     parts = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
-    return json.dumps({**parts, "description": description}, sort_keys=True)
+    return json.dumps({**description, **parts}, sort_keys=True)
 
 
 def _derived_seed(seed: int, epoch: int, rank: int = 0) -> int:

@@ -23,7 +23,7 @@ from models.storage import (
 )
 
 _MAX_BYTES = 32 * 2**30
-_PARTS = {"module": "network", "description": "network config, precision or devices"}
+_PARTS = {"module": "network", "from": "version to start from", "on": "precision or devices"}
 """What the parts of a fingerprint are called, where it is not by their names."""
 _BLANK = "0" * 64
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')

@@ -1,13 +1,16 @@
 """What the clients send, how they read the answer, and whether they try again: no network I/O."""
 
 import functools
+import io
 import random
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from urllib.parse import quote
 
 import httpx
@@ -24,11 +27,39 @@ from service.errors import (
     error_for,
 )
 
-Image = bytes | Path
-"""A PNG, JPEG or WebP file: its bytes, or where it lies."""
+
+@runtime_checkable
+class _Array(Protocol):
+    @property
+    def dtype(self) -> object: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def tobytes(self) -> bytes: ...
+
+
+@runtime_checkable
+class _PillowImage(Protocol):
+    @property
+    def mode(self) -> str: ...
+    @property
+    def getexif(self) -> Callable[[], Any]: ...
+    @property
+    def convert(self) -> Callable[[str], Any]: ...
+    @property
+    def save(self) -> Callable[..., None]: ...
+
+
+Image = bytes | Path | _Array | _PillowImage
+"""A PNG, JPEG or WebP file, as its bytes or where it lies; or pixels, which are sent as a PNG: a
+NumPy array of uint8 from 0 to 255, H x W or H x W x C (C 1, 3 or 4), or a PIL image of 8 bits."""
 
 Images = Image | Sequence[Image]
 
+_KINDS = "a pathlib.Path, the bytes of a file, a NumPy array or a PIL image"
+_COLOURS = {1: 0, 3: 2, 4: 6}
+"""PNG's colour type by the number of channels."""
+_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
+_ORIENTATION = 0x0112  # of EXIF
 _FIRST_BACKOFF = 0.1  # seconds; doubles with each retry
 _EVENTS: Mapping[str, type[events.StreamEvent]] = {
     "start": events.StreamStart,
@@ -91,7 +122,7 @@ def get_bytes(path: str) -> Call[bytes]:
 def stream(image: Image, arguments: Mapping[str, object]) -> Call[bytes]:
     """Make the call that has one image answered sample by sample; raises what `post()` does."""
     if not isinstance(image, Image):
-        raise ValueError("give one image, as bytes or a pathlib.Path")  # noqa: TRY004  as post()
+        raise ValueError(f"give one image: {_KINDS}")  # noqa: TRY004  as post()
     path, images, params = _posted("uncertainty/stream", image, arguments)
     return Call("POST", path, bytes, images, params, streamed=True)
 
@@ -123,8 +154,8 @@ def _posted(
     path = model_path(params.pop("model", None), params.pop("version", None), action)
     listed = [images] if isinstance(images, Image) else images
     if not listed or not all(isinstance(image, Image) for image in listed):
-        raise ValueError("give at least one image, each as bytes or a pathlib.Path")
-    read = tuple(x if isinstance(x, bytes) else _picture(x) for x in listed)
+        raise ValueError(f"give at least one image: {_KINDS}")
+    read = tuple(map(_file, listed))
     return path, read, {k: str(v).lower() for k, v in params.items() if v is not None}
 
 
@@ -142,6 +173,53 @@ def model_path(model: object, version: object, action: str = "") -> str:
     path = "" if model is None else f"/v1/models/{quote(str(model), safe='')}"
     path += "" if version is None else f"/versions/{version}"
     return f"{path}/{action}".rstrip("/")
+
+
+def _file(image: Image) -> bytes:
+    """Return the file of an image, of whatever kind.
+
+    Raises:
+        RequestError, OSError: a path is of no image.
+        ValueError: pixels are of another type or shape.
+    """
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Path):
+        return _picture(image)
+    return _png(image) if isinstance(image, _Array) else _saved(image)
+
+
+def _png(array: _Array) -> bytes:
+    """Write pixels as a PNG (RFC 2083): what Pillow would do, without Pillow."""
+    height, width, channels = (*array.shape, 1)[:3] if len(array.shape) in (2, 3) else (0, 0, 0)
+    if str(array.dtype) != "uint8" or channels not in _COLOURS or 0 in (height, width):
+        raise ValueError(
+            f"an array of pixels must be uint8 from 0 to 255, H x W or H x W x C with C 1, 3 or 4 "
+            f"(several are a list), not {array.dtype} {' x '.join(map(str, array.shape))}"
+        )
+    raw, row = array.tobytes(), width * channels
+    lines = b"".join(b"\0" + raw[i : i + row] for i in range(0, len(raw), row))
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOURS[channels], 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _saved(image: _PillowImage) -> bytes:
+    """Have Pillow write an image as a PNG, with its orientation and nothing else of its EXIF."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"an image of mode {image.mode} has no 8 bits a channel: convert it first")
+    known = image.getexif()
+    exif = type(known)()
+    if _ORIENTATION in known:
+        exif[_ORIENTATION] = known[_ORIENTATION]
+    other = "RGBA" if image.mode[-1] in "aA" else "RGB"
+    drawn = image if image.mode in _OF_PNG else image.convert(other)
+    file = io.BytesIO()
+    drawn.save(file, "PNG", exif=exif, compress_level=1)
+    return file.getvalue()
 
 
 def _picture(path: Path) -> bytes:
@@ -231,6 +309,17 @@ def _expecting(otherwise: str) -> Iterator[None]:
         raise ServerError(
             f"{otherwise} with a {expected}: is it Dropserve, of this version?"
         ) from error
+
+
+def base_url(url: str) -> str:
+    """Return a service's address.
+
+    Raises:
+        ValueError: it does not begin with http:// or https://.
+    """
+    if "://" not in url:
+        raise ValueError(f"{url!r} has no scheme: did you mean http://{url}?")
+    return url
 
 
 def credentials(api_key: str | None) -> dict[str, str]:

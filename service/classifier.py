@@ -150,6 +150,7 @@ class Classifier:
                 "mean": list(preprocessing.mean),
                 "std": list(preprocessing.std),
                 "invert": preprocessing.invert,
+                "fit": preprocessing.fit,
             },
             "training": self._module.training,
             "parameters": sum(p.numel() for p in self._module.parameters()),

@@ -20,6 +20,7 @@ from service.calls import (
     EventReader,
     Image,
     Images,
+    base_url,
     credentials,
     error_of,
     get,
@@ -73,7 +74,7 @@ class DropserveClient:
     read at once, and raises `OSError` where it cannot be.
 
     Args:
-        url: where the service listens.
+        url: where the service listens, http:// or https://.
         retries: how often a 503 is tried again, after `Retry-After` and a random back-off.
         max_wait: seconds to wait between tries in all; what would take longer is given up at once.
         timeout: seconds for a connection, and for each read and write.
@@ -94,7 +95,10 @@ class DropserveClient:
     ) -> None:
         with reaching(url):
             self._http = httpx.Client(
-                base_url=url, timeout=timeout, transport=transport, headers=credentials(api_key)
+                base_url=base_url(url),
+                timeout=timeout,
+                transport=transport,
+                headers=credentials(api_key),
             )
         self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
 
@@ -200,7 +204,10 @@ class AsyncDropserveClient:
     ) -> None:
         with reaching(url):
             self._http = httpx.AsyncClient(
-                base_url=url, timeout=timeout, transport=transport, headers=credentials(api_key)
+                base_url=base_url(url),
+                timeout=timeout,
+                transport=transport,
+                headers=credentials(api_key),
             )
         self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
 

@@ -174,6 +174,9 @@ class Input(Answer):
     mean: list[float]
     std: list[float]
     invert: bool
+    fit: Literal["stretch", "crop", "pad"] = Field(
+        "stretch", description="How images of other proportions get this height and width."
+    )
 
 
 class Precision(Answer):

@@ -47,7 +47,8 @@ class Settings(BaseSettings):
     )
     factories: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="package.module:factory names, comma-separated, that checkpoints may call.",
+        description="Factories, comma-separated, that checkpoints may call: "
+        "package.module:factory or path/to/file.py:factory.",
     )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "auto",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from models.hyperparameters import default_recipe
 from models.networks import default_config
-from models.recipes import default_recipe
 from service.app import create_app
 from service.cli import app as command_line
 from service.settings import Settings, environment_name

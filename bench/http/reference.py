@@ -21,9 +21,10 @@ from safetensors.numpy import load_file
 from models import catalogue, checkpoint
 from models.data import Split, load_dataset
 from models.errors import DataError
+from models.hyperparameters import Recipe
 from models.networks import NetworkConfig
 from models.preprocessing import Preprocessing
-from models.training import Recipe, fit
+from models.training import fit
 
 Array = NDArray[np.float64]
 

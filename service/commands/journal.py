@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from service.client import DropserveClient
+from service.commands.options import find_model
 from service.commands.terminal import Refused
 
 
@@ -75,9 +76,8 @@ class Journal:
             Refused: the rows that are there have something else.
         """
         if self.plan is None:
-            name = asked.get("model") or _default_model(client)
-            model = client.model(name, asked.get("version"))
-            about = {"model": name, "version": model.version, "sha256": model.sha256}
+            model = find_model(client, asked.get("model"), asked.get("version"))
+            about = {"model": model.name, "version": model.version, "sha256": model.sha256}
             self.plan = Plan(**{**asked, **about})
             self._write([asdict(self.plan)])
             return self.plan
@@ -116,14 +116,6 @@ def _check_same(plan: Plan, wanted: Mapping[str, Any]) -> None:
             f"the run that was interrupted had {'; '.join(differs)}: ask for the same, or give "
             f"--restart"
         )
-
-
-def _default_model(client: DropserveClient) -> str:
-    served = client.models().models
-    for model in served:
-        if model.default:
-            return model.name
-    raise Refused(f"give --model: there are {', '.join(model.name for model in served)}")
 
 
 @contextmanager

@@ -1,13 +1,13 @@
-"""Scores every picture of a folder: which of them should a person look at? It knows no torch."""
+"""Asks about many images in several requests; makes a table of a folder's. It knows no torch."""
 
 import asyncio
 import csv
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from service.client import AsyncDropserveClient
 from service.commands.journal import Plan, Row, text_of
@@ -19,10 +19,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Sort = Literal[
     "path", "mutual-information", "predictive-entropy", "expected-entropy", "variation-ratio"
 ]
+Answer = TypeVar("Answer")
+Image = TypeVar("Image", bound=Path | bytes)
 _COLUMNS = [field.name for field in fields(Row)]
 _MAX_BYTES = 4 * 2**20  # of a request: half of what a service takes by default
-_BAD_PICTURE = (MalformedRequest, TooLarge, UnsupportedMediaType, InvalidRequest, OSError)
-_GOOD_PICTURE = bytes.fromhex(  # a PNG of one grey pixel
+_BAD_IMAGE = (MalformedRequest, TooLarge, UnsupportedMediaType, InvalidRequest, OSError)
+_GOOD_IMAGE = bytes.fromhex(  # a PNG of one grey pixel
     "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
     "3a7e9b550000000a4944415478da6368000000820081da45083b0000000049454e44ae426082"
 )
@@ -50,21 +52,43 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def batches(found: Iterable[Path], images: int) -> Iterator[list[Path]]:
-    """Group pictures into requests of so many, or of so many bytes."""
-    batch: list[Path] = []
+def batches(found: Iterable[Image], images: int) -> Iterator[list[Image]]:
+    """Group images into requests of so many, or of so many bytes."""
+    batch: list[Image] = []
     size = 0
-    for picture in found:
+    for image in found:
         own = 0
         with suppress(OSError):  # the one that reads it will say what is wrong
-            own = picture.stat().st_size
+            own = len(image) if isinstance(image, bytes) else image.stat().st_size
         if batch and (len(batch) == images or size + own > _MAX_BYTES):
             yield batch
             batch, size = [], 0
-        batch.append(picture)
+        batch.append(image)
         size += own
     if batch:
         yield batch
+
+
+async def answers(
+    ask: Callable[[Sequence[Path | bytes]], Awaitable[Answer]], batch: Sequence[Image]
+) -> list[tuple[Sequence[Image], Answer | Exception]]:
+    """Ask about a batch; one that is refused is halved until the bad images are alone.
+
+    Returns:
+        Parts of the batch in its order, each with its answer, or one image and why it has none.
+
+    Raises:
+        DropserveError: the service is gone, or will not answer whatever the image.
+    """
+    try:
+        return [(batch, await ask(batch))]
+    except _BAD_IMAGE as error:
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return await answers(ask, batch[:middle]) + await answers(ask, batch[middle:])
+        if not isinstance(error, OSError):
+            await ask([_GOOD_IMAGE])  # what fails now is not the image's fault
+        return [(batch, error)]
 
 
 async def score(
@@ -88,11 +112,13 @@ async def score(
     """
     how: dict[str, Any] = asdict(plan)
     del how["folder"], how["sha256"]
-    await client.uncertainty(_GOOD_PICTURE, **how)  # what fails now is not the pictures' fault
+
+    async def ask(batch: Sequence[Path | bytes]) -> UncertaintyResponse:
+        return await client.uncertainty(batch, **how)
 
     async def work() -> None:
         for batch in found:  # one iterator for all
-            done(await _rows(client, batch, how))
+            done([row for part, said in await answers(ask, batch) for row in _rows(part, said)])
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -102,19 +128,8 @@ async def score(
         raise failed.exceptions[0] from None
 
 
-async def _rows(
-    client: AsyncDropserveClient, batch: Sequence[Path], how: dict[str, Any]
-) -> list[Row]:
-    """Ask about a batch; one that is refused is halved until the bad pictures are alone."""
-    try:
-        answer = await client.uncertainty(batch, **how)
-    except _BAD_PICTURE as error:
-        if len(batch) == 1:
-            return [_failed(batch[0], error)]
-        middle = len(batch) // 2
-        first = await _rows(client, batch[:middle], how)
-        return first + await _rows(client, batch[middle:], how)
-    return list(_answered(batch, answer))
+def _rows(batch: Sequence[Path], said: UncertaintyResponse | Exception) -> Iterable[Row]:
+    return [_failed(batch[0], said)] if isinstance(said, Exception) else _answered(batch, said)
 
 
 def _answered(batch: Sequence[Path], answer: UncertaintyResponse) -> Iterator[Row]:
@@ -139,9 +154,11 @@ def _failed(path: Path, error: Exception) -> Row:
 
 
 def check_format(out: Path) -> None:
-    """Raise `Refused` if scores cannot be written to a file of that name."""
+    """Raise `Refused` if scores cannot be written to a file of that name, or in its folder."""
     if out.suffix not in (".csv", ".parquet"):
         raise Refused(f"{out}: must end in .csv or .parquet")
+    if not out.parent.is_dir():
+        raise Refused(f"{out}: there is no folder {out.parent}: make it first")
     if out.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401  is it there?

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,9 +17,13 @@ from service.schemas import ModelDetails, Prediction, UncertainPrediction
 from service.settings import Settings, environment_name
 
 Errors = tuple[type[Exception], ...]
+Scores = Mapping[str, float]
 
 _BAR = 30  # characters
 _MOST_BARS = 10
+_MOST_COLUMNS, _MOST_PAIRS = 12, 20
+_FEW = 1000
+"""Test images, below which scores differ much from one sample of them to the next."""
 _SCORES = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
 
 
@@ -28,7 +33,7 @@ class Refused(Exception):
 
 @contextmanager
 def reported(*, wrong: Errors, failed: Errors) -> Iterator[None]:
-    """Turn errors into a line on stderr and an exit code.
+    """Turn errors into a line on stderr, and one for each of their notes, and an exit code.
 
     Args:
         wrong: what whoever typed the command can mend, besides `Refused` and files that are not
@@ -41,7 +46,9 @@ def reported(*, wrong: Errors, failed: Errors) -> Iterator[None]:
     except BrokenPipeError:  # the reader has seen enough
         raise
     except (*wrong, *failed) as error:
-        typer.echo(f"error: {_one_line(error)}", err=True)
+        typer.echo(f"error: {one_line(error)}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            typer.echo(note, err=True)
         raise typer.Exit(2 if isinstance(error, wrong) else 1) from error
 
 
@@ -59,12 +66,6 @@ def say(*lines: str) -> None:
     """Print lines as they are: no markup, no wrapping, no colour."""
     for line in lines:
         console().print(line, soft_wrap=True)
-
-
-def say_what_is_read(name: str, train: int, test: int, finished: int) -> None:
-    """Say what a run trains on, and how much of it is done already."""
-    before = f"; epochs done before: {finished}" if finished else ""
-    say(f"{name}: {train:,} images to train on, {test:,} to test on{before}")
 
 
 def print_json(value: object) -> None:
@@ -145,6 +146,53 @@ def show_scores(evaluation: Mapping[str, Any]) -> None:
             title += f", T = {figures['samples']}" if "samples" in figures else ""
             table.add_row(title, *(f"{figures[name]:.4f}" for name in _SCORES))
     console().print(table)
+    if "dropout" in evaluation:
+        say(_compared(**evaluation))
+
+
+def _compared(*, images: int, eval: Scores, dropout: Scores, **_: object) -> str:  # noqa: A002
+    """Say whether Monte Carlo dropout's probabilities are better than those of eval mode."""
+    lower = " and ".join(_SCORES[name] for name in ("nll", "ece") if dropout[name] < eval[name])
+    higher = " and ".join(_SCORES[name] for name in ("nll", "ece") if dropout[name] > eval[name])
+    told = [f"{how} {which}" for how, which in (("lower", lower), ("higher", higher)) if which]
+    which = ", ".join(told) or "the same NLL and ECE"
+    text = (
+        f"hint: Monte Carlo dropout's probabilities have {which} than eval mode's (lower is better)"
+    )
+    if images < _FEW:
+        text += f", perhaps by chance: {images} images are few"
+    if higher:
+        text += "; it helps overconfident networks: for others take eval mode's probabilities"
+    return text
+
+
+def show_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+    """Print how often a label (row) gets which answer (column); of many classes, the worst pairs.
+
+    Args:
+        counts: a row a class of the labels, a column a class of the answers.
+        classes: their names.
+    """
+    if len(classes) <= _MOST_COLUMNS:
+        head = ["label", *map(str, range(len(classes)))]
+        rows = [
+            [f"{k} {name}", *(str(count or "·") for count in row)]
+            for k, (name, row) in enumerate(zip(classes, counts, strict=True))
+        ]
+    else:
+        pairs = [(n, i, k) for i, row in enumerate(counts) for k, n in enumerate(row) if i != k]
+        head = ["label", "answer", "images", "of the label's"]
+        rows = [
+            [classes[i], classes[k], str(n), f"{n / sum(counts[i]):.1%}"]
+            for n, i, k in sorted(pairs, key=lambda pair: -pair[0])[:_MOST_PAIRS]
+            if n
+        ]
+    table = Table(title="answers in eval mode", title_justify="left", box=SIMPLE)
+    for title in head:
+        table.add_column(title, justify="left" if title in ("label", "answer") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
 
 
 def show_prediction(image: str, prediction: Prediction, classes: Sequence[str]) -> None:
@@ -213,7 +261,8 @@ def settings_rows(settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Say what an error says, with the file and the request that it is about."""
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.catalogue import is_name, names, versions
-from models.checkpoint import MANIFEST, METADATA, WEIGHTS, Metadata, add_manifest, load, read, save
+from models.checkpoint import (
+    MANIFEST,
+    METADATA,
+    WEIGHTS,
+    Metadata,
+    add_manifest,
+    load,
+    load_weights,
+    read,
+    save,
+)
 from models.data import Split
 from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused
 from models.examples import Example, choose
@@ -397,3 +408,55 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     with pytest.raises(CheckpointError, match=r"logits\.bias.*NaN or infinity"):
         save(tmp_path, module, metadata())
     assert list(tmp_path.rglob("*")) == []
+
+
+class Tied(torch.nn.Module):
+    """Two layers with one weight, as language models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_refused_with_the_lines_that_turn_it_into_weights(
+    tmp_path, monkeypatch, zipped
+):
+    monkeypatch.chdir(tmp_path)
+    trained = Tied()
+    torch.save(trained.state_dict(), "net.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointRefused, match="pickle, which is never read") as caught:
+        load_weights(Path("net.pth"), Tied())
+    exec(caught.value.__notes__[0].replace("\n  ", "\n").strip(), {})  # noqa: S102  our own lines
+    again = Tied()
+    Path("link").symlink_to("net.safetensors")
+    load_weights(Path("link"), again)
+    assert torch.equal(again.second.weight, trained.first.weight)
+    assert torch.equal(again.second.bias, trained.second.bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda t: {f"module.{n}": x for n, x in t.items()},
+            "'hidden1.bias' is missing, .*'module.h",
+        ),
+        (lambda t: {n: x.half() for n, x in t.items()}, "is torch.float16 .*needs torch.float32"),
+        (
+            lambda t: {n: x[..., :2].clone() for n, x in t.items()},
+            "the network needs torch.float32",
+        ),
+        (lambda t: {n: x * float("nan") for n, x in t.items()}, "holds NaN or infinity"),
+    ],
+    ids=["prefixed", "half", "narrow", "nan"],
+)
+def test_weights_of_another_network_are_refused_by_a_tensor(tmp_path, change, reason):
+    module = MLP.build()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(safetensors.torch.save(change(MLP.build().state_dict())))
+    with pytest.raises(CheckpointRefused, match=rf"w\.safetensors: tensor .*{reason}"):
+        load_weights(path, module)
+    assert all(torch.equal(before[name], x) for name, x in module.state_dict().items())

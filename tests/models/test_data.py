@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from models.data import Split, download, load_dataset, read_idx
 from models.errors import DataError
+from models.preprocessing import Preprocessing
 
 DATA_DIR = Path(
     os.environ.get("DROPSERVE_DATA_DIR") or Path(__file__).parents[2].parent / "shared" / "data"
@@ -75,7 +76,7 @@ def test_the_origin_of_a_dataset_is_its_name_digest_and_sizes(digits):
 
 def test_a_size_is_refused_where_the_dataset_has_its_own(tmp_path):
     with pytest.raises(DataError, match="digits has a size of its own"):
-        load_dataset("digits", tmp_path, size=16)
+        load_dataset("digits", tmp_path, size=(16, 16))
 
 
 def test_invert_goes_into_the_preprocessing(tmp_path):
@@ -202,7 +203,7 @@ def test_a_folder_with_train_and_test_is_read_as_it_is(tmp_path):
             paint(tmp_path / part / "cat" / f"{i}.png", 10 * i)
             paint(tmp_path / part / "dog" / "deep" / f"{i}.PNG", 100 + 10 * i)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
-    data = load_dataset(str(tmp_path), tmp_path, size=5)
+    data = load_dataset(str(tmp_path), tmp_path, size=(5, 5))
     assert data.classes == ("cat", "dog")
     assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 100, 110, 120]
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -214,7 +215,7 @@ def test_a_folder_without_a_split_holds_the_same_images_out_whenever_it_grows(tm
     def split(count):
         for i in range(count):
             paint(tmp_path / ("even" if i % 2 == 0 else "odd") / f"{i}.png", i)
-        data = load_dataset(str(tmp_path), tmp_path, size=4)
+        data = load_dataset(str(tmp_path), tmp_path, size=(4, 4))
         return [set(s.images[:, 0, 0, 0].tolist()) for s in (data.train, data.test)]
 
     train, test = split(40)
@@ -255,7 +256,10 @@ def too_few(root):
     [
         (only_one_class, "at least two sub-folders"),
         (an_empty_class, r"dog: no .png"),
-        (a_broken_image, r"broken.png: cannot be read"),
+        (
+            a_broken_image,
+            r"1 of 2 images cannot be read; give --skip-broken[\s\S]*broken.png: not a PNG",
+        ),
         (a_test_folder_without_a_class, r"test.dog: no .png"),
         (too_few, "alone in its class"),
     ],
@@ -264,6 +268,64 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path, make, reason):
     make(tmp_path)
     with pytest.raises(DataError, match=reason):
         load_dataset(str(tmp_path), tmp_path)
+
+
+def test_all_broken_images_are_listed_at_once_and_can_be_left_out(tmp_path):
+    for part, count in (("train", 3), ("test", 2)):
+        for i in range(count):
+            paint(tmp_path / part / "cat" / f"{i}.png", 10 * i, size=(8, 4 + i))
+            paint(tmp_path / part / "dog" / f"{i}.png", 100)
+    for name in ("train/cat/._0.png", "train/.hidden/x.png", "train/notes.txt", "test/dog/a.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    broken = {tmp_path / "train/cat/text.png": b"text", tmp_path / "test/dog/deep.png": None}
+    for path, raw in broken.items():
+        if raw is None:
+            Image.new("I;16", (4, 4)).save(path)
+        else:
+            path.write_bytes(raw)
+    with pytest.raises(DataError, match="2 of 12 images cannot be read; give --skip-broken") as it:
+        load_dataset(str(tmp_path), tmp_path)
+    assert it.value.__notes__ == [
+        f"{tmp_path}/train/cat/text.png: not a PNG, JPEG or WebP image",
+        f"{tmp_path}/test/dog/deep.png: 16 bits a channel, which would be clipped: save it with 8",
+    ]
+    data = load_dataset(str(tmp_path), tmp_path, size=(5, 7), fit="crop", skip_broken=True)
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 100, 100, 100]
+    assert data.summary() == (
+        f"{tmp_path.name}/: 6 images to train on, 4 to test on; 2 classes; 4x6 to 6x8 pixels, "
+        f"cropped to 5x7; other files: 2; broken images skipped: 2"
+    )
+    for path in (tmp_path / "test" / "cat").iterdir():
+        path.write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"test/cat: no image in it can be read"):
+        load_dataset(str(tmp_path), tmp_path, skip_broken=True)
+
+
+def test_a_named_set_is_summed_up_in_a_line(digits):
+    assert digits.summary() == (
+        "digits: 1,437 images to train on, 360 to test on; 10 classes; 8x8 pixels"
+    )
+
+
+def test_a_model_s_preprocessing_and_order_of_classes_are_taken(tmp_path):
+    for name, grey in (("cat", 10), ("dog", 100), ("eel", 200)):
+        for i in range(4):
+            paint(tmp_path / name / f"{i}.png", grey)
+    wanted = Preprocessing((3, 5), 1, (0.5,), (0.25,), invert=True, fit="crop")
+    how = {"preprocessing": wanted, "classes": ("eel", "cat", "dog")}
+    data = load_dataset(str(tmp_path), tmp_path, **how)
+    assert (data.preprocessing, data.classes) == (wanted, ("eel", "cat", "dog"))
+    for split in (data.train, data.test):
+        assert split.images.shape[1:] == (1, 3, 5)
+        greys = torch.tensor([55, 245, 155], dtype=torch.uint8)[split.labels]
+        assert torch.equal(split.images[:, 0, 0, 0], greys)
+    whole = load_dataset(str(tmp_path), tmp_path, **how, whole=True)
+    assert (len(whole.train), len(whole.test)) == (0, 12)
+    with pytest.raises(DataError, match="it lacks fox and has dog too"):
+        load_dataset(str(tmp_path), tmp_path, classes=("eel", "cat", "fox"))
+    with pytest.raises(DataError, match=r"digits has images \(1, 8, 8\)"):
+        load_dataset("digits", tmp_path, preprocessing=wanted)
 
 
 def test_an_unknown_dataset_is_refused(tmp_path):

@@ -86,3 +86,11 @@ def test_evaluate_leaves_dropout_out_where_no_samples_are_asked():
 def test_evaluate_scores_a_module_without_dropout_in_eval_mode_only():
     module = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     assert set(evaluate(module, data(50), normalize)) == {"images", "eval"}
+
+
+def test_confusion_counts_a_row_a_label_and_a_column_an_answer():
+    module, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), data()
+    got = evaluate(module, images, normalize, samples=0, confusion=True)["confusion"]
+    answers = module(normalize(images.images)).argmax(1)
+    pairs = list(zip(images.labels.tolist(), answers.tolist(), strict=True))
+    assert got == [[pairs.count((label, answer)) for answer in range(3)] for label in range(3)]

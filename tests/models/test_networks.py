@@ -82,7 +82,7 @@ def test_a_zero_rate_makes_no_dropout_layer():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"kind": "rnn"}, "must be mlp, cnn or package.module:factory"),
+        ({"kind": "rnn"}, "must be mlp, cnn, package.module:factory or path/to/file.py:factory"),
         ({"classes": 1}, "at least 2"),
         ({"hidden": (0, 256)}, "widths must be"),
         ({"hidden": (65_537, 256)}, "widths must be"),

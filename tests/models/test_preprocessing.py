@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.errors import ConfigError
 from models.preprocessing import Preprocessing
@@ -96,6 +96,49 @@ def test_resizing_averages_when_it_shrinks():
     assert GREY.prepare(Image.new("L", (50, 7), 77)).tolist() == [[[77] * 3] * 2]
 
 
+ORACLES = {  # Pillow's own, as long as it shrinks to no less than a half
+    "stretch": lambda image, size, _: image.resize(size, Image.Resampling.BILINEAR),
+    "crop": lambda image, size, _: ImageOps.fit(image, size, Image.Resampling.BILINEAR),
+    "pad": lambda image, size, colour: ImageOps.pad(
+        image, size, Image.Resampling.BILINEAR, color=colour
+    ),
+}
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("fit", ORACLES)
+@pytest.mark.parametrize("shape", [(30, 48), (48, 30), (33, 32), (20, 24), (7, 9), (8, 64)])
+def test_an_image_of_other_proportions_is_fitted(fit, shape, invert):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    preprocessing = replace(COLOUR, size=(24, 32), fit=fit, invert=invert)
+    got = preprocessing.prepare(Image.fromarray(pixels)).transpose(1, 2, 0)
+    paper = "white" if invert else "black"  # 0 to the network
+    expected = np.asarray(ORACLES[fit](Image.fromarray(pixels), (32, 24), paper))
+    np.testing.assert_allclose(got, 255 - expected if invert else expected, atol=1)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 40))
+def test_an_image_of_one_colour_stays_so_however_it_is_fitted(width, height, w, h):
+    image = Image.new("L", (width, height), 77)
+    for fit in ("stretch", "crop"):
+        got = replace(GREY, size=(h, w), fit=fit).prepare(image)
+        assert (got.shape, got.min(), got.max()) == ((1, h, w), 77, 77)
+    padded = replace(GREY, size=(h, w), fit="pad").prepare(image)[0]
+    inside = np.argwhere(padded == 77)
+    (top, left), (bottom, right) = inside.min(0), inside.max(0)
+    assert (padded[top : bottom + 1, left : right + 1] == 77).all()
+    assert (padded == 77).sum() + (padded == 0).sum() == w * h
+    assert abs(top - (h - 1 - bottom)) <= 1
+    assert abs(left - (w - 1 - right)) <= 1
+    assert right - left + 1 == w or bottom - top + 1 == h
+
+
+def test_metadata_of_earlier_releases_stretch():
+    values = GREY.to_json()
+    del values["fit"]
+    assert Preprocessing.from_json(values).fit == "stretch"
+
+
 @pytest.mark.parametrize("preprocessing", [GREY, COLOUR])
 def test_normalising_equals_numpy(preprocessing):
     c = preprocessing.channels
@@ -129,6 +172,7 @@ preprocessings = st.integers(1, 4096).flatmap(
         mean=st.tuples(floats, floats, floats),
         std=st.tuples(*[st.floats(1e-3, 10)] * 3),
         invert=st.booleans(),
+        fit=st.sampled_from(["stretch", "crop", "pad"]),
     )
 )
 
@@ -149,6 +193,7 @@ def test_preprocessing_survives_json(preprocessing):
         ({"std": (0.0,)}, "above 0"),
         ({"std": (float("nan"),)}, "finite"),
         ({"mean": (float("inf"),)}, "finite"),
+        ({"fit": "squeeze"}, "stretch, crop or pad"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(change, reason):
@@ -161,6 +206,7 @@ def test_values_that_make_no_sense_are_refused(change, reason):
     [
         {"size": [8]}, {"size": 8}, {"channels": None}, {"mean": "x"}, {"std": [[1]]},
         {"channels": float("inf")}, {"invert": "false"},
+        {"fit": ["crop"]},
     ],
     ids=repr,
 )  # fmt: skip

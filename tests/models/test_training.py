@@ -10,9 +10,10 @@ from torch import nn
 from models.data import Split
 from models.dropout import InvertedDropout
 from models.errors import ConfigError, TrainingDiverged
-from models.networks import NetworkConfig
+from models.hyperparameters import Recipe
+from models.networks import NetworkConfig, default_config
 from models.preprocessing import Preprocessing
-from models.training import Recipe, accuracy_of, fit, launch
+from models.training import accuracy_of, cpu_threads, fit, launch, with_threads
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (32,), (0.3,))
 CNN = NetworkConfig("cnn", (1, 8, 8), 10, (16,), (0.3,), (4, 6), 0.2)
@@ -221,7 +222,7 @@ def test_accuracy_is_taken_in_eval_mode():
         {"epochs": 0}, {"batch_size": 1}, {"patience": -1}, {"shift": -1}, {"learning_rate": 0.0},
         {"learning_rate": float("nan")}, {"weight_decay": -1.0}, {"label_smoothing": 1.0},
         {"validation_share": 0.0}, {"validation_share": 1.0}, {"optimizer": "adam"}, {"seed": -1},
-        {"seed": 2**63}, {"weight_decay": float("nan")},
+        {"seed": 2**63}, {"weight_decay": float("nan")}, {"threads": 0},
     ],
     ids=repr,
 )  # fmt: skip
@@ -243,3 +244,33 @@ def test_a_run_that_diverges_stops_and_keeps_the_state_before(digits, tmp_path):
     with pytest.raises(TrainingDiverged, match="lower the learning rate"):
         list(start(module, digits, Recipe(epochs=3, batch_size=64), state_path=state))
     assert not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "threads"),
+    [((1, 8, 8), 32, 1), ((1, 28, 28), 128, 1), ((3, 64, 64), 128, 3)],
+)
+def test_small_networks_get_one_thread_and_large_ones_what_there_is(shape, batch, threads):
+    config = default_config("mlp" if batch == 32 or shape[0] == 1 else "cnn", shape, 10)
+    module, example = config.build(), torch.zeros(1, *shape)
+    with cpu_threads(3):
+        chosen = with_threads(Recipe(batch_size=batch), module, example)
+        given = with_threads(Recipe(batch_size=batch, threads=2), module, example)
+    assert (chosen.threads, given.threads) == (threads, 2)
+
+
+def test_a_run_computes_with_its_threads_and_leaves_the_process_its_own(digits):
+    seen = set()
+
+    def normalize(pixels):
+        seen.add(torch.get_num_threads())
+        return digits.preprocessing.normalize(pixels)
+
+    before = torch.get_num_threads()
+    data = digits.train.take(torch.arange(SMALL))
+    run = fit(
+        build(MLP), data, normalize, replace(SHORT, epochs=2, threads=3), fabric=launch("cpu")
+    )
+    for _ in run:
+        assert torch.get_num_threads() == before
+    assert seen == {3}

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.errors import CheckpointRefused, ConfigError
+from models.hyperparameters import Recipe
 from models.networks import NetworkConfig
-from models.training import Recipe, fit, launch
+from models.training import fit, launch
 from models.training_state import State, claimed, earlier_run
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (16,), (0.3,))
@@ -38,7 +39,9 @@ def path(digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 1e-3}, {"epochs": 4}, {"seed": 1}, {"flip": True}], ids=repr
+    "change",
+    [{"learning_rate": 1e-3}, {"epochs": 4}, {"seed": 1}, {"flip": True}, {"threads": 2}],
+    ids=repr,
 )
 def test_a_state_of_another_recipe_is_refused_by_the_field_that_differs(digits, path, change):
     ((field, value),) = change.items()

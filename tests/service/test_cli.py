@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import threading
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,10 @@ from typer.testing import CliRunner
 
 from models import catalogue, checkpoint, recipes
 from models.data import load_dataset
-from models.training import Recipe, fit
+from models.hyperparameters import Recipe
+from models.training import fit, with_threads
 from service.cli import app
+from service.commands import terminal
 from service.settings import Settings, environment_name
 
 ROOT = Path(__file__).parents[2]
@@ -66,11 +71,13 @@ class Stub(BaseHTTPRequestHandler):
     bodies: list[bytes]
     keys: list[str | None]
     answers = {  # noqa: RUF012  never changed
-        "/predict": (200, PREDICTED),
-        "/uncertainty": (200, UNCERTAIN),
         "/v1/models": (200, {"models": [MODEL]}),
+        "/v1/models/pets": (200, DETAILS),
+        "/v1/models/pets/versions/1": (200, DETAILS | {"version": 1}),
+        "/v1/models/pets/versions/1/predict": (422, BUSY),
         "/v1/models/pets/versions/2": (200, DETAILS),
-        "/v1/models/none/predict": (422, BUSY),
+        "/v1/models/pets/versions/2/predict": (200, PREDICTED),
+        "/v1/models/pets/versions/2/uncertainty": (200, UNCERTAIN),
     }
 
     def do_GET(self):
@@ -161,7 +168,7 @@ def test_evaluate_finds_the_figures_of_the_checkpoint(trained):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--name", "none"], "no such version of 'none'"),
+        (["--name", "digits-mpl"], "there are digits-mlp; did you mean digits-mlp?"),
         (["--name", "digits-mlp", "--version", 7], "there are 1"),
         (["--name", "digits-mlp", "--dataset", "nothing"], "no dataset 'nothing'"),
     ],
@@ -187,9 +194,9 @@ def interrupted(tmp_path_factory):
     normalize = data.preprocessing.normalize
     plan = recipes.plan("digits", "mlp", Path("none"), recipe={"epochs": 2})
     state = root / "digits-mlp" / ".training" / "state.safetensors"
-    made_with = {"network": plan.config.to_json(), "on": ["32-true", 1]}
-    options = {"state_path": state, "description": made_with}
-    epochs = fit(plan.module, data.train, normalize, plan.recipe, **options)
+    options = {"state_path": state, "description": plan.description() | {"on": ["32-true", 1]}}
+    recipe = with_threads(plan.recipe, plan.module, normalize(data.train.images[:1]))
+    epochs = fit(plan.module, data.train, normalize, recipe, **options)
     next(epochs)
     epochs.close()
     return root
@@ -239,6 +246,7 @@ def test_resuming_where_nothing_was_interrupted_says_so_and_trains(tmp_path):
     catalogue.pin(tmp_path, "fresh", 7)
     result = train(tmp_path, "--resume", "--name", "fresh", "--epochs", 1)
     assert result.exit_code == 0, result.output
+    assert "no interrupted run of fresh to resume: a new one begins\n" in result.stdout
     assert "epochs done before" not in result.stdout
     assert "1,437 images to train on, 360 to test on" in result.stdout
     assert catalogue.versions(tmp_path, "fresh") == [1]
@@ -293,8 +301,14 @@ def test_a_state_with_a_flipped_bit_is_refused_and_nothing_is_published(stopped)
         (["--network", "none.such:factory"], "No module named 'none'"),
         (["--network", "torch.nn:Flatten", "--hidden", "3"], "are for mlp and cnn"),
         (["--network-arguments", "{}"], "arguments are for a factory"),
-        (["--network-arguments", "3"], "--network-arguments: cannot be read"),
-        (["--hidden", "many"], "--hidden: cannot be read"),
+        (
+            ["--network-arguments", "3"],
+            '--network-arguments: must be a JSON object, as {"a": 1}',
+        ),
+        (["--hidden", "many"], "--hidden: must be numbers with commas between them"),
+        (["--epochs", "many"], "--epochs: must be a whole number"),
+        (["--optimizer", "adam"], "--optimizer: 'adam' is not one of 'adamw', 'sgd'"),
+        (["--threads", "0"], "threads must be 1 to 256"),
         (["--hidden", "64"], "one rate a hidden layer"),
         (["--dropout", "0,0"], "calls no dropout"),
         (["--learning-rate", "-1"], "learning_rate must be in"),
@@ -379,6 +393,77 @@ def test_a_setting_that_is_wrong_is_named(monkeypatch, command):
     assert "secret" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("PORT", "abc", "must be a whole number"),
+        ("PORT", "65536", "must be at most 65535"),
+        ("POLL_SECONDS", "0", "must be above 0.0"),
+        ("POLL_SECONDS", "soon", "must be a number"),
+        ("ADMIN_TOKEN", "short", "must have at least 16 characters"),
+        ("TRACING", "maybe", "must be true or false"),
+        ("PRECISION", "float16", "must be 'float32', 'bfloat16' or 'auto'"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_told_in_plain_words(variable, value, told):
+    result = run("settings", **{f"DROPSERVE_{variable}": value})
+    assert (result.exit_code, result.stderr) == (2, f"error: DROPSERVE_{variable}: {told}\n")
+
+
+def test_version_says_which_release_of_what_this_is():
+    told = run("--version").stdout
+    assert told == (
+        f"dropserve {version('dropserve')} (Python {platform.python_version()}, "
+        f"PyTorch {torch.__version__})\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "import", "evaluate", "uncertainty", "score", ""])
+def test_flags_have_no_type_in_the_help(command):
+    told = run(*[command] * bool(command), "--help").stdout
+    assert "--help" in told
+    assert "bool" not in told
+
+
+def test_the_help_of_train_says_what_the_recipes_are():
+    told = " ".join(re.sub("[│ ]+", " ", run("train", "--help", COLUMNS="200").stdout).split())
+    assert "At most so many. [default: (20; digits 60; fashion-mnist mlp 30;" in told
+    assert "[default: (0.02; fashion-mnist cnn 0.05)]" in told
+    assert "Augment: mirror half. [default: (off; fashion-mnist cnn on)]" in told
+
+
+@pytest.mark.parametrize(
+    ("eval_mode", "dropout", "images", "told"),
+    [
+        ((0.3, 0.03), (0.2, 0.02), 5000, ["have lower NLL and ECE than"]),
+        ((0.2, 0.02), (0.3, 0.03), 5000, ["have higher NLL and ECE than", "take eval mode's"]),
+        ((0.3, 0.02), (0.2, 0.03), 5000, ["have lower NLL, higher ECE than", "take eval mode's"]),
+        ((0.3, 0.02), (0.2, 0.01), 360, ["have lower NLL and ECE than", "360 images are few"]),
+    ],
+)
+def test_a_hint_says_whether_monte_carlo_dropout_made_the_probabilities_better(
+    capsys, eval_mode, dropout, images, told
+):
+    rest = {"accuracy": 0.9, "brier": 0.1}
+    scores = [rest | dict(zip(("nll", "ece"), pair, strict=True)) for pair in (eval_mode, dropout)]
+    terminal.show_scores({"images": images, "eval": scores[0], "dropout": scores[1]})
+    *_, hint = capsys.readouterr().out.splitlines()
+    assert hint.startswith("hint: Monte Carlo dropout's probabilities have ")
+    assert all(text in hint for text in told)
+    assert ("take eval mode's" in hint) == ("higher" in told[0])
+    assert ("few" in hint) == (images < 1000)
+
+
+def test_of_many_classes_the_worst_pairs_are_shown(capsys):
+    counts = [[9 if i == k else 0 for k in range(40)] for i in range(40)]
+    counts[3][5], counts[7][1] = 1, 3
+    terminal.show_confusion(counts, [f"class {k}" for k in range(40)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert rows == [
+        ["class", "7", "class", "1", "3", "25.0%"], ["class", "3", "class", "5", "1", "10.0%"],
+    ]  # fmt: skip
+
+
 def test_serve_says_that_there_is_nothing_to_serve(tmp_path):
     # In a process of its own, because serving takes over the process's logging.
     command = [sys.executable, "-c", "from service.cli import app; app()", "serve"]
@@ -403,7 +488,7 @@ def test_uncertainty_marks_the_interval_and_says_where_the_doubt_comes_from(stub
     handler, url = stub
     result = run("uncertainty", image, "--url", url, "--samples", 50, "--seed", 7)
     assert result.exit_code == 0, result.output
-    assert "samples=50&seed=7" in handler.asked[0]
+    assert handler.asked[-1].endswith("/uncertainty?samples=50&seed=7&masks=stratified&level=0.9")
     lines = result.stdout.splitlines()
     assert lines[0] == f"{image}: dog (70.0%, mean of 50 samples)"
     assert lines[1].split()[:2] == ["dog", "█" * 15 + "▓" * 6 + "░" * 6]
@@ -428,14 +513,14 @@ def test_a_dash_is_the_picture_on_standard_input(stub, command):
     handler, url = stub
     result = run(command, "-", "--url", url, stdin=PNG)
     assert result.exit_code == 0, result.output
-    assert handler.bodies[0] == PNG
+    assert handler.bodies[-1] == PNG
     assert result.stdout.startswith("standard input: dog (70.0%")
 
 
 def test_standard_input_goes_with_files_but_only_once_and_not_empty(stub, image):
     handler, url = stub
     run("predict", image, "-", "--url", url, "--json", stdin=PNG)
-    assert handler.bodies[0].count(PNG) == 2
+    assert handler.bodies[2].count(PNG) == 2
     for images, stdin, message in ((["-", "-"], PNG, "given once"), (["-"], b"", "nothing came")):
         result = run("predict", *images, "--url", url, stdin=stdin)
         assert result.exit_code == 2
@@ -497,7 +582,7 @@ def test_models_lists_what_is_served(stub):
 
 
 def test_an_error_of_the_service_is_a_line_with_its_request(stub, image):
-    result = run("predict", image, "--url", stub[1], "--model", "none")
+    result = run("predict", image, "--url", stub[1], "--model", "pets", "--version", 1)
     assert (result.exit_code, result.stderr) == (2, "error: no (request r-9)\n")
 
 

@@ -263,6 +263,13 @@ def test_a_url_that_is_none_is_unreachable(client):
         client("http://host:port")
 
 
+@pytest.mark.parametrize("client", [DropserveClient, AsyncDropserveClient])
+@pytest.mark.parametrize("url", ["localhost:8000", "here.test", ""])
+def test_a_url_without_a_scheme_is_refused_with_the_one_it_needs(client, url):
+    with pytest.raises(ValueError, match=f"no scheme: did you mean http://{url}"):
+        client(url)
+
+
 @pytest.mark.parametrize(("status", "ready"), [(200, True), (503, False)])
 def test_ready_is_asked_once(call, status, ready):
     assert call(answering(status, {"status": "ready"}), "ready") is ready

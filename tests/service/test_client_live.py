@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from service import errors, schemas
 from service.client import AsyncDropserveClient, DropserveClient
@@ -68,6 +68,67 @@ def test_several_images_are_answered_in_their_order(call):
     assert [p.index for p in together] == [p.index for p in alone]
     for one, other in zip(together, alone, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def as_arrays(shape):
+    """Pixels of a colour image as each kind of image that the client takes."""
+    pixels = np.random.default_rng(4).integers(0, 256, shape, np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return pixels, file.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3), (9, 21, 3), (16, 16, 4), (16, 16), (3, 5, 1)])
+def test_arrays_and_pil_images_are_answered_as_the_same_pixels_in_a_file(call, shape):
+    pixels, file = as_arrays(shape[:2] if shape[-1] == 1 else shape)
+    same = [file, pixels.reshape(shape), Image.open(io.BytesIO(file)), pixels[::-1][::-1]]
+    said = call("predict", same, model="colour-cnn").predictions
+    assert len(said) == 4
+    for one in said:
+        assert one.probabilities == pytest.approx(said[0].probabilities, abs=1e-6)
+    alone = call("uncertainty", pixels, model="colour-cnn", samples=10).predictions
+    assert alone[0].mean == pytest.approx(
+        call("uncertainty", file, model="colour-cnn", samples=10).predictions[0].mean, abs=1e-5
+    )
+    assert call("uncertainty_stream", pixels, samples=1)[-1].predictions
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "CMYK", "YCbCr", "turned"])
+def test_a_pil_image_of_any_mode_is_seen_as_pillow_shows_it(call, mode):
+    pixels, _ = as_arrays((9, 21, 3))
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    if mode == "turned":
+        exif = image.getexif()
+        exif[0x0112], exif[0x010E] = 6, "a description, which is nobody's business"
+        image.save(file, "JPEG", exif=exif)
+        image = Image.open(file)
+        shown = ImageOps.exif_transpose(image)
+    else:
+        image = image.convert(mode)
+        shown = image
+    expected = call("predict", np.asarray(shown.convert("RGB")), model="colour-cnn")
+    said = call("predict", image, model="colour-cnn")
+    assert said.predictions[0].probabilities == pytest.approx(
+        expected.predictions[0].probabilities, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8)),
+        np.zeros((8, 8), np.uint16),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((0, 8), np.uint8),
+        Image.new("F", (8, 8)),
+        Image.new("I;16", (8, 8)),
+    ],
+    ids=["float", "uint16", "channels first", "a batch", "empty", "F", "I;16"],
+)
+def test_pixels_of_another_type_or_shape_are_refused_before_they_are_sent(call, image):
+    with pytest.raises(ValueError, match=r"uint8 from 0 to 255, H x W|no 8 bits a channel"):
+        call("predict", image)
 
 
 def test_a_version_answers_for_itself(call):

@@ -252,7 +252,7 @@ def test_what_is_not_the_pictures_fault_ends_the_run(score, tmp_path, options, m
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("scores.xlsx", "must end in .csv or .parquet"), ("none/scores.csv", "No such file")],
+    [("scores.xlsx", "must end in .csv or .parquet"), ("none/scores.csv", "none: make it first")],
 )
 def test_a_file_that_cannot_be_written_is_named_before_the_work(score, out, message):
     result, _ = score(out=out)
