@@ -123,7 +123,11 @@ async def _http(request: Request, error: Exception) -> Response:
     """Translate what the framework raises: no such route, no such method."""
     if not isinstance(error, HTTPException):
         raise error
+    headers, detail = error.headers, str(error.detail)
+    if error.status_code == 405 and headers is not None:
+        allowed = headers["Allow"].replace("GET", "GET, HEAD")
+        headers, detail = {"Allow": allowed}, f"this path takes another method: {allowed}"
     content, media_type = written(
-        request.scope["path"], error.status_code, str(error.detail), request.state.request_id
+        request.scope["path"], error.status_code, detail, request.state.request_id
     )
-    return JSONResponse(content, error.status_code, error.headers, media_type=media_type)
+    return JSONResponse(content, error.status_code, headers, media_type=media_type)

@@ -21,7 +21,7 @@ import orjson
 from starlette.datastructures import State
 
 from service.bodies import BodyReader
-from service.classifier import Pixels
+from service.decoding import Pixels
 from service.errors import DropserveError, NotFound, Overloaded
 from service.images import QUICK_BYTES, decode, is_quick
 from service.keys import Keys
@@ -95,7 +95,7 @@ class Express:
         try:
             place = inference.queue(model, order.task, read)
         except Overloaded:
-            self._reader.release(body)
+            self._reader.release(len(body))
             return None
         shown = {"model": model.name, "version": model.version}
         line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
@@ -108,7 +108,7 @@ class Express:
 
     def end(self, errand: "Errand", status: int | None) -> None:
         """Let go of a request; write its line and count it, unless the usual way will (None)."""
-        self._reader.release(errand.body)
+        self._reader.release(len(errand.body))
         if status is not None:
             errand.line |= {"images": 1, "status": status}
             record(self._state.metrics, errand.line, errand.started)
@@ -156,4 +156,5 @@ def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
         return None
     task = order.task
     plain = type(task) is Predict or (type(task) is Uncertainty and not task.include_samples)
+    plain = plain and order.scale != 1
     return (name, version, template(name, version, kind), order) if plain else None

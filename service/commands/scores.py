@@ -20,7 +20,7 @@ Sort = Literal[
     "path", "mutual-information", "predictive-entropy", "expected-entropy", "variation-ratio"
 ]
 _COLUMNS = [field.name for field in fields(Row)]
-_MAX_BYTES = 4 * 2**20  # of a request: half of what a service takes by default
+_MAX_BYTES = 16 * 2**20  # of a request: half of what a service takes by default
 _BAD_PICTURE = (MalformedRequest, TooLarge, UnsupportedMediaType, InvalidRequest, OSError)
 _GOOD_PICTURE = bytes.fromhex(  # a PNG of one grey pixel
     "89504e470d0a1a0a0000000d4948445200000001000000010800000000"

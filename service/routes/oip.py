@@ -44,6 +44,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ProtocolError} for status in statuses}
 
 
+@router.get("/", include_in_schema=False)
 @router.get("")
 async def server_metadata(request: Request) -> ServerMetadata:
     """Say what the server is, and which extensions it has."""
@@ -180,4 +181,4 @@ async def _read(request: Request, kind: type[Sent]) -> Sent:
     except ValidationError as error:
         raise invalid(error) from None
     finally:
-        reader.release(sent)
+        reader.release(len(sent))
