@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test check browser screenshots docs format bench bench-http bench-report clean
+.PHONY: help setup serve train test test-kserve check browser screenshots docs format bench bench-http bench-report clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -27,6 +27,15 @@ train: setup ## Train the default model, digits, if there is none (seconds, no d
 # Two processes, for the many tests that wait for a server; one thread each, or they would compete.
 test: check browser ## Run every check and every test
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+# In an environment of its own: KServe wants another protobuf than we do. When /v2 has changed.
+test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client
+	$(PYTHON) -m pytest tests/service/test_kserve.py
+
+.venv-kserve/.installed:
+	$(BOOTSTRAP) -m venv .venv-kserve
+	.venv-kserve/bin/python -m pip install kserve==0.21.0
+	touch $@
 
 check: setup ## Lint, check the format and the types
 	$(PYTHON) -m ruff check .
@@ -61,5 +70,5 @@ bench-report: setup ## Make docs/benchmarks.md and its pictures from what was me
 	$(PYTHON) -m bench.report
 
 clean: ## Remove .venv, caches and builds; checkpoints and data stay
-	rm -rf .venv bench/.venvs bench/.cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-kserve bench/.venvs bench/.cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find models service tests bench -name __pycache__ -prune -exec rm -rf {} +

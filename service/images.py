@@ -73,27 +73,35 @@ class Picture:
 
 
 def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.Image:
-    """Decode a PNG, JPEG or WebP picture; arguments and errors are those of both steps below."""
-    return encoded(data, content_type, limits).decode()
-
-
-def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Picture:
-    """Read the header of a PNG, JPEG or WebP picture.
+    """Decode a PNG, JPEG or WebP picture at once.
 
     Args:
         data: the file's bytes.
         content_type: what the sender calls it; None or `application/octet-stream` for nothing.
         limits: of its size.
 
-    Returns:
-        The picture; decoding it raises InvalidRequest: damaged, animated.
-
     Raises:
         MalformedRequest: there are no bytes.
         UnsupportedMediaType: another format, or not the format that `content_type` says.
         TooLarge: more pixels than `limits` allow.
-        InvalidRequest: the header is damaged, or says 16 bits a channel.
+        InvalidRequest: damaged, animated, or 16 bits a channel.
     """
+    return _load(data, *_check(data, content_type, limits))
+
+
+def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Picture:
+    """Read a picture's header alone; arguments and errors are those of `decode`."""
+    kind, size = _check(data, content_type, limits)
+    memory = memory_of(size) + _BYTES_A_BYTE * len(data)
+    if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
+        memory += _TEXT
+    return Picture(partial(_load, data, kind, size), memory)
+
+
+def _check(
+    data: bytes, content_type: str | None, limits: ImageLimits
+) -> tuple[str, tuple[int, int]]:
+    """Return the format and the size of what may be decoded."""
     if not data:
         raise MalformedRequest("the image has no bytes")
     kind, size = _recognise(data)
@@ -102,10 +110,7 @@ def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Pictu
         raise UnsupportedMediaType(f"this is no picture that is read here: {_ACCEPTED}")
     if content_type not in (None, "application/octet-stream") and FORMATS.get(content_type) != kind:
         raise UnsupportedMediaType(f"the bytes are {kind}, the content type says otherwise")
-    memory = memory_of(size) + _BYTES_A_BYTE * len(data)
-    if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
-        memory += _TEXT
-    return Picture(partial(_load, data, kind, size), memory)
+    return kind, size
 
 
 def memory_of(size: tuple[int, int]) -> int:
