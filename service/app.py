@@ -99,7 +99,7 @@ def create_app(
     app.include_router(examples.router)
     app.include_router(oip.router)
     app.include_router(playground.router)
-    complete_document(app)
+    complete_document(app, settings)
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)

@@ -73,12 +73,10 @@ class Express:
         started = perf_counter()
         if not self.is_plain(headers) or not is_quick(body, "image/png"):
             return None
-        asked = _asked(url) if len(url) <= _MAX_URL else None
+        asked = _asked(url, self._max_samples) if len(url) <= _MAX_URL else None
         if asked is None or (self._keys is not None and not self._keys.admit(headers)):
             return None
         name, version, route, order = asked
-        if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
-            return None
         inference: Inference = self._state.inference
         try:
             model = inference.registry.find(name, version)
@@ -141,7 +139,7 @@ class Errand:
 
 
 @lru_cache(256)
-def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
+def _asked(url: bytes, max_samples: int) -> tuple[str | None, str | None, str, Order] | None:
     """Read a request's line: model, version, route and options; None: not for this way."""
     path, _, query = url.partition(b"?")
     if not url.isascii() or b"%" in path or b"#" in url:
@@ -151,7 +149,7 @@ def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
         return None
     name, version, kind = found.groups()
     try:
-        order = parse_order(kind, query)
+        order = parse_order(kind, query, max_samples)
     except DropserveError:
         return None
     task = order.task

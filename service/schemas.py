@@ -59,7 +59,7 @@ class PredictOptions(Sent):
         int,
         AfterValidator(_check_scale),
         Field(
-            description="Number that is white, of `instances` and tensors.",
+            description="Number that is white in `instances` and tensors; 1 if they are scaled.",
             json_schema_extra={"enum": list(SCALES)},
         ),
     ] = 255

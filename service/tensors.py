@@ -31,7 +31,7 @@ Pictures = Pixels | Sequence[bytes]
 Values = npt.NDArray[Any] | Sequence[str]
 """Of an output: float32 or int64 of any shape, or strings."""
 _WHOLE = frozenset((int,))
-_HEADER = "Inference-Header-Content-Length"
+HEADER = "Inference-Header-Content-Length"
 
 
 def split(body: bytes, lengths: Sequence[bytes]) -> tuple[bytes, memoryview | None]:
@@ -48,10 +48,10 @@ def split(body: bytes, lengths: Sequence[bytes]) -> tuple[bytes, memoryview | No
         return body, None
     (length, *more) = lengths
     if more or not length.isdigit() or len(length) > 18:
-        raise MalformedRequest(f"{_HEADER} must be a number, once")
+        raise MalformedRequest(f"{HEADER} must be a number, once")
     end = int(length)
     if not 0 < end <= len(body):
-        raise MalformedRequest(f"{_HEADER} must be from 1 to the bytes of the body")
+        raise MalformedRequest(f"{HEADER} must be from 1 to the bytes of the body")
     return body[:end], memoryview(body)[end:]
 
 
@@ -80,7 +80,7 @@ def read(
             raise MalformedRequest("there is binary data that no input names")
         return _from_json(tensor, shape, scale)
     if binary is None:
-        raise MalformedRequest(f"binary data needs the header {_HEADER}")
+        raise MalformedRequest(f"binary data needs the header {HEADER}")
     if size != len(binary):
         raise MalformedRequest("binary_data_size is not the size of the binary data")
     return _from_binary(tensor, shape, binary, scale)

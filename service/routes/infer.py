@@ -17,6 +17,7 @@ from service.errors import InvalidRequest, UnsupportedMediaType
 from service.images import QUICK_BYTES, is_quick
 from service.protocol import PLAIN, SAMPLED, InferParameters, InferRequest
 from service.routes.front import Front, invalid
+from service.routes.orders import held_to
 from service.schemas import PredictOptions, SamplingOptions
 from service.settings import Settings
 from service.tasks import Predict, Task, Uncertainty
@@ -136,7 +137,8 @@ class InferRoutes(Front):
 
             def order() -> Steps[_Order]:
                 nonlocal sent
-                found = yield from _parse(sent, lengths, model, self._reader.limits)
+                limits, most = self._reader.limits, self._max_samples
+                found = yield from _parse(sent, lengths, model, limits, most)
                 sent = b""
                 return found
 
@@ -147,9 +149,6 @@ class InferRoutes(Front):
             with WhileConnected(receive):
                 small = size <= QUICK_BYTES
                 asked = finish(order()) if small else await inference.decode(order())
-                if asked.sampling is not None and asked.sampling.samples > self._max_samples:
-                    most = f"{self._max_samples} (DROPSERVE_MAX_SAMPLES)"
-                    raise InvalidRequest(f"samples: at most {most}")
                 log["images"] = images = len(asked.found)
                 pixels: Pixels | Read
                 if small and asked.is_quick:
@@ -176,7 +175,7 @@ def _check_media_type(value: bytes) -> None:
 
 
 def _parse(
-    body: bytes, lengths: Sequence[bytes], model: Classifier, limits: BodyLimits
+    body: bytes, lengths: Sequence[bytes], model: Classifier, limits: BodyLimits, max_samples: int
 ) -> Steps[_Order]:
     """Read a request, all but the pictures' decoding.
 
@@ -195,7 +194,8 @@ def _parse(
     outputs = _outputs(request, parameters)
     sampling = None
     if not outputs.keys().isdisjoint(SAMPLED):
-        sampling = Uncertainty(**parameters.model_dump(include=_OPTIONS))
+        options = parameters.model_dump(include=_OPTIONS)
+        sampling = Uncertainty(**options | {"samples": held_to(max_samples, parameters)})
     return _Order(request, parameters, found, outputs, sampling)
 
 

@@ -23,14 +23,13 @@ from service.protocol import (
     LoadRequest,
     ModelMetadata,
     ModelReady,
-    ProtocolError,
     Ready,
     ServerMetadata,
     TensorMetadata,
     UnloadRequest,
 )
 from service.routes.front import invalid
-from service.routes.native import Find, inference_of, named_model, versioned_model
+from service.routes.native import Find, errors, inference_of, named_model, versioned_model
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -38,10 +37,6 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
 Sent = TypeVar("Sent", bound=BaseModel)
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ProtocolError} for status in statuses}
 
 
 @router.get("/", include_in_schema=False)
@@ -60,7 +55,7 @@ async def live() -> Live:
     return Live(live=True)
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=errors(503))
 async def ready(request: Request) -> Ready:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
     if not any(inference_of(request).registry):
@@ -72,17 +67,17 @@ def _add_model(prefix: str, find: Find) -> None:
     """Declare a model's routes under a prefix that says which one."""
     Model = Annotated[Classifier, Depends(find)]  # noqa: N806  a type
 
-    @router.get(prefix, responses=_errors(404))
+    @router.get(prefix, responses=errors(404))
     async def metadata(request: Request, model: Model) -> ModelMetadata:
         """Name a model's versions and tensors."""
         return _describe(model, list(inference_of(request).registry.versions(model.name)))
 
-    @router.get(prefix + "/ready", responses=_errors(404))
+    @router.get(prefix + "/ready", responses=errors(404))
     async def model_ready(model: Model) -> ModelReady:
         """Say that a model may be asked."""
         return ModelReady(name=model.name, ready=True)
 
-    @router.post(prefix + "/infer", responses=_errors(400, 404, 408, 413, 415, 422, 500, 503))
+    @router.post(prefix + "/infer", responses=errors(400, 404, 408, 413, 415, 422, 503))
     async def infer(model: Model, body: InferRequest) -> InferResponse:
         """Classify pictures: in eval mode, by Monte Carlo dropout, or both.
 
@@ -138,11 +133,12 @@ def _token(request: Request) -> SecretStr | None:
 
 def _repository(path: str, body: type[BaseModel]) -> Callable[..., Any]:
     """Declare a route of the model repository, whose body may be left out."""
-    content = {"application/json": {"schema": body.model_json_schema()}}
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    content = {"application/json": {"schema": schema}}
     return router.post(
         "/repository" + path,
         dependencies=[Depends(_admin)],
-        responses=_errors(400, 401, 403, 404, 408, 413, 422, 503),
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 422, 503),
         openapi_extra={"requestBody": {"required": False, "content": content}},
     )
 

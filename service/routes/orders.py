@@ -54,13 +54,19 @@ def template(name: str | None, version: str | None, kind: str) -> str:
     return "/v1/models/{name}" + ("/versions/{version}" if version else "") + f"/{kind}"
 
 
-def read_order(kind: str, query: bytes) -> Order:
-    """Read the options of a task; the last few queries are remembered, if they are short."""
-    return _remembered(kind, query) if len(query) <= 256 else parse_order(kind, query)
+def read_order(kind: str, query: bytes, max_samples: int) -> Order:
+    """Do as `parse_order`; the last few queries are remembered, if they are short."""
+    parse = _remembered if len(query) <= 256 else parse_order
+    return parse(kind, query, max_samples)
 
 
-def parse_order(kind: str, query: bytes) -> Order:
+def parse_order(kind: str, query: bytes, max_samples: int) -> Order:
     """Read the options of a task.
+
+    Args:
+        kind: the task's name in a path.
+        query: of the request.
+        max_samples: that a request may ask for.
 
     Raises:
         InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
@@ -76,6 +82,7 @@ def parse_order(kind: str, query: bytes) -> Order:
     scale = options.scale if "scale" in sent else None
     given = options.model_dump(exclude={"scale"})
     if isinstance(options, SamplingOptions):
+        given["samples"] = held_to(max_samples, options)
         head = {"method": "dropout", **{n: given[n] for n in _REPEATED}, "log_base": "e"}
         kind_of = Uncertainty if isinstance(options, UncertaintyOptions) else Watch
         return Order(kind_of(**given), head, scale)
@@ -83,6 +90,17 @@ def parse_order(kind: str, query: bytes) -> Order:
         repeated = {n: value for n, value in given.items() if value is not None}
         return Order(Compare(**given), repeated, scale)
     return Order(Predict(), {}, scale)
+
+
+def held_to(max_samples: int, options: SamplingOptions) -> int:
+    """Return how many samples to draw: as many as may be where fewer may be than is usual.
+
+    Raises:
+        InvalidRequest: more are asked for than may be.
+    """
+    if "samples" in options.model_fields_set and options.samples > max_samples:
+        raise InvalidRequest(f"samples: at most {max_samples} (DROPSERVE_MAX_SAMPLES)")
+    return min(options.samples, max_samples)
 
 
 _remembered = lru_cache(256)(parse_order)

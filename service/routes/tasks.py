@@ -56,9 +56,7 @@ class TaskRoutes(Front):
         inference: Inference = scope["app"].state.inference
         model = inference.registry.find(name, version)
         log.update(model=model.name, version=model.version)
-        order = read_order(kind, scope["query_string"])
-        if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
-            raise InvalidRequest(f"samples: at most {self._max_samples} (DROPSERVE_MAX_SAMPLES)")
+        order = read_order(kind, scope["query_string"], self._max_samples)
         answer = await self._run(model, order, scope, receive)
         head = {"model": model.name, "version": model.version, **order.head}
         if isinstance(answer, tuple):
