@@ -99,7 +99,7 @@ def held_to(max_samples: int, options: SamplingOptions) -> int:
         InvalidRequest: more are asked for than may be.
     """
     if "samples" in options.model_fields_set and options.samples > max_samples:
-        raise InvalidRequest(f"samples: at most {max_samples} (DROPSERVE_MAX_SAMPLES)")
+        raise InvalidRequest(f"samples: at most {max_samples} here")
     return min(options.samples, max_samples)
 
 
