@@ -5,11 +5,12 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test test-compose check browser screenshots docs format bench bench-accuracy bench-http bench-report clean
+.PHONY: help setup serve train test test-compose test-kserve test-openapi check browser screenshots docs format bench \
+	bench-accuracy bench-http bench-photos bench-report clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
-		| while IFS='|' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+		| while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
 setup: .venv/.installed ## Make .venv and install the project and its tools, pinned
 
@@ -27,6 +28,19 @@ train: setup ## Train the default model, digits, if there is none (seconds, no d
 # Two processes, for the many tests that wait for a server; one thread each, or they would compete.
 test: check browser ## Run every check and every test
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+# Some minutes. When a route, a type or the OpenAPI document has changed.
+test-openapi: setup ## Hold a server to its OpenAPI document with many requests, by Schemathesis
+	OPENAPI_EXAMPLES=300 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/service/test_openapi.py
+
+# In an environment of its own: KServe wants another protobuf than we do. When /v2 has changed.
+test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client
+	$(PYTHON) -m pytest tests/service/test_kserve.py
+
+.venv-kserve/.installed:
+	$(BOOTSTRAP) -m venv .venv-kserve
+	.venv-kserve/bin/python -m pip install kserve==0.21.0
+	touch $@
 
 # Where pip needs more than the Dockerfile knows: build the image `dropserve` first, and BUILD=no.
 test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman: after changes to either
@@ -63,10 +77,14 @@ bench-http: setup ## Load the service and its peers, each in its own environment
 	@command -v wrk >/dev/null || { echo "wrk is needed: apt-get install wrk"; exit 1; }
 	$(PYTHON) -m bench.http
 
+# Two minutes. When something of reading bodies and images has changed, or Pillow.
+bench-photos: setup ## Measure the peak memory of a worker that gets the largest images
+	$(PYTHON) -m bench.photos
+
 bench-report: setup ## Make docs/benchmarks.md and its pictures from what was measured
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
 	$(PYTHON) -m bench.report
 
 clean: ## Remove .venv, caches and builds; checkpoints and data stay
-	rm -rf .venv bench/.venvs bench/.cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-kserve bench/.venvs bench/.cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find models service tests bench -name __pycache__ -prune -exec rm -rf {} +

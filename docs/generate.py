@@ -46,8 +46,7 @@ def responses(document: Document) -> Iterator[str]:
     for path, operation in _operations(document):
         found = operation["responses"]
         answers = ", ".join(
-            _answer(media_type, content["schema"])
-            for media_type, content in found["200"]["content"].items()
+            _answer(media_type, content) for media_type, content in found["200"]["content"].items()
         )
         yield _row(f"`{path}`", answers, ", ".join(s for s in found if s >= "400"))
 
@@ -75,10 +74,12 @@ def _operations(document: Document) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield f"{method.upper()} {path}", operation
 
 
-def _answer(media_type: str, schema: Mapping[str, Any]) -> str:
+def _answer(media_type: str, content: Mapping[str, Any]) -> str:
     if media_type == "application/json":
-        return _type(schema)
-    return f"`{media_type}`" + (f" of {_type(schema)}" if "anyOf" in schema else "")
+        return _type(content["schema"])
+    events = content.get("itemSchema", {"oneOf": ()})["oneOf"]
+    kinds = [_type(event["properties"]["data"]["contentSchema"]) for event in events]
+    return f"`{media_type}`" + (f" of {' or '.join(kinds)}" if kinds else "")
 
 
 def _type(schema: Mapping[str, Any]) -> str:

@@ -21,3 +21,13 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all([mallopt(_TRIM_THRESHOLD, _KEPT), mallopt(_MMAP_THRESHOLD, _LARGEST)])
+
+
+def release_freed_memory() -> bool:
+    """Give all freed memory of the process back to the system.
+
+    Returns:
+        Whether the C library can (malloc_trim(3)); where not, nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))

@@ -18,6 +18,8 @@ Pixels = npt.NDArray[np.uint8]
 Fit = Literal["stretch", "crop", "pad"]
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, as paper and browsers have it."""
+_FLATTENED = 2**18
+"""Pixels that are laid over it at once."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Preprocessing:
         if image.mode != mode or image.info:  # where orientation and transparency would be
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 image = ImageOps.exif_transpose(image)
-            image = _flatten(image).convert(mode)
+            image = _flatten(image, mode)
         height, width = self.size
         if image.size != (width, height):
             image = self._fitted(image)
@@ -160,10 +162,19 @@ def _raw(image: Image.Image) -> bytes:
     return raw
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """Lay transparent pixels over the background."""
+def _flatten(image: Image.Image, mode: str) -> Image.Image:
+    """Lay transparent pixels over the background, and convert to `mode`.
+
+    Some rows at a time: each step of it copies the pixels, 4 bytes each, and all of a photo's at
+    once would take five times its own memory.
+    """
     if not image.has_transparency_data:
-        return image
-    image = image.convert("RGBA")
-    paper = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-    return Image.alpha_composite(paper, image).convert("RGB")
+        return image if image.mode == mode else image.convert(mode)
+    flat = Image.new(mode, image.size, None)
+    rows = max(1, _FLATTENED // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        part = image.crop(box).convert("RGBA")
+        paper = Image.new("RGBA", part.size, (*BACKGROUND, 255))
+        flat.paste(Image.alpha_composite(paper, part).convert("RGB").convert(mode), box)
+    return flat

@@ -100,7 +100,7 @@ def create_app(
     app.include_router(examples.router)
     app.include_router(oip.router)
     app.include_router(playground.router)
-    complete_document(app)
+    complete_document(app, settings)
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
@@ -124,7 +124,11 @@ async def _http(request: Request, error: Exception) -> Response:
     """Translate what the framework raises: no such route, no such method."""
     if not isinstance(error, HTTPException):
         raise error
+    headers, detail = error.headers, str(error.detail)
+    if error.status_code == 405 and headers is not None:
+        allowed = headers["Allow"].replace("GET", "GET, HEAD")
+        headers, detail = {"Allow": allowed}, f"this path takes another method: {allowed}"
     content, media_type = written(
-        request.scope["path"], error.status_code, str(error.detail), request.state.request_id
+        request.scope["path"], error.status_code, detail, request.state.request_id
     )
-    return JSONResponse(content, error.status_code, error.headers, media_type=media_type)
+    return JSONResponse(content, error.status_code, headers, media_type=media_type)

@@ -38,6 +38,10 @@ class QueueFull(Exception):
     """More would wait than the queue holds."""
 
 
+class QueueTimeout(Exception):
+    """An item was not begun within its time."""
+
+
 @dataclass(eq=False, slots=True)  # not frozen: that takes four times as long to make
 class Place(Generic[Key, Item, Result]):
     """An item in the queue, or in a job since.
@@ -143,18 +147,24 @@ class Batcher(Generic[Key, Item, Result]):
         )
 
     async def submit(
-        self, key: Key, item: Item, weight: int = 1, *, urgent: bool = False
+        self, key: Key, item: Item, weight: int = 1, *, urgent: bool = False, max_wait: float = 0.0
     ) -> Result:
         """Queue an item and wait for its result; cancelling the wait takes it out of the queue.
 
         Raises:
             QueueFull: at once, if it would not fit; what weighs nothing always does.
+            QueueTimeout: it has not begun within `max_wait` seconds, and never will; 0: no limit.
             Exception: what `run` raised for this item.
         """
         place = self.queue(key, item, weight, urgent=urgent)
+        timer = None
+        if max_wait:
+            timer = asyncio.get_running_loop().call_later(max_wait, self._expire, place)
         try:
             return await place.future
         finally:
+            if timer is not None:
+                timer.cancel()
             if place.future.cancelled():
                 self.leave(place)
 
@@ -182,14 +192,24 @@ class Batcher(Generic[Key, Item, Result]):
     def leave(self, place: Place[Key, Item, Result]) -> None:
         """Give up an item, and its place in the queue if it has not left it yet."""
         place.future.cancel()
+        self._take_out(place)
+
+    def _expire(self, place: Place[Key, Item, Result]) -> None:
+        """Give up an item if it is still in the queue."""
+        if self._take_out(place) and not place.future.done():
+            place.future.set_exception(QueueTimeout)
+
+    def _take_out(self, place: Place[Key, Item, Result]) -> bool:
+        """Take an item out of the queue; False: it has left it."""
         queues = self._queues(place)
         queue = queues.get(place.key)
         if queue is None or place not in queue:
-            return
+            return False
         queue.remove(place)
         self._queued -= place.weight
         if not queue:
             del queues[place.key]
+        return True
 
     @property
     def queued(self) -> int:

@@ -1,11 +1,12 @@
-"""From a request's body to pictures: raw, multipart or JSON. Read with limits, parsed strictly."""
+"""From a request's body to its pictures: raw, multipart or JSON. Read with limits, strictly."""
 
 import base64
 import binascii
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from service.decoding import Pixels, Steps
 from service.errors import (
     InvalidRequest,
     MalformedRequest,
@@ -20,19 +22,26 @@ from service.errors import (
     RequestTimeout,
     TooLarge,
     UnsupportedMediaType,
+    about,
 )
-from service.images import ImageLimits, check_size, decode
+from service.images import ImageLimits, Picture, check_size, encoded, memory_of
 from service.multipart import Part, parse_multipart
+from service.schemas import SCALES
 from service.waiting import Deadline
 
 _ACCEPTED = (
     "send a picture with Content-Type image/png, image/jpeg or image/webp, multipart/form-data "
     "with `file` parts, or application/json with `images` or `instances`"
 )
+_SCALED = (
+    "no pixel is above 1 and some are not whole: they are scaled already. Send 0 to 255, or "
+    "scale=1 if 1 is white"
+)
 _MAX_ELEMENTS = 1_000_000
+_MAX_NAMES = 10_000  # a hundred at most are known; each takes 300 bytes of memory
 _CLOSE = {"Connection": "close"}
-_NUMBERS: frozenset[type] = frozenset((int, float))
-Pixels = npt.NDArray[np.uint8]
+NUMBERS: frozenset[type] = frozenset((int, float))
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,9 @@ class BodyReader:
         self._held += len(body) if fits else 0
         return fits
 
-    def release(self, body: bytes) -> None:
-        """Give back the room of a body that `read` returned, or that `hold` counted."""
-        self._held -= len(body)
+    def release(self, size: int) -> None:
+        """Give back the room of a body of so many bytes that `read` returned or `hold` counted."""
+        self._held -= size
 
     async def _append(self, receive: Receive, chunks: list[bytes]) -> None:
         """Append to `chunks` what comes.
@@ -118,71 +127,93 @@ class BodyReader:
             raise self._too_large()
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._most} bytes", headers=_CLOSE)
+        return TooLarge(
+            f"the body is larger than {self._most} bytes (DROPSERVE_MAX_BODY_BYTES)", headers=_CLOSE
+        )
 
     def _too_late(self) -> RequestTimeout:
         seconds = f"{self.limits.timeout:g} seconds"
         return RequestTimeout(f"the body did not arrive within {seconds}", headers=_CLOSE)
 
 
-def parse_images(body: bytes, content_type: str, limits: BodyLimits) -> Iterator[Image.Image]:
-    """Decode the pictures of a body, in order; at least one.
-
-    One at a time, as they are asked for: all of a body's pictures may need far more memory than it.
+def parse_images(
+    body: bytes, content_type: str, limits: BodyLimits, scale: int | None = None
+) -> Steps[list[Picture]]:
+    """Find the pictures of a body, in order; at least one. They are not decoded yet.
 
     Args:
         body: all of it.
         content_type: the header's value, with its parameters.
         limits: of number and size.
+        scale: the number that is white, if the query says so.
 
     Raises:
         RequestError: the body cannot be read as it says it should.
     """
     media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "application/json":
+        yield json_memory(body)
+        return _parse_json(body, limits, scale)
+    check_encoded(scale)
     if media_type.startswith("image/"):
-        return iter([decode(body, media_type, limits.image)])
+        return [encoded(body, media_type, limits.image)]
     if media_type == "multipart/form-data":
+        yield 2 * len(body)
         parts = parse_multipart(body, content_type)
         check_count(len(parts), limits)
-        return bounded((_decode_part(part, limits) for part in parts), limits)
-    if media_type == "application/json":
-        return _parse_json(body, limits)
+        return read_each(parts, lambda part: _read_part(part, limits))
     raise UnsupportedMediaType(_ACCEPTED)
 
 
-def _decode_part(part: Part, limits: BodyLimits) -> Image.Image:
+def read_each(items: Sequence[Item], read: Callable[[Item], Picture]) -> list[Picture]:
+    """Read pictures' headers or numbers; an error says which of them it is about."""
+    pictures = []
+    for number, item in enumerate(items):
+        with about(number, len(items)):
+            pictures.append(read(item))
+    return pictures
+
+
+def _read_part(part: Part, limits: BodyLimits) -> Picture:
     if part.name != "file":
         raise InvalidRequest("a part has another name than `file`")
     if not part.has_filename:
         raise InvalidRequest("a `file` part has no filename")
-    return decode(part.data, part.content_type, limits.image)
+    return encoded(part.data, part.content_type, limits.image)
 
 
-def _parse_json(body: bytes, limits: BodyLimits) -> Iterator[Image.Image]:
+def _parse_json(body: bytes, limits: BodyLimits, scale: int | None) -> list[Picture]:
     values = load_json(body)
+    if isinstance(values, dict) and "scale" in values:
+        if scale is not None:
+            raise InvalidRequest("scale is in the query and in the body: leave one out")
+        scale = values.pop("scale")
+        if type(scale) is not int or scale not in SCALES:
+            raise InvalidRequest("scale: must be 255 or 1")
     if not isinstance(values, dict) or len(values) != 1:
-        raise InvalidRequest("the JSON body must be an object with `images` or `instances` alone")
+        raise InvalidRequest(
+            "the JSON body must be an object with `images` or `instances`, and `scale` at most"
+        )
     (key, items), *_ = values.items()
-    decoders = {"images": _decode_text, "instances": _decode_numbers}
-    if key not in decoders:
+    if key not in ("images", "instances"):
         raise InvalidRequest(
             "the JSON body must have `images` or `instances`; options go in the query"
         )
     if not isinstance(items, list):
         raise InvalidRequest(f"`{key}` must be a list")
     check_count(len(items), limits)
-    return bounded((decoders[key](item, limits.image) for item in items), limits)
+    if key == "instances":
+        return read_each(items, lambda item: _read_numbers(item, limits.image, scale or 255))
+    check_encoded(scale)
+    return read_each(items, lambda item: encoded(from_base64(item), None, limits.image))
 
 
-def bounded(images: Iterable[Image.Image], limits: BodyLimits) -> Iterator[Image.Image]:
-    """Stop when the pictures have more pixels together than one may have."""
-    pixels = 0
-    for image in images:
-        pixels += image.width * image.height
-        if pixels > limits.image.max_pixels:
-            most = limits.image.max_pixels
-            raise TooLarge(f"the pictures have more than {most} pixels together")
-        yield image
+def check_encoded(scale: int | None) -> None:
+    """Refuse a scale for encoded pictures, whose numbers have one."""
+    if scale == 1:
+        raise InvalidRequest(
+            "scale: 1 is for numbers only; encoded pictures have theirs: leave it out"
+        )
 
 
 def check_count(count: int, limits: BodyLimits) -> None:
@@ -190,15 +221,17 @@ def check_count(count: int, limits: BodyLimits) -> None:
     if count == 0:
         raise MalformedRequest("the body has no image")
     if count > limits.max_images:
-        raise TooLarge(f"the body has more than {limits.max_images} images")
+        raise TooLarge(f"the body has more than {limits.max_images} images (DROPSERVE_MAX_IMAGES)")
 
 
 def load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
     """Parse JSON as strictly as its standard: UTF-8, no name twice, no NaN."""
     if not body:
         raise MalformedRequest("the body is empty")
-    if body.count(b",") + body.count(b"[") > _MAX_ELEMENTS:  # parsing holds up all threads
+    if _elements(body) > _MAX_ELEMENTS:  # parsing holds up all threads
         raise TooLarge(f"the JSON body has more than {_MAX_ELEMENTS} elements")
+    if body.count(b":") > _MAX_NAMES:
+        raise TooLarge(f"the JSON body has more than {_MAX_NAMES} names")
     try:
         return json.loads(
             body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
@@ -207,6 +240,16 @@ def load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
         raise
     except (ValueError, RecursionError) as error:
         raise MalformedRequest("the body is not sound JSON in UTF-8") from error
+
+
+def json_memory(body: bytes) -> int:
+    """Return the bytes that parsing JSON takes at most: text, values, and arrays of them."""
+    return 3 * len(body) + 128 * min(_elements(body), _MAX_ELEMENTS)
+
+
+def _elements(body: bytes) -> int:
+    """Count what is in the lists and objects of some JSON, or more."""
+    return body.count(b",") + body.count(b"[")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
@@ -220,10 +263,6 @@ def _refuse_constant(_name: str) -> None:
     raise InvalidRequest("NaN and Infinity are no numbers of JSON")
 
 
-def _decode_text(item: object, limits: ImageLimits) -> Image.Image:
-    return decode(from_base64(item), None, limits)
-
-
 def from_base64(item: object) -> bytes:
     """Return the bytes that a string of JSON stands for."""
     if not isinstance(item, str):
@@ -234,7 +273,7 @@ def from_base64(item: object) -> bytes:
         raise InvalidRequest("encoded pictures must be base64 strings: one is not") from error
 
 
-def _decode_numbers(item: object, limits: ImageLimits) -> Image.Image:
+def _read_numbers(item: object, limits: ImageLimits, scale: int) -> Picture:
     not_array = InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
     try:
         items = np.array(item, dtype=object)  # no other dtype: it would pad and convert strings
@@ -243,23 +282,25 @@ def _decode_numbers(item: object, limits: ImageLimits) -> Image.Image:
     if items.ndim not in (2, 3) or items.size == 0 or items.shape[2:] not in ((), (1,), (3,)):
         raise not_array
     check_size((items.shape[1], items.shape[0]), limits)
-    pixels = to_pixels(items)
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    return Image.fromarray(pixels)
+    (picture,) = from_pixels(to_pixels(items[np.newaxis], scale))
+    return picture
 
 
-def to_pixels(numbers: npt.NDArray[Any], kinds: frozenset[type] = _NUMBERS) -> Pixels:
-    """Round numbers from 0 to 255 to whole ones.
+def to_pixels(
+    numbers: npt.NDArray[Any], scale: int = 255, kinds: frozenset[type] = NUMBERS
+) -> Pixels:
+    """Make pixels, whole numbers from 0 to 255, of the numbers of pictures.
 
     Args:
-        numbers: as JSON had them (objects), or floats.
+        numbers: as JSON had them (objects), or floats; [B, ...].
+        scale: the number that is white: 255, or 1.
         kinds: what objects may be.
 
     Raises:
-        InvalidRequest: one is of another kind or size, or no number.
+        InvalidRequest: one is of another kind or size, or no number; or a picture's are what 255
+            was divided out of.
     """
-    wrong = InvalidRequest("pixels must be numbers from 0 to 255")
+    wrong = InvalidRequest(f"pixels must be numbers from 0 to {scale}")
     if numbers.dtype == object:
         if not {type(number) for number in numbers.flat} <= kinds:
             raise wrong
@@ -267,7 +308,20 @@ def to_pixels(numbers: npt.NDArray[Any], kinds: frozenset[type] = _NUMBERS) -> P
             numbers = numbers.astype(np.float64)
         except OverflowError as error:
             raise wrong from error
-    if not bool(((numbers >= 0) & (numbers <= 255)).all()):
+    if not bool(((numbers >= 0) & (numbers <= scale)).all()):
         raise wrong
-    pixels: Pixels = np.rint(numbers).astype(np.uint8)
+    if scale == 255:
+        for number, picture in enumerate(numbers):
+            if picture.max() <= 1 and (picture != np.rint(picture)).any():
+                with about(number, len(numbers)):
+                    raise InvalidRequest(_SCALED)
+    pixels: Pixels = np.rint(numbers * (255 // scale)).astype(np.uint8)
     return pixels
+
+
+def from_pixels(pixels: Pixels) -> list[Picture]:
+    """Make pictures of pixels [B, H, W], [B, H, W, 1] or [B, H, W, 3]."""
+    if pixels.shape[3:] == (1,):
+        pixels = pixels[..., 0]
+    memory = memory_of(pixels.shape[1:3])
+    return [Picture(partial(Image.fromarray, picture), memory) for picture in pixels]

@@ -61,11 +61,6 @@ _COLOURS = {1: 0, 3: 2, 4: 6}
 _OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
 _ORIENTATION = 0x0112  # of EXIF
 _FIRST_BACKOFF = 0.1  # seconds; doubles with each retry
-_EVENTS: Mapping[str, type[events.StreamEvent]] = {
-    "start": events.StreamStart,
-    "sample": events.StreamSample,
-    "end": events.StreamEnd,
-}
 
 Answer = TypeVar("Answer")
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -279,9 +274,9 @@ class EventReader:
             kind, data = fields.get(b"event", b"").decode(), fields.get(b"data", b"")
             if kind == "error":
                 raise _stated(data)
-            if kind in _EVENTS:  # else a comment, or an event of a newer service
+            if kind in events.EVENTS:  # else a comment, or an event of a newer service
                 with _expecting("the stream did not go on"):
-                    yield _EVENTS[kind].model_validate_json(data)
+                    yield events.EVENTS[kind].model_validate_json(data)
                 self._ended = kind == "end"
 
     def finish(self) -> None:

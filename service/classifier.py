@@ -19,6 +19,7 @@ from models.comparison import Layer, Moments, compare
 from models.examples import Example
 from models.montecarlo import Precision, Sample, Sampler, Statistics, Summary, watch
 from models.sequential import lay_out, streamline
+from service.decoding import Pixels
 from service.errors import ServerError
 from service.tasks import Compare, Predict, Task, Uncertainty, Watch
 
@@ -33,7 +34,6 @@ _TOGETHER = 64
 """Images sampled together: enough to be quick, few enough for other work to run in between."""
 
 _NOT_FINITE = "the network's output is not finite for this image"
-Pixels = npt.NDArray[np.uint8]
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
 

@@ -16,9 +16,11 @@
 
 The service raises them, one handler turns them into `application/problem+json` (RFC 9457), or into
 what the Open Inference Protocol has under /v2, and the client raises the same ones from what it
-reads. Messages never repeat what was sent.
+reads. Messages never repeat what was sent, but for the name of an unknown parameter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -114,6 +116,17 @@ class ServerError(DropserveError):
 
 class Unreachable(DropserveError):
     """No answer came: nothing listens there, or the connection broke."""
+
+
+@contextmanager
+def about(image: int, images: int) -> Iterator[None]:
+    """Say which image of several an error of the request is about, counted from 0."""
+    try:
+        yield
+    except RequestError as error:
+        if images > 1:
+            error.args = (f"image {image}: {error}",)
+        raise
 
 
 def error_for(status: int, detail: str) -> DropserveError:

@@ -1,5 +1,7 @@
 """What `/uncertainty/stream` sends: one start, a sample a thinned network, one end. Wire types."""
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from service.schemas import Answer, DropoutSite, Probabilities, Sampled, UncertaintyResponse
@@ -51,3 +53,9 @@ class StreamEnd(UncertaintyResponse):
 
 
 StreamEvent = StreamStart | StreamSample | StreamEnd
+EVENTS: Mapping[str, type[StreamEvent]] = {
+    "start": StreamStart,
+    "sample": StreamSample,
+    "end": StreamEnd,
+}
+"""By the name that they are sent under; `error` is a `service.schemas.Problem`."""

@@ -21,7 +21,7 @@ import orjson
 from starlette.datastructures import State
 
 from service.bodies import BodyReader
-from service.classifier import Pixels
+from service.decoding import Pixels
 from service.errors import DropserveError, NotFound, Overloaded
 from service.images import QUICK_BYTES, decode, is_quick
 from service.keys import Keys
@@ -73,12 +73,10 @@ class Express:
         started = perf_counter()
         if not self.is_plain(headers) or not is_quick(body, "image/png"):
             return None
-        asked = _asked(url) if len(url) <= _MAX_URL else None
+        asked = _asked(url, self._max_samples) if len(url) <= _MAX_URL else None
         if asked is None or (self._keys is not None and not self._keys.admit(headers)):
             return None
         name, version, route, order = asked
-        if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
-            return None
         inference: Inference = self._state.inference
         try:
             model = inference.registry.find(name, version)
@@ -95,7 +93,7 @@ class Express:
         try:
             place = inference.queue(model, order.task, read)
         except Overloaded:
-            self._reader.release(body)
+            self._reader.release(len(body))
             return None
         shown = {"model": model.name, "version": model.version}
         line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
@@ -108,7 +106,7 @@ class Express:
 
     def end(self, errand: "Errand", status: int | None) -> None:
         """Let go of a request; write its line and count it, unless the usual way will (None)."""
-        self._reader.release(errand.body)
+        self._reader.release(len(errand.body))
         if status is not None:
             errand.line |= {"images": 1, "status": status}
             record(self._state.metrics, errand.line, errand.started)
@@ -141,7 +139,7 @@ class Errand:
 
 
 @lru_cache(256)
-def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
+def _asked(url: bytes, max_samples: int) -> tuple[str | None, str | None, str, Order] | None:
     """Read a request's line: model, version, route and options; None: not for this way."""
     path, _, query = url.partition(b"?")
     if not url.isascii() or b"%" in path or b"#" in url:
@@ -151,9 +149,10 @@ def _asked(url: bytes) -> tuple[str | None, str | None, str, Order] | None:
         return None
     name, version, kind = found.groups()
     try:
-        order = parse_order(kind, query)
+        order = parse_order(kind, query, max_samples)
     except DropserveError:
         return None
     task = order.task
     plain = type(task) is Predict or (type(task) is Uncertainty and not task.include_samples)
+    plain = plain and order.scale != 1
     return (name, version, template(name, version, kind), order) if plain else None

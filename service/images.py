@@ -1,16 +1,18 @@
 """From bytes to a picture: limits first, decoding second.
 
 What Pillow is handed has been recognised by its first bytes, and its dimensions are read from its
-header by this file where Pillow would start to decode before it could be asked (WebP), or would
-accept what it cannot represent (PNG of 16 bits a channel, which it clips).
+header by this file: the memory that decoding takes is known before Pillow is asked.
 """
 
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image, ImageOps
+from PIL.WebPImagePlugin import WebPImageFile
 
 from service.errors import (
     InvalidRequest,
@@ -31,6 +33,21 @@ _SIZE = struct.Struct(">II")
 _CHUNK = struct.Struct(">I4s")
 _DECODED = (-1, 0)
 """What Pillow's decoders say when they have had enough, and it was sound."""
+_BYTES_A_PIXEL = 12
+"""Of memory, while a picture is read. Most for WebP (two canvases and a copy) and for progressive
+JPEG of four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
+_BYTES_A_BYTE = 4
+"""Of memory for one of the file's: its metadata is copied, and lists are made of it."""
+_TEXT = 128 * 2**20
+"""Bytes of memory that compressed text in a PNG may become in Pillow, 64 MB of it, each twice."""
+_MOST_SEGMENTS = 10_000
+"""Of a JPEG before its pixels, or chunks of a PNG that are not its pixels."""
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG markers that begin a frame header."""
+_SCAN = 0xDA
+"""The one that begins the pixels."""
+_BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))
+"""Those that no length follows."""
 _ACCEPTED = "send image/png, image/jpeg or image/webp"
 
 
@@ -42,8 +59,21 @@ class ImageLimits:
     max_side: int
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture within limits, not decoded yet.
+
+    Attributes:
+        decode: decodes it, or raises an error.
+        memory: bytes that this takes at most, and making it a network's pixels.
+    """
+
+    decode: Callable[[], Image.Image]
+    memory: int
+
+
 def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.Image:
-    """Decode a PNG, JPEG or WebP picture.
+    """Decode a PNG, JPEG or WebP picture at once.
 
     Args:
         data: the file's bytes.
@@ -56,25 +86,36 @@ def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.
         TooLarge: more pixels than `limits` allow.
         InvalidRequest: damaged, animated, or 16 bits a channel.
     """
+    return _load(data, *_check(data, content_type, limits))
+
+
+def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Picture:
+    """Read a picture's header alone; arguments and errors are those of `decode`."""
+    kind, size = _check(data, content_type, limits)
+    memory = memory_of(size) + _BYTES_A_BYTE * len(data)
+    if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
+        memory += _TEXT
+    return Picture(partial(_load, data, kind, size), memory)
+
+
+def _check(
+    data: bytes, content_type: str | None, limits: ImageLimits
+) -> tuple[str, tuple[int, int]]:
+    """Return the format and the size of what may be decoded."""
     if not data:
         raise MalformedRequest("the image has no bytes")
     kind, size = _recognise(data)
-    if size is not None:
-        check_size(size, limits)
+    check_size(size, limits)
     if kind not in FORMATS.values():
         raise UnsupportedMediaType(f"this is no picture that is read here: {_ACCEPTED}")
     if content_type not in (None, "application/octet-stream") and FORMATS.get(content_type) != kind:
         raise UnsupportedMediaType(f"the bytes are {kind}, the content type says otherwise")
-    try:
-        return _load(data, kind, limits)
-    except (RequestError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}") from error
-    except Exception as error:
-        # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and
-        # others, as the damage happens to lead them; all mean the same to the sender.
-        raise InvalidRequest(f"the picture cannot be decoded: damaged or not {kind}") from error
+    return kind, size
+
+
+def memory_of(size: tuple[int, int]) -> int:
+    """Return the bytes that the pixels of a picture of (width, height) take while it is read."""
+    return size[0] * size[1] * _BYTES_A_PIXEL
 
 
 def is_quick(data: bytes, content_type: str) -> bool:
@@ -92,24 +133,48 @@ def is_quick(data: bytes, content_type: str) -> bool:
 def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     """Raise TooLarge, or InvalidRequest for nothing at all, if (width, height) is out of bounds."""
     if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
-        raise TooLarge(f"the picture has too many pixels: {_allowed(limits)}")
+        raise TooLarge(
+            f"the picture has too many pixels: at most {limits.max_pixels} in all "
+            f"(DROPSERVE_MAX_PIXELS) and {limits.max_side} a side (DROPSERVE_MAX_SIDE)"
+        )
     if min(size) < 1:
         raise InvalidRequest("the picture has no pixels")
 
 
-def _load(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
-    plain = _load_plain(data) if kind == "PNG" else None
-    if plain is not None:
-        return plain
+def _load(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
+    try:
+        plain = _load_plain(data) if kind == "PNG" else None
+        return plain or _load_any(data, kind, size)
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:
+        # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and
+        # others, as the damage happens to lead them; all mean the same to the sender.
+        raise _damaged(kind) from error
+
+
+def _load_any(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
+    """Decode by Pillow's own reader: the first frame, upright."""
     if kind == "PNG":
         _check_chunks(data)
-    image = Image.open(io.BytesIO(data), formats=(kind,))
-    check_size(image.size, limits)
-    if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:  # a JPEG's others are its previews
+    opened = Image.open(io.BytesIO(data), formats=(kind,))
+    if opened.size != size:
+        raise _damaged(kind)
+    if kind != "JPEG" and getattr(opened, "n_frames", 1) > 1:  # a JPEG's others are its previews
         raise InvalidRequest("the picture is animated: send one frame")
+    image = _load_webp(opened) if isinstance(opened, WebPImageFile) else opened
     image.load()
     ImageOps.exif_transpose(image, in_place=True)  # here, where damaged EXIF data is caught
     _ = image.has_transparency_data  # and so is a palette that is not there
+    return image
+
+
+def _load_webp(opened: WebPImageFile) -> Image.Image:
+    """Do what `opened.load()` does, but free libwebp's two canvases, 8 bytes a pixel, before it."""
+    raw, _timestamp, _duration = opened._get_next()  # noqa: SLF001  no public name
+    opened._decoder = None  # noqa: SLF001
+    image = Image.frombytes(opened.mode, opened.size, raw, "raw", opened.rawmode)
+    image.info = opened.info
     return image
 
 
@@ -156,34 +221,58 @@ def _chunks(data: bytes) -> list[tuple[int, int]]:
 def _check_chunks(data: bytes) -> None:
     """Raise InvalidRequest if a PNG is cut short, or what makes up its pixels is damaged.
 
-    Pillow looks at neither the checksums of IDAT nor the end.
+    Pillow looks at neither the checksums of IDAT nor the end, and keeps as much of other chunks as
+    there are.
     """
-    start, kind = 8, b""
+    start, kind, others = 8, b"", 0
     while kind != b"IEND":
+        others += kind != b"IDAT"
         end = start + 8 + _big(data[start : start + 4])
         kind = data[start + 4 : start + 8]
         critical = kind[:1].isupper()
         sound = not critical or zlib.crc32(data[start + 4 : end]) == _big(data[end : end + 4])
-        if end + 4 > len(data) or not sound:
-            raise InvalidRequest("the picture cannot be decoded: damaged or not PNG")
+        if end + 4 > len(data) or not sound or others > _MOST_SEGMENTS:
+            raise _damaged("PNG")
         start = end + 4
 
 
-def _recognise(data: bytes) -> tuple[str, tuple[int, int] | None]:
-    """Name the format by its first bytes, and the size where the header has it in a fixed place."""
+def _recognise(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Name the format by its first bytes, and read the size, which is (1, 1) if it is unknown."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         if len(data) < 33 or data[12:16] != b"IHDR":
-            raise InvalidRequest("the picture cannot be decoded: damaged or not PNG")
+            raise _damaged("PNG")
         if data[24] == 16:
             raise InvalidRequest("the picture has 16 bits a channel: send 8")
         return "PNG", _SIZE.unpack_from(data, 16)
     if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG", None
+        return "JPEG", _jpeg_size(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP", _webp_size(data)
     if data[:4] == b"GIF8" and len(data) >= 10:  # not read here, yet too large is too large
         return "GIF", (_little(data[6:8]), _little(data[8:10]))
-    return "unknown", None
+    return "unknown", (1, 1)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Read the size from the frame header (ITU-T T.81, B.2.2), among the segments before the scan.
+
+    All of them are walked, because Pillow keeps as many as there are.
+    """
+    start, size = 2, None
+    for _ in range(_MOST_SEGMENTS):
+        start = data.find(b"\xff", start)
+        if start < 0 or start + 9 > len(data):
+            break
+        marker = data[start + 1]
+        if marker == _SCAN and size is not None:
+            return size
+        if marker in _FRAMES and size is None:
+            size = _big(data[start + 7 : start + 9]), _big(data[start + 5 : start + 7])
+        if marker == 0xFF:  # fills up
+            start += 1
+        else:
+            start += 2 if marker in _BARE else 2 + _big(data[start + 2 : start + 4])
+    raise _damaged("JPEG")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -196,11 +285,11 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     if chunk == b"VP8 " and len(data) >= 30:
         return _little(data[26:28]) & 0x3FFF, _little(data[28:30]) & 0x3FFF
-    raise InvalidRequest("the picture cannot be decoded: damaged or not WEBP")
+    raise _damaged("WEBP")
 
 
-def _allowed(limits: ImageLimits) -> str:
-    return f"at most {limits.max_pixels} in all and {limits.max_side} a side"
+def _damaged(kind: str) -> InvalidRequest:
+    return InvalidRequest(f"the picture cannot be decoded: damaged or not {kind}")
 
 
 def _big(raw: bytes) -> int:

@@ -1,6 +1,5 @@
 """Owns the models, the one thread that runs them and the one that loads new ones."""
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +11,12 @@ import numpy as np
 import torch
 
 from models import catalogue
-from models.memory import keep_freed_memory
-from service.batching import Batcher, Place, QueueFull
-from service.classifier import Answer, Classifier, Pixels
+from models.memory import keep_freed_memory, release_freed_memory
+from service.batching import Batcher, Place, QueueFull, QueueTimeout
+from service.classifier import Answer, Classifier
+from service.decoding import Decoder, Pixels, Steps
 from service.errors import Overloaded
+from service.images import memory_of
 from service.reload import Folder
 from service.repository import Repository
 from service.settings import Settings
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Read = Callable[[], Pixels]
 """Decodes and prepares a request's pictures."""
-Steps = Iterator[Answer]
+Told = Iterator[Answer]
 """What a request that is answered in steps has still to be told."""
-Key = tuple[Classifier, Task, Steps | None]
+Key = tuple[Classifier, Task, Told | None]
 """What runs together; who is answered in steps runs alone."""
 Waiting = Place[Key, Pixels | Read | None, Answer]
 """A request in the queue."""
@@ -97,7 +98,7 @@ class Inference:
         self._set_threads = set_threads = partial(torch.set_num_threads, settings.threads)
         self._worker = ThreadPoolExecutor(1, "inference", set_threads)
         self._loader = ThreadPoolExecutor(1, "loading", set_threads)
-        self._decoders = ThreadPoolExecutor(2, "decoding")
+        self._decoder = Decoder(2, memory_of((settings.max_pixels, 1)), release_freed_memory)
         self._decoding = 0
         self._watched = 0
         self.metrics: Metrics | None = None
@@ -141,7 +142,7 @@ class Inference:
             self.metrics.answered(classifier.name, task, whole)
         return answers
 
-    async def decode(self, work: Callable[[], Result]) -> Result:
+    async def decode(self, steps: Steps[Result]) -> Result:
         """Run decoding off the event loop; what has not begun when it is cancelled is let go of.
 
         Raises:
@@ -150,19 +151,19 @@ class Inference:
         if self._decoding >= self._settings.max_queue:
             raise Overloaded("too many pictures are waiting; try again in a second")
         self._decoding += 1
-        held = [work]  # the executor keeps what was cancelled until it would be its turn
-        del work
         try:
             with self.tracing.span("decode") if self.tracing is not None else nullcontext():
-                return await asyncio.get_running_loop().run_in_executor(
-                    self._decoders, lambda: held.pop()()
-                )
+                return await self._decoder.run(steps)
         finally:
-            held.clear()
             self._decoding -= 1
 
     async def run(
-        self, classifier: Classifier, task: Task, pixels: Pixels | Read, images: int
+        self,
+        classifier: Classifier,
+        task: Task,
+        pixels: Pixels | Read,
+        images: int,
+        max_wait: float = 0.0,
     ) -> Answer:
         """Answer one request, together with others of the same task that wait.
 
@@ -174,9 +175,10 @@ class Inference:
             pixels: uint8 [B, C, H, W], or what reads them in no time: pictures that are decoded
                 one after another take half as long as those between which other code runs.
             images: B.
+            max_wait: seconds to wait in the queue at most; 0: no limit.
 
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, or the time is over before the run has begun.
             RequestError: they could not be read.
         """
         submit: Callable[..., Awaitable[Answer]] = self._batcher.submit
@@ -184,10 +186,18 @@ class Inference:
             submit = self.tracing.staged(submit)
         try:
             return await submit(
-                (classifier, task, None), pixels, images, urgent=isinstance(task, Predict)
+                (classifier, task, None),
+                pixels,
+                images,
+                urgent=isinstance(task, Predict),
+                max_wait=max_wait,
             )
         except QueueFull as error:
             raise Overloaded(_FULL) from error
+        except QueueTimeout as error:
+            raise Overloaded(
+                "the request waited in the queue for longer than its timeout"
+            ) from error
 
     def queue(self, classifier: Classifier, task: Task, pixels: Read) -> Waiting:
         """Do as `run` does for one picture, and wait for nothing; who gives up must `leave`.
@@ -244,7 +254,7 @@ class Inference:
         self._batcher.close()
         self.repository.close()
         self._worker.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
 
@@ -254,7 +264,7 @@ def _is_brief(key: Key, images: int) -> bool:
     return 0 < images <= classifier.brief.get(task, 0)
 
 
-def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Steps:
+def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Told:
     if callable(pixels):
         pixels = pixels()  # in its place: with it goes the request's body
     yield from classifier.watch(task, pixels)

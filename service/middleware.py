@@ -28,7 +28,10 @@ _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestLog:
-    """ASGI middleware; `request.state` then has `request_id`, and `log` to add fields to."""
+    """ASGI middleware; `request.state` then has `request_id`, and `log` to add fields to.
+
+    It answers HEAD wherever there is GET.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -39,6 +42,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        scope = exchange.scope
         try:
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
@@ -67,12 +71,14 @@ class _Exchange:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._started = time.perf_counter()
-        self._scope = scope
+        self._method = scope["method"]
+        # HEAD is answered as GET, whose body the server leaves out
+        self.scope = {**scope, "method": "GET"} if self._method == "HEAD" else scope
         self._send = send
         self.request_id = request_id(scope["headers"])
         self.status = 0
         self._fields: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(request_id=self.request_id, log=self._fields)
+        self.scope.setdefault("state", {}).update(request_id=self.request_id, log=self._fields)
 
     async def send(self, message: Message) -> None:
         """Pass a message on, with the request's id on the first."""
@@ -88,7 +94,7 @@ class _Exchange:
         self, status: int, detail: str, more_headers: Mapping[str, str] | None = None
     ) -> None:
         """Answer in place of code that did not."""
-        content, media_type = written(self._scope["path"], status, detail, self.request_id)
+        content, media_type = written(self.scope["path"], status, detail, self.request_id)
         body = orjson.dumps(content)
         headers = {
             "content-type": media_type,
@@ -104,15 +110,14 @@ class _Exchange:
 
     def end(self) -> None:
         """Write the request's line, and count it; with the status that the log has, if it has."""
-        scope = self._scope
         line = {
             "request_id": self.request_id,
-            "method": scope["method"],
-            "route": route_of(scope),
+            "method": self._method,
+            "route": route_of(self.scope),
             **self._fields,
         }
         line.setdefault("status", self.status)
-        record(scope["app"].state.metrics, line, self._started)
+        record(self.scope["app"].state.metrics, line, self._started)
 
 
 def record(metrics: "Metrics", line: dict[str, Any], started: float) -> None:

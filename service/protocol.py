@@ -6,9 +6,9 @@ and model repositories. What is sent is read strictly: an unknown name is an err
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from service.schemas import SamplingOptions
+from service.schemas import SamplingOptions, Sent
 
 Datatype = Literal["UINT8", "FP32", "BYTES"]
 """Of the input: pixels 0 to 255, the same as numbers to be rounded, encoded pictures."""
@@ -32,7 +32,7 @@ SAMPLED: tuple[str, ...] = get_args(Sampled)
 Output = Literal[Plain, Sampled]
 ROWS = ("probabilities", "mean", "variance", "standard_error", "lower", "upper")
 """Outputs that have a figure a class."""
-WHOLE = ("index", "degrees_of_freedom")
+INTEGERS = ("index", "degrees_of_freedom")
 """Outputs that are whole numbers."""
 
 
@@ -42,19 +42,19 @@ def _sound(text: str) -> str:
     return text
 
 
-class _Sent(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class Strict(Sent):
+    """Part of a message: JSON's types are not converted."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _few(cls, values: object) -> object:
-        """Refuse an object with more names than there are; each would be an error of 1 kB."""
-        if isinstance(values, dict) and len(values) > 16:
-            raise ValueError("too many names")
-        return values
+    model_config = ConfigDict(strict=True)
 
 
-class InferParameters(_Sent, SamplingOptions):
+Ignored = Annotated[
+    str | int | float | bool | None,
+    Field(description="Accepted, because clients send it, and ignored."),
+]
+
+
+class InferParameters(Strict, SamplingOptions):
     """How to answer."""
 
     mode: Annotated[
@@ -62,50 +62,74 @@ class InferParameters(_Sent, SamplingOptions):
         Field(description="uncertainty adds the outputs of Monte Carlo dropout."),
     ] = None
     binary_data_output: Annotated[bool, Field(description="All outputs as binary data.")] = False
+    timeout: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**63 - 1,
+            description="Microseconds to wait in the queue at most; what has not begun to run by "
+            "then never does, and is 503. 0: no limit.",
+        ),
+    ] = 0
+    priority: Ignored = None
+    content_type: Ignored = None
+    sequence_id: Ignored = None
+    sequence_start: Ignored = None
+    sequence_end: Ignored = None
 
 
-class InputParameters(_Sent):
+class InputParameters(Strict):
     """Of the input."""
 
     binary_data_size: Annotated[int, Field(ge=0)] | None = None
+    content_type: Ignored = None
 
 
-class InputTensor(_Sent):
+class InputTensor(Strict):
     """Pictures: [B, H, W] or [B, H, W, C] pixels, C 1 or 3; or [B] or [B, 1] encoded ones."""
 
     name: Literal["image"]
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=4)]
     datatype: Datatype
-    parameters: InputParameters = InputParameters()
+    parameters: InputParameters | None = None
     data: Annotated[
         list[Any] | None,
         Field(description="Row-major, nested or flat; BYTES are base64 strings."),
     ] = None
 
 
-class OutputParameters(_Sent):
+class OutputParameters(Strict):
     """Of a requested output."""
 
     binary_data: bool | None = None
 
 
-class RequestedOutput(_Sent):
+class RequestedOutput(Strict):
     """An output to return."""
 
     name: Output
-    parameters: OutputParameters = OutputParameters()
+    parameters: OutputParameters | None = None
 
 
-class InferRequest(_Sent):
+class InferRequest(Strict):
     """Body of `infer`, or the part of it before binary data."""
 
     id: Annotated[str, AfterValidator(_sound)] | None = None
-    parameters: InferParameters = InferParameters()
+    model_name: Annotated[
+        str | None, Field(description="Must be the path's; KServe's client sends it.")
+    ] = None
+    model_version: Annotated[
+        str | None, Field(description="Must be the one that answers, or empty.")
+    ] = None
+    parameters: InferParameters | None = None
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
     outputs: Annotated[
-        list[RequestedOutput],
-        Field(max_length=len(get_args(Output)), description="None: all that the mode has."),
-    ] = []
+        list[RequestedOutput] | None,
+        Field(
+            max_length=len(get_args(Output)),
+            description="None, or an empty list: all that the mode has.",
+        ),
+    ] = None
 
 
 class OutputTensor(BaseModel):
@@ -174,31 +198,34 @@ class ModelReady(Ready):
     name: str
 
 
-class IndexRequest(_Sent):
+class IndexRequest(Strict):
     """Which models to list."""
 
-    ready: Annotated[bool, Field(description="Only those that are ready.")] = False
+    ready: Annotated[bool | None, Field(description="Only those that are ready.")] = None
 
 
-class LoadRequest(_Sent):
-    """Body of `load`, without Triton's parameters that bring a configuration or files along."""
-
-    parameters: dict[str, Any] = Field({}, max_length=0)
+class LoadParameters(Strict):
+    """None of Triton's, which bring a configuration or files along."""
 
 
-class UnloadParameters(_Sent):
+class LoadRequest(Strict):
+    """Body of `load`."""
+
+    parameters: LoadParameters | None = None
+
+
+class UnloadParameters(Strict):
     """Of `unload`."""
 
-    unload_dependents: bool = False
+    unload_dependents: Annotated[
+        bool | None, Field(description="Ignored: no model has dependents.")
+    ] = None
 
 
-_FLAG = {"type": "object", "properties": {"unload_dependents": {"type": "boolean"}}}
+class UnloadRequest(Strict):
+    """Body of `unload`."""
 
-
-class UnloadRequest(_Sent):
-    """Body of `unload`; no model has dependents."""
-
-    parameters: Annotated[UnloadParameters, WithJsonSchema(_FLAG)] = UnloadParameters()
+    parameters: UnloadParameters | None = None
 
 
 class IndexEntry(BaseModel):

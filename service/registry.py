@@ -1,12 +1,18 @@
 """Names and versions: which model a request means. Names are looked up, never joined to a path."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import islice
 from typing import Generic, TypeVar
 
 from service.errors import NotFound
 
 Served = TypeVar("Served")
+_PLAIN = re.compile(r"0|[1-9][0-9]{0,8}")
+_LISTED = 20
+"""Names that an error lists."""
 
 
 class RegistryError(Exception):
@@ -69,19 +75,29 @@ class Registry(Generic[Served]):
         """
         if name is None and self.default is None:
             raise NotFound(
-                "there are several models and no default: name one, or set DROPSERVE_DEFAULT_MODEL"
+                f"there are several models and no default: name one of {_listed(self._models)}, or "
+                f"set DROPSERVE_DEFAULT_MODEL"
             )
-        model = self.model(self.default or "" if name is None else name)
-        if not model.versions:
-            raise NotFound(
-                "the default model is not served now; GET /readyz says why"
-                if name is None
-                else "no such model; GET /v1/models lists them"
-            )
+        if name is None:
+            name = self.default or ""
+            if name not in self._models:
+                raise NotFound("the default model is not served now; GET /readyz says why")
+        elif name not in self._models:
+            raise self.no_model(name)
+        model = self._models[name]
         number = model.answers if version is None else plain_number(version)
         if number is None or number not in model.versions:
-            raise NotFound("no such version of the model; GET /v1/models lists them")
+            raise NotFound(f"no such version of the model; served are {_listed(model.versions)}")
         return model.versions[number]
+
+    def no_model(self, name: str | None) -> NotFound:
+        """Make the error that says which models there are, and which one was meant perhaps."""
+        if not self._models:
+            return NotFound("no such model; none is served")
+        names = {known.lower(): known for known in self._models}
+        meant = get_close_matches(name[:100].lower(), names, 1) if name else []
+        hint = f"; did you mean {names[meant[0]]}?" if meant else ""
+        return NotFound(f"no such model; served are {_listed(self._models)}{hint}")
 
     def versions(self, name: str) -> Mapping[int, Served]:
         """Return a model's versions, in ascending order; none where there is no such model."""
@@ -108,6 +124,11 @@ class Registry(Generic[Served]):
 
 
 def plain_number(text: str) -> int:
-    """Read a number from a path: plain decimal digits, not too many; -1: it is something else."""
-    plain = text.isascii() and text.isdecimal() and len(text) <= 9
-    return int(text) if plain else -1
+    """Read a number from a path: as it is written, and not too long; -1: it is something else."""
+    return int(text) if _PLAIN.fullmatch(text) else -1
+
+
+def _listed(names: Iterable[object]) -> str:
+    """Write the first names of many."""
+    first = [str(name) for name in islice(names, _LISTED + 1)]
+    return ", ".join([*first[:_LISTED], "..."] if len(first) > _LISTED else first)

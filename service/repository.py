@@ -109,7 +109,7 @@ class Repository(Generic[Served]):
             Overloaded: not all workers have done it yet.
         """
         if not self.registry.versions(name):
-            raise NotFound("no such model; GET /v1/models lists them")
+            raise self.registry.no_model(name)
         await self._post(name, loaded=False)
 
     def index(self) -> list[dict[str, str]]:

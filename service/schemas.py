@@ -3,13 +3,19 @@
 The events of `/uncertainty/stream` are in `service.events`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MaskKind = Literal["stratified", "independent"]
 Probabilities = list[float]
 """One number a class, in the order of the model's classes."""
+SCALES = (255, 1)
+"""Numbers that white may be."""
+_REPEATED = re.compile(r"[a-zA-Z_]{1,32}")
+"""Names of unknown parameters that an error repeats."""
 
 
 class Answer(BaseModel):
@@ -18,17 +24,48 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
 
-class _Options(BaseModel):
-    """Query parameters; an unknown one is refused, so that a misspelt one is not ignored."""
+class Sent(BaseModel):
+    """What a client sends; an unknown name is refused, so that a misspelt one is not ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: object) -> object:
+        """Refuse an unknown name, and say which it is: the one thing that errors repeat."""
+        known = cls.model_fields
+        for name in values if isinstance(values, dict) else ():
+            if name not in known:
+                named = f" {name}" if _REPEATED.fullmatch(name) else ""
+                allowed = ", ".join(known) or "none"
+                raise PydanticCustomError(
+                    "unknown_name",
+                    "unknown parameter{named}; allowed: {allowed}",
+                    {"named": named, "allowed": allowed},
+                )
+        return values
 
 
-class PredictOptions(_Options):
-    """`/predict` takes none."""
+def _check_scale(value: int) -> int:
+    if value not in SCALES:
+        raise PydanticCustomError("scale", "must be 255 or 1")
+    return value
 
 
-class SamplingOptions(_Options):
+class PredictOptions(Sent):
+    """How numbers are read; encoded pictures take no scale but 255."""
+
+    scale: Annotated[
+        int,
+        AfterValidator(_check_scale),
+        Field(
+            description="Number that is white in `instances` and tensors; 1 if they are scaled.",
+            json_schema_extra={"enum": list(SCALES)},
+        ),
+    ] = 255
+
+
+class SamplingOptions(PredictOptions):
     """How thinned networks are sampled."""
 
     samples: Annotated[int, Field(ge=1, le=1000, description="Thinned networks, T.")] = 100
@@ -43,7 +80,7 @@ class UncertaintyOptions(SamplingOptions):
     include_samples: Annotated[bool, Field(description="Return all T x C probabilities.")] = False
 
 
-class CompareOptions(_Options):
+class CompareOptions(PredictOptions):
     """How `/compare` runs train mode."""
 
     passes: Annotated[int, Field(ge=1, le=32, description="Train-mode passes, k.")] = 8

@@ -59,11 +59,15 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         1024, ge=1, description="Images waiting before more are refused with 503."
     )
-    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Bytes of one request's body.")
+    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Bytes of one request's body.")
     max_held_bytes: int = Field(
-        256 * 2**20, ge=1024, description="Bytes of all bodies at once; more: 503."
+        96 * 2**20, ge=1024, description="Bytes of all bodies at once; more: 503."
     )
-    max_pixels: int = Field(16 * 10**6, ge=1, description="Pixels of one request's pictures.")
+    max_pixels: int = Field(
+        64 * 10**6,
+        ge=1,
+        description="Pixels of one picture; 12 bytes each bound the memory of decoding.",
+    )
     max_side: int = Field(16_384, ge=1, description="Pixels of one picture's longer side.")
     max_images: int = Field(64, ge=1, le=1000, description="Pictures in one request.")
     max_samples: int = Field(1000, ge=1, le=1000, description="Samples of one /uncertainty.")

@@ -10,19 +10,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from service.bodies import BodyLimits, Pixels, bounded, check_count, from_base64, to_pixels
-from service.errors import InvalidRequest, MalformedRequest, TooLarge
-from service.images import check_size, decode
+from service.bodies import (
+    NUMBERS,
+    BodyLimits,
+    check_count,
+    check_encoded,
+    from_base64,
+    from_pixels,
+    read_each,
+    to_pixels,
+)
+from service.decoding import Pixels
+from service.errors import InvalidRequest, MalformedRequest
+from service.images import Picture, check_size, encoded
 from service.protocol import InputTensor
 
 Pictures = Pixels | Sequence[bytes]
-"""Pixels [B, H, W] or [B, H, W, 3], or encoded pictures."""
+"""Pixels [B, H, W] or [B, H, W, C], or encoded pictures."""
 Values = npt.NDArray[Any] | Sequence[str]
 """Of an output: float32 or int64 of any shape, or strings."""
 _WHOLE = frozenset((int,))
-_HEADER = "Inference-Header-Content-Length"
+HEADER = "Inference-Header-Content-Length"
 
 
 def split(body: bytes, lengths: Sequence[bytes]) -> tuple[bytes, memoryview | None]:
@@ -39,48 +48,49 @@ def split(body: bytes, lengths: Sequence[bytes]) -> tuple[bytes, memoryview | No
         return body, None
     (length, *more) = lengths
     if more or not length.isdigit() or len(length) > 18:
-        raise MalformedRequest(f"{_HEADER} must be a number, once")
+        raise MalformedRequest(f"{HEADER} must be a number, once")
     end = int(length)
     if not 0 < end <= len(body):
-        raise MalformedRequest(f"{_HEADER} must be from 1 to the bytes of the body")
+        raise MalformedRequest(f"{HEADER} must be from 1 to the bytes of the body")
     return body[:end], memoryview(body)[end:]
 
 
-def read(tensor: InputTensor, binary: memoryview | None, limits: BodyLimits) -> Pictures:
-    """Read the pictures of an input; encoded ones are not decoded yet.
+def read(
+    tensor: InputTensor, binary: memoryview | None, limits: BodyLimits, scale: int
+) -> Pictures:
+    """Read the pictures of an input.
 
     Args:
         tensor: the input.
         binary: what followed the JSON, if the message had a header for it.
         limits: of number and size.
+        scale: the number that is white.
 
     Raises:
         RequestError: shape, size and data do not agree, or are out of bounds.
     """
     shape = _check_shape(tensor, limits)
-    size = tensor.parameters.binary_data_size
+    size = None if tensor.parameters is None else tensor.parameters.binary_data_size
     if (size is None) == (tensor.data is None):
         raise InvalidRequest("the input needs either `data` or the parameter binary_data_size")
+    if tensor.datatype == "BYTES":
+        check_encoded(scale)
     if size is None:
         if binary:
             raise MalformedRequest("there is binary data that no input names")
-        found = _from_json(tensor, shape)
-    elif binary is None:
-        raise MalformedRequest(f"binary data needs the header {_HEADER}")
-    elif size != len(binary):
+        return _from_json(tensor, shape, scale)
+    if binary is None:
+        raise MalformedRequest(f"binary data needs the header {HEADER}")
+    if size != len(binary):
         raise MalformedRequest("binary_data_size is not the size of the binary data")
-    else:
-        found = _from_binary(tensor, shape, binary)
-    if isinstance(found, np.ndarray) and found.shape[3:] == (1,):
-        return found[..., 0]
-    return found
+    return _from_binary(tensor, shape, binary, scale)
 
 
-def pictures(found: Pictures, limits: BodyLimits) -> Iterator[Image.Image]:
-    """Make pictures of what `read` found, one at a time, as they are asked for."""
+def pictures(found: Pictures, limits: BodyLimits) -> list[Picture]:
+    """Make pictures of what `read` found."""
     if isinstance(found, np.ndarray):
-        return map(Image.fromarray, found)
-    return bounded((decode(data, None, limits.image) for data in found), limits)
+        return from_pixels(found)
+    return read_each(found, lambda data: encoded(data, None, limits.image))
 
 
 def write(name: str, values: Values, *, binary: bool) -> tuple[dict[str, Any], bytes]:
@@ -118,13 +128,10 @@ def _check_shape(tensor: InputTensor, limits: BodyLimits) -> tuple[int, ...]:
     check_count(count[0], limits)
     if tensor.datatype != "BYTES":
         check_size((sides[1], sides[0]), limits.image)
-        most = limits.image.max_pixels
-        if math.prod(shape[:3]) > most:
-            raise TooLarge(f"the pictures have more than {most} pixels together")
     return shape
 
 
-def _from_json(tensor: InputTensor, shape: tuple[int, ...]) -> Pictures:
+def _from_json(tensor: InputTensor, shape: tuple[int, ...], scale: int) -> Pictures:
     unlike = InvalidRequest("the data does not fit the shape")
     try:
         items = np.array(tensor.data, dtype=object)
@@ -134,20 +141,20 @@ def _from_json(tensor: InputTensor, shape: tuple[int, ...]) -> Pictures:
         raise unlike
     if tensor.datatype == "BYTES":
         return [from_base64(item) for item in items.flat]
-    if tensor.datatype == "UINT8":
-        return to_pixels(items, _WHOLE).reshape(shape)
-    return to_pixels(items).reshape(shape)
+    items = items.reshape(shape)
+    return to_pixels(items, scale, _WHOLE if tensor.datatype == "UINT8" else NUMBERS)
 
 
-def _from_binary(tensor: InputTensor, shape: tuple[int, ...], data: memoryview) -> Pictures:
+def _from_binary(
+    tensor: InputTensor, shape: tuple[int, ...], data: memoryview, scale: int
+) -> Pictures:
     if tensor.datatype == "BYTES":
         return list(_elements(data, shape[0]))
     size = 1 if tensor.datatype == "UINT8" else 4
     if size * math.prod(shape) != len(data):
         raise MalformedRequest("the size of the binary data does not fit the shape")
-    if size == 1:
-        return np.frombuffer(data, np.uint8).reshape(shape)
-    return to_pixels(np.frombuffer(data, "<f4")).reshape(shape)
+    numbers = np.frombuffer(data, np.uint8 if size == 1 else "<f4").reshape(shape)
+    return numbers if size == 1 and scale == 255 else to_pixels(numbers, scale)
 
 
 def _elements(data: memoryview, count: int) -> Iterator[bytes]:

@@ -63,10 +63,10 @@ class Tracing:
     def staged(self, submit: Callable[..., Awaitable[Result]]) -> Callable[..., Awaitable[Result]]:
         """Wrap the queue's `submit`, so that the stages of what is submitted are traced."""
 
-        async def traced(key: Any, item: Any, weight: int, *, urgent: bool) -> Result:  # noqa: ANN401
+        async def traced(key: Any, item: Any, weight: int, **how: Any) -> Result:  # noqa: ANN401
             stages = _Stages(item)
             try:
-                return await submit(key, stages, weight, urgent=urgent)
+                return await submit(key, stages, weight, **how)
             finally:
                 for name, start, end in stages.ended():
                     self._tracer.start_span(name, start_time=start).end(end)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from service.app import create_app
 from service.cli import app as command_line
 from service.document import common, examples
+from service.keys import OPEN
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,7 @@ def test_every_operation_says_what_it_does_answers_and_how_it_fails(name):
     answers = [r for s, r in operation["responses"].items() if s < "400"]
     assert [r["description"] for r in answers]
     for media_type, content in answers[0]["content"].items():
-        assert "example" in content or media_type == "image/png"
+        assert "example" in content or media_type in ("image/png", "application/octet-stream")
         if media_type == "application/json":
             jsonschema.validate(content["example"], schema_of(content))
 
@@ -58,6 +59,67 @@ def test_every_operation_says_what_it_does_answers_and_how_it_fails(name):
 def test_every_body_has_an_example_that_its_schema_allows(name):
     content = OPERATIONS[name]["requestBody"]["content"]["application/json"]
     jsonschema.validate(content["example"], schema_of(content))
+
+
+def test_only_a_service_with_keys_says_that_they_are_needed_and_not_by_its_probes(tmp_path):
+    assert "securitySchemes" not in DOCUMENT["components"]
+    assert not any("security" in operation for operation in OPERATIONS.values())
+    (tmp_path / "keys").write_text("a-key")
+    given = Settings(api_keys_file=tmp_path / "keys", admin_token=TOKEN)
+    document = create_app(given).openapi()
+    schemes = document["components"]["securitySchemes"]
+    assert {s["type"] + s.get("scheme", "") for s in schemes.values()} == {
+        *("httpbearer", "apiKey", "httpbasic"),
+    }
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            needed = operation.get("security")
+            if path in OPEN:
+                assert needed is None
+            elif path.startswith("/v2/repository"):
+                assert needed == [{"adminToken": [], "keyAsHeader": []}]
+            else:
+                assert [*map(list, needed)] == [["keyAsBearer"], ["keyAsHeader"], ["keyAsPassword"]]
+            assert ("401" in operation["responses"]) == (path not in OPEN)
+
+
+def test_limits_in_the_document_are_those_of_the_service():
+    document = create_app(Settings(max_images=3, max_samples=50)).openapi()
+    post = document["paths"]["/uncertainty"]["post"]
+    (samples,) = [p["schema"] for p in post["parameters"] if p["name"] == "samples"]
+    assert (samples["maximum"], samples["default"]) == (50, 50)
+    content = post["requestBody"]["content"]
+    for kind in content["application/json"]["schema"]["anyOf"]:
+        jsonschema.Draft202012Validator.check_schema(kind)
+        name = kind["required"][0]
+        item = "aGk=" if name == "images" else [[0, 255.0]]
+        for right in ({name: [item]}, {name: [item] * 3, "scale": 1}):
+            assert jsonschema.Draft202012Validator(kind).is_valid(right)
+        many, unknown, odd = (
+            {name: [item] * 4},
+            {name: [item], "seed": 5},
+            {name: [item], "scale": 2},
+        )
+        for wrong in ({name: []}, many, unknown, odd):
+            assert not jsonschema.Draft202012Validator(kind).is_valid(wrong)
+    assert content["multipart/form-data"]["schema"]["properties"]["file"]["maxItems"] == 3
+    assert "image/webp" in content["multipart/form-data"]["encoding"]["file"]["contentType"]
+    stream = document["paths"]["/uncertainty/stream"]["post"]
+    assert (
+        stream["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]["file"][
+            "maxItems"
+        ]
+        == 1
+    )
+    events = stream["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]["oneOf"]
+    assert [event["properties"]["event"]["const"] for event in events] == [
+        *("start", "sample", "end", "error")
+    ]
+    infer = document["paths"]["/v2/models/{name}/infer"]["post"]
+    for message in (infer["requestBody"], infer["responses"]["200"]):
+        assert set(message["content"]) == {"application/json", "application/octet-stream"}
+    for path in ("/readyz", "/healthz", "/v2/health/ready"):
+        assert "503" in document["paths"][path]["get"]["responses"]
 
 
 def test_no_example_is_of_a_route_that_is_not_there():

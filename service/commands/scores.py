@@ -22,7 +22,7 @@ Sort = Literal[
 Answer = TypeVar("Answer")
 Image = TypeVar("Image", bound=Path | bytes)
 _COLUMNS = [field.name for field in fields(Row)]
-_MAX_BYTES = 4 * 2**20  # of a request: half of what a service takes by default
+_MAX_BYTES = 16 * 2**20  # of a request: half of what a service takes by default
 _BAD_IMAGE = (MalformedRequest, TooLarge, UnsupportedMediaType, InvalidRequest, OSError)
 _GOOD_IMAGE = bytes.fromhex(  # a PNG of one grey pixel
     "89504e470d0a1a0a0000000d4948445200000001000000010800000000"

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Response
 from service.classifier import Classifier
 from service.errors import NotFound
 from service.registry import plain_number
-from service.routes.native import ERRORS, Find, named_model, versioned_model
+from service.routes.native import Find, errors, named_model, versioned_model
 from service.schemas import ExampleList
 
 router = APIRouter(tags=["models"])
@@ -23,7 +23,7 @@ _PNG: Mapping[str, Any] = {"image/png": {"schema": {"type": "string", "format": 
 
 
 def _add_list(path: str, find: Find) -> None:
-    @router.get(path, responses={404: ERRORS[404]})
+    @router.get(path, responses=errors(404))
     async def examples(model: Annotated[Classifier, Depends(find)]) -> ExampleList:
         """List pictures of the test set; none where the model was saved without."""
         base = f"/v1/models/{model.name}/versions/{model.version}/examples"
@@ -43,7 +43,7 @@ _add_list(_VERSION + "/examples", versioned_model)
 @router.get(
     _VERSION + "/examples/{number}",
     response_class=Response,
-    responses={200: {"content": _PNG, "description": "The picture."}, 404: ERRORS[404]},
+    responses={200: {"content": _PNG, "description": "The picture."}, **errors(404)},
 )
 async def example(model: Annotated[Classifier, Depends(versioned_model)], number: str) -> Response:
     """Send one as a PNG: posted back, it is the test set's picture to the bit."""

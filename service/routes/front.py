@@ -49,8 +49,5 @@ def invalid(error: ValidationError) -> InvalidRequest:
 
 
 def _describe(error: Mapping[str, Any]) -> str:
-    path, what = error["loc"], error["msg"]
-    if error["type"] in ("extra_forbidden", "invalid_key"):  # then the last is a name that was sent
-        path, what = path[:-1], "unknown parameter"
-    where = ".".join(map(str, path))
-    return f"{where}: {what}" if where else what
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {error['msg']}" if where else error["msg"]

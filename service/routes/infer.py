@@ -10,24 +10,26 @@ import orjson
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.bodies import BodyLimits, BodyReader, load_json
-from service.classifier import Answer, Pixels
+from service.bodies import BodyLimits, BodyReader, json_memory, load_json
+from service.classifier import Answer, Classifier
+from service.decoding import Pixels, Steps, finish, prepared
 from service.errors import InvalidRequest, UnsupportedMediaType
 from service.images import QUICK_BYTES, is_quick
-from service.protocol import PLAIN, SAMPLED, WHOLE, InferRequest
+from service.protocol import INTEGERS, PLAIN, SAMPLED, InferParameters, InferRequest
 from service.routes.front import Front, invalid
-from service.schemas import SamplingOptions
+from service.routes.orders import held_to
+from service.schemas import PredictOptions, SamplingOptions
 from service.settings import Settings
 from service.tasks import Predict, Task, Uncertainty
 from service.tensors import Pictures, Values, pictures, read, split, write
 from service.waiting import WhileConnected
 
 if TYPE_CHECKING:
-    from service.inference import Inference
+    from service.inference import Inference, Read
 
 _LENGTH = b"inference-header-content-length"
 _OUTPUTS = {*PLAIN, *SAMPLED}
-_OPTIONS = set(SamplingOptions.model_fields)
+_OPTIONS = set(SamplingOptions.model_fields) - set(PredictOptions.model_fields)
 _MEDIA = (b"", b"application/json", b"application/octet-stream")
 
 
@@ -37,12 +39,14 @@ class _Order:
 
     Attributes:
         request: as it was sent.
+        parameters: of it.
         found: the pictures in it.
         outputs: names of those to return, and which of them as binary data.
         sampling: how to sample, if an output needs it.
     """
 
     request: InferRequest
+    parameters: InferParameters
     found: Pictures
     outputs: Mapping[str, bool]
     sampling: Uncertainty | None
@@ -95,7 +99,7 @@ def _columns(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
     for name, value in rows[0].items():
         if name in _OUTPUTS and value is not None:
             column = [row[name] for row in rows]
-            kind = np.int64 if name in WHOLE else np.float32
+            kind = np.int64 if name in INTEGERS else np.float32
             columns[name] = column if name == "label" else np.array(column, kind)
     return columns
 
@@ -128,26 +132,36 @@ class InferRoutes(Front):
         _check_media_type(given.get(b"content-type", b""))
         lengths = [value for name, value in scope["headers"] if name == _LENGTH]
         sent = await self._reader.read(given, receive)
+        size = len(sent)
         try:
 
-            def order() -> _Order:
-                return _parse(sent, lengths, self._reader.limits)
+            def order() -> Steps[_Order]:
+                nonlocal sent
+                limits, most = self._reader.limits, self._max_samples
+                found = yield from _parse(sent, lengths, model, limits, most)
+                sent = b""
+                return found
 
-            def prepare() -> Pixels:
+            def prepare() -> Steps[Pixels]:
                 found = pictures(asked.found, self._reader.limits)
-                return np.stack([model.prepare(image) for image in found])
+                return (yield from prepared(found, model.prepare))
 
             with WhileConnected(receive):
-                small = len(sent) <= QUICK_BYTES
-                asked = order() if small else await inference.decode(order)
-                if asked.sampling is not None and asked.sampling.samples > self._max_samples:
-                    raise InvalidRequest(f"samples: at most {self._max_samples} here")
-                images = len(asked.found)
-                pixels = prepare if small and asked.is_quick else await inference.decode(prepare)
-                log["images"] = images
-                answers = [await inference.run(model, t, pixels, images) for t in asked.tasks]
+                small = size <= QUICK_BYTES
+                asked = finish(order()) if small else await inference.decode(order())
+                log["images"] = images = len(asked.found)
+                pixels: Pixels | Read
+                if small and asked.is_quick:
+                    pixels = lambda: finish(prepare())  # noqa: E731  a name for both ways
+                else:
+                    pixels = await inference.decode(prepare())
+                timeout = asked.parameters.timeout / 1e6
+                answers = [
+                    await inference.run(model, task, pixels, images, timeout)
+                    for task in asked.tasks
+                ]
         finally:
-            self._reader.release(sent)
+            self._reader.release(size)
         head = {"model_name": model.name, "model_version": str(model.version)}
         await _send(send, head | asked.head, list(asked.write(answers)))
 
@@ -160,34 +174,50 @@ def _check_media_type(value: bytes) -> None:
         )
 
 
-def _parse(body: bytes, lengths: Sequence[bytes], limits: BodyLimits) -> _Order:
+def _parse(
+    body: bytes, lengths: Sequence[bytes], model: Classifier, limits: BodyLimits, max_samples: int
+) -> Steps[_Order]:
     """Read a request, all but the pictures' decoding.
 
     Raises:
         RequestError: says what is wrong with it.
     """
     head, binary = split(body, lengths)
+    yield json_memory(head) + 3 * len(body)
     try:
         request = InferRequest.model_validate(load_json(head))
     except ValidationError as error:
         raise invalid(error) from None
-    found = read(request.inputs[0], binary, limits)
-    outputs = _outputs(request)
-    if outputs.keys().isdisjoint(SAMPLED):
-        return _Order(request, found, outputs, None)
-    options = request.parameters.model_dump(include=_OPTIONS)
-    return _Order(request, found, outputs, Uncertainty(**options))
+    _check_names(request, model)
+    parameters = request.parameters or InferParameters()
+    found = read(request.inputs[0], binary, limits, parameters.scale)
+    outputs = _outputs(request, parameters)
+    sampling = None
+    if not outputs.keys().isdisjoint(SAMPLED):
+        options = parameters.model_dump(include=_OPTIONS)
+        sampling = Uncertainty(**options | {"samples": held_to(max_samples, parameters)})
+    return _Order(request, parameters, found, outputs, sampling)
 
 
-def _outputs(request: InferRequest) -> dict[str, bool]:
+def _check_names(request: InferRequest, model: Classifier) -> None:
+    """Refuse a body that names another model or version than its path; KServe's client names it."""
+    if request.model_name not in (None, "", model.name):
+        raise InvalidRequest("model_name: is not the model of the path: leave it out")
+    if request.model_version not in (None, "", str(model.version)):
+        raise InvalidRequest(
+            "model_version: is not the version that answers: ask for it in the path, "
+            "/v2/models/.../versions/.../infer"
+        )
+
+
+def _outputs(request: InferRequest, parameters: InferParameters) -> dict[str, bool]:
     """Name the outputs to return, and say which of them are to be binary data."""
-    parameters = request.parameters
     usual = parameters.binary_data_output
     asked: dict[str, bool] = {}
-    for output in request.outputs:
+    for output in request.outputs or ():
         if output.name in asked:
             raise InvalidRequest("outputs: one is there twice")
-        wish = output.parameters.binary_data
+        wish = None if output.parameters is None else output.parameters.binary_data
         asked[output.name] = usual if wish is None else wish
     sampled = not asked.keys().isdisjoint(SAMPLED)
     if parameters.mode == "predict" and sampled:

@@ -1,7 +1,6 @@
 """The native routes: models; and predict, uncertainty and compare as the document shows them."""
 
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -19,7 +18,6 @@ from service.schemas import (
     ModelList,
     PredictOptions,
     PredictResponse,
-    Problem,
     SamplingOptions,
     UncertaintyOptions,
     UncertaintyResponse,
@@ -31,64 +29,12 @@ Result = TypeVar("Result")
 Find = Callable[..., Awaitable[Classifier]]
 _MODEL = "/v1/models/{name}"
 _VERSION = _MODEL + "/versions/{version}"
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_PICTURES: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "image/png": _BINARY,
-        "image/jpeg": _BINARY,
-        "image/webp": _BINARY,
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["file"],
-                "properties": {
-                    "file": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                },
-            }
-        },
-        "application/json": {
-            "schema": {
-                "oneOf": [
-                    {
-                        "type": "object",
-                        "required": ["images"],
-                        "properties": {
-                            "images": {
-                                "type": "array",
-                                "items": {"type": "string", "contentEncoding": "base64"},
-                            }
-                        },
-                    },
-                    {
-                        "type": "object",
-                        "required": ["instances"],
-                        "properties": {
-                            "instances": {
-                                "type": "array",
-                                "description": "Numbers 0 to 255, each HxW or HxWxC.",
-                                "items": {"type": "array"},
-                            }
-                        },
-                    },
-                ]
-            }
-        },
-    },
-}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "content": {"application/problem+json": {}}}
-    for status in (400, 404, 408, 413, 415, 422, 500, 503)
-}
+_TASK_ERRORS = (400, 404, 408, 413, 415, 422, 503)
 
-_PROBLEM = {"schema": {"$ref": "#/components/schemas/Problem"}}
-_STREAM_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "content": {"application/problem+json": _PROBLEM},
-        "description": HTTPStatus(int(status)).phrase,
-    }
-    for status in ERRORS
-}
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Declare errors by their statuses alone: `document.py` says the same of each everywhere."""
+    return {status: {} for status in statuses}
 
 
 def inference_of(request: Request) -> Inference:
@@ -112,7 +58,7 @@ async def versioned_model(request: Request, name: str, version: str) -> Classifi
     return inference_of(request).registry.find(name, version)
 
 
-@router.get("/v1/models", response_model=ModelList, responses={503: ERRORS[503]})
+@router.get("/v1/models", response_model=ModelList, responses=errors(503))
 async def models(request: Request) -> Response:
     """List the models that are served."""
     registry = inference_of(request).registry
@@ -135,7 +81,7 @@ def _summary(inference: Inference, model: Classifier) -> dict[str, Any]:
 
 
 def _add_details(path: str, find: Find) -> None:
-    @router.get(path, response_model=ModelDetails, responses={404: ERRORS[404]})
+    @router.get(path, response_model=ModelDetails, responses=errors(404))
     async def details(request: Request, model: Annotated[Classifier, Depends(find)]) -> Response:
         """Describe a version: classes, input, dropout sites, evaluation, digest."""
         return _describe(request, model)
@@ -152,8 +98,7 @@ def _add_tasks(prefix: str, find: Find) -> None:
         return router.post(
             prefix + path,
             response_model=response,
-            responses=ERRORS,
-            openapi_extra={"requestBody": _PICTURES},
+            responses=errors(*_TASK_ERRORS),
         )
 
     @post("/predict", PredictResponse)
@@ -172,8 +117,7 @@ def _add_tasks(prefix: str, find: Find) -> None:
         prefix + "/uncertainty/stream",
         response_class=EventStream,
         response_model=StreamEvent,
-        responses=_STREAM_ERRORS,
-        openapi_extra={"requestBody": _PICTURES},
+        responses=errors(*_TASK_ERRORS),
     )
     async def uncertainty_stream(
         model: Model, options: Annotated[SamplingOptions, Query()]

@@ -12,10 +12,10 @@ from service.bodies import BodyReader, load_json
 from service.classifier import Classifier
 from service.errors import Forbidden, Overloaded, Unauthorized
 from service.protocol import (
+    INTEGERS,
     PLAIN,
     ROWS,
     SAMPLED,
-    WHOLE,
     IndexEntry,
     IndexRequest,
     InferRequest,
@@ -24,14 +24,13 @@ from service.protocol import (
     LoadRequest,
     ModelMetadata,
     ModelReady,
-    ProtocolError,
     Ready,
     ServerMetadata,
     TensorMetadata,
     UnloadRequest,
 )
 from service.routes.front import invalid
-from service.routes.native import Find, inference_of, named_model, versioned_model
+from service.routes.native import Find, errors, inference_of, named_model, versioned_model
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -41,10 +40,7 @@ router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 Sent = TypeVar("Sent", bound=BaseModel)
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ProtocolError} for status in statuses}
-
-
+@router.get("/", include_in_schema=False)
 @router.get("")
 async def server_metadata(request: Request) -> ServerMetadata:
     """Say what the server is, and which extensions it has."""
@@ -60,7 +56,7 @@ async def live() -> Live:
     return Live(live=True)
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=errors(503))
 async def ready(request: Request) -> Ready:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
     if not any(inference_of(request).registry):
@@ -72,17 +68,17 @@ def _add_model(prefix: str, find: Find) -> None:
     """Declare a model's routes under a prefix that says which one."""
     Model = Annotated[Classifier, Depends(find)]  # noqa: N806  a type
 
-    @router.get(prefix, responses=_errors(404))
+    @router.get(prefix, responses=errors(404))
     async def metadata(request: Request, model: Model) -> ModelMetadata:
         """Name a model's versions and tensors."""
         return _describe(model, list(inference_of(request).registry.versions(model.name)))
 
-    @router.get(prefix + "/ready", responses=_errors(404))
+    @router.get(prefix + "/ready", responses=errors(404))
     async def model_ready(model: Model) -> ModelReady:
         """Say that a model may be asked."""
         return ModelReady(name=model.name, ready=True)
 
-    @router.post(prefix + "/infer", responses=_errors(400, 404, 408, 413, 415, 422, 500, 503))
+    @router.post(prefix + "/infer", responses=errors(400, 404, 408, 413, 415, 422, 503))
     async def infer(model: Model, body: InferRequest) -> InferResponse:
         """Classify pictures: in eval mode, by Monte Carlo dropout, or both.
 
@@ -102,7 +98,7 @@ def _describe(model: Classifier, versions: Sequence[int]) -> ModelMetadata:
     classes, channels = len(model.classes), model.details()["input"]["channels"]
 
     def output(name: str) -> TensorMetadata:
-        kind = "INT64" if name in WHOLE else "BYTES" if name == "label" else "FP32"
+        kind = "INT64" if name in INTEGERS else "BYTES" if name == "label" else "FP32"
         shape = [-1, classes] if name in ROWS else [-1]
         return TensorMetadata(name=name, datatype=kind, shape=shape)
 
@@ -138,11 +134,12 @@ def _token(request: Request) -> SecretStr | None:
 
 def _repository(path: str, body: type[BaseModel]) -> Callable[..., Any]:
     """Declare a route of the model repository, whose body may be left out."""
-    content = {"application/json": {"schema": body.model_json_schema()}}
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    content = {"application/json": {"schema": schema}}
     return router.post(
         "/repository" + path,
         dependencies=[Depends(_admin)],
-        responses=_errors(400, 401, 403, 404, 408, 413, 422, 503),
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 422, 503),
         openapi_extra={"requestBody": {"required": False, "content": content}},
     )
 
@@ -181,4 +178,4 @@ async def _read(request: Request, kind: type[Sent]) -> Sent:
     except ValidationError as error:
         raise invalid(error) from None
     finally:
-        reader.release(sent)
+        reader.release(len(sent))

@@ -7,7 +7,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
 from service.errors import Overloaded
-from service.routes.native import inference_of
+from service.routes.native import errors, inference_of
 from service.schemas import Health, ModelState, Readiness
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ async def livez() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz")
-@router.get("/healthz", name="healthz")
+@router.get("/readyz", responses=errors(503))
+@router.get("/healthz", name="healthz", responses=errors(503))
 async def readyz(request: Request) -> Readiness:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown.
 

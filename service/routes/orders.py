@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from service.errors import InvalidRequest
 from service.routes.front import invalid
@@ -23,20 +23,28 @@ PATHS = re.compile(
     r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?"
     r"/(?P<task>predict|uncertainty(?:/stream)?|compare)"
 )
-_OPTIONS: Mapping[str, type[BaseModel]] = {
+_OPTIONS: Mapping[str, type[PredictOptions]] = {
     "predict": PredictOptions,
     "uncertainty": UncertaintyOptions,
     "uncertainty/stream": SamplingOptions,
     "compare": CompareOptions,
 }
+_REPEATED = ("samples", "seed", "masks")
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a query asks for, and what the answer repeats of it."""
+    """What a query asks for.
+
+    Attributes:
+        task: what to do.
+        head: what the answer repeats of it.
+        scale: the number that is white; None: it does not say.
+    """
 
     task: Task
     head: Mapping[str, Any]
+    scale: int | None
 
 
 def template(name: str | None, version: str | None, kind: str) -> str:
@@ -46,13 +54,19 @@ def template(name: str | None, version: str | None, kind: str) -> str:
     return "/v1/models/{name}" + ("/versions/{version}" if version else "") + f"/{kind}"
 
 
-def read_order(kind: str, query: bytes) -> Order:
-    """Read the options of a task; the last few queries are remembered, if they are short."""
-    return _remembered(kind, query) if len(query) <= 256 else parse_order(kind, query)
+def read_order(kind: str, query: bytes, max_samples: int) -> Order:
+    """Do as `parse_order`; the last few queries are remembered, if they are short."""
+    parse = _remembered if len(query) <= 256 else parse_order
+    return parse(kind, query, max_samples)
 
 
-def parse_order(kind: str, query: bytes) -> Order:
+def parse_order(kind: str, query: bytes, max_samples: int) -> Order:
     """Read the options of a task.
+
+    Args:
+        kind: the task's name in a path.
+        query: of the request.
+        max_samples: that a request may ask for.
 
     Raises:
         InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
@@ -65,17 +79,28 @@ def parse_order(kind: str, query: bytes) -> Order:
         options = _OPTIONS[kind].model_validate(sent)
     except ValidationError as error:
         raise invalid(error) from None
+    scale = options.scale if "scale" in sent else None
+    given = options.model_dump(exclude={"scale"})
     if isinstance(options, SamplingOptions):
-        head = {
-            "method": "dropout",
-            **options.model_dump(include={"samples", "seed", "masks"}),
-            "log_base": "e",
-        }
+        given["samples"] = held_to(max_samples, options)
+        head = {"method": "dropout", **{n: given[n] for n in _REPEATED}, "log_base": "e"}
         kind_of = Uncertainty if isinstance(options, UncertaintyOptions) else Watch
-        return Order(kind_of(**dict(options)), head)
+        return Order(kind_of(**given), head, scale)
     if isinstance(options, CompareOptions):
-        return Order(Compare(**dict(options)), options.model_dump(exclude_none=True))
-    return Order(Predict(), {})
+        repeated = {n: value for n, value in given.items() if value is not None}
+        return Order(Compare(**given), repeated, scale)
+    return Order(Predict(), {}, scale)
+
+
+def held_to(max_samples: int, options: SamplingOptions) -> int:
+    """Return how many samples to draw: as many as may be where fewer may be than is usual.
+
+    Raises:
+        InvalidRequest: more are asked for than may be.
+    """
+    if "samples" in options.model_fields_set and options.samples > max_samples:
+        raise InvalidRequest(f"samples: at most {max_samples} here")
+    return min(options.samples, max_samples)
 
 
 _remembered = lru_cache(256)(parse_order)

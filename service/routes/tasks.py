@@ -8,16 +8,16 @@ picture and running a small network together (docs/benchmarks.md).
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bodies import BodyReader, parse_images
-from service.classifier import Answer, Classifier, Pixels
+from service.classifier import Answer, Classifier
+from service.decoding import Pixels, Steps, finish, prepared
 from service.errors import InvalidRequest, TooLarge
 from service.images import is_quick
 from service.routes.front import Front
-from service.routes.orders import PATHS, read_order, template
+from service.routes.orders import PATHS, Order, read_order, template
 from service.routes.stream import send_events
 from service.settings import Settings
 from service.tasks import Task, Uncertainty, Watch
@@ -56,10 +56,8 @@ class TaskRoutes(Front):
         inference: Inference = scope["app"].state.inference
         model = inference.registry.find(name, version)
         log.update(model=model.name, version=model.version)
-        order = read_order(kind, scope["query_string"])
-        if isinstance(order.task, Uncertainty) and order.task.samples > self._max_samples:
-            raise InvalidRequest(f"samples: at most {self._max_samples} here")
-        answer = await self._run(model, order.task, scope, receive)
+        order = read_order(kind, scope["query_string"], self._max_samples)
+        answer = await self._run(model, order, scope, receive)
         head = {"model": model.name, "version": model.version, **order.head}
         if isinstance(answer, tuple):
             with WhileConnected(receive):
@@ -68,28 +66,34 @@ class TaskRoutes(Front):
             await _send(send, {**head, **answer})
 
     async def _run(
-        self, model: Classifier, task: Task, scope: Scope, receive: Receive
+        self, model: Classifier, order: Order, scope: Scope, receive: Receive
     ) -> Answer | Watched:
         """Read the pictures and run the task, or the first step of one that is answered in steps.
 
-        The body is needed no longer than that.
+        The body is needed until its pictures are found in it.
         """
         inference: Inference = scope["app"].state.inference
+        task = order.task
         given = dict(reversed(scope["headers"]))  # the first of a name counts
         content_type = given.get(b"content-type", b"").decode("latin-1")
         sent = await self._reader.read(given, receive)
+        size, quick = len(sent), is_quick(sent, content_type)
         try:
 
-            def read() -> Pixels:
-                images = parse_images(sent, content_type, self._reader.limits)
-                pixels = [model.prepare(image) for image in images]
-                return np.stack(pixels) if len(pixels) > 1 else pixels[0][np.newaxis]
+            def read() -> Steps[Pixels]:
+                nonlocal sent
+                limits = self._reader.limits
+                found = yield from parse_images(sent, content_type, limits, order.scale)
+                if not quick:  # which may be read again
+                    sent = b""
+                return (yield from prepared(found, model.prepare))
 
             with WhileConnected(receive):
-                pixels: Pixels | Read = read
-                images = 1
-                if not is_quick(sent, content_type):
-                    pixels = await inference.decode(read)
+                pixels: Pixels | Read
+                if quick:
+                    pixels, images = (lambda: finish(read())), 1
+                else:
+                    pixels = await inference.decode(read())
                     images = len(pixels)
                 _check_length(task, model, images)
                 scope["state"]["log"]["images"] = images
@@ -98,7 +102,7 @@ class TaskRoutes(Front):
                     return await anext(steps), steps
                 return await inference.run(model, task, pixels, images)
         finally:
-            self._reader.release(sent)
+            self._reader.release(size)
 
 
 async def _send(send: Send, answer: Mapping[str, Any]) -> None:

@@ -414,8 +414,7 @@ def test_a_service_that_takes_less_is_asked_for_less(visit, narrow):
     played(page, 20)
     expect(page.locator("#samples")).to_have_value("20")
     expect(page.locator("#alert")).to_be_hidden()
-    expect(page.locator("#example-list button").first).to_have_attribute("aria-pressed", "true")
-    expect(page.locator("#examples-key")).to_be_hidden()
+    expect(page.locator("#examples-key")).to_be_visible()  # doubt over as many as may be
     rows = page.locator("#odd tr")
     expect(rows).to_have_count(5)
     total = page.locator("#total").inner_text().split()[0]

@@ -106,6 +106,8 @@ JSON = {
     "four dimensions": (422, numbers([[[[1]]]])),
     "256": (422, numbers([[256]])),
     "-1": (422, numbers([[-1]])),
+    "pixels that are scaled already": (422, numbers([[0.0, 0.5, 1.0]])),
+    "-0.1": (422, numbers([[-0.1, 200]])),
     "a picture 20,000 wide": (413, numbers([[1] * 20_000])),
     "bad base64": (422, b'{"images": ["MARKER!"]}'),
     "base64 without padding": (422, json.dumps({"images": [BASE64.rstrip("=") + "a"]}).encode()),
@@ -116,10 +118,16 @@ JSON = {
     "no images": (400, b'{"images": []}'),
     "too many images": (413, json.dumps({"images": [BASE64] * 65}).encode()),
     "both": (422, json.dumps({"images": [BASE64], "instances": [ROWS]}).encode()),
+    "a scale that is not there": (422, b'{"instances": [[[1]]], "scale": 2}'),
+    "a scale that is true": (422, b'{"instances": [[[1]]], "scale": true}'),
+    "a scale that is null": (422, b'{"instances": [[[1]]], "scale": null}'),
+    "a scale alone": (422, b'{"scale": 1}'),
+    "a scale for encoded pictures": (422, json.dumps({"images": [BASE64], "scale": 1}).encode()),
     "options in the body": (422, json.dumps({"images": [BASE64], "samples": 5}).encode()),
     "a list": (422, b'["MARKER"]'),
     "a string": (422, b'"MARKER"'),
     "an empty object": (422, b"{}"),
+    "a million names": (413, json.dumps({str(n): 1 for n in range(90_000)}).encode()),
     "a million empty lists": (413, b'{"instances": [' + b"[]," * 350_000 + b"[]]}"),
     "too long": (413, b'{"images": ["' + b"A" * 1_100_000 + b'"]}'),
     "strings that NumPy would pad to 200 GB": (
@@ -142,10 +150,10 @@ PARAMETERS = {
         *("samples=", "samples=MARKER", "samples=1e2", "samples=" + "9" * 5000, "samples=٣"),
         *("seed=-1", "seed=9223372036854775808", "seed=1.5", "seed=nan"),
         *("masks=MARKER", "level=0", "level=1", "level=nan", "level=inf", "level=-1"),
-        *("include_samples=MARKER", "MARKER=1", "sampels=5", "passes=3"),
+        *("include_samples=MARKER", "MARKER1=1", "sampels=5", "passes=3"),
     ],
-    "/compare": ["passes=0", "passes=33", "seed=-1", "samples=5", "MARKER=1"],
-    "/predict": ["samples=5", "MARKER=1", "MARKER"],
+    "/compare": ["passes=0", "passes=33", "seed=-1", "samples=5", "MARKER1=1"],
+    "/predict": ["samples=5", "MARKER1=1", "MARKER-", "scale=0", "scale=MARKER", "scale=true"],
 }
 
 
@@ -199,7 +207,9 @@ def test_parameters(path, query, http, problem):
     assert detail
 
 
-@pytest.mark.parametrize("version", ["0", "-1", "3", "9" * 20, "9" * 5000, "٣", "1.0", "MARKER"])
+@pytest.mark.parametrize(
+    "version", ["0", "01", "-1", "3", "9" * 20, "9" * 5000, "٣", "1.0", "MARKER"]
+)
 def test_a_version_that_is_not_there(version, http, problem):
     for path in ("/v1/models/digits-mlp/versions/{}", "/v1/models/digits-mlp/versions/{}/predict"):
         method = "POST" if path.endswith("predict") else "GET"

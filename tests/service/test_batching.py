@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batching import Batcher, QueueFull
+from service.batching import Batcher, QueueFull, QueueTimeout
 
 
 class Pause:
@@ -149,6 +149,32 @@ def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room():
         assert await batcher.submit("a", 4, 4) == ("a", 4)
 
     assert run(scenario, max_queue=4) == [("a", ["first"]), ("a", [1, 3]), ("a", [4])]
+
+
+def test_what_has_not_begun_within_its_time_never_does():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            late, patient = await queued(
+                batcher.submit("a", "late", 5, max_wait=0.01), batcher.submit("a", 2, max_wait=20)
+            )
+            with pytest.raises(QueueTimeout):
+                await late
+            assert batcher.queued == 1
+        assert await patient == ("a", 2)
+
+    assert run(scenario) == [("a", ["first"]), ("a", [2])]
+
+
+def test_what_has_begun_within_its_time_takes_as_long_as_it_takes():
+    async def scenario(batcher, runner):
+        pause = runner.pause_at(1)
+        (begun,) = await queued(batcher.submit("a", 1, max_wait=0.05))
+        await pause.wait_until_reached()
+        await asyncio.sleep(0.1)
+        pause.over.set()
+        assert await begun == ("a", 1)
+
+    assert run(scenario) == [("a", [1])]
 
 
 def test_an_empty_queue_takes_even_what_is_heavier_than_itself():

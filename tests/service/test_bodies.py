@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from service.bodies import BodyLimits, parse_images
+from service.decoding import finish
 from service.errors import InvalidRequest, MalformedRequest, TooLarge
 from service.images import ImageLimits
 
@@ -33,42 +34,47 @@ def form_body(*pictures):
 KINDS = [("application/json", base64_body), ("multipart/form-data; boundary=cut", form_body)]
 
 
-def shades(images):
-    return [image.getpixel((0, 0)) for image in images]
+def parse(body, content_type):
+    return finish(parse_images(body, content_type, LIMITS))
+
+
+def shades(found):
+    return [picture.decode().getpixel((0, 0)) for picture in found]
 
 
 @pytest.mark.parametrize(("content_type", "body"), KINDS)
 def test_pictures_come_in_the_order_of_the_body(content_type, body):
-    images = parse_images(body(png(3), png(1), png(2)), content_type, LIMITS)
-    assert shades(images) == [3, 1, 2]
+    assert shades(parse(body(png(3), png(1), png(2)), content_type)) == [3, 1, 2]
 
 
 @pytest.mark.parametrize(("content_type", "body"), KINDS)
 def test_a_picture_is_decoded_only_when_it_is_asked_for(content_type, body):
-    images = parse_images(body(png(3), png(9)[:40], png(2)), content_type, LIMITS)
-    assert next(images).getpixel((0, 0)) == 3
+    first, second, _ = parse(body(png(3), png(9)[:40], png(2)), content_type)
+    assert shades([first]) == [3]
     with pytest.raises(InvalidRequest):
-        next(images)
+        second.decode()
 
 
 @pytest.mark.parametrize(("content_type", "body"), KINDS)
 def test_their_number_is_limited_before_one_is_decoded(content_type, body):
-    with pytest.raises(TooLarge, match="more than 3 images"):
-        parse_images(body(*[b"x"] * 4), content_type, LIMITS)
+    with pytest.raises(TooLarge, match=r"more than 3 images \(DROPSERVE_MAX_IMAGES\)"):
+        parse(body(*[b"x"] * 4), content_type)
     with pytest.raises(MalformedRequest):
-        parse_images(body(), content_type, LIMITS)
+        parse(body(), content_type)
 
 
 @pytest.mark.parametrize(("content_type", "body"), KINDS)
-def test_their_pixels_are_limited_together(content_type, body):
-    fits = body(png(3, (10, 5)), png(1, (5, 10)))
-    assert shades(parse_images(fits, content_type, LIMITS)) == [3, 1]
-    with pytest.raises(TooLarge, match="100 pixels together"):
-        list(parse_images(body(png(3, (10, 5)), png(1, (6, 10))), content_type, LIMITS))
+def test_each_has_the_limits_of_one_and_an_error_says_which_it_is_about(content_type, body):
+    fits = body(png(3, (10, 10)), png(1, (5, 20)))
+    assert shades(parse(fits, content_type)) == [3, 1]
+    with pytest.raises(TooLarge, match=r"^image 1: .* 100 in all \(DROPSERVE_MAX_PIXELS\)"):
+        parse(body(png(3), png(1, (11, 10))), content_type)
+    with pytest.raises(TooLarge, match=r"^the picture has too many pixels"):
+        parse(body(png(1, (11, 10))), content_type)
 
 
 def test_the_media_type_is_read_without_regard_to_case_and_parameters():
-    assert shades(parse_images(png(3), " IMAGE/PNG ; a=b", LIMITS)) == [3]
+    assert shades(parse(png(3), " IMAGE/PNG ; a=b")) == [3]
 
 
 @pytest.mark.parametrize(
@@ -76,18 +82,20 @@ def test_the_media_type_is_read_without_regard_to_case_and_parameters():
     [
         ([[0, 255]], [[0, 255]]),
         ([[0.4, 0.6, 254.6]], [[0, 1, 255]]),
+        ([[0, 1, 1.0]], [[0, 1, 1]]),
+        ([[0.0]], [[0]]),
         ([[[7], [8]]], [[7, 8]]),
         ([[[1, 2, 3]]], [[[1, 2, 3]]]),
     ],
 )
 def test_numbers_become_the_pixels_they_are(numbers, expected):
     body = json.dumps({"instances": [numbers]}).encode()
-    (image,) = parse_images(body, "application/json", LIMITS)
-    assert np.asarray(image).tolist() == expected
+    (picture,) = parse(body, "application/json")
+    assert np.asarray(picture.decode()).tolist() == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 21), (21, 1), (11, 10), (11, 10, 3)])
 def test_numbers_have_the_limits_of_pictures(shape):
     body = json.dumps({"instances": [np.zeros(shape).tolist()]}).encode()
     with pytest.raises(TooLarge):
-        list(parse_images(body, "application/json", LIMITS))
+        parse(body, "application/json")

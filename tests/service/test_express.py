@@ -176,6 +176,7 @@ def eventually(holds):
         post(b"/v1/models/colour-cnn/predict", png("RGB", (16, 16))),
         post(b"/predict", png("RGB", (20, 9))),
         post(b"/predict", png(size=(8, 8), optimize=True)),
+        post(b"/predict?scale=255"),
         post(b"/uncertainty"),
         post(b"/uncertainty?samples=7&seed=3&masks=independent&level=0.5"),
         post(b"/v1/models/colour-cnn/uncertainty?samples=20", png("RGB", (16, 16))),
@@ -239,7 +240,10 @@ CUT = b"".join(
     [
         (post(b"/v1/models/nobody/predict"), 404),
         (post(b"/v1/models/digits-mlp/versions/9/predict"), 404),
+        (post(b"/v1/models/digits-mpl/predict"), 404),
+        (post(b"/v1/models/digits-mlp/versions/01/predict"), 404),
         (post(b"/predict?samples=1"), 422),
+        (post(b"/predict?scale=1"), 422),
         (post(b"/uncertainty?samples=0"), 422),
         (post(b"/uncertainty?samples=1001"), 422),
         (post(b"/uncertainty?seed=1&seed=2"), 422),
@@ -267,6 +271,7 @@ CUT = b"".join(
         (post(headers=ID + b"Content-Length: 1\r\n"), 400),
         (post().replace(b"Host: x", b"Host : x"), 400),
         (post().replace(b"POST", b"PUT"), 405),
+        (post().replace(b"POST", b"GET"), 405),
         (
             b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n%b"
             b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (ID, len(PNG), PNG),

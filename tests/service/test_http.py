@@ -1,11 +1,14 @@
 """The edges of HTTP, over a socket: ids, methods, slow and broken connections, large bodies."""
 
 import io
+import re
 import socket
 import time
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 
@@ -56,13 +59,80 @@ def test_a_hostile_request_id_is_replaced(hostile, http):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("GET", "/predict"), ("PUT", "/predict"), ("DELETE", "/v1/models"), ("TRACE", "/livez")],
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/predict", "POST"),
+        ("HEAD", "/v1/models/digits-mlp/uncertainty", "POST"),
+        ("PUT", "/v1/models/digits-mlp/versions/1/compare", "POST"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("TRACE", "/livez", "GET, HEAD"),
+        ("POST", "/readyz", "GET, HEAD"),
+    ],
 )
-def test_another_method_is_405_and_says_which_is_allowed(method, path, http, problem):
+def test_another_method_is_405_and_says_which_is_allowed(method, path, allowed, http, problem):
     response = http.request(method, path)
-    problem(response, 405)
-    assert response.headers["allow"]
+    assert response.headers["allow"] == allowed
+    if method != "HEAD":
+        assert problem(response, 405) == f"this path takes another method: {allowed}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/v2", "/v2/"),
+        *("/v2/models/digits-mlp/ready", "/v1/models", "/metrics", "/docs", "/openapi.json"),
+        *("/", "/playground/main.js"),
+    ],
+)
+def test_head_is_answered_as_get_without_its_body(path, server):
+    with httpx.Client(base_url=server.url) as http:
+        got, head = http.get(path), http.head(path)
+        assert (got.status_code, head.status_code) == (200, 200)
+        assert head.content == b""
+        assert head.headers["content-type"] == got.headers["content-type"]
+        if path != "/metrics":  # which counts these requests
+            assert head.headers["content-length"] == got.headers["content-length"]
+        assert http.get("/livez").json() == {"status": "ok"}  # on the same connection
+    line = server.line(head.headers["x-request-id"])
+    assert (line["method"], line["status"]) == ("HEAD", 200)
+    assert line["route"] == server.line(got.headers["x-request-id"])["route"]
+
+
+def test_the_server_metadata_has_two_addresses(http):
+    assert http.get("/v2/").json() == http.get("/v2").json()
+
+
+def test_an_unknown_model_names_those_there_are_and_the_closest(http, problem, protocol_error):
+    expected = "no such model; served are colour-cnn, digits-mlp; did you mean digits-mlp?"
+    wrong = http.post("/v1/models/digit-mlp/predict", content=PNG, headers=PNG_TYPE)
+    assert problem(wrong, 404) == expected
+    assert protocol_error(http.get("/v2/models/digit-mlp"), 404) == expected
+    assert problem(http.get("/v1/models/digits-mlp/versions/7"), 404) == (
+        "no such version of the model; served are 1, 2"
+    )
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.from_regex(r"[a-zA-Z_]{1,34}", fullmatch=True) | st.text(min_size=1, max_size=8),
+    value=st.sampled_from(["MARKER", "", "7"]),
+)
+def test_an_unknown_parameter_is_named_if_it_looks_like_one_and_no_value_is(
+    name, value, http, problem, protocol_error
+):
+    name = name.encode("utf-8", "replace").decode()
+    options = {"scale", "samples", "seed", "masks", "level"}
+    if name in options | {"mode", "timeout", "priority"} or name.startswith("sequence_"):
+        return
+    wrong = http.post("/uncertainty/stream", params={name: value}, content=PNG, headers=PNG_TYPE)
+    native = problem(wrong, 422)
+    body = {"inputs": [], "parameters": {name: value}}
+    protocol = protocol_error(http.post("/v2/models/digits-mlp/infer", json=body), 422)
+    named = f" {name}" if re.fullmatch("[a-zA-Z_]{1,32}", name) else ""
+    assert native == (f"unknown parameter{named}; allowed: scale, samples, seed, masks, level")
+    assert f"parameters: unknown parameter{named}; allowed: scale, samples, " in protocol
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,10 @@ def jpeg_of(width, height):
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
+def jpeg_frame(width, height):
+    return b"\xff\xc0\0\x0b\x08" + struct.pack(">HH", height, width) + b"\1\1\x11\0"
+
+
 def webp_extended(width, height):
     """A WebP whose canvas is larger than what follows."""
     canvas = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -109,6 +113,23 @@ REFUSED = {
         png(before=chunk(b"iTXt", b"MARKER\0\1\0\0\0" + bomb(50_000_000))),
     ),
     "PNG with an ICC bomb": (422, PNG, png(before=chunk(b"iCCP", ICC + bomb(50_000_000)))),
+    "PNG of two headers": (
+        422,
+        PNG,
+        png(before=chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 9, 8, 0, 0, 0, 0))),
+    ),
+    "PNG of 20,000 texts": (422, PNG, png(before=chunk(b"tEXt", TEXT) * 20_000)),
+    "JPEG of 20,000 segments": (
+        422,
+        JPEG,
+        b"\xff\xd8" + b"\xff\xe1\0\2" * 20_000 + encoded("JPEG")[2:],
+    ),
+    "JPEG without a frame": (422, JPEG, b"\xff\xd8\xff\xda\0\2" + bytes(50)),
+    "JPEG of two frames": (
+        422,
+        JPEG,
+        encoded("JPEG")[:-2].replace(b"\xff\xda", jpeg_frame(99, 99) + b"\xff\xda", 1),
+    ),
     "PNG of 16 bits, grey": (422, PNG, png(bits=16, rows=(b"\0" + bytes(8)) * 4)),
     "PNG of 16 bits, colour": (422, PNG, png(bits=16, colour=2, rows=(b"\0" + bytes(24)) * 4)),
     "PNG that is animated": (422, PNG, animated("PNG")),
@@ -183,10 +204,17 @@ def test_the_native_memory_of_a_bomb_is_not_allocated(name, http, server):
 
 def test_the_limits_are_the_ones_given():
     assert decode(png(20, 10), PNG, ImageLimits(200, 20)).size == (20, 10)
-    with pytest.raises(TooLarge, match="at most 199 in all and 20 a side"):
+    with pytest.raises(TooLarge, match=r"at most 199 in all \(DROPSERVE_MAX_PIXELS\) and 20 "):
         decode(png(20, 10), PNG, ImageLimits(199, 20))
     with pytest.raises(TooLarge):
         decode(png(20, 10), PNG, ImageLimits(200, 19))
+
+
+def test_what_may_stand_before_a_jpeg_s_frame_is_passed_over():
+    plain = encoded("JPEG", (24, 16))
+    filled = plain[:2] + b"\xff\xff\xfe\0\6\xff\xc0\0\0" * 9 + plain[2:]  # in comments: no frames
+    for data in (plain, filled, encoded("JPEG", (24, 16), progressive=True)):
+        assert decode(data, JPEG, LIMITS).size == (24, 16)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """Open Inference Protocol v2, over a socket: with Triton's client, and without to send it wrong."""
 
+import asyncio
 import base64
 import io
+import json
 import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
+import tritonclient.http.aio as aio
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -200,6 +204,88 @@ def test_numbers_are_rounded_as_those_of_instances_are(http, client):
         np.testing.assert_allclose(
             answer.as_numpy("probabilities"), expected["probabilities"], **CLOSE
         )
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+def test_the_asynchronous_client_gets_the_same(binary, client, server):
+    values = encoded(pictures(CNN, 3), text=not binary)
+    sent = [tensor(values, binary=binary)]
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in (*PLAIN, "mean")]
+
+    async def ask():
+        async with aio.InferenceServerClient(f"127.0.0.1:{server.port}") as found:
+            assert await found.is_server_ready()
+            assert await found.is_model_ready(CNN)
+            assert (await found.get_model_metadata(CNN))["versions"] == ["1"]
+            return await found.infer(CNN, sent, outputs=outputs, parameters={"samples": 20})
+
+    answer = asyncio.run(ask())
+    expected = client.infer(CNN, sent, outputs=outputs, parameters={"samples": 20})
+    assert answer.get_response() == expected.get_response()
+    for name in (*PLAIN, "mean"):
+        assert answer.as_numpy(name).tolist() == expected.as_numpy(name).tolist()
+
+
+IMAGE = {"name": "image", "shape": [1, 2, 2], "datatype": "UINT8", "data": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model_name": MLP},  # as KServe's client says
+        {"model_name": MLP, "model_version": "2"},
+        {"model_name": None, "model_version": None, "id": None},
+        {"model_version": ""},
+        {"parameters": None, "outputs": None},
+        {"outputs": []},
+        {"outputs": [{"name": name, "parameters": None} for name in PLAIN]},
+        {"inputs": [IMAGE | {"parameters": None}]},
+        {"inputs": [IMAGE | {"parameters": {"binary_data_size": None, "content_type": "np"}}]},
+        {"parameters": {"mode": None, "scale": 255, "timeout": 0, "content_type": "np"}},
+        {"parameters": {"priority": 3, "timeout": 2**63 - 1, "content_type": None}},
+        {"parameters": {"sequence_id": 7, "sequence_start": True, "sequence_end": False}},
+        {"parameters": {"sequence_id": "seven"}},
+    ],
+    ids=json.dumps,
+)
+def test_what_other_clients_send_besides_changes_no_answer(more, http):
+    path = f"/v2/models/{MLP}/infer"
+    plain = http.post(path, json={"inputs": [IMAGE]}).raise_for_status()
+    assert http.post(path, json={"inputs": [IMAGE], **more}).content == plain.content
+
+
+def test_a_version_in_the_path_is_the_one_that_a_body_may_name(http, protocol_error):
+    path, body = f"/v2/models/{MLP}/versions/1/infer", {"inputs": [IMAGE], "model_version": "1"}
+    assert http.post(path, json=body).status_code == 200
+    wrong = protocol_error(http.post(f"/v2/models/{MLP}/infer", json=body), 422)
+    assert wrong.startswith("model_version: is not the version that answers")
+    wrong = protocol_error(http.post(path, json=body | {"model_name": CNN}), 422)
+    assert wrong == "model_name: is not the model of the path: leave it out"
+
+
+def test_who_would_wait_longer_than_its_timeout_is_told_so(server, protocol_error):
+    slow = {"instances": [[[7] * 16] * 16] * 64}
+    path = f"/v1/models/{CNN}/uncertainty?samples=1000&seed="  # no two seeds share a batch
+    image = {"inputs": [IMAGE], "outputs": [{"name": "mean"}]}
+
+    async def ask():
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            busy = [
+                asyncio.create_task(http.post(f"{path}{n}", json=slow)) for n in range(900, 904)
+            ]
+            await asyncio.sleep(0.2)
+            late = image | {"parameters": {"timeout": 5_000, "seed": 9}}  # 5 ms
+            answer = await http.post(f"/v2/models/{CNN}/infer", json=late)
+            still = sum(not task.done() for task in busy)
+            patient = image | {"parameters": {"timeout": 60_000_000, "seed": 9}}
+            assert (await http.post(f"/v2/models/{CNN}/infer", json=patient)).status_code == 200
+            await asyncio.gather(*busy)
+            return answer, still
+
+    answer, still = asyncio.run(ask())
+    assert still, "the others were done: ask for more"
+    assert "timeout" in protocol_error(answer, 503)
+    assert answer.headers["retry-after"] == "1"
 
 
 def test_what_cannot_be_estimated_is_left_out_unless_it_is_asked_for(http, protocol_error):

@@ -63,17 +63,35 @@ def test_a_model_that_comes_later_does_not_change_the_default():
     assert registry.find() == "b1"
 
 
-@pytest.mark.parametrize("name", ["c", "", ".", "..", "a/3", "A", "a\0", "\ud800"])
+@pytest.mark.parametrize("name", ["c", "", ".", "..", "a/3", "MARKER", "x" * 10**6, "\ud800"])
 def test_an_unknown_name_is_not_found_and_not_repeated(name, registry):
-    with pytest.raises(NotFound, match=r"^no such model; GET /v1/models lists them$"):
+    with pytest.raises(NotFound, match=r"^no such model; served are a, b$"):
         registry.find(name)
 
 
+@pytest.mark.parametrize("name", ["digits-mpl", "digit_mlp", "DIGITS-MLP", "digits-mlp/2"])
+def test_the_closest_name_is_suggested(name):
+    registry = opened({"digits-mlp": {1: "one"}, "colour-cnn": {1: "other"}})
+    expected = "no such model; served are colour-cnn, digits-mlp; did you mean digits-mlp?"
+    with pytest.raises(NotFound) as caught:
+        registry.find(name)
+    assert str(caught.value) == expected
+
+
+def test_of_many_names_the_first_are_listed():
+    registry = opened({f"m{n:03}": {1: "one"} for n in range(100)})
+    with pytest.raises(
+        NotFound, match=r"served are m000, m001, .*, m019, \.\.\.; did you mean m042"
+    ):
+        registry.find("m042x")
+
+
 @pytest.mark.parametrize(
-    "version", ["0", "-1", "3", "", "+2", " 2", "2.0", "٢", "²", "1e1", "9" * 20, "9" * 5000, "a"]
+    "version",
+    ["0", "-1", "3", "", "+2", " 2", "2.0", "02", "2\n", "٢", "²", "1e1", *("9" * 20, "9" * 5000)],
 )
 def test_an_unknown_version_is_not_found(version, registry):
-    with pytest.raises(NotFound, match="no such version"):
+    with pytest.raises(NotFound, match=r"^no such version of the model; served are 1, 2, 10$"):
         registry.find("b", version)
 
 

@@ -281,7 +281,7 @@ def test_a_name_that_is_no_text_is_written_as_text(score, folder):
 
 def test_batches_end_at_so_many_pictures_or_bytes(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(6)]
-    for path, size in zip(paths, [1, 1, 1, 3 * 2**20, 2**20 + 1, 5 * 2**20], strict=True):
+    for path, size in zip(paths, [1, 1, 1, 12 * 2**20, 4 * 2**20 + 1, 20 * 2**20], strict=True):
         with path.open("wb") as file:
             file.truncate(size)
     sizes = [len(batch) for batch in scores.batches([*paths, tmp_path / "none.png"], 3)]

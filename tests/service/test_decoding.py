@@ -1,0 +1,230 @@
+"""What decoding takes of memory: each picture no more than it is counted with, all of them no more
+than there is room for."""
+
+import asyncio
+import gc
+import io
+import re
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.memory import release_freed_memory
+from models.preprocessing import Preprocessing
+from service.decoding import _SMALL, Decoder, finish, prepared
+from service.errors import InvalidRequest
+from service.images import ImageLimits, Picture, encoded
+from service.settings import Settings
+
+MB = 2**20
+
+
+class Body(bytearray):
+    """One that a test can see go."""
+
+
+class Meter:
+    """Adds up what steps that run take."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.now = self.most = self.running = self.most_running = 0
+        self.order = []
+
+    def steps(self, *memories, name=None, seconds=0.0):
+        for memory in memories:
+            yield memory
+            with self.lock:
+                self.order.append(name)
+                self.now += memory
+                self.running += 1
+                self.most = max(self.most, self.now)
+                self.most_running = max(self.most_running, self.running)
+            time.sleep(seconds)
+            with self.lock:
+                self.now -= memory
+                self.running -= 1
+        return name
+
+
+def run(decoder, *works):
+    async def main():
+        async with asyncio.timeout(20):
+            return await asyncio.gather(*map(decoder.run, works), return_exceptions=True)
+
+    try:
+        return asyncio.run(main())
+    finally:
+        decoder.close()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 150), max_size=4), max_size=8), st.integers(1, 3))
+def test_steps_that_run_take_no_more_than_the_room_and_all_of_them_end(works, threads):
+    meter = Meter()
+    decoder = Decoder(threads, 100 * MB, list)
+    named = [
+        meter.steps(*(m * MB for m in memories), name=n, seconds=0.0003)
+        for n, memories in enumerate(works)
+    ]
+    assert run(decoder, *named) == list(range(len(works)))
+    alone = max((m for memories in works for m in memories), default=0) * MB
+    assert meter.most <= max(100 * MB, alone) + (threads - 1) * _SMALL
+    assert decoder._free == 100 * MB
+
+
+def test_large_steps_wait_in_their_order_and_small_ones_pass_them():
+    meter = Meter()
+    decoder = Decoder(2, 100 * MB, list)
+    works = [("first", 80), ("large", 90), ("middling", 17), ("small", 1)]
+    run(decoder, *(meter.steps(m * MB, name=n, seconds=0.1) for n, m in works))
+    assert [name for name in meter.order if name != "small"] == ["first", "large", "middling"]
+    assert meter.order.index("small") <= 1
+
+
+def test_of_one_request_the_next_picture_waits_behind_those_of_others():
+    meter = Meter()
+    run(
+        Decoder(1, 100 * MB, list),
+        meter.steps(*[60 * MB] * 3, name="many", seconds=0.02),
+        meter.steps(60 * MB, name="one"),
+    )
+    assert meter.order == ["many", "one", "many", "many"]
+
+
+def test_freed_memory_is_given_back_around_steps_of_more_than_half_the_room_alone():
+    released = []
+    decoder = Decoder(1, 100 * MB, lambda: released.append(len(meter.order)))
+    meter = Meter()
+    run(decoder, meter.steps(10 * MB, 50 * MB, 51 * MB, 20 * MB))
+    assert released == [2, 3]
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("damaged"), MemoryError()], ids=repr)
+def test_an_error_ends_the_work_and_gives_its_room_back(error):
+    def failing():
+        yield 90 * MB
+        raise error
+
+    meter = Meter()
+    decoder = Decoder(2, 100 * MB, list)
+    assert run(decoder, failing(), meter.steps(90 * MB, name="next")) == [error, "next"]
+    assert decoder._free == 100 * MB
+
+
+def test_who_leaves_while_it_waits_leaves_no_body_behind_and_takes_no_room():
+    gate = threading.Event()
+    decoder = Decoder(1, 100 * MB, list)
+
+    def busy():
+        yield 90 * MB
+        gate.wait(10)
+
+    def reading(body, memory):
+        yield memory
+        return bytes(body)
+
+    async def main():
+        first = asyncio.create_task(decoder.run(busy()))
+        await asyncio.sleep(0.05)
+        for memory in (0, 90 * MB):
+            body = Body()
+            left = weakref.ref(body)
+            leaves = asyncio.create_task(decoder.run(reading(body, memory)))
+            del body
+            await asyncio.sleep(0.01)
+            leaves.cancel()
+            await asyncio.wait([leaves])
+            del leaves
+            gc.collect()
+            assert left() is None
+        first.cancel()
+        await asyncio.sleep(0.01)
+        assert decoder._free == 10 * MB  # its step is still under way
+        gate.set()
+        assert await decoder.run(Meter().steps(90 * MB, name="next")) == "next"
+        assert decoder._free == 100 * MB
+
+    asyncio.run(main())
+    decoder.close()
+
+
+def test_a_picture_is_let_go_of_before_the_next_is_decoded():
+    alive = []
+
+    def decode():
+        assert not any(left() for left in alive)
+        image = Image.new("L", (1, 1))
+        alive.append(weakref.ref(image))
+        return image
+
+    pixels = finish(prepared([Picture(decode, 1)] * 3, lambda image: np.uint8([[[image.width]]])))
+    assert pixels.shape == (3, 1, 1, 1)
+    assert len(alive) == 3
+
+
+def memory(field):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+)", status, re.MULTILINE)[1])
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+WHOLE = {"progressive": True, "subsampling": 0}
+KINDS = [
+    *(("PNG", "RGBA", {}), ("PNG", "LA", {}), ("PNG", "P", {"transparency": 0})),
+    *(("PNG", "RGB", {"exif": TURNED}), ("JPEG", "RGB", {"exif": TURNED, **WHOLE})),
+    *(("JPEG", "CMYK", WHOLE), ("JPEG", "L", {}), ("WEBP", "RGB", {"method": 0})),
+    ("WEBP", "RGBA", {"lossless": True, "quality": 0, "method": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode", "options"), KINDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_kind_of_picture_takes_more_than_it_is_counted_with(kind, mode, options, channels):
+    into = Preprocessing((32, 32), channels, (0.5,) * channels, (0.5,) * channels)
+
+    def picture(size):
+        file = io.BytesIO()
+        Image.new(mode, size).save(file, kind, **options)
+        return encoded(file.getvalue(), None, ImageLimits(10**7, 2000))
+
+    into.prepare(picture((99, 99)).decode())  # loads libraries
+    large = picture((2000, 1500))
+    release_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = memory("VmRSS")
+    into.prepare(large.decode())
+    taken = memory("VmHWM") - before
+    assert 3_000_000 < taken < large.memory + 4_000_000  # what else the process does meanwhile
+
+
+def photo(size, **options):
+    file = io.BytesIO()
+    Image.effect_noise((60, 40), 90).resize(size).convert("RGB").save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def test_photos_of_a_phone_are_read_and_two_in_one_request(http):
+    twelve, large = photo((4000, 3000), quality=20), photo((8000, 6000), quality=5)
+    headers = {"Content-Type": "image/jpeg"}
+    assert http.post("/predict", content=large, headers=headers).status_code == 200
+    both = http.post("/predict", files=[("file", ("a.jpg", twelve)), ("file", ("b.jpg", twelve))])
+    assert len(both.json()["predictions"]) == 2
+    assert Settings().max_body_bytes == 32 * MB
+
+
+def test_who_sends_too_much_learns_which_setting_says_so(http, problem):
+    wide = http.post("/predict", json={"instances": [[[1] * 20_000]]})
+    assert "DROPSERVE_MAX_SIDE" in problem(wide, 413)
+    body = http.post("/predict", content=bytes(2 * MB), headers={"Content-Type": "image/png"})
+    assert "DROPSERVE_MAX_BODY_BYTES" in problem(body, 413)
+    many = http.post("/predict", json={"instances": [[[1]]] * 65})
+    assert "DROPSERVE_MAX_IMAGES" in problem(many, 413)
