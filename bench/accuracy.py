@@ -1,7 +1,8 @@
 """Holds Monte Carlo figures against what they estimate: `python -m bench.accuracy`.
 
 Samples of networks that switch their noise by `self.training` against plain passes in train mode
-(`bench.switched`), and the reported standard error against the true one (`bench.standard_error`).
+(`bench.training_mode`), and the reported standard error against the true one
+(`bench.standard_error`).
 Writes results/accuracy.json.
 """
 
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import standard_error, switched
+from bench import standard_error, training_mode
 from bench.machine import machine
 from bench.progress import follow
 from models.memory import keep_freed_memory
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()  # as the service does
-    networks = switched.study(
+    networks = training_mode.study(
         options.passes, options.images, options.samples, options.batches, options.rounds
     )
     rows = [row for kind in MASK_KINDS for row in standard_error.study(kind, seeds=options.seeds)]
@@ -49,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {k: v for k, v in vars(options).items() if k != "json"},
         "standard_error": rows,
-        "switched": list(follow(networks, "networks", total=len(switched.NETWORKS))),
+        "training_mode": list(follow(networks, "networks", total=len(training_mode.NETWORKS))),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     console = Console()
     if not console.is_terminal:
         console.width = 140
-    for part in ("standard_error", "switched"):
+    for part in ("standard_error", "training_mode"):
         table = Table(*result[part][0])
         for row in result[part]:
             cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())

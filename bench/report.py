@@ -45,7 +45,7 @@ starts, when the network is loaded, as in the service; the loop and T-fold draw 
 *New seed* is *ours* with a seed never met in every call, all of it within the time: {least:.1f} to
 {most:.1f} times as long here."""
 
-SWITCHED = """\
+TRAINING_MODE = """\
 Networks whose noise depends on `self.training`: {passes:,} samples against {passes:,} plain passes
 in train mode, over {images} images. *Variance*: the sum over images and classes, ours over theirs.
 *Mean*: the largest distance of two means, in standard errors of that distance. *Faster*: a loop of
@@ -186,7 +186,7 @@ def accuracy(result: Result) -> list[str]:
     ]
     covered = by_rate("stratified", lambda r: f"{r['covered']:.0%} ({r['covered_normal']:.0%})")
     batches = result["settings"]["batches"]
-    switched = [
+    networks = [
         [
             f"{row['network']}, {row['path']}",
             f"{row['sites']}",
@@ -194,14 +194,14 @@ def accuracy(result: Result) -> list[str]:
             f"{row['mean']:.1f}",
             *(f"{row[f'loop/ours, batch {batch}']:.1f}x" for batch in batches),
         ]
-        for row in result["switched"]
+        for row in result["training_mode"]
     ]
     faster = (f"faster, {batch}" for batch in batches)
     return [
         "## Accuracy",
         "### Noise that depends on self.training",
-        SWITCHED.format(**result["settings"]),
-        table(("network, path", "sites", "variance", "mean", *faster), switched),
+        TRAINING_MODE.format(**result["settings"]),
+        table(("network, path", "sites", "variance", "mean", *faster), networks),
         "### The standard error",
         STANDARD_ERROR.format(**result["settings"]),
         table(heads, ratios),

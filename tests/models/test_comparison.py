@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import switched
+from bench import training_mode
 from models.comparison import compare
 from models.montecarlo import Sampler
 
@@ -48,7 +48,7 @@ class DropPath(nn.Module):
     """Stochastic depth, whose rate has another name than p."""
 
     def forward(self, x):
-        return switched.drop_path(x, 0.3, self.training)
+        return training_mode.drop_path(x, 0.3, self.training)
 
 
 class Switched(nn.Module):

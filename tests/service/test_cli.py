@@ -54,7 +54,8 @@ UNCERTAIN = {
     "model": "pets", "version": 2, "method": "dropout", "samples": 50, "seed": 7,
     "masks": "stratified", "log_base": "e",
     "predictions": [{
-        "label": "dog", "index": 1, "mean": [0.1, 0.7, 0.2], "variance": [0.0, 0.01, 0.01],
+        "label": "dog", "index": 1, "degrees_of_freedom": None,
+        "mean": [0.1, 0.7, 0.2], "variance": [0.0, 0.01, 0.01],
         "standard_error": None, "predictive_entropy": 0.802, "expected_entropy": 0.7,
         "mutual_information": 0.102, "variation_ratio": 0.04,
         "interval": {"level": 0.9, "lower": [0.0, 0.5, 0.1], "upper": [0.2, 0.9, 0.4]},

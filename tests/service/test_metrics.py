@@ -174,8 +174,11 @@ def test_clients_that_go_are_counted(fresh):
 
 
 def settled(server, condition):
-    """Scrape until a condition holds: other workers lag half a second, a new one loads models."""
-    deadline = time.monotonic() + 20
+    """Scrape until a condition holds: other workers lag half a second, a new one loads models.
+
+    A worker that dies while it is asked if it lives is missed for 30 seconds (`server.py`).
+    """
+    deadline = time.monotonic() + 50
     while not condition(scrape := Scrape(server.url)):
         assert time.monotonic() < deadline
         time.sleep(0.1)

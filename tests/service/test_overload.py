@@ -98,16 +98,17 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue(server):
 
 def test_what_is_not_done_when_the_drain_is_over_gets_503_and_not_silence(make_server, problem):
     server = make_server(drain_seconds=1, max_queue=100_000).start()
-    pixels = [[[7] * 16] * 16] * 64
+    body = json.dumps({"instances": [[[7] * 16] * 16] * 64})
+    headers = {"Content-Type": "application/json"}
 
     def post(n):
-        return client.post(SLOW.format(n), json={"instances": pixels})
+        return client.post(SLOW.format(n), content=body, headers=headers)
 
     with (
         httpx.Client(base_url=server.url, timeout=60) as client,  # one: to make them takes long
-        ThreadPoolExecutor(12) as clients,
+        ThreadPoolExecutor(32) as clients,
     ):
-        answers = [clients.submit(post, n) for n in range(12)]
+        answers = [clients.submit(post, n) for n in range(32)]
         time.sleep(1.5)
         assert server.stop() == 0
         responses = [answer.result() for answer in answers]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import switched
+from bench import training_mode
 from bench.networks import with_dropout
 from models.errors import UnsupportedModule
 from models.montecarlo import Sampler
@@ -37,13 +37,13 @@ def state(module):
 
 @pytest.mark.parametrize("name", SITES)
 def test_samples_are_distributed_as_plain_passes_in_train_mode(name):
-    assert SITES.keys() == switched.NETWORKS.keys()
-    module, x = switched.ready(name), torch.randn(1, 1, 28, 28)
+    assert SITES.keys() == training_mode.NETWORKS.keys()
+    module, x = training_mode.ready(name), torch.randn(1, 1, 28, 28)
     before = state(module)
     with torch.inference_mode():  # rows of a batch have masks of their own
         plain = with_dropout(module)(x.expand(PASSES, -1, -1, -1)).softmax(-1)
     sampler = Sampler(module, x)
-    found = switched.compare(plain.view(PASSES, 1, 10), sampler.summarize(x, PASSES))
+    found = training_mode.compare(plain.view(PASSES, 1, 10), sampler.summarize(x, PASSES))
     assert [site.kind for site in sampler.sites] == SITES[name]
     assert 0.9 < found["variance ratio"] < 1.1
     assert found["mean"] < 4

@@ -83,8 +83,8 @@ def test_a_pin_is_a_small_file_that_the_next_one_replaces(root):
 @pytest.mark.parametrize(
     ("version", "reason"),
     [
-        (9, "no such version of 'm'"),
-        (0, "no such version of 'm'"),
+        (9, "no version 9 of 'm'"),
+        (0, "no version 0 of 'm'"),
         (3, "3/model.safetensors: damaged"),
         ("newest", "give the number of a version, or latest"),
     ],
@@ -167,7 +167,7 @@ def test_a_version_that_is_pinned_at_the_last_moment_is_not_removed(root):
 )
 def test_a_model_that_is_not_there_is_named(root, command):
     name, *rest = command
-    assert "no such version of 'other'" in refused(root, name, "other", *rest)
+    assert "no model 'other'" in refused(root, name, "other", *rest)
     assert not (root / "other").exists()
 
 
