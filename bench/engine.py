@@ -122,7 +122,8 @@ class Bench:
 
     def training(self) -> list[dict[str, Any]]:
         """Measure training throughput."""
-        images = self.data.train.take(torch.arange(self.scale.training_images))
+        train = self.data.train
+        images = train.take(torch.arange(min(self.scale.training_images, len(train))))
         normalize, rounds = self.data.preprocessing.normalize, self.scale.training_rounds
         trained = [n for n, _ in self.trained()][: self.scale.batches]
         return [training.throughput(n, images, normalize, rounds) for n in trained]

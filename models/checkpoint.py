@@ -228,8 +228,8 @@ def read(path: Path) -> Version:
     if metadata.network.is_builtin:  # a description may lie: weigh it before it takes memory
         with torch.device("meta"):
             _check_tensors(path / WEIGHTS, tensors, metadata.network.build().state_dict())
-    sealed = None if manifest is None else hashlib.sha256(manifest).hexdigest()
-    return Version(path, metadata, tensors, digests, sealed)
+    digest = None if manifest is None else hashlib.sha256(manifest).hexdigest()
+    return Version(path, metadata, tensors, digests, digest)
 
 
 def add_manifest(version: Version) -> Version:
@@ -291,7 +291,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
 def _dump_metadata(metadata: Metadata) -> bytes:
     """Return the bytes of a `model.json` that a reader will accept; what is too long is refused.
 
-    Examples are a courtesy: they stay out before a model is lost for them.
+    Examples are left out if the file would be too long with them.
     """
     try:
         raw = json.dumps(metadata.to_json(), indent=2, allow_nan=False).encode() + b"\n"
@@ -305,10 +305,6 @@ def _dump_metadata(metadata: Metadata) -> bytes:
         )
     _parse_metadata(Path(METADATA), raw)
     return raw
-
-
-def _read_metadata(path: Path) -> Metadata:
-    return _parse_metadata(path, read_once(path, MAX_HEADER_BYTES))
 
 
 def _parse_metadata(path: Path, raw: bytes) -> Metadata:

@@ -26,7 +26,7 @@ _MAX_BYTES = 32 * 2**30
 _PARTS = {"module": "network", "from": "version to start from", "on": "precision or devices"}
 """What the parts of a fingerprint are called, where it is not by their names."""
 _BLANK = "0" * 64
-_SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 """The file's own SHA-256 in its header: of all bytes, with `_BLANK` in the digest's place."""
 
 
@@ -126,7 +126,7 @@ class State:
             "sha256": _BLANK,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(path, _sealed(dump_tensors(path, tensors, metadata)))
+        replace_durably(path, _with_checksum(dump_tensors(path, tensors, metadata)))
 
     def restore(self, path: Path) -> None:
         """Continue from a state written by `write()`.
@@ -210,14 +210,14 @@ def _finished_epochs(state: Path) -> int:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a state file and the strings of its header."""
     raw = read_once(path, _MAX_BYTES)
-    seal = _SEAL.search(raw)
-    if seal is None:
+    found = _CHECKSUM.search(raw)
+    if found is None:
         raise CheckpointRefused(
             path,
             "without a checksum: damaged, or written by an earlier release of Dropserve, which "
             "can finish the run; --restart discards it",
         )
-    if (got := _digest(raw, seal)) != (told := seal[1].decode()):
+    if (got := _digest(raw, found)) != (told := found[1].decode()):
         raise CheckpointRefused(
             path, f"damaged: its SHA-256 is {got}, it says {told}; --restart discards it"
         )
@@ -225,18 +225,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, check_header(path, raw).get("__metadata__", {})
 
 
-def _sealed(raw: bytes) -> bytes:
+def _with_checksum(raw: bytes) -> bytes:
     """Write the SHA-256 of a state file into its header, where `_BLANK` is now."""
-    seal = _SEAL.search(raw)
-    if seal is None:
+    found = _CHECKSUM.search(raw)
+    if found is None:
         raise ValueError("a state file has no place for its checksum")
     view = memoryview(raw)
-    return b"".join([view[: seal.start(1)], _digest(raw, seal).encode(), view[seal.end(1) :]])
+    return b"".join([view[: found.start(1)], _digest(raw, found).encode(), view[found.end(1) :]])
 
 
-def _digest(raw: bytes, seal: re.Match[bytes]) -> str:
+def _digest(raw: bytes, found: re.Match[bytes]) -> str:
     view = memoryview(raw)
-    digest = hashlib.sha256(view[: seal.start(1)])
+    digest = hashlib.sha256(view[: found.start(1)])
     digest.update(_BLANK.encode())
-    digest.update(view[seal.end(1) :])
+    digest.update(view[found.end(1) :])
     return digest.hexdigest()

@@ -312,8 +312,11 @@ def base_url(url: str) -> str:
     Raises:
         ValueError: it does not begin with http:// or https://.
     """
-    if "://" not in url:
+    scheme, separator, _ = url.partition("://")
+    if not separator or "/" in scheme:
         raise ValueError(f"{url!r} has no scheme: did you mean http://{url}?")
+    if scheme.lower() not in ("http", "https"):
+        raise ValueError(f"{url!r} begins with {scheme}://, and not with http:// or https://")
     return url
 
 

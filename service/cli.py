@@ -131,10 +131,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     _: Annotated[
-        bool, Opt("--version", is_eager=True, callback=_show_version, help="Say which this is.")
+        bool, Opt("--version", is_eager=True, callback=_show_version, help="Print the release.")
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Parse the options of `dropserve` itself."""
 
 
 @app.command()
@@ -184,7 +184,7 @@ def train(
     network_arguments: Arguments = None,
     size: FolderSize = None,
     invert: Invert = False,
-    fit: Fit = "stretch",
+    fit: Fit | None = None,
     skip_broken: SkipBroken = False,
     samples: Samples = 100,
     accelerator: Annotated[
@@ -224,14 +224,12 @@ def train(
             asked=_given(hidden=hidden, dropout=dropout, arguments=network_arguments),
             size=size,
             invert=invert,
-            fit=fit,
+            fit=fit or "stretch",
             skip_broken=skip_broken,
         )
     else:
         kept = ("network", "hidden", "dropout", "network_arguments", "size", "invert", "fit")
-        given = [
-            f"--{o}".replace("_", "-") for o in kept if options[o] not in (None, False, "stretch")
-        ]
+        given = [f"--{o}".replace("_", "-") for o in kept if options[o] not in (None, False)]
         if given:
             raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(given)}")
         if not (number or "1").isdecimal():

@@ -37,7 +37,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class Target(TypedDict, total=False):
-    """Which model answers; left out: the service's default one, and its latest version."""
+    """Which model answers; left out: the service's default one, and the version that answers."""
 
     model: str | None
     version: int | None

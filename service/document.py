@@ -78,7 +78,7 @@ def complete_document(app: FastAPI, settings: Settings) -> None:
 
 
 def common(path: str) -> str:
-    """Return the shortest path that answers alike: of the default model, or the latest version."""
+    """Return the shortest path that answers alike: without the model, or without the version."""
     return _WHICH.sub("", path)
 
 
@@ -132,7 +132,8 @@ def _complete_operation(
     for response in success.values():
         stream = response["content"].get("text/event-stream")
         if stream is not None:
-            stream["itemSchema"] = _events(stream.pop("schema")["anyOf"])
+            stream["itemSchema"] = _events(stream["schema"]["anyOf"])  # of OpenAPI 3.2
+            stream["schema"] = {"type": "string"}  # which all tools read
         _show(response, example.get("answer"))
 
 

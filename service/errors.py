@@ -19,8 +19,9 @@ what the Open Inference Protocol has under /v2, and the client raises the same o
 reads. Messages never repeat what was sent, but for the name of an unknown parameter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -127,6 +128,13 @@ def about(image: int, images: int) -> Iterator[None]:
         if images > 1:
             error.args = (f"image {image}: {error}",)
         raise
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """End a message about an unknown name with the closest known one, if one is close."""
+    lower = {each.lower(): each for each in known}
+    close = get_close_matches(name[:100].lower(), lower, 1)
+    return f"; did you mean {lower[close[0]]}?" if close else ""
 
 
 def error_for(status: int, detail: str) -> DropserveError:

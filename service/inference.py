@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Read = Callable[[], Pixels]
 """Decodes and prepares a request's pictures."""
-Told = Iterator[Answer]
-"""What a request that is answered in steps has still to be told."""
-Key = tuple[Classifier, Task, Told | None]
+Answers = Iterator[Answer]
+"""Of a request that is answered in steps: those that have not been sent yet."""
+Key = tuple[Classifier, Task, Answers | None]
 """What runs together; who is answered in steps runs alone."""
 Waiting = Place[Key, Pixels | Read | None, Answer]
 """A request in the queue."""
@@ -264,7 +264,7 @@ def _is_brief(key: Key, images: int) -> bool:
     return 0 < images <= classifier.brief.get(task, 0)
 
 
-def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Told:
+def _steps(classifier: Classifier, task: Watch, pixels: Pixels | Read) -> Answers:
     if callable(pixels):
         pixels = pixels()  # in its place: with it goes the request's body
     yield from classifier.watch(task, pixels)

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import islice
 from typing import Generic, TypeVar
 
-from service.errors import NotFound
+from service.errors import NotFound, did_you_mean
 
 Served = TypeVar("Served")
 _PLAIN = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -38,7 +37,7 @@ class Registry(Generic[Served]):
     Any thread may look up while one thread replaces.
 
     Args:
-        default: the model that is meant where none is named; None: see `settle`.
+        default: the model that is meant where none is named; None: see `resolve_default`.
         where: the models come from, for messages.
 
     Attributes:
@@ -50,8 +49,8 @@ class Registry(Generic[Served]):
         self._where = where
         self._models: Mapping[str, Model[Served]] = {}
 
-    def settle(self, models: Sequence[str]) -> None:
-        """Settle the default by the models that are there at the start: later ones don't change it.
+    def resolve_default(self, models: Sequence[str]) -> None:
+        """Resolve the default by the models of the start: later ones do not change it.
 
         Raises:
             RegistryError: there is no model, or no such default.
@@ -81,7 +80,7 @@ class Registry(Generic[Served]):
         if name is None:
             name = self.default or ""
             if name not in self._models:
-                raise NotFound("the default model is not served now; GET /readyz says why")
+                raise NotFound("the default model is not served now")
         elif name not in self._models:
             raise self.no_model(name)
         model = self._models[name]
@@ -94,9 +93,7 @@ class Registry(Generic[Served]):
         """Make the error that says which models there are, and which one was meant perhaps."""
         if not self._models:
             return NotFound("no such model; none is served")
-        names = {known.lower(): known for known in self._models}
-        meant = get_close_matches(name[:100].lower(), names, 1) if name else []
-        hint = f"; did you mean {names[meant[0]]}?" if meant else ""
+        hint = did_you_mean(name or "", self._models)
         return NotFound(f"no such model; served are {_listed(self._models)}{hint}")
 
     def versions(self, name: str) -> Mapping[int, Served]:

@@ -99,6 +99,8 @@ class Reloader(Generic[Served]):
         except OSError as error:
             _log.warning(f"the checkpoints cannot be listed: {error}")
             return
+        known = {*self.found, *self._registry}
+        self.refused = {name: them for name, them in self.refused.items() if name in known}
         for name, versions in self.found.items():
             if name not in self.left_out and (versions or name in self.refused):
                 self._refresh(name, versions)

@@ -28,7 +28,7 @@ class Repository(Generic[Served]):
         folder: where versions come from.
         loader: a thread that makes them ready.
         board: shared with other workers, if there are any.
-        check: the default is settled, and to serve no model is an error now; with the setting
+        check: the default is resolved, and to serve no model is an error now; with the setting
             strict_start, also to refuse any version. Workers do not: their parent did, and one may
             take a dead one's place when a bad version has come, or all models are unloaded.
 
@@ -61,7 +61,7 @@ class Repository(Generic[Served]):
             self.registry, folder, settings.keep_versions, settings.default_version
         )
         if check:
-            self._settle(folder, settings.default_version)
+            self._resolve_default(folder, settings.default_version)
         self._loader.submit(self._obey).result()
         if check:
             self._check(strict=settings.strict_start)
@@ -147,8 +147,9 @@ class Repository(Generic[Served]):
         """Load no more versions than the one that is being loaded."""
         self._reloader.closing = True
 
-    def _settle(self, folder: Folder[Served], default_version: int | None) -> None:
-        self.registry.settle([name for name, versions in folder.find().items() if versions])
+    def _resolve_default(self, folder: Folder[Served], default_version: int | None) -> None:
+        there = [name for name, versions in folder.find().items() if versions]
+        self.registry.resolve_default(there)
         if default_version is not None and self.registry.default is None:
             raise RegistryError(
                 "DROPSERVE_DEFAULT_VERSION is of the default model: set DROPSERVE_DEFAULT_MODEL"

@@ -69,7 +69,7 @@ class SamplingOptions(PredictOptions):
     """How thinned networks are sampled."""
 
     samples: Annotated[int, Field(ge=1, le=1000, description="Thinned networks, T.")] = 100
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the masks.")] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Decides the masks.")] = 0
     masks: Annotated[MaskKind, Field(description="How masks are drawn.")] = "stratified"
     level: Annotated[float, Field(gt=0, lt=1, description="Of the sample interval.")] = 0.9
 
@@ -84,7 +84,7 @@ class CompareOptions(PredictOptions):
     """How `/compare` runs train mode."""
 
     passes: Annotated[int, Field(ge=1, le=32, description="Train-mode passes, k.")] = 8
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the masks.")] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Decides the masks.")] = 0
     p: Annotated[float | None, Field(ge=0, lt=1, description="Every dropout's rate.")] = None
 
 

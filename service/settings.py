@@ -1,12 +1,13 @@
 """What a deployer sets: environment variables that begin with DROPSERVE_."""
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import did_you_mean
 
 PREFIX = "DROPSERVE_"
 
@@ -94,8 +95,7 @@ class Settings(BaseSettings):
         known = {environment_name(name) for name in type(self).model_fields}
         unknown = {name for name in os.environ if name.upper().startswith(PREFIX)} - known
         if unknown:
-            like = get_close_matches(min(unknown), known, 1)
-            hint = f"; did you mean {like[0]}?" if like else ""
+            hint = did_you_mean(min(unknown), known)
             raise ValueError(f"no such setting: {', '.join(sorted(unknown))}{hint}")
         return self
 

@@ -1,20 +1,24 @@
 """Refuses random numbers that no mask can replace: of PyTorch, of Python and of NumPy."""
 
+import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import UnsupportedModule
+from models.montecarlo import references
 
 Running = Callable[[], str]
 """Names the module whose forward is running."""
+NumPyGenerator = np.random.Generator | np.random.RandomState
 
 
 class RefuseRandomness:
@@ -22,17 +26,20 @@ class RefuseRandomness:
 
     PyTorch's operations that draw are tagged, and dropout that is intercepted runs none. Python's
     generators, of whatever instance, draw by functions in C, which a profile function sees. Of
-    NumPy's the global one is watched, from one module of the network to the next.
+    NumPy's the global one and those that the code refers to are watched, from one module of the
+    network to the next.
 
     Args:
         running: to say who has drawn.
+        generators: of NumPy, that the code refers to.
     """
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: Running, generators: Sequence[NumPyGenerator] = ()) -> None:
         self._running = running
+        self._generators = generators
         self._operations = _RefuseOperations(running)
         self._drawn: list[UnsupportedModule] = []
-        self._numpy = _numpy_state()
+        self._numpy = self._numpy_states()
         self._outer = sys.getprofile()
 
     def __enter__(self) -> Self:
@@ -46,15 +53,22 @@ class RefuseRandomness:
         if self._drawn:
             raise self._drawn[0]
 
-    def look(self) -> None:
-        """Look if what runs has used NumPy's generator; to be called before another module runs."""
-        state = _numpy_state()
-        if state != self._numpy:
-            self._drawn.append(_refusal(self._running(), "NumPy's global generator"))
-        self._numpy = state
+    def check_numpy(self) -> None:
+        """Note if the running module has drawn by NumPy; to be called before another one runs."""
+        states = self._numpy_states()
+        if states != self._numpy:
+            self._drawn.append(_refusal(self._running(), "a generator of NumPy"))
+        self._numpy = states
+
+    def _numpy_states(self) -> list[object]:
+        states = [_comparable(_state(generator)) for generator in self._generators]
+        return [_comparable(np.random.get_state(legacy=False)), *states]
 
     def _note(self, frame: FrameType, event: str, function: object) -> None:
-        if event != "c_call" or not isinstance(getattr(function, "__self__", None), random.Random):
+        if event != "c_call":
+            return
+        own = isinstance(getattr(function, "__self__", None), random.Random)
+        if not own and function is not os.urandom:  # of SystemRandom, and the seed of new ones
             return
         if not any(name.startswith("torch._dynamo") for name in _callers(frame)):
             self._drawn.append(_refusal(self._running(), "a generator of Python's random"))
@@ -100,8 +114,17 @@ def _draws(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return any(rates) or not rates
 
 
-def _numpy_state() -> object:
-    return _comparable(np.random.get_state(legacy=False))
+def numpy_generators(module: nn.Module) -> list[NumPyGenerator]:
+    """List the generators of NumPy that a module holds, or its code reads."""
+    values = (value for *_, value in references.of_module(module))
+    found = references.reachable(values)
+    return [value for value in found if isinstance(value, NumPyGenerator)]
+
+
+def _state(generator: NumPyGenerator) -> Any:  # noqa: ANN401  what its bit generator's is made of
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
 
 
 def _comparable(value: Any) -> object:  # noqa: ANN401  what a bit generator's state is made of

@@ -1,15 +1,17 @@
 """Where a network drops units: found by running a copy in training mode, and watching."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import NoDropout, UnsupportedModule
 from models.montecarlo.interception import Interception, Kind
-from models.montecarlo.randomness import RefuseRandomness
+from models.montecarlo.randomness import NumPyGenerator, RefuseRandomness, numpy_generators
 from models.montecarlo.training_copy import share_parameters, training_copy
 
 _RESCALED = ("dropout", "spatial", "attention")
@@ -136,12 +138,14 @@ def survey(module: nn.Module, probe: Tensor) -> Survey:
     """
     _refuse_unreachable(module)
     expected, dropouts = _eval_mode(module, probe)  # it makes the parameters of lazy modules
+    before = _digests(module)
     copied = training_copy(module)
     try:
         two, three = _traces(copied, probe, expected)
         share_parameters(copied, module)
         logits, now = _eval_mode(module, probe)
-        _require_same(logits + (now - dropouts), expected, _MODULE_CHANGED)
+        _require_same(logits, expected, _MODULE_CHANGED)
+        _require((now, _digests(module)) == (dropouts, before), _MODULE_CHANGED)
     except UnsupportedModule:
         copied.eval()  # what its train() has changed outside of it, code of its eval() may undo
         raise
@@ -178,25 +182,27 @@ _NOT_REPEATED = (
 
 def _traces(copied: nn.Module, probe: Tensor, expected: Tensor) -> tuple[_Trace, _Trace]:
     """Run a copy in training mode over two images and three; refuse what is more than dropout."""
-    before = {name: parameter.clone() for name, parameter in copied.named_parameters()}
-    two, three = (_trace(copied, probe[[0, 1, 0][:images]]) for images in (2, 3))
+    before, generators = _digests(copied), numpy_generators(copied)
+    trace = partial(_trace, copied, generators)
+    two, three = (trace(probe[[0, 1, 0][:images]]) for images in (2, 3))
     if two.output.dim() != 2 or len(two.output) != 2 or not two.output.is_floating_point():
         raise UnsupportedModule(
             f"the module must map a batch of B images to logits [B, C]; two images gave "
             f"{two.output.dtype} {list(two.output.shape)}"
         )
-    for name, parameter in copied.named_parameters():
-        if not torch.equal(parameter, before[name]):
+    after = _digests(copied)
+    for name, _ in copied.named_parameters():
+        if after[name] != before.get(name):
             raise UnsupportedModule(
                 f"in training mode a pass changes the parameter {name}: change it elsewhere"
             )
-    if not torch.equal(_trace(copied, probe).output, two.output):
+    if not torch.equal(trace(probe).output, two.output):
         raise UnsupportedModule(_NOT_REPEATED)
     try:
         _require_same(two.output, expected, _MORE_THAN_DROPOUT)
     except UnsupportedModule:
         # A mask of bernoulli_ that is not scaled: then all kept is what eval mode computes.
-        _require_same(_trace(copied, probe, all_kept=True).output, expected, _MORE_THAN_DROPOUT)
+        _require_same(trace(probe, all_kept=True).output, expected, _MORE_THAN_DROPOUT)
     return two, three
 
 
@@ -219,7 +225,9 @@ def _site(call: _Call, three: torch.Size) -> Site:
     return Site(call.name, call.kind, call.p, tuple(units), template, dim)
 
 
-def _trace(copied: nn.Module, x: Tensor, *, all_kept: bool = False) -> _Trace:
+def _trace(
+    copied: nn.Module, generators: Sequence[NumPyGenerator], x: Tensor, *, all_kept: bool = False
+) -> _Trace:
     """Run images through a copy in training mode without the noise of dropout, and watch.
 
     Masks of `bernoulli_` are their mean, or all ones if `all_kept`.
@@ -242,8 +250,8 @@ def _trace(copied: nn.Module, x: Tensor, *, all_kept: bool = False) -> _Trace:
         return torch.ones(shape, device=x.device) if all_kept and kind == "bernoulli" else None
 
     interception = Interception(note)
-    randomness = RefuseRandomness(lambda: stack[-1][0])
-    with _current_module(copied, stack, randomness.look), torch.no_grad(), randomness:
+    randomness = RefuseRandomness(lambda: stack[-1][0], generators)
+    with _current_module(copied, stack, randomness.check_numpy), torch.no_grad(), randomness:
         try:
             output = _logits(interception.run(copied, x), "training mode")
         except UnsupportedModule:
@@ -254,6 +262,18 @@ def _trace(copied: nn.Module, x: Tensor, *, all_kept: bool = False) -> _Trace:
                 f"but dropout depend on self.training"
             ) from error
     return _Trace(output, calls, interception.widest)
+
+
+def _digests(module: nn.Module) -> dict[str, object]:
+    """Return what changes when a parameter, a buffer or a mode of a module does."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    found: dict[str, object] = {name: _digest(tensor) for name, tensor in tensors}
+    return found | {f"{name}.training": child.training for name, child in module.named_modules()}
+
+
+def _digest(tensor: Tensor) -> bytes:
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(raw.data).digest()
 
 
 def _eval_mode(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
@@ -270,6 +290,11 @@ def _logits(output: object, mode: str) -> Tensor:
             f"the module must return one tensor of logits, not {type(output)} as in {mode}"
         )
     return output
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise UnsupportedModule(otherwise)
 
 
 def _require_same(got: Tensor, expected: Tensor, otherwise: str) -> None:

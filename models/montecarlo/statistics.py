@@ -174,7 +174,9 @@ class Statistics:
             raise SamplingError(f"{self._count} samples of {self._total} came")
         total, sums = self._total, self._sums
         mean = sums["first"][..., 0] + sums["sum"] / total
-        variance = _variance(sums["squares"], sums["sum"], total)
+        variance = None
+        if total > 1:
+            variance = variance_of_sums(sums["squares"], sums["sum"], total)
         predictive = torch.special.entr(torch.from_numpy(mean)).sum(0)
         expected = torch.from_numpy(sums["entropy"] / total)
         return Summary(
@@ -195,7 +197,9 @@ class Statistics:
         if variance is None or degrees_of_freedom(self._masks, self._total) is None:
             return None
         squares, total = self._sums["block_squares"], self._sums["blocks"]
-        between = _variance(squares, total, self._blocks) if self._blocks > 1 else 0.0
+        between: Array | float = 0.0
+        if self._blocks > 1:
+            between = variance_of_sums(squares, total, self._blocks)
         return _images_first(np.sqrt(mean_variance(self._masks, self._total, variance, between)))
 
     def _add(self, name: str, values: Array) -> None:
@@ -232,10 +236,8 @@ def _votes(p: Array) -> Array:
     return votes
 
 
-def _variance(squares: Array, total: Array, count: int) -> Array | None:
-    """Variance with n-1 from sums of n numbers and their squares; None for a single number."""
-    if count < 2:
-        return None
+def variance_of_sums(squares: Array, total: Array, count: Array | int) -> Array:
+    """Variance with n-1 from sums of n numbers and of their squares; n is 2 at least."""
     variance: Array = np.maximum(squares - total * total / count, 0) / (count - 1)
     return variance
 

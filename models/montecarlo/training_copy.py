@@ -7,11 +7,9 @@ parameters of its own: code may change them there, and the served ones must not 
 """
 
 import copy
-import dis
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from collections.abc import Iterable, Mapping
+from types import CellType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from models.errors import UnsupportedModule
-
-_SHARED = (type, ModuleType, Tensor)
-"""What is not searched for references: the same for all, or without any."""
+from models.montecarlo import references
 
 
 def training_copy(module: nn.Module) -> nn.Module:
@@ -77,8 +73,7 @@ def _copy(module: nn.Module, originals: Mapping[int, nn.Module]) -> nn.Module:
             elif isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
                 memo[id(value)] = value.detach().clone()
     try:
-        _share_uncopyable(module, memo)
-        copied = copy.deepcopy(module, memo)
+        copied, memo = _deep_copy(module, memo)
         for child in copied.modules():
             _rebind(child, memo, originals)
     except Exception as error:  # somebody's own module may fail in any way
@@ -91,6 +86,16 @@ def _copy(module: nn.Module, originals: Mapping[int, nn.Module]) -> nn.Module:
             "a deep copy of the module holds parts of the module itself: let __deepcopy__ copy them"
         )
     return copied
+
+
+def _deep_copy(module: nn.Module, memo: dict[int, object]) -> tuple[nn.Module, dict[int, object]]:
+    """Copy a module; return the memo of the copies that it is made of, too."""
+    attempt = dict(memo)
+    try:
+        return copy.deepcopy(module, attempt), attempt
+    except Exception:
+        _share_uncopyable(module, memo)
+        return copy.deepcopy(module, memo), memo
 
 
 def _share_uncopyable(value: object, memo: dict[int, object]) -> None:
@@ -121,16 +126,16 @@ def _rebind(child: nn.Module, memo: dict[int, object], originals: Mapping[int, n
     """
     for table in (vars(child), *(v for v in vars(child).values() if isinstance(v, dict))):
         for key, value in table.items():
-            if isinstance(value, FunctionType) and _reaches(_closure(value), originals):
+            if isinstance(value, FunctionType) and _reaches(references.closure(value), originals):
                 table[key] = _rebound(value, memo)
-            elif (referent := _referent(value)) is not None and id(referent) in originals:
+            elif (referent := references.referent(value)) is not None and id(referent) in originals:
                 weak = weakref.ref if isinstance(value, weakref.ref) else weakref.proxy
                 table[key] = weak(memo[id(referent)])
 
 
 def _rebound(function: FunctionType, memo: dict[int, object]) -> FunctionType:
     """Copy a function, what it holds by `copy.deepcopy`, and functions that it holds as itself."""
-    held = list(_closure(function))
+    held = list(references.closure(function))
     cells = tuple(CellType() for _ in held)
     defaults = copy.deepcopy(function.__defaults__, memo)
     rebound = FunctionType(
@@ -148,90 +153,15 @@ def _rebound(function: FunctionType, memo: dict[int, object]) -> FunctionType:
 
 def _refuse_references(copied: nn.Module, originals: Mapping[int, nn.Module]) -> None:
     """Refuse a copy that still refers to a module that was copied."""
-    searched: set[type] = set()
-    for name, child in copied.named_modules():
-        kinds = [kind for kind in type(child).__mro__ if kind not in searched and _is_foreign(kind)]
-        searched.update(kinds)
-        methods = (f for kind in kinds for f in vars(kind).values() if isinstance(f, FunctionType))
-        attributes = (v for key, v in vars(child).items() if key != "_modules")
-        for value in (*attributes, *methods):
-            if _reaches([value], originals):
-                what = getattr(value, "__qualname__", type(value).__name__)
-                raise UnsupportedModule(
-                    f"{name or 'the module'}: {what} refers to a module by a closure, a global "
-                    f"variable or the like, which a copy in training mode cannot follow: make that "
-                    f"module an attribute of the module that uses it"
-                )
-
-
-def _is_foreign(kind: type) -> bool:
-    """Say if a class is not PyTorch's: its methods may refer to anything."""
-    return kind is not object and not kind.__module__.startswith("torch.")
+    for name, attribute, value in references.of_module(copied):
+        if _reaches([value], originals):
+            raise UnsupportedModule(
+                f"{name or 'the module'}: {attribute} refers to a module by a closure, a global "
+                f"variable or the like, which a copy in training mode cannot follow: make that "
+                f"module an attribute of the module that uses it"
+            )
 
 
 def _reaches(values: Iterable[object], originals: Mapping[int, nn.Module]) -> bool:
     """Say if one of some objects is or holds one of the modules, directly or through others."""
-    seen: set[int] = set()
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if id(value) in originals:
-            return True
-        if id(value) not in seen and not isinstance(value, _SHARED):
-            seen.add(id(value))
-            waiting += _held(value)
-    return False
-
-
-def _held(value: object) -> Iterator[object]:
-    """List what an object holds."""
-    if isinstance(value, FunctionType):
-        yield from (*_closure(value), value.__defaults__, value.__kwdefaults__)
-        yield from _globals(value)
-    elif isinstance(value, MethodType):
-        yield from (value.__self__, value.__func__)
-    elif isinstance(value, partial):
-        yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, weakref.ReferenceType | weakref.ProxyType):
-        yield _referent(value)
-    elif isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
-        yield from value
-    else:
-        yield getattr(value, "__dict__", None)
-
-
-def _referent(value: object) -> object:
-    """Return what a weak reference, or a weak proxy of a module, refers to; None: it is neither."""
-    if isinstance(value, weakref.ref):
-        return value()
-    if isinstance(value, weakref.ProxyTypes):
-        return getattr(getattr(value, "modules", None), "__self__", None)
-    return None
-
-
-def _closure(function: FunctionType) -> Iterator[object]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # a variable that was never assigned
-            yield None
-
-
-def _globals(function: FunctionType) -> Iterator[object]:
-    """List the modules and functions that a function reads from global variables."""
-    for name in _global_names(function.__code__):
-        value = function.__globals__.get(name)
-        own = isinstance(value, FunctionType) and not value.__module__.startswith("torch.")
-        if own or isinstance(value, nn.Module | weakref.ref | weakref.ProxyType):
-            yield value
-
-
-def _global_names(code: CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # a function within
-            yield from _global_names(constant)
+    return any(id(value) in originals for value in references.reachable(values))

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from models.montecarlo.masks import BLOCK, MaskKind
 from models.montecarlo.sampler import Sampler
-from models.montecarlo.statistics import Statistics, degrees_of_freedom, mean_variance
+from models.montecarlo.statistics import (
+    Statistics,
+    degrees_of_freedom,
+    mean_variance,
+    variance_of_sums,
+)
 
 Array = npt.NDArray[Any]
 
@@ -104,8 +109,8 @@ class _Running:
         n += self._count
         mean = self._sums["first"] + total / n
         with np.errstate(divide="ignore", invalid="ignore"):  # NaN where there are too few
-            variance = _variance(self._add("squares", (distance**2).cumsum(0)), total, n)
-            between = _variance(block_squares, in_blocks, blocks)
+            variance = variance_of_sums(self._add("squares", (distance**2).cumsum(0)), total, n)
+            between = variance_of_sums(block_squares, in_blocks, blocks)
             error = mean_variance(self._masks, n, variance, between)
         predictive = _entropy(mean)
         expected = self._add("entropy", _entropy(p).cumsum(0)) / n[:, 0]
@@ -141,11 +146,6 @@ def _sample(
     if degrees is None:
         figures = {**figures, "standard_error": None}
     return Sample(t, **figures, degrees_of_freedom=degrees, kept=tuple(kept))
-
-
-def _variance(squares: Array, total: Array, count: Array) -> Array:
-    variance: Array = np.maximum(squares - total**2 / count, 0) / (count - 1)
-    return variance
 
 
 def _entropy(p: Array) -> Array:

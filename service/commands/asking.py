@@ -45,7 +45,7 @@ Model = Annotated[
     Opt(help="Model to ask; the default one if left out.", autocompletion=model_names),
 ]
 Samples = Annotated[int, Opt(min=1, max=1000, metavar="T", help="Thinned networks.")]
-Seed = Annotated[int, Opt(min=0, metavar="N", help="Of the masks.")]
+Seed = Annotated[int, Opt(min=0, metavar="N", help="Decides the masks.")]
 _TOGETHER = 16
 """Images a request."""
 
@@ -89,7 +89,8 @@ def uncertainty(
         MaskKind, Opt(metavar="HOW", help="Masks are drawn: stratified, or independent.")
     ] = "stratified",
     level: Annotated[
-        float, Opt(min=0, max=1, metavar="L", help="Share of the networks within the interval.")
+        float,
+        Opt(min=0.001, max=0.999, metavar="L", help="Share of the networks within the interval."),
     ] = 0.9,
     as_json: AsJson = False,
 ) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from typer.core import TyperGroup, TyperOption
 
 from service.client import DropserveClient
 from service.commands.terminal import Refused
+from service.errors import did_you_mean
 from service.schemas import ModelDetails
 from service.settings import Settings, environment_name
 
@@ -105,8 +105,7 @@ def find_model(client: DropserveClient, name: str | None, version: int | None) -
     if name is None:
         raise Refused(f"give --model: {there}")
     if name not in served:
-        like = "".join(f"; did you mean {found}?" for found in get_close_matches(name, served, 1))
-        raise Refused(f"no model {name!r} is served: {there}{like}")
+        raise Refused(f"no model {name!r} is served: {there}{did_you_mean(name, served)}")
     if version not in (None, *(versions := served[name].versions)):
         there = f"there are {', '.join(map(str, versions))}"
         raise Refused(f"no version {version} of {name!r} is served: {there}")

@@ -211,7 +211,7 @@ def test_no_kind_of_picture_takes_more_than_it_is_counted_with():
     fresh = multiprocessing.get_context("spawn")  # this process's heap has holes from other tests
     with ProcessPoolExecutor(1, fresh) as process:
         for case, (bytes_taken, counted) in zip(
-            cases, process.map(taken, *zip(*cases)), strict=True
+            cases, process.map(taken, *zip(*cases, strict=True)), strict=True
         ):
             assert 3_000_000 < bytes_taken < counted + 4_000_000, case
 

@@ -12,7 +12,7 @@ def opened(models, default=None):
     registry = Registry(default, "here")
     for name, versions in models.items():
         registry.replace(name, versions)
-    registry.settle(sorted(models))
+    registry.resolve_default(sorted(models))
     return registry
 
 

@@ -212,7 +212,7 @@ def if_training(change):
         (lambda x: x * torch.ops.aten.dropout(x, 0.5, True), "dropout|bernoulli"),
         (lambda x: x * random.choice((1.0, 1.0)), "Python's random"),  # noqa: S311
         (lambda x: x * PRIVATE.choice((1.0, 1.0)), "Python's random"),
-        (lambda x: x * float(np.random.rand() < 2), "NumPy's global generator"),
+        (lambda x: x * float(np.random.rand() < 2), "a generator of NumPy"),
     ],
 )
 def test_other_randomness_is_refused_by_name_with_the_remedy(change, source):
