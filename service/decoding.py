@@ -1,7 +1,7 @@
 """Reads pictures on threads of their own, and bounds the memory that this takes at once.
 
 The work is a generator, which yields before each step how many bytes of memory the step takes at
-most. Small steps run on; before a large one others have their turn, and it waits for room.
+most. Small steps run on; before a large one others run, and it waits until the budget has room for it.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 Pixels = npt.NDArray[np.uint8]
 Steps = Generator[int, None, Result]
 _SMALL = 16 * 2**20
-"""Bytes of memory for which nobody waits: the threads take so much each beside the room."""
+"""Bytes of memory for which nobody waits: the threads take so much each beside the budget."""
 
 
 def finish(steps: Steps[Result]) -> Result:
@@ -51,15 +51,15 @@ class Decoder:
 
     Args:
         threads: how many.
-        room: bytes of memory that large steps take together; one that takes more runs alone.
+        budget: bytes of memory that large steps take together; one that takes more runs alone.
         release: gives freed memory back to the system; before and after the largest steps.
     """
 
-    def __init__(self, threads: int, room: int, release: Callable[[], object]) -> None:
+    def __init__(self, threads: int, budget: int, release: Callable[[], object]) -> None:
         self._executor = ThreadPoolExecutor(threads, "decoding")
-        self._room = self._free = room
+        self._budget = self._free = budget
         self._release = release
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._freed = asyncio.Event()
 
     async def run(self, steps: Steps[Result]) -> Result:
@@ -75,18 +75,18 @@ class Decoder:
 
     async def _advance(self, work: "_Work[Result]", needed: int) -> int | None:
         """Advance in so much memory, once it is free; in the order in which it is asked for."""
-        room = min(needed, self._room) if needed > _SMALL else 0
-        async with self._turn if room else nullcontext():
-            while self._free < room:
+        reserved = min(needed, self._budget) if needed > _SMALL else 0
+        async with self._lock if reserved else nullcontext():
+            while self._free < reserved:
                 self._freed.clear()
                 await self._freed.wait()
-            self._free -= room
-        job = asyncio.get_running_loop().run_in_executor(self._executor, self._step, work, room)
-        job.add_done_callback(lambda _: self._give_back(room))
+            self._free -= reserved
+        job = asyncio.get_running_loop().run_in_executor(self._executor, self._step, work, reserved)
+        job.add_done_callback(lambda _: self._return_to_budget(reserved))
         return await asyncio.shield(job)  # a step under way takes its memory to its end
 
-    def _step(self, work: "_Work[Result]", room: int) -> int | None:
-        if 2 * room <= self._room:
+    def _step(self, work: "_Work[Result]", reserved: int) -> int | None:
+        if 2 * reserved <= self._budget:
             return work.advance()
         self._release()  # freed memory that is kept, by the other thread too, would come on top
         try:
@@ -94,8 +94,8 @@ class Decoder:
         finally:
             self._release()
 
-    def _give_back(self, room: int) -> None:
-        self._free += room
+    def _return_to_budget(self, reserved: int) -> None:
+        self._free += reserved
         self._freed.set()
 
     def close(self) -> None:

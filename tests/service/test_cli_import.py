@@ -190,7 +190,7 @@ def test_a_version_that_is_trained_further_says_what_it_came_from_and_resumes_to
         (["--from", "mine", "--dataset", "digits"], "digits has images (1, 8, 8)"),
         (["--from", "mine", "--dataset", "fewer"], "it lacks blue and has yellow too"),
         (["--from", "mine", "--hidden", "3", "--invert"], "not --hidden, --invert"),
-        (["--from", "mine", "--fit", "pad"], "not --fit"),
+        (["--from", "mine", "--fit", "stretch"], "not --fit"),
         (["--from", "mine/7"], "no version 7 of 'mine' in checkpoints: there are 1"),
         (["--from", "min"], "no model 'min' in checkpoints: there are mine; did you mean mine?"),
         (["--from", "mine/latest"], "--from: must be NAME or NAME/VERSION"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -264,10 +265,16 @@ def test_a_url_that_is_none_is_unreachable(client):
 
 
 @pytest.mark.parametrize("client", [DropserveClient, AsyncDropserveClient])
-@pytest.mark.parametrize("url", ["localhost:8000", "here.test", ""])
+@pytest.mark.parametrize("url", ["localhost:8000", "here.test/?next=http://there", ""])
 def test_a_url_without_a_scheme_is_refused_with_the_one_it_needs(client, url):
-    with pytest.raises(ValueError, match=f"no scheme: did you mean http://{url}"):
+    with pytest.raises(ValueError, match=re.escape(f"no scheme: did you mean http://{url}")):
         client(url)
+
+
+@pytest.mark.parametrize("client", [DropserveClient, AsyncDropserveClient])
+def test_a_url_with_another_scheme_is_refused(client):
+    with pytest.raises(ValueError, match="begins with ftp://, and not with http:// or https://"):
+        client("ftp://here.test")
 
 
 @pytest.mark.parametrize(("status", "ready"), [(200, True), (503, False)])

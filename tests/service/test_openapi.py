@@ -83,11 +83,6 @@ def fits(picture: list, scale: int) -> bool:
     )
 
 
-def long_answer(case: Case) -> bool:
-    """A million probabilities at most: the product of a parameter, the images and the classes."""
-    return str((case.query or {}).get("include_samples")).lower() == "true"
-
-
 def binary_data(case: Case) -> bool:
     """What comes before it says its size, and a header the size of that."""
     return case.media_type == "application/octet-stream"
@@ -110,7 +105,6 @@ EXCUSES: list[Callable[[Case], bool]] = [
     scale_of_a_file,
     scale_twice,
     numbers,
-    long_answer,
     binary_data,
     no_filename,
     forms_of_integers,

@@ -147,6 +147,14 @@ def test_a_model_of_refused_versions_alone_is_forgotten_when_they_are_gone(there
     assert not reloader.refused["m"]
 
 
+def test_a_refused_model_whose_folder_is_gone_is_forgotten(there, reloader):
+    there.models |= {"m": {1: "bad"}, "other": {1: "good"}}
+    reloader.look()
+    del there.models["m"]
+    reloader.look()
+    assert not any(reloader.refused.values())
+
+
 def test_a_version_replaced_under_its_number_is_loaded_anew_and_stays_if_bad(there, reloader):
     there.models["m"] = {1: "good"}
     reloader.look()

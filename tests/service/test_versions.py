@@ -160,8 +160,10 @@ def load(url, seen, connections=CONNECTIONS):
 
     async def ask(client, path):
         while not stop.is_set():
+            begun = time.monotonic()
             answer = await client.post(path, content=body, headers=headers)
-            seen.append((time.monotonic(), path, answer.status_code, answer.content))
+            ended = time.monotonic()
+            seen.append((begun, ended, path, answer.status_code, answer.content))
 
     async def ask_all():
         limits = httpx.Limits(max_connections=connections)
@@ -219,11 +221,11 @@ def test_twenty_versions_under_load_and_five_of_them_bad(running):
     assert str(publisher.root) not in json.dumps(refused)
     assert len(seen) > 20 * CONNECTIONS
     versions = Counter()
-    for moment, path, status, content in seen:
+    for begun, _, path, status, content in seen:
         assert status == 200, content
         answer = json.loads(content)
         versions[answer["version"]] += 1
-        latest = max(v for v, at in switched.items() if at < moment - 1)
+        latest = max(v for v, at in switched.items() if at < begun)
         assert answer["version"] >= latest
         if path == "/predict":
             expected = publisher.answers[answer["version"]]
@@ -358,15 +360,15 @@ def test_pins_rollbacks_and_prunes_reach_all_workers_and_fail_no_request(running
         wait_for_gauge(server, "dropserve_model_version{", newest)
     assert len(seen) > 100
     changes = [moment for moment, _ in moments]
-    for moment, path, status, content in seen:
+    for begun, ended, path, status, content in seen:
         assert status == 200, content
         answer = json.loads(content)
         if path == "/predict":
             expected = publisher.answers[answer["version"]]
             found = answer["predictions"][0]["probabilities"]
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-        begun = max(bisect(changes, moment - 1) - 1, 0)  # a second for what was under way
-        possible = moments[begun : bisect(changes, moment) + 1]  # and the next change
+        first_possible = max(bisect(changes, begun) - 1, 0)
+        possible = moments[first_possible : bisect(changes, ended) + 1]  # and the next change
         assert answer["version"] in {version for _, version in possible}
     answered = {json.loads(content)["version"] for *_, content in seen}
     assert answered == {before, first, last, newest}

@@ -1,5 +1,6 @@
 """Noise that a module switches by `self.training`: found, sampled, and told from all else."""
 
+import ctypes
 import random
 import weakref
 from functools import partial
@@ -26,6 +27,7 @@ SITES = {
     "LSTM, dropout on its outputs": ["dropout"],
 }
 PRIVATE = random.Random(1)  # noqa: S311
+NUMPYS = np.random.default_rng(1)
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
@@ -152,9 +154,40 @@ def in_a_list():
     return module
 
 
-@pytest.mark.parametrize("build", [in_a_class, in_a_list])
+HELD = {}
+
+
+class InATable(nn.Module):
+    """Looks itself up in a global variable."""
+
+    def __init__(self):
+        super().__init__()
+        HELD["module"] = self
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(F.dropout(x, 0.5) if HELD["module"].training else x)
+
+
+class InItsClass(nn.Module):
+    """Looks itself up in its class, by a property."""
+
+    def __init__(self):
+        super().__init__()
+        type(self).held = [self]
+        self.drop = nn.Dropout(0.5)
+
+    @property
+    def is_training(self):
+        return self.held[0].training
+
+    def forward(self, x):
+        return self.drop(F.dropout(x, 0.5) if self.is_training else x)
+
+
+@pytest.mark.parametrize("build", [in_a_class, in_a_list, InATable, InItsClass])
 def test_a_reference_that_a_copy_cannot_follow_is_refused(build):
-    with pytest.raises(UnsupportedModule, match=r"by a closure.* make that module an attribute"):
+    with pytest.raises(UnsupportedModule, match=r"refers to a module .* make that module"):
         Sampler(build().eval(), X)
 
 
@@ -213,6 +246,9 @@ def if_training(change):
         (lambda x: x * random.choice((1.0, 1.0)), "Python's random"),  # noqa: S311
         (lambda x: x * PRIVATE.choice((1.0, 1.0)), "Python's random"),
         (lambda x: x * float(np.random.rand() < 2), "a generator of NumPy"),
+        (lambda x: x * float(NUMPYS.random() < 2), "a generator of NumPy"),
+        (lambda x: x * float(np.random.default_rng().random() < 2), "Python's random"),
+        (lambda x: x * float(random.SystemRandom().random() < 2), "Python's random"),
     ],
 )
 def test_other_randomness_is_refused_by_name_with_the_remedy(change, source):
@@ -297,6 +333,20 @@ class NeedsTargets(nn.Module):
         return F.dropout(x, 0.5, self.training)
 
 
+class CountsByHand(nn.Module):
+    """Writes to a buffer of the served module, whose address it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.address = self.count.data_ptr()
+
+    def forward(self, x):
+        if self.training:
+            ctypes.c_float.from_address(self.address).value += 1
+        return F.dropout(x, 0.5)
+
+
 def layer_drop(x):
     return F.dropout(x, 0.1) if torch.empty(1).bernoulli_(0.5) else x
 
@@ -317,6 +367,7 @@ def layer_drop(x):
             nn.Sequential(nn.Flatten(), Function(lambda _, x: F.dropout(x - x.mean(0)))),
             "depend on the other images",
         ),
+        (CountsByHand(), "after a copy .* another in eval mode"),
         (NeedsTargets(), "in training mode the module fails: ValueError: .*targets"),
     ],
 )

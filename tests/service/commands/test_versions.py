@@ -171,8 +171,13 @@ def test_a_model_that_is_not_there_is_named(root, command):
     assert not (root / "other").exists()
 
 
-def test_pinning_the_latest_loads_no_torch():
-    code = "import service.cli, models.catalogue, sys; print('torch' in sys.modules)"
+def test_pinning_the_latest_loads_no_torch(root):
+    code = (
+        "import sys; from typer.testing import CliRunner; from service.cli import app;"
+        f"result = CliRunner().invoke(app, ['pin', 'm', 'latest', '--checkpoints', {str(root)!r}]);"
+        "print(result.exit_code, 'torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code]
-    root = Path(__file__).parents[3]
-    assert subprocess.run(command, cwd=root, capture_output=True, check=True).stdout == b"False\n"
+    folder = Path(__file__).parents[3]
+    run = subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    assert run.stdout == b"0 False\n"
