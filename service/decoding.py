@@ -1,7 +1,8 @@
 """Reads pictures on threads of their own, and bounds the memory that this takes at once.
 
 The work is a generator, which yields before each step how many bytes of memory the step takes at
-most. Small steps run on; before a large one others run, and it waits until the budget has room for it.
+most. Small steps run on; before a large one others run, and it waits until there is enough left of
+the budget.
 """
 
 import asyncio
