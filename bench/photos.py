@@ -14,13 +14,11 @@ import os
 import random
 import re
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from bench import bombs
 from models import checkpoint
 from models.networks import default_config
 from models.preprocessing import Preprocessing
@@ -68,7 +67,7 @@ def requests(side: int = SIDE, body: int = _BODY) -> dict[str, Request]:
     square, wide = (side, side), (min(16_383, 2 * side), side // 2 - side // 100)
     found = {
         f"{kind} {mode} {' '.join(options)}".strip(): Request(
-            _encoded(mode, size, kind, **options), f"image/{kind.lower()}"
+            bombs.encoded(mode, size, kind, **options), f"image/{kind.lower()}"
         )
         for kind, mode, size, options in (
             ("PNG", "RGBA", square, {}),
@@ -103,17 +102,17 @@ def requests(side: int = SIDE, body: int = _BODY) -> dict[str, Request]:
             "application/json",
         ),
         "a tensor": _tensor(numbers[: len(numbers) // 64 * 64].reshape(64, -1, 1)),
-        "PNG of much text": Request(_texts(), "image/png"),
-        "PNG of many chunks": Request(_chunks(body), "image/png"),
-        "JPEG of many segments": Request(_segments(body), "image/jpeg"),
-        "64 images, sampled": _form([_encoded("RGB", (64, 64), "PNG")] * 64, "/uncertainty"),
+        "wide JSON": Request(
+            ('{"images": ["\U0001f600' + "A" * (body - 1000) + '"]}').encode(), "application/json"
+        ),
+        "PNG of much text": Request(bombs.png_of_text(), "image/png"),
+        "PNG of many chunks": Request(bombs.png_of_chunks(body), "image/png"),
+        "PNG of much EXIF": Request(bombs.png_of_exif(body - 1000), "image/png"),
+        "JPEG of many segments": Request(bombs.jpeg_of_segments(body), "image/jpeg"),
+        "JPEG of many scans": Request(bombs.jpeg_of_scans(side, 90), "image/jpeg"),
+        "WebP of many tables": Request(bombs.webp_of_tables(min(side, 1024)), "image/webp"),
+        "64 images, sampled": _form([bombs.encoded("RGB", (64, 64), "PNG")] * 64, "/uncertainty"),
     }
-
-
-def _encoded(mode: str, size: tuple[int, int], kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, size).save(file, kind, **options)
-    return file.getvalue()
 
 
 def _turned() -> Image.Exif:
@@ -149,30 +148,6 @@ def _tensor(values: np.ndarray) -> Request:
     headers = {"Inference-Header-Content-Length": str(len(head))}
     path = f"/v2/models/{_MODEL}/infer"
     return Request(head + values.tobytes(), "application/octet-stream", path, headers)
-
-
-def _png(between: bytes) -> bytes:
-    """A grey PNG with chunks after its header."""
-    small = _encoded("L", (8, 8), "PNG")
-    return small[:33] + between + small[33:]
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def _texts() -> bytes:
-    bomb = zlib.compress(bytes(2**20 - 9), 9)
-    return _png(b"".join(_chunk(b"zTXt", b"%d\0\0" % k + bomb) for k in range(63)))
-
-
-def _chunks(body: int) -> bytes:
-    return _png(b"".join(_chunk(b"tEXt", b"%d\0" % k) for k in range(body // 24)))
-
-
-def _segments(body: int) -> bytes:
-    small = _encoded("L", (8, 8), "JPEG")
-    return small[:2] + b"\xff\xe1\0\2" * (body // 4 - 1000) + small[2:]
 
 
 @contextmanager

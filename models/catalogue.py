@@ -11,6 +11,7 @@ from models.errors import CheckpointNotFound, CheckpointRefused
 from models.storage import parse_json, read_if_there, replace_durably, sync_folder
 
 PIN = "pin.json"
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 def is_name(name: str) -> bool:
@@ -23,7 +24,7 @@ def versions(root: Path, name: str) -> list[int]:
     folder = root / name
     if not is_name(name) or not folder.is_dir():
         return []
-    numbered = (d for d in folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,8}", d.name))
+    numbered = (d for d in folder.iterdir() if _VERSION.fullmatch(d.name))
     return sorted(int(d.name) for d in numbered if d.is_dir())
 
 
@@ -61,8 +62,8 @@ def pinned(root: Path, name: str) -> int | None:
     if raw is None:
         return None
     version = parse_json(path, raw).get("version")
-    if type(version) is not int:
-        raise CheckpointRefused(path, 'not {"version": a whole number}')
+    if type(version) is not int or not _VERSION.fullmatch(str(version)):
+        raise CheckpointRefused(path, 'not {"version": a number from 1 to 999999999}')
     return version
 
 

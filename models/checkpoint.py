@@ -77,7 +77,7 @@ class Metadata:
         """
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
-            raise ConfigError(f"unknown fields: {', '.join(sorted(unknown))}")
+            raise ConfigError(f"unknown fields: {', '.join(sorted(unknown)):.200}")
         try:
             preprocessing = Preprocessing.from_json(values["preprocessing"])
             classes = tuple(str(c) for c in values["classes"])

@@ -35,11 +35,12 @@ def trusted(name: str, allowed: Collection[str]) -> str:
     found = same[:1] or alike
     if len(found) == 1:
         return found[0]
+    named = ", ".join(map(_own_name, allowed)) or "none"
     raise ConfigError(
         f"the factory {name!r} could be {' or '.join(found)}: allow one of them"
         if found
         else f"the factory {name!r} is not trusted here: name it in DROPSERVE_FACTORIES if you "
-        f"want this checkpoint to import and call it"
+        f"want this checkpoint to import and call it; named there: {named}"
     )
 
 

@@ -20,7 +20,7 @@ class Recipe:
         label_smoothing: share of the target spread over all classes (Szegedy et al., 2016).
         shift: augmentation: at most so many pixels up, down, left, right.
         flip: augmentation: mirror half of the images left to right.
-        patience: stop after so many epochs without a better validation accuracy; 0: never.
+        patience: stop after so many epochs that were not the best; 0: never.
         validation_share: part of the training images held out to choose the best epoch.
         seed: of everything random.
         threads: CPU threads; another number rounds differently and ends with other weights. None:
@@ -68,14 +68,23 @@ _SUGGESTED: Mapping[str, Mapping[str, Any]] = {
 """What differs from a recipe's own defaults, by dataset, or by dataset and network."""
 
 
-def default_recipe(dataset: str, network: str) -> Recipe:
+_STEPS = 20
+"""An epoch should have so many at least: few images are no reason for few steps."""
+
+
+def default_recipe(dataset: str, network: str, images: int) -> Recipe:
     """Suggest how to train.
 
     Args:
         dataset: as `models.data.load_dataset` takes it.
         network: as `models.networks.NetworkConfig.kind`.
+        images: to train on; few are trained in small batches.
     """
-    return Recipe(**_SUGGESTED.get(dataset, _SUGGESTED.get(f"{dataset} {network}", {})))
+    suggestion = _SUGGESTED.get(dataset, _SUGGESTED.get(f"{dataset} {network}"))
+    if suggestion is not None:
+        return Recipe(**suggestion)
+    power = 2 ** max(3, (images // _STEPS).bit_length() - 1)
+    return Recipe(batch_size=min(power, Recipe.batch_size))
 
 
 def suggested(field: str) -> str:
@@ -84,6 +93,11 @@ def suggested(field: str) -> str:
         where: changes[field] for where, changes in _SUGGESTED.items() if field in changes
     }
     said = {True: "on", False: "off"}
-    return "; ".join(
-        f"{where} {said[v] if isinstance(v, bool) else v}".strip() for where, v in values.items()
+    fewer = f"; below {_STEPS * Recipe.batch_size} images 8 to 64" if field == "batch_size" else ""
+    return (
+        "; ".join(
+            f"{where} {said[v] if isinstance(v, bool) else v}".strip()
+            for where, v in values.items()
+        )
+        + fewer
     )

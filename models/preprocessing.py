@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from models.errors import ConfigError
@@ -20,6 +20,18 @@ BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, as paper and browsers have it."""
 _FLATTENED = 2**18
 """Pixels that are laid over it at once."""
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright (Exif 3.0, tag 0x0112)."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +83,9 @@ class Preprocessing:
         """
         mode = "L" if self.channels == 1 else "RGB"
         if image.mode != mode or image.info:  # where orientation and transparency would be
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                image = ImageOps.exif_transpose(image)
+            # not ImageOps.exif_transpose: it writes EXIF anew, in a hundred times the memory
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            image = image if turn is None else image.transpose(turn)
             image = _flatten(image, mode)
         height, width = self.size
         if image.size != (width, height):

@@ -68,8 +68,8 @@ def plan(
     Raises:
         ConfigError, DataError, UnsupportedModule: it cannot.
     """
-    chosen = replace(default_recipe(dataset, network), **recipe)
     data = load_dataset(dataset, data_dir, **how)
+    chosen = replace(default_recipe(dataset, network, len(data.train)), **recipe)
     config = _config(network, data.preprocessing, len(data.classes), asked or {})
     example = data.preprocessing.normalize(data.train.images[:1])
     return Plan(data, config, chosen, build_checked(config, example, chosen.seed), {})
@@ -101,8 +101,6 @@ def plan_from(
         ConfigError, DataError: as `plan`.
     """
     module, found = checkpoint.load(path, factories)
-    usual = default_recipe(dataset, found.network.kind)
-    chosen = replace(replace(usual, learning_rate=usual.learning_rate / 10), **recipe)
     data = load_dataset(
         dataset,
         data_dir,
@@ -110,6 +108,8 @@ def plan_from(
         classes=found.classes,
         skip_broken=skip_broken,
     )
+    usual = default_recipe(dataset, found.network.kind, len(data.train))
+    chosen = replace(replace(usual, learning_rate=usual.learning_rate / 10), **recipe)
     start = {"name": found.name, "version": int(path.name), "sha256": found.sha256}
     return Plan(data, found.network, chosen, module, start)
 
@@ -138,6 +138,10 @@ def imported(
     """
     if len(set(classes)) < len(classes) or not all(classes):
         raise ConfigError("classes need names, each another one")
+    if not all(0 <= m <= 1 for m in preprocessing.mean) or max(preprocessing.std) > 1:
+        raise ConfigError(
+            "mean and std are of pixels from 0 to 1: divide those of pixels to 255 by 255"
+        )
     config = _config(network, preprocessing, len(classes), asked)
     blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
     module = build_checked(config, preprocessing.normalize(blank), seed=0)

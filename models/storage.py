@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from safetensors import SafetensorError
 
 from models.errors import CheckpointRefused
@@ -112,7 +113,12 @@ def check_header(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """Parse a JSON object; a duplicate name is refused, where most parsers take the last."""
+    """Parse a JSON object strictly.
+
+    A duplicate name is refused, where most parsers take the last; and what the service could not
+    write into an answer: whole numbers of more than 64 bits, text that is not Unicode, and values
+    that are nested deeper than some 250 times.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -122,7 +128,8 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        orjson.dumps([[[[value]]]])  # an answer has it as deep
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointRefused(path, f"not sound JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointRefused(path, "not a JSON object")

@@ -153,8 +153,10 @@ def fit(
                 raise TrainingDiverged(
                     f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
                 )
-            score = fabric.broadcast(accuracy_of(module, validation, normalize, fabric.device))
-            best = state.finish_epoch(score)
+            score, loss_held_out = fabric.broadcast(
+                validate(module, validation, normalize, fabric.device)
+            )
+            best = state.finish_epoch(score, loss_held_out)
             if state_path is not None and fabric.is_global_zero:
                 state.write(state_path)
         speed = batches.steps * min(recipe.batch_size, len(train)) / seconds
@@ -164,16 +166,17 @@ def fit(
 
 
 @torch.inference_mode()
-def accuracy_of(
+def validate(
     module: nn.Module, data: Split, normalize: Normalize, device: torch.device | None = None
-) -> float:
-    """Share of images whose largest logit is their label's, in eval mode."""
+) -> tuple[float, float]:
+    """Return accuracy and mean cross-entropy, in nats, over all images in eval mode."""
     module.eval()
-    right = 0
+    right, loss = 0, 0.0
     for batch in data.batches(_EVAL_BATCH):
-        votes = module(normalize(batch.images.to(device))).argmax(-1).cpu()
-        right += int((votes == batch.labels).sum())
-    return right / len(data)
+        logits = module(normalize(batch.images.to(device))).cpu()
+        right += int((logits.argmax(-1) == batch.labels).sum())
+        loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+    return right / len(data), loss / len(data)
 
 
 class _Batches:

@@ -90,13 +90,17 @@ class State:
         self.epoch = 0
         self._module = module
         self._fingerprint = fingerprint
-        self._best_score = -1.0
+        self._best_score = (-1.0, 0.0)
         self._best_epoch = 0
         self._best: dict[str, Tensor] = {}
 
-    def finish_epoch(self, score: float) -> bool:
-        """Count an epoch and keep its weights if none had a better score; says if it did."""
+    def finish_epoch(self, accuracy: float, loss: float) -> bool:
+        """Count an epoch; say if it is the best, whose weights are kept.
+
+        Among epochs of the same accuracy, of which small sets have many, the lowest loss is best.
+        """
         self.epoch += 1
+        score = (accuracy, -loss)
         if score <= self._best_score:
             return False
         self._best_score, self._best_epoch = score, self.epoch
@@ -104,7 +108,7 @@ class State:
         return True
 
     def exhausted(self, patience: int) -> bool:
-        """Say if `patience` epochs have passed without a better score."""
+        """Say if `patience` epochs have passed since the best one."""
         return patience > 0 and self.epoch - self._best_epoch >= patience
 
     def load_best(self) -> None:
@@ -121,7 +125,7 @@ class State:
         metadata = {
             "fingerprint": self._fingerprint,
             "epoch": str(self.epoch),
-            "best_score": repr(self._best_score),
+            "best_score": json.dumps(self._best_score),
             "best_epoch": str(self._best_epoch),
             "sha256": _BLANK,
         }
@@ -164,7 +168,8 @@ class State:
         self.epoch = int(metadata["epoch"])
         if self.epoch < 1 or self._best.keys() != parts["module"].keys():
             raise ValueError("no finished epoch, or not all of its best weights")
-        self._best_score = float(metadata["best_score"])
+        accuracy, loss = json.loads(metadata["best_score"])
+        self._best_score = (float(accuracy), float(loss))
         self._best_epoch = int(metadata["best_epoch"])
 
     def _check_slots(self, slots: dict[int, dict[str, Tensor]]) -> None:

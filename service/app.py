@@ -126,7 +126,9 @@ async def _http(request: Request, error: Exception) -> Response:
         raise error
     headers, detail = error.headers, str(error.detail)
     if error.status_code == 405 and headers is not None:
-        allowed = headers["Allow"].replace("GET", "GET, HEAD")
+        allowed = headers["Allow"]
+        if "HEAD" not in allowed:
+            allowed = allowed.replace("GET", "GET, HEAD")
         headers, detail = {"Allow": allowed}, f"this path takes another method: {allowed}"
     content, media_type = written(
         request.scope["path"], error.status_code, detail, request.state.request_id

@@ -244,7 +244,8 @@ def load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
 
 def json_memory(body: bytes) -> int:
     """Return the bytes that parsing JSON takes at most: text, values, and arrays of them."""
-    return 3 * len(body) + 128 * min(_elements(body), _MAX_ELEMENTS)
+    character = 1 if body.isascii() else 4  # bytes in Python's strings, if one is beyond 16 bits
+    return (1 + 2 * character) * len(body) + 128 * min(_elements(body), _MAX_ELEMENTS)
 
 
 def _elements(body: bytes) -> int:

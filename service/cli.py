@@ -371,7 +371,9 @@ def _say_saved(path: Path, metadata: "Metadata", checkpoints: Path | None) -> No
 def evaluate(
     name: Annotated[str, Opt(help="Of the model.")],
     version: SavedVersion = None,
-    dataset: Annotated[str | None, Opt(help="The one it was trained on if left out.")] = None,
+    dataset: Annotated[
+        str | None, Opt(help="Left out: the one it was trained on; a folder must be named.")
+    ] = None,
     samples: Samples = 100,
     confusion: Annotated[
         bool, Opt("--confusion", help="Show which classes are taken for which, in eval mode.")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.WebPImagePlugin import WebPImageFile
 
 from service.errors import (
@@ -38,8 +38,13 @@ _BYTES_A_PIXEL = 12
 JPEG of four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
 _BYTES_A_BYTE = 4
 """Of memory for one of the file's: its metadata is copied, and lists are made of it."""
-_TEXT = 128 * 2**20
-"""Bytes of memory that compressed text in a PNG may become in Pillow, 64 MB of it, each twice."""
+_TEXT = 256 * 2**20
+"""Bytes of memory that compressed text in a PNG may become in Pillow: 64 M characters."""
+_TABLES, _MOST_TABLES, _TABLES_A_BYTE = 20_000, 65_536, 1200
+"""Bytes of memory of a group of Huffman tables in a lossless WebP, which has one for each tile of
+4 x 4 pixels at most; the most groups; and bytes of memory that a byte of the file describes."""
+_MOST_SCANS = 100
+"""Of a JPEG: usual are ten. Each costs time for all pixels, however few bytes it has."""
 _MOST_SEGMENTS = 10_000
 """Of a JPEG before its pixels, or chunks of a PNG that are not its pixels."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -95,6 +100,9 @@ def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Pictu
     memory = memory_of(size) + _BYTES_A_BYTE * len(data)
     if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
         memory += _TEXT
+    if kind == "WEBP" and (b"VP8L" in data or b"ALPH" in data):
+        groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_TABLES)
+        memory += min(groups * _TABLES, len(data) * _TABLES_A_BYTE)
     return Picture(partial(_load, data, kind, size), memory)
 
 
@@ -154,7 +162,7 @@ def _load(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
 
 
 def _load_any(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
-    """Decode by Pillow's own reader: the first frame, upright."""
+    """Decode by Pillow's own reader: the first frame."""
     if kind == "PNG":
         _check_chunks(data)
     opened = Image.open(io.BytesIO(data), formats=(kind,))
@@ -164,7 +172,7 @@ def _load_any(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
         raise InvalidRequest("the picture is animated: send one frame")
     image = _load_webp(opened) if isinstance(opened, WebPImageFile) else opened
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)  # here, where damaged EXIF data is caught
+    image.getexif()  # here, where damaged EXIF data is caught
     _ = image.has_transparency_data  # and so is a palette that is not there
     return image
 
@@ -258,6 +266,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
     All of them are walked, because Pillow keeps as many as there are.
     """
+    if data.count(b"\xff\xda") > _MOST_SCANS:
+        raise InvalidRequest(f"the JPEG has more than {_MOST_SCANS} scans: save it with fewer")
     start, size = 2, None
     for _ in range(_MOST_SEGMENTS):
         start = data.find(b"\xff", start)

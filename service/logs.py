@@ -1,5 +1,6 @@
 """Structured logs: one JSON object a line, on standard output."""
 
+import json
 import logging
 import logging.config
 import time
@@ -44,7 +45,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # text that is not Unicode, or a number of more than 64 bits
+            return json.dumps(line, default=str)
 
 
 def configure(level: str) -> None:

@@ -15,7 +15,7 @@ import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import DropserveError, written
+from service.errors import DropserveError, NotFound, written
 from service.logs import FIELDS
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class RequestLog:
         exchange = _Exchange(scope, send)
         scope = exchange.scope
         try:
-            await self._app(scope, receive, exchange.send)
+            # the framework's patterns overlook a newline at the end
+            app = self._app if scope["path"].isprintable() else _refuse_path
+            await app(scope, receive, exchange.send)
         except ClientDisconnect:
             exchange.status = CLIENT_CLOSED
         except DropserveError as error:
@@ -64,6 +66,10 @@ class RequestLog:
             await exchange.fail(500, "the service failed; its log says why")
         finally:
             exchange.end()
+
+
+async def _refuse_path(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise NotFound("Not Found")
 
 
 class _Exchange:

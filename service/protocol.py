@@ -6,7 +6,8 @@ and model repositories. What is sent is read strictly: an unknown name is an err
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 from service.schemas import SamplingOptions, Sent
 
@@ -36,6 +37,10 @@ INTEGERS = ("index", "degrees_of_freedom")
 """Outputs that are whole numbers."""
 
 
+_ABOUT = ("title", "description", "default")
+"""What a schema says of a member beside its type."""
+
+
 def _sound(text: str) -> str:
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("half a surrogate pair is no text")
@@ -46,6 +51,19 @@ class Strict(Sent):
     """Part of a message: JSON's types are not converted."""
 
     model_config = ConfigDict(strict=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Let the schema say that optional members may be null."""
+        reference = handler(core)
+        schema = handler.resolve_ref_schema(reference)
+        for name, found in schema["properties"].items():
+            if name not in schema.get("required", ()) and "null" not in str(found):
+                about = {key: found.pop(key) for key in _ABOUT if key in found}
+                schema["properties"][name] = {"anyOf": [found, {"type": "null"}], **about}
+        return reference
 
 
 Ignored = Annotated[

@@ -192,7 +192,7 @@ class Reloader(Generic[Served]):
 
 def _followed(pin: Pin, chosen: Container[int], refused: Mapping[int, Refusal]) -> Pin:
     """Add to a pin why its version does not answer, if it does not."""
-    if pin.version is None or pin.version in chosen:
+    if pin.problem or pin.version is None or pin.version in chosen:
         return pin
     refusal = refused.get(pin.version)
     why = "is not there" if refusal is None else f"cannot be loaded: {refusal.error}"

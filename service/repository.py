@@ -150,6 +150,11 @@ class Repository(Generic[Served]):
     def _resolve_default(self, folder: Folder[Served], default_version: int | None) -> None:
         there = [name for name, versions in folder.find().items() if versions]
         self.registry.resolve_default(there)
+        if self.registry.default is None:
+            _log.warning(
+                f"no default model: /predict is 404 until DROPSERVE_DEFAULT_MODEL is one of "
+                f"{', '.join(there)}"
+            )
         if default_version is not None and self.registry.default is None:
             raise RegistryError(
                 "DROPSERVE_DEFAULT_VERSION is of the default model: set DROPSERVE_DEFAULT_MODEL"

@@ -43,6 +43,8 @@ class Sent(BaseModel):
                     "unknown parameter{named}; allowed: {allowed}",
                     {"named": named, "allowed": allowed},
                 )
+        if isinstance(values, dict):  # null says that a member is left out
+            return {name: value for name, value in values.items() if value is not None}
         return values
 
 

@@ -41,7 +41,10 @@ class Settings(BaseSettings):
         None, description="Model that /predict means; needed where there are several."
     )
     default_version: int | None = Field(
-        None, ge=1, description="Version of the default model that answers; wins over a pin."
+        None,
+        ge=1,
+        le=999_999_999,
+        description="Version of the default model that answers; wins over a pin.",
     )
     strict_start: bool = Field(
         False, description="Do not start if a version or a pin in the folder is no good."
@@ -71,7 +74,9 @@ class Settings(BaseSettings):
     )
     max_side: int = Field(16_384, ge=1, description="Pixels of one picture's longer side.")
     max_images: int = Field(64, ge=1, le=1000, description="Pictures in one request.")
-    max_samples: int = Field(1000, ge=1, le=1000, description="Samples of one /uncertainty.")
+    max_samples: int = Field(
+        1000, ge=1, le=1000, description="Samples of one /uncertainty, 1000 at most."
+    )
     body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
     drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")
     tracing: bool = Field(

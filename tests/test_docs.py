@@ -130,7 +130,7 @@ def test_training_page_states_the_recipes_and_sizes_that_are_used():
     rows = re.findall(row, page, re.MULTILINE)
     assert len(rows) == 3
     for dataset, network, parameters, *numbers in rows:
-        recipe = default_recipe(dataset, network)
+        recipe = default_recipe(dataset, network, 1)
         stated = [float(number) for number in numbers]
         fields = recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.weight_decay
         assert stated == list(fields), (dataset, network)

@@ -105,7 +105,8 @@ def find_model(client: DropserveClient, name: str | None, version: int | None) -
     if name is None:
         raise Refused(f"give --model: {there}")
     if name not in served:
-        raise Refused(f"no model {name!r} is served: {there}{did_you_mean(name, served)}")
+        hint = did_you_mean(name, served) or "; /readyz says what was refused"
+        raise Refused(f"no model {name!r} is served: {there}{hint}")
     if version not in (None, *(versions := served[name].versions)):
         there = f"there are {', '.join(map(str, versions))}"
         raise Refused(f"no version {version} of {name!r} is served: {there}")

@@ -232,6 +232,13 @@ def show_models(models: Sequence[ModelDetails]) -> None:
         pinned = " (pinned)" if model.version == model.pinned else ""
         table.add_row(model.name, f"{model.version}{pinned}", versions, default, *how)
     console().print(table)
+    for model in models:
+        for refused in model.refused:
+            say(f"{model.name} {refused.version} refused: {refused.reason}")
+        for changed in model.changed:
+            say(f"{model.name} {changed.version} served from memory: {changed.reason}")
+        if model.pin_problem is not None:
+            say(f"{model.name}: the pin is not followed: {model.pin_problem}")
 
 
 def show_settings(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -106,7 +106,7 @@ def test_a_file_is_known_by_its_path_or_else_its_name(name, allowed, meant):
 @pytest.mark.parametrize(
     ("name", "allowed", "reason"),
     [
-        ("os:system", ["a.b:system"], "not trusted"),
+        ("os:system", ["a.b:system", "/x/nets.py:g"], r"named there: a.b:system, nets.py:g$"),
         ("nets.py:g", ["nets.py:f"], "not trusted"),
         ("evil/blocks.py:f", ["nets.py:f"], "not trusted"),
         ("nets:f", ["nets.py:f"], "not trusted"),

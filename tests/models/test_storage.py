@@ -110,10 +110,17 @@ def test_a_changed_byte_is_refused_or_gives_tensors_that_fit_the_bytes(tmp_path_
         (b"[1]", "not a JSON object"),
         (b'{"a": {"b": 1, "b": 1}}', "a name stands twice"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not sound JSON"),
+        (b'{"a": 99999999999999999999}', "not sound JSON: Integer exceeds 64-bit range"),
+        (b'{"a": "\\ud83d"}', "not sound JSON: .*surrogates not allowed"),
+        (b'{"\\ud800": 1}', "not sound JSON: .*surrogates not allowed"),
+        (b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}", "not sound JSON: Recursion limit"),
         (b"[" * 100_000, "not sound JSON"),
         ('{"a": 1}'.encode("utf-16"), "not sound JSON"),
     ],
-    ids=["nothing", "a list", "a duplicate name", "5,000 digits", "nested deep", "UTF-16"],
+    ids=[
+        *("nothing", "a list", "a duplicate name", "5,000 digits", "65 bits", "half a pair"),
+        *("half a pair in a name", "300 deep", "100,000 deep", "UTF-16"),
+    ],
 )
 def test_unsound_json_is_refused_with_its_reason(tmp_path, raw, reason):
     with pytest.raises(CheckpointRefused, match=reason):

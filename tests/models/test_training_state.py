@@ -83,8 +83,23 @@ def stepped():
     state = State(module, torch.optim.AdamW(module.parameters(), fused=True), "some run")
     module(torch.randn(5, 4)).square().mean().backward()
     state.optimizer.step()
-    state.finish_epoch(0.5)
+    state.finish_epoch(0.5, 1.0)
     return state
+
+
+def test_the_best_epoch_has_the_highest_accuracy_and_among_equals_the_lowest_loss():
+    module = nn.Linear(1, 1)
+    state = State(module, torch.optim.AdamW(module.parameters()), "some run")
+    scores = [(0.5, 3.0), (0.9, 2.0), (0.9, 1.0), (0.9, 1.5), (0.8, 0.1)]
+    best = []
+    for epoch, score in enumerate(scores, 1):
+        module.weight.data.fill_(epoch)
+        best.append(state.finish_epoch(*score))
+    assert best == [True, True, True, False, False]
+    assert not state.exhausted(3)
+    assert state.exhausted(2)
+    state.load_best()
+    assert module.weight == 3
 
 
 def set_tensor(name, value):

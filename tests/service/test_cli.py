@@ -31,7 +31,8 @@ from service.settings import Settings, environment_name
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n picture"
 MODEL = {
-    "name": "pets", "version": 2, "versions": [1, 2], "default": True, "refused": [],
+    "name": "pets", "version": 2, "versions": [1, 2], "default": True,
+    "refused": [{"version": 3, "reason": "damaged"}],
     "changed": [], "pinned": 2, "pin_problem": None, "manifest_sha256": "a" * 64,
 }  # fmt: skip
 DETAILS = MODEL | {
@@ -579,6 +580,7 @@ def test_models_lists_what_is_served(stub):
     result = run("models", "--url", stub[1])
     row = [cell.strip() for cell in result.stdout.splitlines()[3].split("│")]
     assert row == ["", "pets", "2 (pinned)", "1, 2", "yes", "vmap", "bfloat16", ""]
+    assert result.stdout.splitlines()[-1] == "pets 3 refused: damaged"
     assert json.loads(run("models", "--url", stub[1], "--json").stdout) == {"models": [MODEL]}
 
 

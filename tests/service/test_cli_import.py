@@ -135,6 +135,8 @@ def test_images_are_scored_by_the_names_of_their_classes():
         (["--classes", "red,green,red"], "classes need names, each another one"),
         (["--mean", "0.1,0.2"], "mean and std need one value a channel"),
         (["--mean", "a"], "--mean: must be numbers"),
+        (["--mean", "123"], "divide those of pixels to 255 by 255"),
+        (["--std", "58,57,57"], "divide those of pixels to 255 by 255"),
         (["--size", "6 x 9 x 3"], "--size: must be pixels of a side, or height x width, as 48x64"),
         (["--size", "8"], "cannot take images of (3, 8, 8)"),
         (["--name", "a/b"], "'a/b' cannot name a model"),

@@ -4,12 +4,14 @@ than there is room for."""
 import asyncio
 import gc
 import io
+import json
 import multiprocessing
 import re
 import threading
 import time
 import weakref
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bench import bombs
 from models.memory import release_freed_memory
 from models.preprocessing import Preprocessing
+from service.bodies import json_memory, load_json
 from service.decoding import _SMALL, Decoder, finish, prepared
 from service.errors import InvalidRequest
 from service.images import ImageLimits, Picture, encoded
@@ -188,32 +192,76 @@ KINDS = [
 ]
 
 
-def taken(kind, mode, options, channels):
-    """Return the bytes that a picture of three megapixels takes, and those it is counted with."""
+def image(size, kind, mode, options):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind, **options)
+    return file.getvalue()
+
+
+def taken(data, channels):
+    """Return the bytes that reading an image takes, and those it is counted with."""
     into = Preprocessing((32, 32), channels, (0.5,) * channels, (0.5,) * channels)
-
-    def picture(size):
-        file = io.BytesIO()
-        Image.new(mode, size).save(file, kind, **options)
-        return encoded(file.getvalue(), None, ImageLimits(10**7, 2000))
-
-    into.prepare(picture((99, 99)).decode())  # loads libraries
-    large = picture((2000, 1500))
+    picture = encoded(data, None, ImageLimits(10**7, 2000))
+    with suppress(InvalidRequest):
+        into.prepare(picture.decode())
     release_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = memory("VmRSS")
-    into.prepare(large.decode())
-    return memory("VmHWM") - before, large.memory
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    with suppress(InvalidRequest):
+        into.prepare(picture.decode())
+    return memory("VmHWM") - before, picture.memory
 
 
-def test_no_kind_of_picture_takes_more_than_it_is_counted_with():
-    cases = [(*kind, channels) for kind in KINDS for channels in (1, 3)]
-    fresh = multiprocessing.get_context("spawn")  # this process's heap has holes from other tests
-    with ProcessPoolExecutor(1, fresh) as process:
-        for case, (bytes_taken, counted) in zip(
-            cases, process.map(taken, *zip(*cases, strict=True)), strict=True
-        ):
-            assert 3_000_000 < bytes_taken < counted + 4_000_000, case
+def taken_by_json(text):
+    body = json.dumps({"images": [text]}, ensure_ascii=False).encode()
+    load_json(body)
+    release_freed_memory()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    load_json(body)
+    return memory("VmHWM") - before, json_memory(body)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A process of its own: this one's heap has holes from other tests."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield process
+
+
+def test_no_image_takes_more_memory_than_it_is_counted_with(fresh):
+    images = {kind[:2]: image((2000, 1500), *kind) for kind in KINDS}
+    for name, data in images.items():
+        for channels in (1, 3):
+            bytes_taken, counted = fresh.submit(taken, data, channels).result()
+            # what else the process does meanwhile takes some, too
+            assert 3_000_000 < bytes_taken < counted + 4_000_000, (name, channels)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bombs.png_of_exif(3_000_000),
+        bombs.webp_of_tables(256),
+        bombs.png_of_text(20),
+        bombs.jpeg_of_scans(1000, 90),
+    ],
+    ids=["EXIF", "tables", "text", "scans"],
+)
+def test_nor_does_one_that_is_made_to(data, fresh):
+    bytes_taken, counted = fresh.submit(taken, data, 1).result()
+    assert bytes_taken < counted + 4_000_000
+
+
+@pytest.mark.parametrize("text", ["A" * 9_000_000, "\U0001f600" + "A" * 9_000_000])
+def test_nor_does_json(text, fresh):
+    bytes_taken, counted = fresh.submit(taken_by_json, text).result()
+    assert bytes_taken < counted + 4_000_000
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    with pytest.raises(InvalidRequest, match="more than 100 scans"):
+        encoded(bombs.jpeg_of_scans(64, 100), None, ImageLimits(10**7, 2000))
 
 
 def photo(size, **options):

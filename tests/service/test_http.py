@@ -136,7 +136,11 @@ def test_an_unknown_parameter_is_named_if_it_looks_like_one_and_no_value_is(
 
 
 @pytest.mark.parametrize(
-    "path", ["/MARKER", "/v1/models/", "/predict/", "/v3", "//predict", "/livez/../MARKER"]
+    "path",
+    [
+        *("/MARKER", "/v1/models/", "/predict/", "/v3", "//predict", "/livez/../MARKER"),
+        *("/predict%0A", "/predict%0A?scale=MARKER", "/v1/models/digits-mlp/uncertainty%0A"),
+    ],
 )
 def test_an_unknown_route_is_404(path, http, problem):
     problem(http.request("POST", httpx.URL(http.base_url, raw_path=path.encode())), 404)

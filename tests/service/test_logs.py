@@ -46,6 +46,11 @@ def test_a_field_that_json_does_not_know_is_written_as_text():
     assert record("x", fields={"path": ValueError("y")})["path"] == "y"
 
 
+@pytest.mark.parametrize("value", ["\ud800", 2**64, [["\ud800"]]])
+def test_what_orjson_refuses_is_written_all_the_same(value):
+    assert record("hello", fields={"value": value})["value"] == value
+
+
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_the_configuration_takes_the_level(level):
     assert config(level)["root"]["level"] == level.upper()

@@ -245,6 +245,7 @@ IMAGE = {"name": "image", "shape": [1, 2, 2], "datatype": "UINT8", "data": [1, 2
         {"parameters": {"priority": 3, "timeout": 2**63 - 1, "content_type": None}},
         {"parameters": {"sequence_id": 7, "sequence_start": True, "sequence_end": False}},
         {"parameters": {"sequence_id": "seven"}},
+        {"parameters": {"scale": None, "timeout": None, "samples": None, "masks": None}},
     ],
     ids=json.dumps,
 )

@@ -240,6 +240,15 @@ def test_a_pin_that_cannot_be_read_stays_what_it_was(there, reloader):
     assert reloader.pins["m"] == Pin(1, "the pin cannot be read: no JSON")
 
 
+def test_a_pin_that_cannot_be_read_is_said_even_if_it_was_not_followed(there, reloader):
+    there.models["m"] = {1: "good"}
+    there.pins["m"] = 9
+    reloader.look()
+    there.pins["m"] = ValueError("no JSON")
+    reloader.look()
+    assert reloader.pins["m"] == Pin(9, "the pin cannot be read: no JSON")
+
+
 def test_the_default_version_wins_over_a_pin_of_the_default_model_alone(there):
     registry = Registry("m", "here")
     folder = Folder(there.find, there.mark, there.load, there.pinned)
@@ -342,6 +351,15 @@ def test_a_start_serves_what_loads_and_says_what_does_not(there):
         "pin_problem": None,
     }
     assert started(there, default_model="n").registry.default == "n"
+
+
+def test_a_start_without_a_default_model_says_so(there, caplog):
+    there.models = {"m": {1: "good"}, "n": {1: "good"}}
+    started(there, default_model="n")
+    assert not caplog.records
+    started(there)
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "/predict is 404 until DROPSERVE_DEFAULT_MODEL is one of m, n" in record.message
 
 
 @pytest.mark.parametrize(
