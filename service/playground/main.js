@@ -201,8 +201,14 @@ function verdict(now, t) {
   }
   const origin = { pad: "You drew it.", file: "Your picture.", example: `The test set says ${picture.truth}.` };
   parts.push(make("span", { class: "truth small" }, origin[picture.source] ?? ""));
-  $("verdict").replaceChildren(...parts);
+  say(parts);
   if (now && t === run.samples) $("spoken").textContent = `${$("verdict").innerText} ${doubtWords(now, run.most, t)}`;
+}
+
+/** Write the verdict, and once more below the pad, where a phone shows it. */
+function say(parts) {
+  $("verdict").replaceChildren(...parts);
+  $("brief-verdict").replaceChildren(...$("verdict").cloneNode(true).childNodes);
 }
 
 function controls({ playing, total, done }) {
@@ -214,7 +220,7 @@ function controls({ playing, total, done }) {
 function stale(words) {
   player.reset(0);
   document.body.classList.add("stale");
-  $("verdict").textContent = words;
+  say([words]);
   Object.assign($("seen"), { width: 1, height: 1 });
   $("seen-text").textContent = "Nothing yet.";
   network.show();
