@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Bytes of one request's body.")
     max_held_bytes: int = Field(
-        96 * 2**20, ge=1024, description="Bytes of all bodies at once; more: 503."
+        64 * 2**20, ge=1024, description="Bytes of all bodies at once; more: 503."
     )
     max_pixels: int = Field(
         64 * 10**6,
