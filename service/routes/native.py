@@ -58,7 +58,7 @@ async def versioned_model(request: Request, name: str, version: str) -> Classifi
     return inference_of(request).registry.find(name, version)
 
 
-@router.get("/v1/models", response_model=ModelList, responses=errors(503))
+@router.get("/v1/models", response_model=ModelList)
 async def models(request: Request) -> Response:
     """List the models that are served."""
     registry = inference_of(request).registry
