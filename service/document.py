@@ -132,8 +132,8 @@ def _complete_operation(
     for response in success.values():
         stream = response["content"].get("text/event-stream")
         if stream is not None:
-            stream["itemSchema"] = _events(stream["schema"]["anyOf"])  # of OpenAPI 3.2
-            stream["schema"] = {"type": "string"}  # which all tools read
+            # a field of OpenAPI 3.2, which tools for 3.1 ignore
+            stream["itemSchema"] = _events(stream.pop("schema")["anyOf"])
         _show(response, example.get("answer"))
 
 

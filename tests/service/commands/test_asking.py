@@ -81,7 +81,7 @@ def test_masks_and_level_are_what_uncertainty_answers_with(server, images):
     ("options", "message"),
     [
         (["--model", "digits-mpl"], "there are colour-cnn, digits-mlp; did you mean digits-mlp?"),
-        (["--model", "zebra"], "no model 'zebra' is served: there are colour-cnn, digits-mlp; /readyz says what was refused\n"),
+        (["--model", "zebra"], "there are colour-cnn, digits-mlp; /readyz says what was refused\n"),
         (
             ["--model", "colour-cnn", "--version", 9],
             "no version 9 of 'colour-cnn' is served: there",
