@@ -12,6 +12,8 @@ ModelsError
         └── NoDropout           ... because it has none
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -59,6 +61,20 @@ class SamplingError(ModelsError):
 
 class UnsupportedModule(SamplingError):
     """Monte Carlo dropout cannot be run on this module, whatever the input; says what to change."""
+
+
+@contextmanager
+def unsupported_if_it_fails(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn whatever somebody's own module raises into UnsupportedModule: `what: the error remedy`.
+
+    UnsupportedModule itself passes.
+    """
+    try:
+        yield
+    except UnsupportedModule:
+        raise
+    except Exception as error:
+        raise UnsupportedModule(f"{what}: {type(error).__name__}: {error}{remedy}") from error
 
 
 class NoDropout(UnsupportedModule):

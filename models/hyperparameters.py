@@ -93,11 +93,9 @@ def suggested(field: str) -> str:
         where: changes[field] for where, changes in _SUGGESTED.items() if field in changes
     }
     said = {True: "on", False: "off"}
-    fewer = f"; below {_STEPS * Recipe.batch_size} images 8 to 64" if field == "batch_size" else ""
-    return (
-        "; ".join(
-            f"{where} {said[v] if isinstance(v, bool) else v}".strip()
-            for where, v in values.items()
-        )
-        + fewer
-    )
+    listed = [
+        f"{where} {said[v] if isinstance(v, bool) else v}".strip() for where, v in values.items()
+    ]
+    if field == "batch_size":
+        listed.append(f"below {_STEPS * Recipe.batch_size} images 8 to 64")
+    return "; ".join(listed)

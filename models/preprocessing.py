@@ -20,8 +20,6 @@ BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, as paper and browsers have it."""
 _FLATTENED = 2**18
 """Pixels that are laid over it at once."""
-
-
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

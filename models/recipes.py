@@ -101,13 +101,7 @@ def plan_from(
         ConfigError, DataError: as `plan`.
     """
     module, found = checkpoint.load(path, factories)
-    data = load_dataset(
-        dataset,
-        data_dir,
-        preprocessing=found.preprocessing,
-        classes=found.classes,
-        skip_broken=skip_broken,
-    )
+    data = _load_for(found, dataset, data_dir, skip_broken=skip_broken)
     usual = default_recipe(dataset, found.network.kind, len(data.train))
     chosen = replace(replace(usual, learning_rate=usual.learning_rate / 10), **recipe)
     start = {"name": found.name, "version": int(path.name), "sha256": found.sha256}
@@ -148,6 +142,20 @@ def imported(
     checkpoint.load_weights(weights, module)
     made = {"imported": weights.name}
     return module.eval(), Metadata(name, config, preprocessing, tuple(classes), made)
+
+
+def _load_for(
+    metadata: Metadata, dataset: str, data_dir: Path, *, skip_broken: bool, whole: bool = False
+) -> Dataset:
+    """Load a dataset as a saved model takes it: prepared as its own was, classes in its order."""
+    return load_dataset(
+        dataset,
+        data_dir,
+        preprocessing=metadata.preprocessing,
+        classes=metadata.classes,
+        skip_broken=skip_broken,
+        whole=whole,
+    )
 
 
 def _config(
@@ -216,14 +224,8 @@ def evaluation_images(
     name = dataset or metadata.data.get("name")
     if not name or (dataset is None and name not in NAMED):
         raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
-    data = load_dataset(
-        name,
-        data_dir,
-        preprocessing=metadata.preprocessing,
-        classes=metadata.classes,
-        skip_broken=skip_broken,
-        whole=not metadata.data,
-    )
+    whole = not metadata.data
+    data = _load_for(metadata, name, data_dir, skip_broken=skip_broken, whole=whole)
     if dataset is None and data.digest() != metadata.data.get("digest"):
         raise DataError(f"{name} is not the data that {metadata.name} was trained on any more")
     return data.test

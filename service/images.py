@@ -40,9 +40,11 @@ _BYTES_A_BYTE = 4
 """Of memory for one of the file's: its metadata is copied, and lists are made of it."""
 _TEXT = 256 * 2**20
 """Bytes of memory that compressed text in a PNG may become in Pillow: 64 M characters."""
-_TABLES, _MOST_TABLES, _TABLES_A_BYTE = 20_000, 65_536, 1200
-"""Bytes of memory of a group of Huffman tables in a lossless WebP, which has one for each tile of
-4 x 4 pixels at most; the most groups; and bytes of memory that a byte of the file describes."""
+_GROUP_BYTES = 20_000
+"""Of memory, for a group of Huffman tables in a lossless WebP; each 4 x 4 pixels may have one."""
+_MOST_GROUPS = 65_536
+_TABLE_BYTES_A_BYTE = 1200
+"""Of memory, for the Huffman tables that a byte of the file can describe."""
 _MOST_SCANS = 100
 """Of a JPEG: usual are ten. Each costs time for all pixels, however few bytes it has."""
 _MOST_SEGMENTS = 10_000
@@ -101,8 +103,8 @@ def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Pictu
     if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
         memory += _TEXT
     if kind == "WEBP" and (b"VP8L" in data or b"ALPH" in data):
-        groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_TABLES)
-        memory += min(groups * _TABLES, len(data) * _TABLES_A_BYTE)
+        groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_GROUPS)
+        memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_A_BYTE)
     return Picture(partial(_load, data, kind, size), memory)
 
 

@@ -48,7 +48,7 @@ def _sound(text: str) -> str:
 
 
 class Strict(Sent):
-    """Part of a message: JSON's types are not converted."""
+    """Part of a message: JSON's types are not converted, and null is a member that is left out."""
 
     model_config = ConfigDict(strict=True)
 
@@ -56,7 +56,7 @@ class Strict(Sent):
     def __get_pydantic_json_schema__(
         cls, core: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Let the schema say that optional members may be null."""
+        """Let the schema say so."""
         reference = handler(core)
         schema = handler.resolve_ref_schema(reference)
         for name, found in schema["properties"].items():
@@ -109,7 +109,7 @@ class InputTensor(Strict):
     name: Literal["image"]
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=4)]
     datatype: Datatype
-    parameters: InputParameters | None = None
+    parameters: InputParameters = Field(default_factory=InputParameters)
     data: Annotated[
         list[Any] | None,
         Field(description="Row-major, nested or flat; BYTES are base64 strings."),
@@ -126,7 +126,7 @@ class RequestedOutput(Strict):
     """An output to return."""
 
     name: Output
-    parameters: OutputParameters | None = None
+    parameters: OutputParameters = Field(default_factory=OutputParameters)
 
 
 class InferRequest(Strict):
@@ -139,15 +139,16 @@ class InferRequest(Strict):
     model_version: Annotated[
         str | None, Field(description="Must be the one that answers, or empty.")
     ] = None
-    parameters: InferParameters | None = None
+    parameters: InferParameters = Field(default_factory=InferParameters)
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
     outputs: Annotated[
-        list[RequestedOutput] | None,
+        list[RequestedOutput],
         Field(
+            default_factory=list,
             max_length=len(get_args(Output)),
-            description="None, or an empty list: all that the mode has.",
+            description="Left out, or empty: all that the mode has.",
         ),
-    ] = None
+    ]
 
 
 class OutputTensor(BaseModel):
@@ -219,7 +220,7 @@ class ModelReady(Ready):
 class IndexRequest(Strict):
     """Which models to list."""
 
-    ready: Annotated[bool | None, Field(description="Only those that are ready.")] = None
+    ready: Annotated[bool, Field(description="Only those that are ready.")] = False
 
 
 class LoadParameters(Strict):
@@ -229,21 +230,21 @@ class LoadParameters(Strict):
 class LoadRequest(Strict):
     """Body of `load`."""
 
-    parameters: LoadParameters | None = None
+    parameters: LoadParameters = Field(default_factory=LoadParameters)
 
 
 class UnloadParameters(Strict):
     """Of `unload`."""
 
-    unload_dependents: Annotated[
-        bool | None, Field(description="Ignored: no model has dependents.")
-    ] = None
+    unload_dependents: Annotated[bool, Field(description="Ignored: no model has dependents.")] = (
+        False
+    )
 
 
 class UnloadRequest(Strict):
     """Body of `unload`."""
 
-    parameters: UnloadParameters | None = None
+    parameters: UnloadParameters = Field(default_factory=UnloadParameters)
 
 
 class IndexEntry(BaseModel):

@@ -150,15 +150,16 @@ class Repository(Generic[Served]):
     def _resolve_default(self, folder: Folder[Served], default_version: int | None) -> None:
         there = [name for name, versions in folder.find().items() if versions]
         self.registry.resolve_default(there)
-        if self.registry.default is None:
-            _log.warning(
-                f"no default model: /predict is 404 until DROPSERVE_DEFAULT_MODEL is one of "
-                f"{', '.join(there)}"
-            )
-        if default_version is not None and self.registry.default is None:
+        if self.registry.default is not None:
+            return
+        if default_version is not None:
             raise RegistryError(
                 "DROPSERVE_DEFAULT_VERSION is of the default model: set DROPSERVE_DEFAULT_MODEL"
             )
+        _log.warning(
+            f"no default model: /predict is 404 until DROPSERVE_DEFAULT_MODEL is one of "
+            f"{', '.join(there)}"
+        )
 
     def _check(self, *, strict: bool) -> None:
         """Raise if there is nothing to serve, or anything to complain of in a strict start."""

@@ -31,8 +31,11 @@ class Sent(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown(cls, values: object) -> object:
-        """Refuse an unknown name, and say which it is: the one thing that errors repeat."""
+    def _check_names(cls, values: object) -> object:
+        """Refuse an unknown name, and say which it is: the one thing that errors repeat.
+
+        A member that is null is left out.
+        """
         known = cls.model_fields
         for name in values if isinstance(values, dict) else ():
             if name not in known:
@@ -43,7 +46,7 @@ class Sent(BaseModel):
                     "unknown parameter{named}; allowed: {allowed}",
                     {"named": named, "allowed": allowed},
                 )
-        if isinstance(values, dict):  # null says that a member is left out
+        if isinstance(values, dict):
             return {name: value for name, value in values.items() if value is not None}
         return values
 

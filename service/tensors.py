@@ -70,7 +70,7 @@ def read(
         RequestError: shape, size and data do not agree, or are out of bounds.
     """
     shape = _check_shape(tensor, limits)
-    size = None if tensor.parameters is None else tensor.parameters.binary_data_size
+    size = tensor.parameters.binary_data_size
     if (size is None) == (tensor.data is None):
         raise InvalidRequest("the input needs either `data` or the parameter binary_data_size")
     if tensor.datatype == "BYTES":

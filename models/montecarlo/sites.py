@@ -1,7 +1,7 @@
 """Where a network drops units: found by running a copy in training mode, and watching."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.errors import NoDropout, UnsupportedModule
+from models.errors import NoDropout, UnsupportedModule, unsupported_if_it_fails
 from models.montecarlo.interception import Interception, Kind
 from models.montecarlo.randomness import NumPyGenerator, RefuseRandomness, numpy_generators
 from models.montecarlo.training_copy import share_parameters, training_copy
@@ -138,14 +138,14 @@ def survey(module: nn.Module, probe: Tensor) -> Survey:
     """
     _refuse_unreachable(module)
     expected, dropouts = _eval_mode(module, probe)  # it makes the parameters of lazy modules
-    before = _digests(module)
+    before = _state(module)
     copied = training_copy(module)
     try:
         two, three = _traces(copied, probe, expected)
         share_parameters(copied, module)
         logits, now = _eval_mode(module, probe)
         _require_same(logits, expected, _MODULE_CHANGED)
-        _require((now, _digests(module)) == (dropouts, before), _MODULE_CHANGED)
+        _require((now, _state(module)) == (dropouts, before), _MODULE_CHANGED)
     except UnsupportedModule:
         copied.eval()  # what its train() has changed outside of it, code of its eval() may undo
         raise
@@ -182,7 +182,7 @@ _NOT_REPEATED = (
 
 def _traces(copied: nn.Module, probe: Tensor, expected: Tensor) -> tuple[_Trace, _Trace]:
     """Run a copy in training mode over two images and three; refuse what is more than dropout."""
-    before, generators = _digests(copied), numpy_generators(copied)
+    before, generators = _digests(copied.named_parameters()), numpy_generators(copied)
     trace = partial(_trace, copied, generators)
     two, three = (trace(probe[[0, 1, 0][:images]]) for images in (2, 3))
     if two.output.dim() != 2 or len(two.output) != 2 or not two.output.is_floating_point():
@@ -190,9 +190,8 @@ def _traces(copied: nn.Module, probe: Tensor, expected: Tensor) -> tuple[_Trace,
             f"the module must map a batch of B images to logits [B, C]; two images gave "
             f"{two.output.dtype} {list(two.output.shape)}"
         )
-    after = _digests(copied)
-    for name, _ in copied.named_parameters():
-        if after[name] != before.get(name):
+    for name, digest in _digests(copied.named_parameters()).items():
+        if digest != before.get(name):
             raise UnsupportedModule(
                 f"in training mode a pass changes the parameter {name}: change it elsewhere"
             )
@@ -251,29 +250,32 @@ def _trace(
 
     interception = Interception(note)
     randomness = RefuseRandomness(lambda: stack[-1][0], generators)
-    with _current_module(copied, stack, randomness.check_numpy), torch.no_grad(), randomness:
-        try:
-            output = _logits(interception.run(copied, x), "training mode")
-        except UnsupportedModule:
-            raise
-        except Exception as error:  # somebody's own module may fail in any way
-            raise UnsupportedModule(
-                f"in training mode the module fails: {type(error).__name__}: {error}; let nothing "
-                f"but dropout depend on self.training"
-            ) from error
+    with (
+        _current_module(copied, stack, randomness.check_numpy),
+        torch.no_grad(),
+        randomness,
+        unsupported_if_it_fails(
+            "in training mode the module fails",
+            "; let nothing but dropout depend on self.training",
+        ),
+    ):
+        output = _logits(interception.run(copied, x), "training mode")
     return _Trace(output, calls, interception.widest)
 
 
-def _digests(module: nn.Module) -> dict[str, object]:
+def _state(module: nn.Module) -> object:
     """Return what changes when a parameter, a buffer or a mode of a module does."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    found: dict[str, object] = {name: _digest(tensor) for name, tensor in tensors}
-    return found | {f"{name}.training": child.training for name, child in module.named_modules()}
+    digests = _digests([*module.named_parameters(), *module.named_buffers()])
+    return digests, [child.training for child in module.modules()]
 
 
-def _digest(tensor: Tensor) -> bytes:
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(raw.data).digest()
+def _digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes]:
+    """Return the SHA-256 of each tensor's bytes."""
+    return {name: hashlib.sha256(_bytes(tensor)).digest() for name, tensor in tensors}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _eval_mode(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:

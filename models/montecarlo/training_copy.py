@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from models.errors import UnsupportedModule
+from models.errors import UnsupportedModule, unsupported_if_it_fails
 from models.montecarlo import references
 
 
@@ -32,19 +32,14 @@ def training_copy(module: nn.Module) -> nn.Module:
     """
     originals = {id(child): child for child in module.modules()}
     copied = _copy(module, originals)
-    try:
+    with unsupported_if_it_fails(
+        "the module cannot be put into training mode, where its dropout is looked for"
+    ):
         copied.train()
         for child in copied.modules():
             if _normalises(child):
                 child.eval()
         _refuse_references(copied, originals)
-    except UnsupportedModule:
-        raise
-    except Exception as error:  # somebody's own module may fail in any way
-        raise UnsupportedModule(
-            f"the module cannot be put into training mode, where its dropout is looked for: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     return copied
 
 
@@ -72,15 +67,10 @@ def _copy(module: nn.Module, originals: Mapping[int, nn.Module]) -> nn.Module:
                 memo[id(value)] = value
             elif isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
                 memo[id(value)] = value.detach().clone()
-    try:
+    with unsupported_if_it_fails("the module cannot be copied, as Monte Carlo dropout needs it"):
         copied, memo = _deep_copy(module, memo)
         for child in copied.modules():
             _rebind(child, memo, originals)
-    except Exception as error:  # somebody's own module may fail in any way
-        raise UnsupportedModule(
-            f"the module cannot be copied, as Monte Carlo dropout needs it: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     if any(id(child) in originals for child in copied.modules()):
         raise UnsupportedModule(
             "a deep copy of the module holds parts of the module itself: let __deepcopy__ copy them"
@@ -153,7 +143,10 @@ def _rebound(function: FunctionType, memo: dict[int, object]) -> FunctionType:
 
 def _refuse_references(copied: nn.Module, originals: Mapping[int, nn.Module]) -> None:
     """Refuse a copy that still refers to a module that was copied."""
-    for name, attribute, value in references.of_module(copied):
+    found = list(references.of_module(copied))
+    if not _reaches((value for *_, value in found), originals):  # once over what they share
+        return
+    for name, attribute, value in found:
         if _reaches([value], originals):
             raise UnsupportedModule(
                 f"{name or 'the module'}: {attribute} refers to a module by a closure, a global "

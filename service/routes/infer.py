@@ -15,7 +15,7 @@ from service.classifier import Answer, Classifier
 from service.decoding import Pixels, Steps, finish, prepared
 from service.errors import InvalidRequest, UnsupportedMediaType
 from service.images import QUICK_BYTES, is_quick
-from service.protocol import INTEGERS, PLAIN, SAMPLED, InferParameters, InferRequest
+from service.protocol import INTEGERS, PLAIN, SAMPLED, InferRequest
 from service.routes.front import Front, invalid
 from service.routes.orders import held_to
 from service.schemas import PredictOptions, SamplingOptions
@@ -39,14 +39,12 @@ class _Order:
 
     Attributes:
         request: as it was sent.
-        parameters: of it.
         found: the pictures in it.
         outputs: names of those to return, and which of them as binary data.
         sampling: how to sample, if an output needs it.
     """
 
     request: InferRequest
-    parameters: InferParameters
     found: Pictures
     outputs: Mapping[str, bool]
     sampling: Uncertainty | None
@@ -155,7 +153,7 @@ class InferRoutes(Front):
                     pixels = lambda: finish(prepare())  # noqa: E731  a name for both ways
                 else:
                     pixels = await inference.decode(prepare())
-                timeout = asked.parameters.timeout / 1e6
+                timeout = asked.request.parameters.timeout / 1e6
                 answers = [
                     await inference.run(model, task, pixels, images, timeout)
                     for task in asked.tasks
@@ -189,14 +187,14 @@ def _parse(
     except ValidationError as error:
         raise invalid(error) from None
     _check_names(request, model)
-    parameters = request.parameters or InferParameters()
+    parameters = request.parameters
     found = read(request.inputs[0], binary, limits, parameters.scale)
-    outputs = _outputs(request, parameters)
+    outputs = _outputs(request)
     sampling = None
     if not outputs.keys().isdisjoint(SAMPLED):
         options = parameters.model_dump(include=_OPTIONS)
         sampling = Uncertainty(**options | {"samples": held_to(max_samples, parameters)})
-    return _Order(request, parameters, found, outputs, sampling)
+    return _Order(request, found, outputs, sampling)
 
 
 def _check_names(request: InferRequest, model: Classifier) -> None:
@@ -210,14 +208,15 @@ def _check_names(request: InferRequest, model: Classifier) -> None:
         )
 
 
-def _outputs(request: InferRequest, parameters: InferParameters) -> dict[str, bool]:
+def _outputs(request: InferRequest) -> dict[str, bool]:
     """Name the outputs to return, and say which of them are to be binary data."""
+    parameters = request.parameters
     usual = parameters.binary_data_output
     asked: dict[str, bool] = {}
-    for output in request.outputs or ():
+    for output in request.outputs:
         if output.name in asked:
             raise InvalidRequest("outputs: one is there twice")
-        wish = None if output.parameters is None else output.parameters.binary_data
+        wish = output.parameters.binary_data
         asked[output.name] = usual if wish is None else wish
     sampled = not asked.keys().isdisjoint(SAMPLED)
     if parameters.mode == "predict" and sampled:
