@@ -19,6 +19,7 @@ RUN python -m venv --without-pip /opt/dropserve \
         --no-deps --index-url "${TORCH_INDEX}" torch
 
 COPY pyproject.toml README.md ./
+COPY dropserve dropserve
 COPY models models
 COPY service service
 RUN pip wheel --no-deps --wheel-dir dist . \
@@ -37,7 +38,7 @@ WORKDIR /tmp
 RUN PATH=/opt/dropserve/bin:$PATH \
     && dropserve train --dataset digits --epochs 1 \
     && dropserve evaluate --name digits-mlp \
-    && python -c 'import service.server'
+    && python -c 'import dropserve.service.server'
 
 
 FROM python:3.11-slim

@@ -21,8 +21,8 @@ from rich.table import Table
 from bench import standard_error, training_mode
 from bench.machine import machine
 from bench.progress import follow
-from models.memory import keep_freed_memory
-from models.montecarlo import MASK_KINDS
+from dropserve.models.memory import keep_freed_memory
+from dropserve.models.montecarlo import MASK_KINDS
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 

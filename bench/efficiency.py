@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bench.networks import Network
 from bench.progress import follow
-from models.montecarlo import MASK_KINDS, Sampler, Summary, summarize
-from models.montecarlo.scales import CHUNK
+from dropserve.models.montecarlo import MASK_KINDS, Sampler, Summary, summarize
+from dropserve.models.montecarlo.scales import CHUNK
 
 SIZES = (10, 20, 50, 100, 200, 500, 1000)
 _REFERENCE_SEED = 2**40

@@ -24,8 +24,8 @@ from bench.claims import table as claims_table
 from bench.machine import machine
 from bench.networks import NETWORKS, Network
 from bench.progress import follow
-from models.data import Dataset
-from models.memory import keep_freed_memory
+from dropserve.models.data import Dataset
+from dropserve.models.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from bench.networks import NETWORKS, Network
 from bench.timing import contenders
-from models.memory import keep_freed_memory
-from models.storage import dump_tensors, parse_tensors, read_once
+from dropserve.models.memory import keep_freed_memory
+from dropserve.models.storage import dump_tensors, parse_tensors, read_once
 
 _MAX_BYTES = 2**30
 _INPUT = "x"

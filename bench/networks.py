@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.progress import follow
-from models.data import Dataset, load_dataset
-from models.hyperparameters import Recipe
-from models.preprocessing import Preprocessing
-from models.storage import dump_tensors, parse_tensors, read_once, replace_durably
-from models.training import fit, launch
+from dropserve.models.data import Dataset, load_dataset
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.models.storage import dump_tensors, parse_tensors, read_once, replace_durably
+from dropserve.models.training import fit, launch
 
 CACHE = Path(__file__).parent / ".cache"
 _MAX_BYTES = 2**28

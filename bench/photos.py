@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bombs
-from models import checkpoint
-from models.networks import default_config
-from models.preprocessing import Preprocessing
+from dropserve.models import checkpoint
+from dropserve.models.networks import default_config
+from dropserve.models.preprocessing import Preprocessing
 
 TARGET = 1_500_000_000
 """Bytes that a worker may hold at most."""
@@ -161,7 +161,12 @@ def _server() -> Iterator[tuple[str, int]]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("DROPSERVE_")}
         own = {"DROPSERVE_CHECKPOINTS": folder, "DROPSERVE_PORT": str(port)}
         own["DROPSERVE_LOG_LEVEL"] = "warning"
-        command = [sys.executable, "-c", "from service.cli import app; app()", "serve"]
+        command = [
+            sys.executable,
+            "-c",
+            "from dropserve.service.cli.main import app; app()",
+            "serve",
+        ]
         process = subprocess.Popen(command, env=kept | own)
         url = f"http://127.0.0.1:{port}"
         try:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from scipy.stats import t as student
 
-from models.montecarlo import MaskKind, summarize
-from models.montecarlo.masks import draw
-from models.montecarlo.statistics import degrees_of_freedom
+from dropserve.models.montecarlo import MaskKind, summarize
+from dropserve.models.montecarlo.masks import draw
+from dropserve.models.montecarlo.statistics import degrees_of_freedom
 
 RATES = (0.1, 0.2, 0.25, 0.33, 0.5, 0.7)
 SIZES = (20, 25, 37, 50, 99, 100, 500)

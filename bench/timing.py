@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bench.networks import Network, with_dropout
 from bench.progress import follow
-from models.montecarlo import Sampler
-from models.sequential import lay_out, streamline
+from dropserve.models.montecarlo import Sampler
+from dropserve.models.sequential import compile_for_inference, convert_memory_format
 
 Call = Callable[[], Tensor]
 _TURN = 0.05
@@ -40,11 +40,11 @@ CONTENDERS = {
 
 def contenders(module: nn.Module, x: Tensor, samples: int) -> dict[str, Call]:
     """Return name -> a call that answers the batch `x` [B, ...] once; see `CONTENDERS`."""
-    ours = lay_out(copy.deepcopy(module))
+    ours = convert_memory_format(copy.deepcopy(module))
     sampler = Sampler(ours, x)
     sampler.warm_up(x[:1])  # as the service does
-    streamlined = streamline(ours, x)
-    noisy, laid_out = with_dropout(module), lay_out(with_dropout(module))
+    streamlined = compile_for_inference(ours, x)
+    noisy, laid_out = with_dropout(module), convert_memory_format(with_dropout(module))
     seeds = itertools.count(1)  # the default, 0, was drawn and cut by warm_up
     return {
         "eval_pytorch": lambda: module(x).softmax(-1),

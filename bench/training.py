@@ -1,4 +1,4 @@
-"""Training throughput: `models.training.fit` beside a plain loop over a `DataLoader`.
+"""Training throughput: `dropserve.models.training.fit` beside a plain loop over a `DataLoader`.
 
 Same images, network, batch size and optimizer, all on all cores, an epoch of each in turn. The
 plain loop is what people write: a dataset that normalises an image at a time, or, faster, whole
@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bench.networks import Network, all_cores
 from bench.progress import follow
-from models.data import Split
-from models.dropout import InvertedDropout
-from models.hyperparameters import Recipe
-from models.training import Normalize, fit, launch
+from dropserve.models.data import Split
+from dropserve.models.dropout import InvertedDropout
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.training import Normalize, fit, launch
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench import networks, timing
 from bench.progress import follow
-from models.montecarlo import Sampler, Summary
+from dropserve.models.montecarlo import Sampler, Summary
 
 Rows = Iterator[dict[str, Any]]
 

@@ -1,4 +1,4 @@
-"""Asks a running service for the examples of the OpenAPI document: `service/examples.json`.
+"""Asks a running service for the examples of the OpenAPI document: `service/http/examples.json`.
 
 DROPSERVE_ADMIN_TOKEN=<16 letters> make serve, then with the same token python docs/examples.py
 """
@@ -84,7 +84,7 @@ def main() -> None:
     url = f"http://127.0.0.1:{os.environ.get('DROPSERVE_PORT', 8000)}"
     with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in ask(client))
-        (ROOT / "service/examples.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        (ROOT / "service/http/examples.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from service.app import create_app
-from service.document import common
-from service.settings import Settings
+from dropserve.service.app import create_app
+from dropserve.service.http.openapi import common
+from dropserve.service.settings import Settings
 
 PAGE = Path(__file__).with_name("api.md")
 

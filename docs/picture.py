@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from service.client import DropserveClient
-from service.schemas import Prediction, UncertainPrediction
+from dropserve.service.client import DropserveClient
+from dropserve.service.schemas import Prediction, UncertainPrediction
 
 STYLE = """
   text { font: 15px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 13px }

@@ -7,8 +7,8 @@ from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
-from models.errors import CheckpointNotFound, CheckpointRefused
-from models.storage import parse_json, read_if_there, replace_durably, sync_folder
+from dropserve.models.errors import CheckpointNotFound, CheckpointRefused
+from dropserve.models.storage import parse_json, read_if_there, replace_durably, sync_folder
 
 PIN = "pin.json"
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")

@@ -20,12 +20,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from models.catalogue import is_name, versions
-from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused, ConfigError
-from models.examples import Example, examples_from_json
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
-from models.storage import (
+from dropserve.models.catalogue import is_name, versions
+from dropserve.models.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointRefused,
+    ConfigError,
+)
+from dropserve.models.examples import Example, examples_from_json
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.models.storage import (
     MAX_HEADER_BYTES,
     dump_tensors,
     parse_json,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from models.dropout import Dropout
-from models.montecarlo import Sampler
+from dropserve.models.dropout import Dropout
+from dropserve.models.montecarlo import Sampler
 
 
 @dataclass

@@ -20,8 +20,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from models.errors import DataError
-from models.preprocessing import Fit, Pixels, Preprocessing
+from dropserve.models.errors import DataError
+from dropserve.models.preprocessing import Fit, Pixels, Preprocessing
 
 NAMED = ("digits", "fashion-mnist", "mnist")
 

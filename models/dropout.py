@@ -5,7 +5,7 @@ Neural Networks from Overfitting", JMLR 15 (2014). There `p` is the probability 
 unit; here, as in PyTorch, `p` is the probability of dropping it, everywhere.
 
 Each kind is a function and a module. The functions take part in PyTorch's `__torch_function__`
-protocol, which is how Monte Carlo dropout finds them (`models.montecarlo.interception`).
+protocol, which is how Monte Carlo dropout finds them (`dropserve.models.montecarlo.interception`).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from models.errors import ConfigError
+from dropserve.models.errors import ConfigError
 
 MaskSource = Callable[[torch.Size, float, torch.device], Tensor]
 """`(shape, p, device) -> bool tensor of that shape`: True where a unit is kept."""

@@ -12,10 +12,10 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from models.data import Split
-from models.errors import NoDropout
-from models.montecarlo import Sampler
-from models.training import Normalize
+from dropserve.models.data import Split
+from dropserve.models.errors import NoDropout
+from dropserve.models.montecarlo import Sampler
+from dropserve.models.training import Normalize
 
 ECE_BINS = 15
 _BATCH = 500

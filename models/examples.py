@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from models.data import Split
-from models.errors import ConfigError
-from models.preprocessing import Pixels, Preprocessing
+from dropserve.models.data import Split
+from dropserve.models.errors import ConfigError
+from dropserve.models.preprocessing import Pixels, Preprocessing
 
 COUNT = 24
 """Most pictures that are saved."""

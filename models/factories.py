@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
-from models.errors import ConfigError
+from dropserve.models.errors import ConfigError
 
 FORMS = "package.module:factory or path/to/file.py:factory"
 

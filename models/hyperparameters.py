@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from models.errors import ConfigError
+from dropserve.models.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def default_recipe(dataset: str, network: str, images: int) -> Recipe:
     """Suggest how to train.
 
     Args:
-        dataset: as `models.data.load_dataset` takes it.
-        network: as `models.networks.NetworkConfig.kind`.
+        dataset: as `dropserve.models.data.load_dataset` takes it.
+        network: as `dropserve.models.networks.NetworkConfig.kind`.
         images: to train on; few are trained in small batches.
     """
     suggestion = _SUGGESTED.get(dataset, _SUGGESTED.get(f"{dataset} {network}"))

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from torch import nn
 
-from models.dropout import InvertedDropout, SpatialDropout, check_rate
-from models.errors import ConfigError
-from models.factories import FORMS, call_factory, trusted
-from models.storage import whole_numbers
+from dropserve.models.dropout import InvertedDropout, SpatialDropout, check_rate
+from dropserve.models.errors import ConfigError
+from dropserve.models.factories import FORMS, call_factory, trusted
+from dropserve.models.storage import whole_numbers
 
 _MAX_WIDTH = 65_536
 _MAX_DEPTH = 64

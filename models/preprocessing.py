@@ -11,8 +11,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from models.errors import ConfigError
-from models.storage import whole_numbers
+from dropserve.models.errors import ConfigError
+from dropserve.models.storage import whole_numbers
 
 Pixels = npt.NDArray[np.uint8]
 Fit = Literal["stretch", "crop", "pad"]

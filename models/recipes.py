@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import checkpoint
-from models.catalogue import is_name
-from models.checkpoint import Metadata
-from models.data import NAMED, Dataset, Split, load_dataset
-from models.errors import ConfigError, DataError, ModelsError
-from models.factories import FORMS
-from models.hyperparameters import Recipe, default_recipe
-from models.montecarlo import Sampler
-from models.networks import NetworkConfig, default_config
-from models.preprocessing import Preprocessing
+from dropserve.models import checkpoint
+from dropserve.models.catalogue import is_name
+from dropserve.models.checkpoint import Metadata
+from dropserve.models.data import NAMED, Dataset, Split, load_dataset
+from dropserve.models.errors import ConfigError, DataError, ModelsError
+from dropserve.models.factories import FORMS
+from dropserve.models.hyperparameters import Recipe, default_recipe
+from dropserve.models.montecarlo import Sampler
+from dropserve.models.networks import NetworkConfig, default_config
+from dropserve.models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def plan(
     """Suggest all that is not asked for, and see that it can be trained and sampled.
 
     Args:
-        dataset: as `models.data.load_dataset` takes it, with `data_dir` and `how`.
-        network: "mlp", "cnn" or a factory, as `models.networks.NetworkConfig` has it.
+        dataset: as `dropserve.models.data.load_dataset` takes it, with `data_dir` and `how`.
+        network: "mlp", "cnn" or a factory, as `dropserve.models.networks.NetworkConfig` has it.
         data_dir: of datasets.
         recipe: the fields of `Recipe` that are asked for.
         asked: of an mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
-        how: `size`, `invert`, `fit` and `skip_broken` of `models.data.load_dataset`.
+        how: `size`, `invert`, `fit` and `skip_broken` of `dropserve.models.data.load_dataset`.
 
     Raises:
         ConfigError, DataError, UnsupportedModule: it cannot.
@@ -94,7 +94,7 @@ def plan_from(
         dataset: as for `plan`; it has the version's classes.
         data_dir: as for `plan`.
         recipe: as for `plan`.
-        skip_broken: as `models.data.load_dataset` takes it.
+        skip_broken: as `dropserve.models.data.load_dataset` takes it.
 
     Raises:
         CheckpointError: the version cannot be loaded.
@@ -214,8 +214,8 @@ def evaluation_images(
 
     Args:
         metadata: of the model. One that was not trained here is scored on the whole of a folder.
-        dataset: as `models.data.load_dataset` takes it; None: what the model was trained on.
-        data_dir: as `models.data.load_dataset` takes it.
+        dataset: as `load_dataset` takes it; None: what the model was trained on.
+        data_dir: as `dropserve.models.data.load_dataset` takes it.
         skip_broken: likewise.
 
     Raises:

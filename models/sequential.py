@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from models.dropout import InvertedDropout, SpatialDropout
+from dropserve.models.dropout import InvertedDropout, SpatialDropout
 
 Step = Callable[[Tensor], Tensor]
 
@@ -37,7 +37,7 @@ class Linear:
         return torch.addmm(self.bias, x, self.weight)
 
 
-def lay_out(module: nn.Module) -> nn.Module:
+def convert_memory_format(module: nn.Module) -> nn.Module:
     """Store weights the way inference on a CPU reads them; values and shapes stay.
 
     Convolutions with channels last take a third of the time, pooling included. What `steps` makes
@@ -56,7 +56,7 @@ def lay_out(module: nn.Module) -> nn.Module:
     return module
 
 
-def streamline(module: nn.Module, example: Tensor) -> Step:
+def compile_for_inference(module: nn.Module, example: Tensor) -> Step:
     """Return what computes the same as a module in eval mode, faster if it is sequential.
 
     Args:
@@ -143,7 +143,7 @@ def _fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     pair = (type(layer), type(norm))
     if pair in ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d)):
         fused: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var, arg-type]
-        return lay_out(fused)
+        return convert_memory_format(fused)
     by_feature = norm.num_features == getattr(layer, "out_features", None)  # else by token
     if pair == (nn.Linear, nn.BatchNorm1d) and norm.affine and by_feature:
         return fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var, arg-type]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from safetensors import SafetensorError
 
-from models.errors import CheckpointRefused
+from dropserve.models.errors import CheckpointRefused
 
 if TYPE_CHECKING:  # what reads and writes JSON alone starts without PyTorch
     from torch import Tensor

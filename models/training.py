@@ -21,11 +21,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.augmentation import augment
-from models.data import Split
-from models.errors import ConfigError, TrainingDiverged
-from models.hyperparameters import Recipe
-from models.training_state import State
+from dropserve.models.augmentation import augment
+from dropserve.models.data import Split
+from dropserve.models.errors import ConfigError, TrainingDiverged
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.training_state import State
 
 Normalize = Callable[[Tensor], Tensor]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]

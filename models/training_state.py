@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.errors import CheckpointRefused, ConfigError
-from models.storage import (
+from dropserve.models.errors import CheckpointRefused, ConfigError
+from dropserve.models.storage import (
     alone_in,
     check_header,
     dump_tensors,

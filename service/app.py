@@ -13,29 +13,29 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service.bodies import BodyLimits, BodyReader
-from service.document import complete_document
-from service.errors import written
-from service.express import Express
-from service.images import ImageLimits
-from service.inference import Inference
-from service.keys import KeyCheck, Keys
-from service.metrics import Metrics
-from service.middleware import RequestLog
-from service.routes import examples, native, oip, operations, playground
-from service.routes.infer import InferRoutes
-from service.routes.tasks import TaskRoutes
-from service.settings import Settings
-from service.workers import NoticeBoard, StartingLine, kept_keys
+from dropserve.service.errors import written
+from dropserve.service.fastpath.request import FastPath
+from dropserve.service.http import examples, native, oip, operations, playground
+from dropserve.service.http.body import BodyLimits, BodyReader
+from dropserve.service.http.images import ImageLimits
+from dropserve.service.http.infer import InferRoutes
+from dropserve.service.http.keys import KeyCheck, Keys
+from dropserve.service.http.openapi import complete_document
+from dropserve.service.http.request_log import RequestLog
+from dropserve.service.http.task_routes import TaskRoutes
+from dropserve.service.inference.inference import Inference
+from dropserve.service.inference.workers import ControlState, StartupBarrier, kept_keys
+from dropserve.service.observability.metrics import Metrics
+from dropserve.service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from dropserve.service.observability.tracing import Tracing
 
 
 def create_app(
     settings: Settings,
     inference: Inference | None = None,
-    line: StartingLine | None = None,
+    line: StartupBarrier | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -50,8 +50,8 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Express]]:
-        board = NoticeBoard.of_this_worker() if line is not None else None
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, FastPath]]:
+        board = ControlState.of_this_worker() if line is not None else None
         try:
             running = inference or Inference(settings, board=board, check=line is None)
         finally:  # a worker that fails must not leave the others waiting
@@ -66,7 +66,7 @@ def create_app(
         if keys is not None:
             keepers.append(keys.keep_up())
         keeping_up = [asyncio.create_task(keeper) for keeper in keepers]
-        yield {"express": express}
+        yield {"fast_path": express}
         for task in keeping_up:
             task.cancel()
         await asyncio.gather(*keeping_up, return_exceptions=True)
@@ -104,7 +104,7 @@ def create_app(
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
-    express = Express(app.state, settings, reader, keys)
+    express = FastPath(app.state, settings, reader, keys)
     infer = InferRoutes(app.build_middleware_stack(), settings, reader)
     app.middleware_stack = TaskRoutes(infer, settings, reader)
     if tracing is not None:
@@ -115,7 +115,9 @@ def create_app(
 
 
 def _tracing() -> "Tracing":
-    from service.tracing import Tracing  # here: nothing of it is loaded where it is off
+    from dropserve.service.observability.tracing import (
+        Tracing,
+    )  # here: nothing of it is loaded where it is off
 
     return Tracing()
 

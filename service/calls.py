@@ -16,8 +16,8 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service import events, schemas
-from service.errors import (
+from dropserve.service import events, schemas
+from dropserve.service.errors import (
     DropserveError,
     MalformedRequest,
     NotFound,

@@ -1,7 +1,7 @@
 """A typed client of the service, synchronous and asynchronous. No torch, no NumPy, no FastAPI.
 
-What to send, how to read the answer and whether to try again is decided in `service.calls`; the two
-clients only send and sleep.
+What to send, how to read the answer and whether to try again is decided in `calls`; the two clients
+only send and sleep.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from typing import Any, Self, TypedDict, Unpack
 
 import httpx
 
-from service import schemas
-from service.calls import (
+from dropserve.service import schemas
+from dropserve.service.calls import (
     Answer,
     Backoff,
     Call,
@@ -31,7 +31,7 @@ from service.calls import (
     reaching,
     stream,
 )
-from service.events import StreamEvent
+from dropserve.service.events import StreamEvent
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -69,9 +69,9 @@ class Comparing(Target, total=False):
 class DropserveClient:
     """Talks to a running service.
 
-    Methods raise a `service.errors.DropserveError`: `Unreachable` where no answer came, else the
-    one that the answer's status stands for, with its `request_id`. An image given as a path is
-    read at once, and raises `OSError` where it cannot be.
+    Methods raise a `DropserveError`: `Unreachable` where no answer came, else the one that the
+    answer's status stands for, with its `request_id`. An image given as a path is read at once, and
+    raises `OSError` where it cannot be.
 
     Args:
         url: where the service listens, http:// or https://.
@@ -111,7 +111,7 @@ class DropserveClient:
         return self._answer(post("uncertainty", schemas.UncertaintyResponse, images, how))
 
     def uncertainty_stream(self, image: Image, **how: Unpack[Streaming]) -> Iterator[StreamEvent]:
-        """Watch one image's thinned networks as they run: a start, the samples, an end.
+        """Stream one image's thinned networks as they run: a start, the samples, an end.
 
         Leaving the loop over it early gives the work up.
         """
@@ -224,7 +224,7 @@ class AsyncDropserveClient:
     async def uncertainty_stream(
         self, image: Image, **how: Unpack[Streaming]
     ) -> AsyncIterator[StreamEvent]:
-        """Watch one image's thinned networks as they run: a start, the samples, an end.
+        """Stream one image's thinned networks as they run: a start, the samples, an end.
 
         Closing it early (`contextlib.aclosing`) gives the work up.
         """

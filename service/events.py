@@ -4,7 +4,13 @@ from collections.abc import Mapping
 
 from pydantic import Field
 
-from service.schemas import Answer, DropoutSite, Probabilities, Sampled, UncertaintyResponse
+from dropserve.service.schemas import (
+    Answer,
+    DropoutSite,
+    Probabilities,
+    Sampled,
+    UncertaintyResponse,
+)
 
 
 class StreamInput(Answer):
@@ -58,4 +64,4 @@ EVENTS: Mapping[str, type[StreamEvent]] = {
     "sample": StreamSample,
     "end": StreamEnd,
 }
-"""By the name that they are sent under; `error` is a `service.schemas.Problem`."""
+"""By the name that they are sent under; `error` is a `dropserve.service.schemas.Problem`."""

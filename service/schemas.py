@@ -1,6 +1,6 @@
 """What goes over the wire, as the service writes it and the client reads it. No torch, no NumPy.
 
-The events of `/uncertainty/stream` are in `service.events`.
+The events of `/uncertainty/stream` are in `dropserve.service.events`.
 """
 
 import re

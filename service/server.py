@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from pydantic import SecretStr
 
-from service import logs
-from service.keys import Keys
-from service.settings import Settings, environment_name
-from service.workers import StartingLine, shared_folder
+from dropserve.service.http.keys import Keys
+from dropserve.service.inference.workers import StartupBarrier, shared_folder
+from dropserve.service.observability import logs
+from dropserve.service.settings import Settings, environment_name
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -37,13 +37,13 @@ def serve(settings: Settings) -> None:
     if settings.api_keys_file is not None:
         Keys(settings.api_keys_file)  # read for its errors: quicker than any model
     if settings.tracing:
-        import service.tracing  # noqa: F401  read for its error, too
+        import dropserve.service.observability.tracing  # noqa: F401  read for its error, too
     options = uvicorn_options(settings)
     if settings.workers > 1:
         _serve_with_workers(settings, options)
         return
-    from service.app import create_app  # only now, as importing PyTorch may log warnings
-    from service.inference import Inference
+    from dropserve.service.app import create_app  # only now, as importing PyTorch may log warnings
+    from dropserve.service.inference.inference import Inference
 
     app = create_app(settings, Inference(settings))
     server = uvicorn.Server(uvicorn.Config(app, **options))
@@ -61,7 +61,9 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "port": settings.port,
         "loop": "uvloop",
         # spans are made of what goes the usual way
-        "http": "httptools" if settings.tracing else "service.connection:Connection",
+        "http": "httptools"
+        if settings.tracing
+        else "dropserve.service.fastpath.connection:Connection",
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # who sent a request is neither used nor logged
@@ -75,7 +77,7 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
 
 def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
     """Run several processes, each with its own models and queue."""
-    from service.inference import Inference
+    from dropserve.service.inference.inference import Inference
 
     inference = Inference(settings)  # checks the start: workers do not, see `Repository`
     inference.close()
@@ -84,16 +86,18 @@ def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
     for name in settings.model_fields_set:
         os.environ[environment_name(name)] = _text(getattr(settings, name))
     with shared_folder():
-        uvicorn.run("service.server:worker_app", factory=True, workers=settings.workers, **options)
+        uvicorn.run(
+            "dropserve.service.server:worker_app", factory=True, workers=settings.workers, **options
+        )
 
 
 def worker_app() -> "FastAPI":
     """Make the application of one of several processes, from the environment."""
     settings = Settings()
     logs.configure(settings.log_level)
-    from service.app import create_app
+    from dropserve.service.app import create_app
 
-    return create_app(settings, line=StartingLine.of_this_worker(settings.workers))
+    return create_app(settings, line=StartupBarrier.of_this_worker(settings.workers))
 
 
 def _text(value: object) -> str:

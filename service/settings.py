@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.errors import did_you_mean
+from dropserve.service.errors import did_you_mean
 
 PREFIX = "DROPSERVE_"
 

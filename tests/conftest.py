@@ -13,13 +13,16 @@ import httpx
 import pytest
 import torch
 
-from models import checkpoint
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
-from service.schemas import Problem
-from service.settings import environment_name
+from dropserve.models import checkpoint
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.service.schemas import Problem
+from dropserve.service.settings import environment_name
 
-SERVE = "from service.server import serve; from service.settings import Settings; serve(Settings())"
+SERVE = (
+    "from dropserve.service.server import serve; from dropserve.service.settings import Settings;"
+    "serve(Settings())"
+)
 DIGITS = Preprocessing((8, 8), 1, (0.3,), (0.4,), invert=True)
 COLOUR = Preprocessing((16, 16), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -51,7 +54,7 @@ def checkpoints(tmp_path_factory):
 
 
 class Server:
-    """A process that runs `service.server.serve`, its log in a file."""
+    """A process that runs `dropserve.service.server.serve`, its log in a file."""
 
     def __init__(self, folder: Path, checkpoints: Path, **settings: object) -> None:
         defaults = {"port": 0, "checkpoints": checkpoints, "default_model": "digits-mlp"}

@@ -12,11 +12,11 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from service.app import create_app
-from service.cli import app as command_line
-from service.document import common, examples
-from service.keys import OPEN
-from service.settings import Settings
+from dropserve.service.app import create_app
+from dropserve.service.cli.main import app as command_line
+from dropserve.service.http.keys import OPEN
+from dropserve.service.http.openapi import common, examples
+from dropserve.service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-of-examples"  # noqa: S105  opens nothing

@@ -1,6 +1,7 @@
-"""The rules of the house, as docs/architecture.md states them, held against the code's imports."""
+"""The import rules of docs/architecture.md."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,19 +10,36 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "httpx", "typer"}
-MODELS = sorted((ROOT / "models").rglob("*.py"))
-SERVICE = sorted((ROOT / "service").rglob("*.py"))
+FILES = {
+    ".".join(("dropserve", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for folder in ("models", "service")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+LIGHT = {"service.client", "service.schemas", "service.errors", "service.settings"}
+"""Modules directly in `service` that a client or a command line may load: no torch, no NumPy."""
+LAYERS = ("observability", "inference", "http", "fastpath", "cli")
+"""Packages of `service`; one may import from those before it."""
 
 
-def imports(path: Path) -> set[str]:
-    """Name every module that a file imports, anywhere in it."""
+def imports(path: Path, *, deferred: bool = True) -> set[str]:
+    """Name every module that a file imports: anywhere in it, or when it is loaded."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not deferred and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ):
+            continue
+        nodes += ast.iter_child_nodes(node)
     return found
 
 
@@ -29,31 +47,55 @@ def packages(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(path)}
 
 
-def relative(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+def ours(module: str, *, deferred: bool = True) -> set[str]:
+    return imports(FILES[module], deferred=deferred) & FILES.keys() - {module}
 
 
-def test_the_walk_sees_the_code():
-    assert {"models/montecarlo/sampler.py", "models/checkpoint.py"} <= set(map(relative, MODELS))
-    assert {"service/routes/native.py", "service/client.py"} <= set(map(relative, SERVICE))
-    assert "torch" in packages(ROOT / "service/classifier.py")
+def named(*starts: str) -> list[str]:
+    return [module for module in FILES if module.startswith(starts)]
 
 
-@pytest.mark.parametrize("path", MODELS, ids=relative)
-def test_models_know_nothing_of_the_web_or_the_service(path):
-    assert not packages(path) & (WEB | {"service", "bench", "lab"})
+def layer(module: str) -> int:
+    package = module.split(".")[2] if module.count(".") > 1 else ""
+    return LAYERS.index(package) if package in LAYERS else -1
 
 
-@pytest.mark.parametrize("path", SERVICE, ids=relative)
-def test_only_the_door_and_the_command_line_touch_models_and_torch(path):
-    allowed = {"service/classifier.py", "service/inference.py", "service/cli.py"}
-    allowed.add("service/commands/versions.py")
-    used = packages(path) & {"models", "torch"}
-    assert not used or relative(path) in allowed
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module: ours(module) for module in FILES}
+    assert graph["dropserve.service.app"]
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("path", [*MODELS, *SERVICE], ids=relative)
-def test_nothing_is_pickled(path):
+@pytest.mark.parametrize("module", named("dropserve.models"))
+def test_models_know_nothing_of_the_web_or_the_service(module):
+    assert not packages(FILES[module]) & (WEB | {"bench", "lab"})
+    assert not [name for name in ours(module) if name.startswith("dropserve.service")]
+
+
+@pytest.mark.parametrize("module", named(*(f"dropserve.service.{name}." for name in LAYERS)))
+def test_a_package_of_the_service_imports_only_from_those_below_it(module):
+    found = {name for name in ours(module) if layer(name) > layer(module)}
+    assert not found
+
+
+def test_nothing_but_the_server_enables_the_fast_path():
+    users = [m for m in FILES if any(n.startswith("dropserve.service.fastpath") for n in ours(m))]
+    assert [m for m in users if not m.startswith("dropserve.service.fastpath")] == [
+        "dropserve.service.server"
+    ]
+
+
+@pytest.mark.parametrize("module", named("dropserve.service"))
+def test_only_inference_and_the_command_line_touch_models_and_torch(module):
+    found = {name for name in ours(module) if name.startswith("dropserve.models")}
+    if layer(module) not in (LAYERS.index("inference"), LAYERS.index("cli")):
+        assert not found
+        assert "torch" not in packages(FILES[module])
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_is_pickled(module):
+    path = FILES[module]
     assert not packages(path) & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     calls = {
         ast.unparse(n.func)
@@ -64,36 +106,35 @@ def test_nothing_is_pickled(path):
 
 
 def test_the_client_needs_only_the_schemas_the_errors_and_httpx():
-    light = ("service.schemas", "service.events", "service.errors", "service.calls")
-    for path in (ROOT / "service/client.py", ROOT / "service/calls.py"):
-        ours = {name for name in imports(path) if name.startswith("service.")}
-        assert all(name.startswith(light) for name in ours)
-        others = packages(path) - {"service"} - sys.stdlib_module_names
-        assert others <= {"httpx", "pydantic"}
+    assert ours("dropserve.service.client") <= {f"dropserve.{name}" for name in LIGHT}
+    others = packages(FILES["dropserve.service.client"]) - {"dropserve"} - sys.stdlib_module_names
+    assert others <= {"httpx", "httpx_retries", "pydantic"}
 
 
 def test_the_batcher_knows_neither_torch_nor_http():
-    assert packages(ROOT / "service/batching.py") <= sys.stdlib_module_names
+    assert packages(FILES["dropserve.service.inference.batcher"]) <= sys.stdlib_module_names
 
 
-def test_importing_the_client_loads_no_torch():
-    code = "import service.client, sys; print({m.partition('.')[0] for m in sys.modules})"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert "httpx" in loaded
-    for heavy in ("'torch'", "'numpy'", "'fastapi'", "'models'", "'PIL'"):
-        assert heavy not in loaded
+def test_the_command_line_loads_no_torch_before_it_is_needed():
+    seen, left = set(), ["dropserve.service.cli.main"]
+    while left:
+        module = left.pop()
+        seen.add(module)
+        assert "torch" not in {
+            name.partition(".")[0] for name in imports(FILES[module], deferred=False)
+        }
+        left += ours(module, deferred=False) - seen
+    assert len(seen) > 5
 
 
-def test_importing_the_app_starts_no_thread_and_opens_no_socket():
+def test_importing_starts_no_thread_and_opens_no_socket():
     code = (
         "import sys, threading\n"
         "def audit(event, args):\n"
         "    if event in ('socket.connect', 'socket.bind', 'pickle.find_class'):\n"
         "        raise SystemExit(f'{event} {args}')\n"
         "sys.addaudithook(audit)\n"
-        "import service.app, service.server, service.cli, models.evaluation\n"
+        f"import {', '.join(FILES)}\n"
         "print(threading.active_count())"
     )
     run = subprocess.run(

@@ -18,9 +18,9 @@ from bench import engine, timing
 from bench.http import __main__ as http
 from bench.http import reference
 from bench.networks import with_dropout
-from models import checkpoint
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
+from dropserve.models import checkpoint
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parent.parent
 

@@ -35,8 +35,8 @@ from packaging.version import Version
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from service.cli import app
-from service.settings import Settings, environment_name
+from dropserve.service.cli.main import app
+from dropserve.service.settings import Settings, environment_name
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -303,7 +303,7 @@ def wheel(tmp_path_factory):
     for source in build_context():
         if (ROOT / source).is_dir():
             skip = shutil.ignore_patterns("__pycache__")  # as .dockerignore does
-            shutil.copytree(ROOT / source, context / source, ignore=skip)
+            shutil.copytree(ROOT / source, context / source, symlinks=True, ignore=skip)
         else:
             shutil.copyfile(ROOT / source, context / source)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, context)
@@ -314,15 +314,16 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_two_packages_whole_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     metadata = f"dropserve-{project()['version']}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"models", "service", metadata}
+    assert {name.split("/")[0] for name in names} == {"dropserve", metadata}
     assert {name for name in names if not name.startswith(metadata)} == set(package_files())
 
 
 def package_files():
+    yield "dropserve/__init__.py"
     for package in ("models", "service"):
         for path in (ROOT / package).rglob("*"):
             if path.is_file() and path.suffix != ".pyc":
-                yield path.relative_to(ROOT).as_posix()
+                yield f"dropserve/{path.relative_to(ROOT).as_posix()}"
 
 
 # The containers, without the containers
@@ -446,7 +447,7 @@ class Served:
 def served(containers):
     """Run the service: wait until it is healthy, ask it for a digit, end it by SIGTERM."""
     grace = seconds(COMPOSE["services"]["service"]["stop_grace_period"])
-    log_path = containers.home / "service.log"
+    log_path = containers.home / "dropserve.service.log"
     before = containers.files()
     with log_path.open("w") as log:
         process = subprocess.Popen(

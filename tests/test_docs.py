@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from models.hyperparameters import default_recipe
-from models.networks import default_config
-from service.app import create_app
-from service.cli import app as command_line
-from service.settings import Settings, environment_name
+from dropserve.models.hyperparameters import default_recipe
+from dropserve.models.networks import default_config
+from dropserve.service.app import create_app
+from dropserve.service.cli.main import app as command_line
+from dropserve.service.settings import Settings, environment_name
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models import checkpoint
-from models.data import load_dataset
-from models.dropout import InvertedDropout
-from service.client import DropserveClient
+from dropserve.models import checkpoint
+from dropserve.models.data import load_dataset
+from dropserve.models.dropout import InvertedDropout
+from dropserve.service.client import DropserveClient
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DROPSERVE_DATA_DIR", ROOT.parent / "shared" / "data"))

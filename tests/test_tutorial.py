@@ -18,7 +18,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app as command_line
+from dropserve.service.cli.main import app as command_line
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DROPSERVE_DATA_DIR", ROOT.parent / "shared" / "data"))

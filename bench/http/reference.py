@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
-from models import catalogue, checkpoint
-from models.data import Split, load_dataset
-from models.errors import DataError
-from models.hyperparameters import Recipe
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
-from models.training import fit
+from dropserve.models import catalogue, checkpoint
+from dropserve.models.data import Split, load_dataset
+from dropserve.models.errors import DataError
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.models.training import fit
 
 Array = NDArray[np.float64]
 

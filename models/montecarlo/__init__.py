@@ -4,12 +4,12 @@ Gal and Ghahramani, "Dropout as a Bayesian Approximation: Representing Model Unc
 Learning" (ICML 2016).
 """
 
-from models.montecarlo.masks import MASK_KINDS, MaskKind
-from models.montecarlo.precision import PRECISIONS, Precision
-from models.montecarlo.sampler import Sampler
-from models.montecarlo.sites import Site
-from models.montecarlo.statistics import Statistics, Summary, summarize
-from models.montecarlo.watching import Sample, watch
+from dropserve.models.montecarlo.masks import MASK_KINDS, MaskKind
+from dropserve.models.montecarlo.precision import PRECISIONS, Precision
+from dropserve.models.montecarlo.sampler import Sampler
+from dropserve.models.montecarlo.sites import Site
+from dropserve.models.montecarlo.statistics import Statistics, Summary, summarize
+from dropserve.models.montecarlo.watching import Sample, watch
 
 __all__ = [
     "MASK_KINDS",

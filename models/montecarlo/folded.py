@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from models.montecarlo.scales import Scales
-from models.montecarlo.sites import Survey
-from models.montecarlo.thinned import Layer, Thinned
-from models.sequential import (
+from dropserve.models.montecarlo.scales import ScaledMasks
+from dropserve.models.montecarlo.sites import Survey
+from dropserve.models.montecarlo.thinned import Layer, Thinned
+from dropserve.models.sequential import (
     DROPOUTS,
     ELEMENTWISE,
     Linear,
@@ -35,7 +35,7 @@ from models.sequential import (
     steps,
 )
 
-Way = Callable[[Tensor, Scales], Tensor]
+Way = Callable[[Tensor, ScaledMasks], Tensor]
 """`(what the prefix gave [B, ...], masks) -> logits [B, T, C]`."""
 
 _ROWS = 2**20
@@ -83,7 +83,7 @@ class Folded:
 
         Args:
             module: in eval mode.
-            found: what `survey` saw of it.
+            found: what `trace` saw of it.
             dtype: of the head's weights and rows.
 
         Returns:
@@ -105,13 +105,13 @@ class Folded:
             x = step(x)
         return x
 
-    def head(self, h: Tensor, scales: Scales) -> Tensor:
+    def head(self, h: Tensor, scales: ScaledMasks) -> Tensor:
         """Run the rest under T masks, the cheapest way: [B, ...] to logits [B, T, C]."""
         h = h.to(self._dtype)
         _, way = min(self.ways(h, scales), key=lambda pair: pair[0])
         return way(h, scales)
 
-    def ways(self, h: Tensor, scales: Scales) -> list[tuple[float, Way]]:
+    def ways(self, h: Tensor, scales: ScaledMasks) -> list[tuple[float, Way]]:
         """List the ways to run the head, each with its cost: multiply-adds and a price on calls."""
         if self._layers is None or h.is_cuda:  # a device that is fast once it has enough to do
             return [(0, self._dense)]
@@ -127,7 +127,7 @@ class Folded:
             (thinned.cost(images, scales), thinned),
         ]
 
-    def _dense(self, h: Tensor, scales: Scales) -> Tensor:
+    def _dense(self, h: Tensor, scales: ScaledMasks) -> Tensor:
         tile = max(1, _ROWS // max(1, len(h) * self._widest))
         logits = []
         for start in range(0, scales.samples, tile):
@@ -138,7 +138,7 @@ class Folded:
             logits.append(_rows(self._rest, rows, others, (h.shape[0], first.shape[0])))
         return torch.cat(logits, 1) if len(logits) > 1 else logits[0]
 
-    def _active(self, first: Layer, h: Tensor, scales: Scales) -> Tensor:
+    def _active(self, first: Layer, h: Tensor, scales: ScaledMasks) -> Tensor:
         units = torch.from_numpy(_active_units(h.numpy()))
         samples, width = scales.samples, len(first.bias)
         widest = max(samples * width, units.shape[1] * (samples + width))
@@ -148,7 +148,7 @@ class Folded:
         tiles = zip(torch.split(h, tile), torch.split(units, tile), strict=True)
         return torch.cat([self._active_tile(first, *pair, scales) for pair in tiles])
 
-    def _active_tile(self, first: Layer, h: Tensor, units: Tensor, scales: Scales) -> Tensor:
+    def _active_tile(self, first: Layer, h: Tensor, units: Tensor, scales: ScaledMasks) -> Tensor:
         """Run images [B, units] over those of their units that `units` [B, n] lists."""
         listed = units.flatten()
         kept = scales.by_unit.index_select(0, listed).view(*units.shape, scales.samples)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
-from models.montecarlo.tensor_table import TensorTable
+from dropserve.models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
+from dropserve.models.montecarlo.tensor_table import TensorTable
 
 Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention", "bernoulli"]
 """`bernoulli` is a mask that the network's own code draws by `Tensor.bernoulli_` and scales itself,

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from models.errors import UnsupportedModule
+from dropserve.models.errors import UnsupportedModule
 
 Precision = Literal["float32", "bfloat16", "auto"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -13,8 +13,8 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.errors import UnsupportedModule
-from models.montecarlo import references
+from dropserve.models.errors import UnsupportedModule
+from dropserve.models.montecarlo import references
 
 Running = Callable[[], str]
 """Names the module whose forward is running."""

@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.errors import SamplingError, UnsupportedModule
-from models.montecarlo.folded import Folded
-from models.montecarlo.interception import Interception, Kind
-from models.montecarlo.masks import BLOCK, MASK_KINDS, MaskKind
-from models.montecarlo.precision import Choice, Precision, choose, is_native
-from models.montecarlo.scales import Scales, ScaleStore
-from models.montecarlo.sites import Site, require_close, survey
-from models.montecarlo.statistics import Statistics, Summary
+from dropserve.models.errors import SamplingError, UnsupportedModule
+from dropserve.models.montecarlo.folded import Folded
+from dropserve.models.montecarlo.interception import Interception, Kind
+from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, MaskKind
+from dropserve.models.montecarlo.precision import Choice, Precision, choose, is_native
+from dropserve.models.montecarlo.scales import MaskStore, ScaledMasks
+from dropserve.models.montecarlo.sites import Site, require_close, trace
+from dropserve.models.montecarlo.statistics import Statistics, Summary
 
 _log = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
@@ -39,7 +39,7 @@ class Sampler:
             put into a copy in training mode. A sampler is made anew when weights change.
         example: a batch [B, ...] to look at the module with.
         precision: of the computation; "auto" takes bfloat16 where it is faster here and hardly
-            changes the answer (`models.montecarlo.precision`).
+            changes the answer (`dropserve.models.montecarlo.precision`).
 
     Attributes:
         training_copy: what runs with masks on every path but "folded"; it shares the weights.
@@ -62,11 +62,11 @@ class Sampler:
         self._parts = tuple(module.modules())
         self._require_eval_mode()
         probe = _probe(example)
-        self._found = survey(module, probe)
+        self._found = trace(module, probe)
         self.training_copy = self._found.training_copy
         self.sites: tuple[Site, ...] = self._found.sites
         self.classes = self._found.classes
-        self._store = ScaleStore(self.sites)
+        self._store = MaskStore(self.sites)
         self._folded: Folded | None = None
         self._dtype = torch.float32
         try:
@@ -92,7 +92,7 @@ class Sampler:
             x: images [B, ...].
             samples: T, at least 1.
             seed: 0 to 2^63-1; the masks are a pure function of it.
-            masks: "stratified" or "independent" (see `models.montecarlo.masks`).
+            masks: "stratified" or "independent" (see `dropserve.models.montecarlo.masks`).
 
         Returns:
             Probabilities [T, B, C].
@@ -150,7 +150,7 @@ class Sampler:
                 chunk = logits.float().permute(2, 0, 1).softmax(0)
             yield chunk
 
-    def scales(self, masks: MaskKind, seed: int, chunk: range, device: torch.device) -> Scales:
+    def scales(self, masks: MaskKind, seed: int, chunk: range, device: torch.device) -> ScaledMasks:
         """Return what the samples of a chunk multiply by."""
         return self._store.get(masks, seed, chunk, device)
 
@@ -171,7 +171,7 @@ class Sampler:
         Returns:
             Logits [B, C].
         """
-        store = self._store if p is None else ScaleStore([site.at(p) for site in self.sites])
+        store = self._store if p is None else MaskStore([site.at(p) for site in self.sites])
         scales = store.draw(masks, seed, range(sample, sample + 1), x.device)
         return self._forward(x, tuple(factor[0] for factor in scales.factors), torch.float32)
 
@@ -179,13 +179,13 @@ class Sampler:
         if any(child.training for child in self._parts):
             raise SamplingError("the module is in training mode: call module.eval() first")
 
-    def _prepared(self, x: Tensor) -> Callable[[Scales], Tensor]:
+    def _prepared(self, x: Tensor) -> Callable[[ScaledMasks], Tensor]:
         """Do what no mask changes, once; the rest maps masks to logits [B, T, C]."""
         if self.path == "folded" and self._folded is not None:
             return partial(self._folded.head, self._folded.prefix(x))
         return partial(self._vectorised if self.path == "vmap" else self._loop, x)
 
-    def _vectorised(self, x: Tensor, scales: Scales) -> Tensor:
+    def _vectorised(self, x: Tensor, scales: ScaledMasks) -> Tensor:
         """Logits [B, T, C], the passes vectorised: what comes before the first mask runs once."""
         chunk = max(1, _CHUNK_ELEMENTS // max(1, len(x) * self._found.widest))
         return torch.vmap(
@@ -194,14 +194,14 @@ class Sampler:
             chunk_size=min(chunk, scales.samples),
         )(*scales.factors)
 
-    def _loop(self, x: Tensor, scales: Scales) -> Tensor:
+    def _loop(self, x: Tensor, scales: ScaledMasks) -> Tensor:
         """Logits [B, T, C], one plain pass after another."""
         passes = [self._forward(x, one, self._dtype) for one in zip(*scales.factors, strict=True)]
         return torch.stack(passes, 1)
 
     def _forward(self, x: Tensor, factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Logits [B, C] of the thinned network that `factors` [*template] describe."""
-        feed = _Feed(self.sites, factors)
+        feed = _MaskIterator(self.sites, factors)
         low = dtype != torch.float32
         with torch.autocast(x.device.type, dtype, enabled=low):
             logits: Tensor = Interception(feed).run(self.training_copy, x)
@@ -273,7 +273,7 @@ class Sampler:
             )
 
 
-class _Feed:
+class _MaskIterator:
     """Hands out the masks of one forward pass in the order of the sites."""
 
     def __init__(self, sites: tuple[Site, ...], factors: tuple[Tensor, ...]) -> None:

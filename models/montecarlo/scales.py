@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.montecarlo import masks
-from models.montecarlo.masks import MaskKind
-from models.montecarlo.sites import Site
+from dropserve.models.montecarlo import masks
+from dropserve.models.montecarlo.masks import MaskKind
+from dropserve.models.montecarlo.sites import Site
 
 if TYPE_CHECKING:
-    from models.montecarlo.thinned import Thinned
+    from dropserve.models.montecarlo.thinned import Thinned
 
 _MAX_BYTES = 64 * 2**20
 """Most that a sampler keeps of masks, besides those drawn at load and those in use."""
@@ -27,7 +27,7 @@ CHUNK = 100
 """Most samples run at once: whole blocks, a few milliseconds' work for a small network."""
 
 
-class Scales:
+class ScaledMasks:
     """What T thinned networks multiply by at each site.
 
     Args:
@@ -42,7 +42,7 @@ class Scales:
     """
 
     def __init__(
-        self, sites: Sequence[Site], factors: tuple[Tensor, ...], whole: "Scales | None" = None
+        self, sites: Sequence[Site], factors: tuple[Tensor, ...], whole: "ScaledMasks | None" = None
     ) -> None:
         self.sites = sites
         self.factors = factors
@@ -50,10 +50,10 @@ class Scales:
         self._whole = whole
         self.pinned = False
         self.thinned: Thinned | None = None
-        self._heads: dict[int, Scales] = {}
+        self._heads: dict[int, ScaledMasks] = {}
 
     @property
-    def whole(self) -> "Scales":
+    def whole(self) -> "ScaledMasks":
         """Itself, or what it is a part of: what is made of masks is made of these, and kept."""
         return self._whole or self
 
@@ -77,13 +77,13 @@ class Scales:
             return self.whole.by_unit[:, : self.samples]
         return self.factors[0].flatten(1).t().contiguous()
 
-    def head(self, samples: int) -> "Scales":
+    def head(self, samples: int) -> "ScaledMasks":
         """Return those of the first samples."""
         if samples == self.samples:
             return self
         if samples not in self._heads:
             factors = tuple(factor[:samples] for factor in self.factors)
-            self._heads[samples] = Scales(self.sites, factors, self.whole)
+            self._heads[samples] = ScaledMasks(self.sites, factors, self.whole)
         return self._heads[samples]
 
     def let_go(self) -> None:
@@ -91,8 +91,8 @@ class Scales:
         self._heads.clear()
 
 
-class ScaleStore:
-    """Draws `Scales`, and keeps the latest.
+class MaskStore:
+    """Draws `ScaledMasks`, and keeps the latest.
 
     What is made of masks grows while they are in use: they are measured when others are asked for.
 
@@ -104,7 +104,7 @@ class ScaleStore:
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype = torch.float32) -> None:
         self._sites = sites
         self._dtype = dtype
-        self._kept: dict[_Key, Scales] = {}  # in the order of their last use
+        self._kept: dict[_Key, ScaledMasks] = {}  # in the order of their last use
         self._loose: dict[_Key, int] = {}  # those that may go, in the same order: their bytes
         self._held = 0  # the sum of those
         self._latest: _Key | None = None
@@ -116,7 +116,7 @@ class ScaleStore:
 
     def get(
         self, kind: MaskKind, seed: int, samples: range, device: torch.device, pin: bool = False
-    ) -> Scales:
+    ) -> ScaledMasks:
         """Return the masks of some samples.
 
         Args:
@@ -142,14 +142,14 @@ class ScaleStore:
             self._forget()
         return scales.head(len(samples))
 
-    def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> Scales:
+    def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> ScaledMasks:
         """Draw masks and keep nothing."""
         factors = []
         for index, site in enumerate(self._sites):
             keep = masks.draw(kind, seed, index, site.units, site.p, samples)
             factor = torch.from_numpy(keep).to(device, self._dtype).mul_(site.survivor)
             factors.append(factor.view(len(samples), *site.template))
-        return Scales(self._sites, tuple(factors))
+        return ScaledMasks(self._sites, tuple(factors))
 
     def _measure_latest(self) -> None:
         """Count what was in use until now."""

@@ -9,10 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.errors import NoDropout, UnsupportedModule, unsupported_if_it_fails
-from models.montecarlo.interception import Interception, Kind
-from models.montecarlo.randomness import NumPyGenerator, RefuseRandomness, numpy_generators
-from models.montecarlo.training_copy import share_parameters, training_copy
+from dropserve.models.errors import NoDropout, UnsupportedModule, unsupported_if_it_fails
+from dropserve.models.montecarlo.interception import Interception, Kind
+from dropserve.models.montecarlo.randomness import (
+    NumPyGenerator,
+    RefuseRandomness,
+    numpy_generators,
+)
+from dropserve.models.montecarlo.training_copy import share_parameters, training_copy
 
 _RESCALED = ("dropout", "spatial", "attention")
 """Kinds that divide what they keep by 1-p."""
@@ -85,7 +89,7 @@ class Survey:
     """What one look at a module found.
 
     Attributes:
-        training_copy: of the module (`models.montecarlo.training_copy`).
+        training_copy: of the module (`dropserve.models.montecarlo.training_copy`).
         sites: its dropout calls, in the order of a forward pass.
         widest: elements in the widest result of one image that depends on masks.
         classes: columns of its output.
@@ -120,7 +124,7 @@ class _Trace:
     widest: int
 
 
-def survey(module: nn.Module, probe: Tensor) -> Survey:
+def trace(module: nn.Module, probe: Tensor) -> Survey:
     """Copy a module into training mode, run the copy and note every dropout call.
 
     It runs two images and three: the dimension of a mask that differs between the two is its batch

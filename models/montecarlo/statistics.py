@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.errors import SamplingError
-from models.montecarlo.masks import BLOCK, MaskKind
+from dropserve.models.errors import SamplingError
+from dropserve.models.montecarlo.masks import BLOCK, MaskKind
 
 Array = npt.NDArray[Any]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.montecarlo.scales import Scales
-from models.montecarlo.sites import Site
-from models.sequential import Step
+from dropserve.models.montecarlo.scales import ScaledMasks
+from dropserve.models.montecarlo.sites import Site
+from dropserve.models.sequential import Step
 
 _GROUP = 20
 """Samples run together, cut to the size of the largest of them."""
@@ -96,7 +96,7 @@ class Thinned:
         scales: the masks.
     """
 
-    def __init__(self, layers: Sequence[Layer], scales: Scales) -> None:
+    def __init__(self, layers: Sequence[Layer], scales: ScaledMasks) -> None:
         self._layers = layers
         self._groups: list[_Group] = []
         self._lock = threading.Lock()
@@ -110,7 +110,7 @@ class Thinned:
         """Memory that they take, as far as they are cut out."""
         return sum(group.nbytes for group in self._groups)
 
-    def cost(self, images: int, scales: Scales) -> float:
+    def cost(self, images: int, scales: ScaledMasks) -> float:
         """Estimate the multiply-adds for some images; infinite if there are too many weights.
 
         Cutting counts even if it is done, but for masks that stay: the same images and seed go the
@@ -121,7 +121,7 @@ class Thinned:
         cutting = 0 if scales.whole.pinned else _CUT
         return self._weights * scales.samples * (_READ + _MULTIPLY * images + cutting)
 
-    def __call__(self, h: Tensor, scales: Scales) -> Tensor:
+    def __call__(self, h: Tensor, scales: ScaledMasks) -> Tensor:
         """Run what comes after the first mask: [B, units] to logits [B, T, C].
 
         Args:
@@ -132,7 +132,7 @@ class Thinned:
         logits = [self._run(groups, images) for images in torch.split(h, _IMAGES)]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
-    def _first(self, samples: int, scales: Scales) -> list[_Group]:
+    def _first(self, samples: int, scales: ScaledMasks) -> list[_Group]:
         """Return the networks of the first samples; cut out those that no one asked for before."""
         whole, rest = divmod(samples, _GROUP)
         with self._lock:
@@ -173,7 +173,7 @@ class Thinned:
             logits.append(y)
         return torch.cat(logits).permute(2, 0, 1)
 
-    def _cut(self, scales: Scales, samples: slice) -> _Group:
+    def _cut(self, scales: ScaledMasks, samples: slice) -> _Group:
         """Cut the networks of some samples out."""
         first, *others = (factor[samples].flatten(1) for factor in scales.factors)
         masks = iter(others)

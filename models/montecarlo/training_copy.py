@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from models.errors import UnsupportedModule, unsupported_if_it_fails
-from models.montecarlo import references
+from dropserve.models.errors import UnsupportedModule, unsupported_if_it_fails
+from dropserve.models.montecarlo import references
 
 
 def training_copy(module: nn.Module) -> nn.Module:

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from models.montecarlo.masks import BLOCK, MaskKind
-from models.montecarlo.sampler import Sampler
-from models.montecarlo.statistics import (
+from dropserve.models.montecarlo.masks import BLOCK, MaskKind
+from dropserve.models.montecarlo.sampler import Sampler
+from dropserve.models.montecarlo.statistics import (
     Statistics,
     degrees_of_freedom,
     mean_variance,

@@ -55,7 +55,7 @@ const LANGUAGES = {
   "Python client": ({ model, version, samples, seed, masks }, file) =>
     `from pathlib import Path
 
-from service.client import DropserveClient
+from dropserve import DropserveClient
 
 with DropserveClient(${quoted(base())}) as client:
     answer = client.uncertainty(

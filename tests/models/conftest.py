@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from models.data import load_dataset
+from dropserve.models.data import load_dataset
 
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")

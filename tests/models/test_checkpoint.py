@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.catalogue import is_name, names, versions
-from models.checkpoint import (
+from dropserve.models.catalogue import is_name, names, versions
+from dropserve.models.checkpoint import (
     MANIFEST,
     METADATA,
     WEIGHTS,
@@ -26,11 +26,11 @@ from models.checkpoint import (
     read,
     save,
 )
-from models.data import Split
-from models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused
-from models.examples import Example, choose
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
+from dropserve.models.data import Split
+from dropserve.models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused
+from dropserve.models.examples import Example, choose
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
 
 INPUT = Preprocessing((8, 8), 1, (0.5,), (0.25,))
 MLP = NetworkConfig("mlp", (1, 8, 8), 3, (6,), (0.5,))

@@ -8,21 +8,21 @@ import threading
 import pytest
 import torch
 
-from models.catalogue import versions
-from models.checkpoint import METADATA, WEIGHTS, Metadata, load, save
-from models.errors import CheckpointRefused
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
+from dropserve.models.catalogue import versions
+from dropserve.models.checkpoint import METADATA, WEIGHTS, Metadata, load, save
+from dropserve.models.errors import CheckpointRefused
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
 
 # One process imports torch once, and forks for each script it is sent.
 FORKER = """
 import itertools, json, os, pathlib, random, resource, signal, sys, time
 import torch
-from models.catalogue import versions
-from models.checkpoint import Metadata, load, save
-from models.errors import CheckpointError, CheckpointRefused
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
+from dropserve.models.catalogue import versions
+from dropserve.models.checkpoint import Metadata, load, save
+from dropserve.models.errors import CheckpointError, CheckpointRefused
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
 
 network = NetworkConfig("mlp", (1, 8, 8), 3, (64,), (0.5,))
 about = Metadata("net", network, Preprocessing((8, 8), 1, (0.5,), (0.25,)), ("a", "b", "c"))

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from bench import training_mode
-from models.comparison import compare
-from models.montecarlo import Sampler
+from dropserve.models.comparison import compare
+from dropserve.models.montecarlo import Sampler
 
 
 def run(steps):

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from models.data import Split, download, load_dataset, read_idx
-from models.errors import DataError
-from models.preprocessing import Preprocessing
+from dropserve.models.data import Split, download, load_dataset, read_idx
+from dropserve.models.errors import DataError
+from dropserve.models.preprocessing import Preprocessing
 
 DATA_DIR = Path(
     os.environ.get("DROPSERVE_DATA_DIR") or Path(__file__).parents[2].parent / "shared" / "data"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import (
+from dropserve.models.dropout import (
     InvertedDropout,
     SpatialDropout,
     VanillaDropout,
@@ -15,7 +15,7 @@ from models.dropout import (
     spatial_dropout,
     vanilla_dropout,
 )
-from models.errors import ConfigError
+from dropserve.models.errors import ConfigError
 
 CPU = torch.device("cpu")
 DRAWS = 200_000

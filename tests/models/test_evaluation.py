@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.data import Split
-from models.dropout import InvertedDropout
-from models.evaluation import evaluate, score
-from models.montecarlo import Sampler
+from dropserve.models.data import Split
+from dropserve.models.dropout import InvertedDropout
+from dropserve.models.evaluation import evaluate, score
+from dropserve.models.montecarlo import Sampler
 
 
 def by_hand(p, labels, bins=15):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoint import MANIFEST, METADATA, Metadata, load, save
-from models.data import Split
-from models.errors import CheckpointRefused
-from models.examples import COUNT, choose
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
+from dropserve.models.checkpoint import MANIFEST, METADATA, Metadata, load, save
+from dropserve.models.data import Split
+from dropserve.models.errors import CheckpointRefused
+from dropserve.models.examples import COUNT, choose
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
 
 GREY = Preprocessing((8, 6), 1, (0.5,), (0.25,))
 COLOUR = Preprocessing((6, 8), 3, (0.5,) * 3, (0.25,) * 3)

@@ -5,8 +5,8 @@ import sys
 import pytest
 from torch import nn
 
-from models.errors import ConfigError
-from models.factories import call_factory, trusted
+from dropserve.models.errors import ConfigError
+from dropserve.models.factories import call_factory, trusted
 
 NETS = """
 from torch import nn
@@ -70,7 +70,7 @@ def test_a_file_that_fails_is_named(tmp_path, code, name, reason):
     assert sys.path == path
 
 
-@pytest.mark.parametrize("form", ["models.nets:make", "models:make"])
+@pytest.mark.parametrize("form", ["dropserve.models.nets:make", "models:make"])
 def test_a_package_that_ours_hides_is_explained(tmp_path, monkeypatch, form):
     own = write(tmp_path / "models", 3, "nets.py" if "nets" in form else "__init__.py")
     monkeypatch.chdir(tmp_path)
@@ -86,7 +86,9 @@ def test_a_package_that_ours_hides_is_explained(tmp_path, monkeypatch, form):
 
 def test_a_file_that_imports_from_a_package_that_ours_hides_is_explained(tmp_path):
     (tmp_path / "nets.py").write_text("from models.blocks import width")
-    with pytest.raises(ConfigError, match=r"No module named 'models.blocks'; 'models' is another"):
+    with pytest.raises(
+        ConfigError, match=r"No module named 'dropserve.models.blocks'; 'models' is another"
+    ):
         call_factory(f"{tmp_path / 'nets.py'}:make", {})
 
 

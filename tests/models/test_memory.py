@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from models.memory import keep_freed_memory
+from dropserve.models.memory import keep_freed_memory
 
 _FAULTS = """
 import resource, sys, torch
-from models.memory import keep_freed_memory
+from dropserve.models.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import InvertedDropout, SpatialDropout
-from models.errors import ConfigError
-from models.networks import NetworkConfig, default_config
+from dropserve.models.dropout import InvertedDropout, SpatialDropout
+from dropserve.models.errors import ConfigError
+from dropserve.models.networks import NetworkConfig, default_config
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10)
 CNN = NetworkConfig("cnn", (3, 28, 20), 7, (64,), (0.3,), (8, 16), 0.1)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from models.errors import ConfigError
-from models.preprocessing import Preprocessing
+from dropserve.models.errors import ConfigError
+from dropserve.models.preprocessing import Preprocessing
 
 GREY = Preprocessing((2, 3), 1, (0.5,), (0.25,))
 COLOUR = Preprocessing((2, 3), 3, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))

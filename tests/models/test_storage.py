@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.errors import CheckpointRefused
-from models.storage import (
+from dropserve.models.errors import CheckpointRefused
+from dropserve.models.storage import (
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     parse_json,

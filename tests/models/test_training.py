@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from models.data import Split
-from models.dropout import InvertedDropout
-from models.errors import ConfigError, TrainingDiverged
-from models.hyperparameters import Recipe
-from models.networks import NetworkConfig, default_config
-from models.preprocessing import Preprocessing
-from models.training import cpu_threads, fit, launch, validate, with_threads
+from dropserve.models.data import Split
+from dropserve.models.dropout import InvertedDropout
+from dropserve.models.errors import ConfigError, TrainingDiverged
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.networks import NetworkConfig, default_config
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.models.training import cpu_threads, fit, launch, validate, with_threads
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (32,), (0.3,))
 CNN = NetworkConfig("cnn", (1, 8, 8), 10, (16,), (0.3,), (4, 6), 0.2)

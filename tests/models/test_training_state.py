@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from models.errors import CheckpointRefused, ConfigError
-from models.hyperparameters import Recipe
-from models.networks import NetworkConfig
-from models.training import fit, launch
-from models.training_state import State, claimed, earlier_run
+from dropserve.models.errors import CheckpointRefused, ConfigError
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.training import fit, launch
+from dropserve.models.training_state import State, claimed, earlier_run
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (16,), (0.3,))
 RECIPE = Recipe(epochs=3, batch_size=64)

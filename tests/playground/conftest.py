@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 from typer.testing import CliRunner
 
-from service.cli import app
+from dropserve.service.cli.main import app
 
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batching import Batcher, QueueFull, QueueTimeout
+from dropserve.service.inference.batcher import Batcher, QueueFull, QueueTimeout
 
 
 class Pause:
@@ -71,7 +71,7 @@ def run(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
     return run_steps(scenario, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs).batches
 
 
-def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, brief=None):
+def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, inline=None):
     """Run `scenario(batcher, runner)` in an event loop; return the runner."""
     runner = Runner()
 
@@ -83,7 +83,7 @@ def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, brief=None):
                 max_batch=max_batch,
                 max_queue=max_queue,
                 max_jobs=max_jobs,
-                brief=brief,
+                inline=inline,
             )
             async with asyncio.timeout(20):
                 await scenario(batcher, runner)
@@ -372,26 +372,26 @@ def test_the_jobs_under_way_are_limited_and_urgent_ones_pass():
 
 def test_brief_batches_run_on_the_event_loop_and_only_while_nothing_else_runs():
     async def scenario(batcher, runner):
-        assert await batcher.submit("brief", 1) == ("brief", 1)
-        async with busy(batcher, runner):  # "a" is not brief
-            tasks = await queued(*(batcher.submit("brief", n) for n in range(12)))
+        assert await batcher.submit("inline", 1) == ("inline", 1)
+        async with busy(batcher, runner):  # "a" is not inline
+            tasks = await queued(*(batcher.submit("inline", n) for n in range(12)))
             await asyncio.sleep(0.05)
             assert len(runner.batches) == 2
-        assert await asyncio.gather(*tasks) == [("brief", n) for n in range(12)]
-        assert await batcher.submit("brief 2", 1) == ("brief 2", 1)
-        assert await batcher.submit("brief", "heavy", 5) == ("brief", "heavy")
-        bad = await queued(batcher.submit("brief", "poison"), batcher.submit("brief", 3))
+        assert await asyncio.gather(*tasks) == [("inline", n) for n in range(12)]
+        assert await batcher.submit("inline 2", 1) == ("inline 2", 1)
+        assert await batcher.submit("inline", "heavy", 5) == ("inline", "heavy")
+        bad = await queued(batcher.submit("inline", "poison"), batcher.submit("inline", 3))
         results = await asyncio.gather(*bad, return_exceptions=True)
         assert isinstance(results[0], ValueError)
-        assert results[1] == ("brief", 3)
+        assert results[1] == ("inline", 3)
 
     asked = []
 
-    def brief(key, weight):
+    def inline(key, weight):
         asked.append((key, weight))
-        return key.startswith("brief") and weight <= 4
+        return key.startswith("inline") and weight <= 4
 
-    runner = run_steps(scenario, max_batch=4, brief=brief)
+    runner = run_steps(scenario, max_batch=4, inline=inline)
     main = threading.main_thread()
     for (key, items), thread in zip(runner.batches, runner.threads, strict=True):
         assert (thread is main) == (key != "a" and items != ["heavy"])
@@ -400,7 +400,7 @@ def test_brief_batches_run_on_the_event_loop_and_only_while_nothing_else_runs():
         [4, 5, 6, 7],
         [8, 9, 10, 11],
     ]
-    assert asked.count(("brief 2", 1)) == 3  # of each step
+    assert asked.count(("inline 2", 1)) == 3  # of each step
 
 
 def test_what_is_queued_may_leave_before_during_and_after_its_run():

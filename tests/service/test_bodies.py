@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bodies import BodyLimits, parse_images
-from service.decoding import finish
-from service.errors import InvalidRequest, MalformedRequest, TooLarge
-from service.images import ImageLimits
+from dropserve.service.errors import InvalidRequest, MalformedRequest, TooLarge
+from dropserve.service.http.body import BodyLimits, parse_images
+from dropserve.service.http.decoding import finish
+from dropserve.service.http.images import ImageLimits
 
 LIMITS = BodyLimits(max_bytes=2**20, max_images=3, timeout=1, image=ImageLimits(100, 20))
 

@@ -20,13 +20,13 @@ import torch
 import typer.main
 from typer.testing import CliRunner
 
-from models import catalogue, checkpoint, recipes
-from models.data import load_dataset
-from models.hyperparameters import Recipe
-from models.training import fit, with_threads
-from service.cli import app
-from service.commands import terminal
-from service.settings import Settings, environment_name
+from dropserve.models import catalogue, checkpoint, recipes
+from dropserve.models.data import load_dataset
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.training import fit, with_threads
+from dropserve.service.cli import terminal
+from dropserve.service.cli.main import app
+from dropserve.service.settings import Settings, environment_name
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n picture"
@@ -348,7 +348,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
     # A shell without job control starts children that ignore SIGINT, hence the handler.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from service.cli import app; app()"
+        "from dropserve.service.cli.main import app; app()"
     )
     command = [sys.executable, "-c", code, "train", "--epochs", "100000"]
     with subprocess.Popen(
@@ -468,7 +468,7 @@ def test_of_many_classes_the_worst_pairs_are_shown(capsys):
 
 def test_serve_says_that_there_is_nothing_to_serve(tmp_path):
     # In a process of its own, because serving takes over the process's logging.
-    command = [sys.executable, "-c", "from service.cli import app; app()", "serve"]
+    command = [sys.executable, "-c", "from dropserve.service.cli.main import app; app()", "serve"]
     done = subprocess.run(
         [*command, "--checkpoints", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -618,7 +618,7 @@ def test_a_version_without_a_model_is_a_line(stub, image):
 )
 def test_commands_that_only_talk_import_no_torch(arguments):
     code = (
-        "import sys; from service.cli import app; app(standalone_mode=False);"
+        "import sys; from dropserve.service.cli.main import app; app(standalone_mode=False);"
         "assert not {'torch', 'numpy', 'fastapi'} & set(sys.modules)"
     )
     command = [sys.executable, "-c", code, *arguments]

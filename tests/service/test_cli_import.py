@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from models import checkpoint, recipes
-from models.training import fit, with_threads
-from service.classifier import Classifier
-from service.cli import app
-from service.tasks import Predict
+from dropserve.models import checkpoint, recipes
+from dropserve.models.training import fit, with_threads
+from dropserve.service.cli.main import app
+from dropserve.service.inference.classifier import Classifier
+from dropserve.service.inference.tasks import Predict
 
 NETS = """
 from torch import nn

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service import errors
-from service.client import AsyncDropserveClient, DropserveClient
+from dropserve.service import errors
+from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
 JPEG = b"\xff\xd8\xff picture"
@@ -342,7 +342,8 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_repeated(client, key)
 
 def test_importing_it_loads_nothing_heavy():
     code = (
-        "import sys, json, service.client; heavy = ('torch', 'numpy', 'fastapi', 'models');"
+        "import sys, json; from dropserve import DropserveClient; "
+        "heavy = ('torch', 'numpy', 'fastapi', 'dropserve.models');"
         "print(json.dumps([m for m in heavy if m in sys.modules]))"
     )
     root = Path(__file__).parents[2]

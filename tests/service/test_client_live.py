@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from service import errors, schemas
-from service.client import AsyncDropserveClient, DropserveClient
-from service.events import StreamEnd, StreamStart
+from dropserve.service import errors, schemas
+from dropserve.service.client import AsyncDropserveClient, DropserveClient
+from dropserve.service.events import StreamEnd, StreamStart
 
 
 def picture(seed):

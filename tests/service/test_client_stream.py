@@ -8,9 +8,9 @@ from contextlib import aclosing
 import httpx
 import pytest
 
-from service import errors
-from service.client import AsyncDropserveClient, DropserveClient
-from service.events import StreamEnd, StreamSample, StreamStart
+from dropserve.service import errors
+from dropserve.service.client import AsyncDropserveClient, DropserveClient
+from dropserve.service.events import StreamEnd, StreamSample, StreamStart
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
 START = {

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from models import checkpoint
-from models.montecarlo import Sampler
-from models.montecarlo.masks import draw
-from service.schemas import CompareResponse
+from dropserve.models import checkpoint
+from dropserve.models.montecarlo import Sampler
+from dropserve.models.montecarlo.masks import draw
+from dropserve.service.schemas import CompareResponse
 
 PATH = "/v1/models/digits-mlp/versions/1/compare?passes=4&seed=3"
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)

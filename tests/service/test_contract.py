@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models import checkpoint
-from models.montecarlo import Sampler
-from service import schemas
-from service.client import DropserveClient
+from dropserve.models import checkpoint
+from dropserve.models.montecarlo import Sampler
+from dropserve.service import schemas
+from dropserve.service.client import DropserveClient
 
 MLP, CNN = "digits-mlp", "colour-cnn"
 SHAPES = {MLP: (8, 8), CNN: (16, 16, 3)}

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench import bombs
-from models.memory import release_freed_memory
-from models.preprocessing import Preprocessing
-from service.bodies import json_memory, load_json
-from service.decoding import _SMALL, Decoder, finish, prepared
-from service.errors import InvalidRequest
-from service.images import ImageLimits, Picture, encoded
-from service.settings import Settings
+from dropserve.models.memory import release_freed_memory
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.service.errors import InvalidRequest
+from dropserve.service.http.body import json_memory, load_json
+from dropserve.service.http.decoding import _SMALL, Decoder, finish, prepared
+from dropserve.service.http.images import ImageLimits, ImageSource, encoded
+from dropserve.service.settings import Settings
 
 MB = 2**20
 
@@ -171,7 +171,9 @@ def test_a_picture_is_let_go_of_before_the_next_is_decoded():
         alive.append(weakref.ref(image))
         return image
 
-    pixels = finish(prepared([Picture(decode, 1)] * 3, lambda image: np.uint8([[[image.width]]])))
+    pixels = finish(
+        prepared([ImageSource(decode, 1)] * 3, lambda image: np.uint8([[[image.width]]]))
+    )
     assert pixels.shape == (3, 1, 1, 1)
     assert len(alive) == 3
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import checkpoint
-from models.data import load_dataset
-from models.networks import default_config
-from service.schemas import ExampleList
+from dropserve.models import checkpoint
+from dropserve.models.data import load_dataset
+from dropserve.models.networks import default_config
+from dropserve.service.schemas import ExampleList
 
 MODEL = "/v1/models/digits"
 DROPSERVE = Path(sys.executable).with_name("dropserve")

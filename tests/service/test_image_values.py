@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from models.preprocessing import Preprocessing
-from service.images import ImageLimits, decode
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.service.http.images import ImageLimits, decode
 
 LIMITS = ImageLimits(16 * 10**6, 16_384)
 WIDTH, HEIGHT = 4, 2

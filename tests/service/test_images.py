@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.errors import InvalidRequest, MalformedRequest, TooLarge, UnsupportedMediaType
-from service.images import ImageLimits, decode, is_quick
+from dropserve.service.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    TooLarge,
+    UnsupportedMediaType,
+)
+from dropserve.service.http.images import ImageLimits, decode, is_small_png
 
 LIMITS = ImageLimits(16 * 10**6, 16_384)
 ERRORS = {
@@ -239,7 +244,7 @@ def test_what_may_stand_before_a_jpeg_s_frame_is_passed_over():
     ids=[str(n) for n in range(15)],
 )
 def test_only_a_small_png_of_few_chunks_is_quick(data, content_type, quick):
-    assert is_quick(data, content_type) is quick
+    assert is_small_png(data, content_type) is quick
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

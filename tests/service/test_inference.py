@@ -7,11 +7,11 @@ import httpx
 import numpy as np
 import pytest
 
-from service.classifier import Classifier
-from service.errors import InvalidRequest, Overloaded
-from service.inference import Inference, _is_brief
-from service.settings import Settings
-from service.tasks import Predict, Uncertainty
+from dropserve.service.errors import InvalidRequest, Overloaded
+from dropserve.service.inference.classifier import Classifier
+from dropserve.service.inference.inference import Inference, _is_inline
+from dropserve.service.inference.tasks import Predict, Uncertainty
+from dropserve.service.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +107,13 @@ def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(error, checkpoin
 
 
 def test_brief_are_the_tasks_that_were_measured_and_no_steps_of_streams(classifier):
-    assert set(classifier.brief) == {Predict(), Uncertainty()}
-    classifier.brief[Predict()] = 8
+    assert set(classifier.inline) == {Predict(), Uncertainty()}
+    classifier.inline[Predict()] = 8
     sizes = [1, 8, 9, 0]
-    assert [_is_brief((classifier, Predict(), None), n) for n in sizes] == [
+    assert [_is_inline((classifier, Predict(), None), n) for n in sizes] == [
         True,
         True,
         False,
         False,
     ]
-    assert not _is_brief((classifier, Uncertainty(samples=3), None), 1)
+    assert not _is_inline((classifier, Uncertainty(samples=3), None), 1)

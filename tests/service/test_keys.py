@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.keys import OPEN, Keys, KeysError
+from dropserve.service.http.keys import OPEN, Keys, KeysError
 
 KEY, OTHER = "first-key-0123456789", "second-key-0123456789"
 CHALLENGE = 'Basic realm="dropserve", charset="UTF-8", Bearer'

@@ -9,13 +9,13 @@ import warnings
 import httpx
 import pytest
 
-from models import checkpoint
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
-from service.app import create_app
-from service.logs import FIELDS, JsonFormatter, config
-from service.middleware import RequestLog
-from service.settings import Settings
+from dropserve.models import checkpoint
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.service.app import create_app
+from dropserve.service.http.request_log import RequestLog
+from dropserve.service.observability.logs import FIELDS, JsonFormatter, config
+from dropserve.service.settings import Settings
 
 
 def record(message, *, fields=None, error=None):

@@ -19,10 +19,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.app import create_app
-from service.batching import Batcher
-from service.metrics import SECONDS, _Distribution, _Events, _forget_the_dead
-from service.settings import Settings
+from dropserve.service.app import create_app
+from dropserve.service.inference.batcher import Batcher
+from dropserve.service.observability.metrics import (
+    SECONDS,
+    _Distribution,
+    _Events,
+    _forget_the_dead,
+)
+from dropserve.service.settings import Settings
 
 
 def png(seed=0):

@@ -18,10 +18,10 @@ from PIL import Image
 from schemathesis import Case
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from service.app import create_app
-from service.document import common
-from service.settings import Settings
-from service.tensors import HEADER
+from dropserve.service.app import create_app
+from dropserve.service.http.openapi import common
+from dropserve.service.http.tensors import HEADER
+from dropserve.service.settings import Settings
 
 EXAMPLES = int(os.environ.get("OPENAPI_EXAMPLES", "0"))
 """Of each route, where there are many; `make test-openapi` sets it."""

@@ -2,8 +2,8 @@
 
 import pytest
 
-from service.errors import NotFound
-from service.registry import Registry, RegistryError
+from dropserve.service.errors import NotFound
+from dropserve.service.inference.registry import Registry, RegistryError
 
 MODELS = {"b": {2: "b2", 10: "b10", 1: "b1"}, "a": {3: "a3"}}
 

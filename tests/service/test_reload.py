@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.registry import Registry, RegistryError
-from service.reload import Folder, Pin, Reloader
-from service.repository import Repository
-from service.settings import Settings
+from dropserve.service.inference.registry import Registry, RegistryError
+from dropserve.service.inference.reload import Folder, Pin, Reloader
+from dropserve.service.inference.repository import Repository
+from dropserve.service.settings import Settings
 
 
 class Checkpoints:

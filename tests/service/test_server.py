@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models import checkpoint
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
+from dropserve.models import checkpoint
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
 
 
 def _png():

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 from starlette.requests import ClientDisconnect
 
-from models import checkpoint
-from service.app import create_app
-from service.errors import InvalidRequest, Overloaded
-from service.events import StreamEnd, StreamSample, StreamStart
-from service.inference import MAX_WATCHED, Inference
-from service.logs import FIELDS
-from service.routes.stream import send_events
-from service.schemas import Problem
-from service.settings import Settings
-from service.tasks import Predict, Watch
+from dropserve.models import checkpoint
+from dropserve.service.app import create_app
+from dropserve.service.errors import InvalidRequest, Overloaded
+from dropserve.service.events import StreamEnd, StreamSample, StreamStart
+from dropserve.service.http.stream import send_events
+from dropserve.service.inference.inference import MAX_STREAMS, Inference
+from dropserve.service.inference.tasks import Predict, Stream
+from dropserve.service.observability.logs import FIELDS
+from dropserve.service.schemas import Problem
+from dropserve.service.settings import Settings
 
 MLP, CNN = "/v1/models/digits-mlp", "/v1/models/colour-cnn"
 EVENTS = {"start": StreamStart, "sample": StreamSample, "end": StreamEnd, "error": Problem}
@@ -66,7 +66,7 @@ def parse(text):
 
 
 def watched(http, path, pixels):
-    """Watch a picture: start, samples, end as text."""
+    """Stream a picture: start, samples, end as text."""
     response = post(http, path, pixels)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "text/event-stream"
@@ -256,7 +256,7 @@ def test_a_step_is_made_when_it_is_asked_for_and_no_sooner(inference, model, mon
     monkeypatch.setattr(model, "watch", counted)
 
     async def main():
-        told = inference.watch(model, Watch(samples=1000), PIXELS)
+        told = inference.watch(model, Stream(samples=1000), PIXELS)
         await anext(told)
         await asyncio.sleep(0.1)
         assert len(made) == 1
@@ -290,12 +290,12 @@ def test_nothing_is_made_while_the_client_does_not_read():
 
 def test_predictions_go_in_between_and_a_full_queue_stops_none_who_has_begun(inference, model):
     async def main():
-        told = inference.watch(model, Watch(samples=100), PIXELS)
+        told = inference.watch(model, Stream(samples=100), PIXELS)
         await anext(told)
         others = [asyncio.create_task(inference.run(model, Predict(), PIXELS, 4)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await anext(inference.watch(model, Watch(), PIXELS))
+            await anext(inference.watch(model, Stream(), PIXELS))
         steps = [step async for step in told]
         assert len(steps) == 11
         assert len((await others[0])["predictions"]) == 1
@@ -335,7 +335,7 @@ def test_a_body_is_let_go_of_once_the_first_step_is_made(inference, model):
     async def main():
         body = Body()
         left = weakref.ref(body)
-        told = inference.watch(model, Watch(samples=20), body)
+        told = inference.watch(model, Stream(samples=20), body)
         del body
         await anext(told)
         gc.collect()
@@ -348,9 +348,9 @@ def test_a_body_is_let_go_of_once_the_first_step_is_made(inference, model):
 def test_no_more_than_so_many_are_watched_at_once(inference, model):
     async def main():
         def watch():
-            return inference.watch(model, Watch(samples=10), PIXELS)
+            return inference.watch(model, Stream(samples=10), PIXELS)
 
-        told = [watch() for _ in range(MAX_WATCHED)]
+        told = [watch() for _ in range(MAX_STREAMS)]
         for steps in told:
             await anext(steps)
         with pytest.raises(Overloaded) as refused:
@@ -406,11 +406,11 @@ def test_an_error_before_the_first_step_sends_no_stream(inference, model):
         raise InvalidRequest("damaged")
 
     with pytest.raises(InvalidRequest, match="damaged"):
-        asyncio.run(anext(inference.watch(model, Watch(), damaged)))
+        asyncio.run(anext(inference.watch(model, Stream(), damaged)))
 
 
 def test_the_mean_is_that_of_the_samples_told_so_far(model):
-    _, sample, *_ = model.watch(Watch(samples=10), PIXELS)
+    _, sample, *_ = model.watch(Stream(samples=10), PIXELS)
     assert [s["t"] for s in sample["sample"]] == list(range(1, 11))
     probabilities = np.array([s["probabilities"] for s in sample["sample"]])
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from PIL import Image
 
-from service.tracing import Tracing
+from dropserve.service.observability.tracing import Tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -169,10 +169,12 @@ def test_a_collector_that_is_away_costs_no_request_and_no_long_wait_at_the_end(m
 
 def test_nothing_of_the_sdk_is_loaded_where_tracing_is_off():
     code = (
-        "import sys; from service.app import create_app; from service.settings import Settings\n"
-        "import service.server, service.inference; create_app(Settings())\n"
+        "import sys; from dropserve.service.app import create_app\n"
+        "from dropserve.service.settings import Settings\n"
+        "import dropserve.service.server, dropserve.service.inference.inference\n"
+        "create_app(Settings())\n"
         "found = [m for m in sys.modules if m.startswith(('opentelemetry.sdk',"
-        " 'opentelemetry.exporter', 'service.tracing'))]\n"
+        " 'opentelemetry.exporter', 'dropserve.service.observability.tracing'))]\n"
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -200,7 +202,9 @@ def test_a_stream_that_breaks_off_is_traced_as_a_failure():
 @pytest.mark.parametrize("absent", ["opentelemetry", "opentelemetry.exporter"])
 def test_without_opentelemetry_the_server_says_what_is_missing(absent):
     code = (
-        "import sys; from service.server import serve; from service.settings import Settings\n"
+        "import sys\n"
+        "from dropserve.service.server import serve\n"
+        "from dropserve.service.settings import Settings\n"
         f"sys.modules[{absent!r}] = None\n"
         "serve(Settings(tracing=True))"
     )

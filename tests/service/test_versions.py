@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from models import catalogue, checkpoint
-from models.networks import NetworkConfig
-from models.preprocessing import Preprocessing
-from service.cli import app as command_line
+from dropserve.models import catalogue, checkpoint
+from dropserve.models.networks import NetworkConfig
+from dropserve.models.preprocessing import Preprocessing
+from dropserve.service.cli.main import app as command_line
 
 POLL = 0.3
 CONNECTIONS = 32

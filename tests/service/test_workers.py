@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from service.workers import Notice, NoticeBoard, StartingLine, shared_folder
+from dropserve.service.inference.workers import (
+    ControlMessage,
+    ControlState,
+    StartupBarrier,
+    shared_folder,
+)
 
 
 def test_nobody_goes_before_all_have_arrived(tmp_path):
     async def worker(name, seconds, gone):
-        line = StartingLine(tmp_path, 3)
+        line = StartupBarrier(tmp_path, 3)
         await asyncio.sleep(seconds)
         line.arrive(name)
         await line.wait()
@@ -29,8 +34,8 @@ def test_nobody_goes_before_all_have_arrived(tmp_path):
 
 def test_one_that_comes_later_does_not_wait(tmp_path):
     for name in "ab":
-        StartingLine(tmp_path, 2).arrive(name)
-    late = StartingLine(tmp_path, 2)
+        StartupBarrier(tmp_path, 2).arrive(name)
+    late = StartupBarrier(tmp_path, 2)
     late.arrive("c")
     asyncio.run(asyncio.wait_for(late.wait(), 1))
 
@@ -38,10 +43,10 @@ def test_one_that_comes_later_does_not_wait(tmp_path):
 def test_the_parent_makes_the_folder_and_wipes_it_out(monkeypatch):
     monkeypatch.delenv("_DROPSERVE_SHARED", raising=False)
     with shared_folder() as folder:
-        line = StartingLine.of_this_worker(1)
+        line = StartupBarrier.of_this_worker(1)
         line.arrive("a")
         asyncio.run(asyncio.wait_for(line.wait(), 1))
-        assert NoticeBoard.of_this_worker().read() == Notice()
+        assert ControlState.of_this_worker().read() == ControlMessage()
         assert folder.is_dir()
         assert Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).parent == folder
     assert not folder.exists()
@@ -50,25 +55,27 @@ def test_the_parent_makes_the_folder_and_wipes_it_out(monkeypatch):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_latest_notice_is_read_by_all(shared, tmp_path):
-    board = NoticeBoard(tmp_path if shared else None)
-    other = NoticeBoard(tmp_path) if shared else board
-    assert other.read() == Notice()
+    board = ControlState(tmp_path if shared else None)
+    other = ControlState(tmp_path) if shared else board
+    assert other.read() == ControlMessage()
     board.post("a", loaded=False)
     board.post("b", loaded=False)
-    assert board.post("a", loaded=True) == other.read() == Notice(3, frozenset({"b"}))
+    assert board.post("a", loaded=True) == other.read() == ControlMessage(3, frozenset({"b"}))
 
 
 def test_notices_posted_at_once_by_several_are_all_counted(tmp_path):
     def post(k):
-        NoticeBoard(tmp_path).post(f"model {k}", loaded=False)
+        ControlState(tmp_path).post(f"model {k}", loaded=False)
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(post, range(40)))
-    assert NoticeBoard(tmp_path).read() == Notice(40, frozenset(f"model {k}" for k in range(40)))
+    assert ControlState(tmp_path).read() == ControlMessage(
+        40, frozenset(f"model {k}" for k in range(40))
+    )
 
 
 def test_a_notice_waits_for_those_that_live_and_for_no_others(tmp_path):
-    board = NoticeBoard(tmp_path)
+    board = ControlState(tmp_path)
     board.obeyed(board.read())
     (tmp_path / f"{2**22 + 1}.done").write_text("0")  # more than any process id: dead
     notice = board.post("a", loaded=False)

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.dropout import InvertedDropout, SpatialDropout, VanillaDropout
-from models.montecarlo import MASK_KINDS, Sampler
-from models.montecarlo.masks import draw
+from dropserve.models.dropout import InvertedDropout, SpatialDropout, VanillaDropout
+from dropserve.models.montecarlo import MASK_KINDS, Sampler
+from dropserve.models.montecarlo.masks import draw
 
 P = 0.3
 T = 12

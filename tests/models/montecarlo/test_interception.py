@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.montecarlo.interception import Interception
+from dropserve.models.montecarlo.interception import Interception
 
 
 @st.composite

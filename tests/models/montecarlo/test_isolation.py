@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.errors import SamplingError
-from models.montecarlo import Sampler
-from models.networks import NetworkConfig
+from dropserve.models.errors import SamplingError
+from dropserve.models.montecarlo import Sampler
+from dropserve.models.networks import NetworkConfig
 
 CNN = NetworkConfig("cnn", (1, 8, 8), 5, (16,), (0.3,), (4, 6), 0.2)
 

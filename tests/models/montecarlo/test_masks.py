@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.montecarlo.masks import BLOCK, MASK_KINDS, draw
+from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw
 
 RATES = (0.01, 0.25, 0.3, 0.37, 0.5, 0.7, 0.99)
 SIGMAS = 5

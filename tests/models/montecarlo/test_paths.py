@@ -10,11 +10,11 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.dropout import InvertedDropout, SpatialDropout
-from models.errors import UnsupportedModule
-from models.montecarlo import MASK_KINDS, Sampler
-from models.montecarlo.masks import draw
-from models.sequential import lay_out, streamline
+from dropserve.models.dropout import InvertedDropout, SpatialDropout
+from dropserve.models.errors import UnsupportedModule
+from dropserve.models.montecarlo import MASK_KINDS, Sampler
+from dropserve.models.montecarlo.masks import draw
+from dropserve.models.sequential import compile_for_inference, convert_memory_format
 
 RATES = st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.8, 0.95])
 WIDTHS = st.integers(1, 12)
@@ -245,7 +245,7 @@ def test_what_a_first_module_overwrites_is_no_image_of_the_caller(first):
     sampler = Sampler(module, x)
     assert sampler.path == "folded"
     assert torch.equal(sampler.sample(x, 12), sampler.sample(x, 12))
-    made = streamline(module, x)
+    made = compile_for_inference(module, x)
     assert made is not module
     assert torch.equal(x, before)
     torch.testing.assert_close(made(x.clone()), module(x.clone()))
@@ -266,7 +266,7 @@ def test_batch_normalisation_that_does_not_go_into_a_linear_layer_stays(norm, sh
     for t in range(12):
         plain = sampler.thinned(x, 0, "stratified", t).softmax(-1)
         torch.testing.assert_close(got[t], plain, rtol=0, atol=1e-6)
-    torch.testing.assert_close(streamline(module, x)(x), module(x))
+    torch.testing.assert_close(compile_for_inference(module, x)(x), module(x))
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -288,7 +288,11 @@ def test_a_streamlined_network_computes_what_its_module_does(network, images):
     x = torch.randn(images, *shape)
     with torch.inference_mode():
         expected = module(x)
-        for made in (streamline(module, x), streamline(lay_out(module), x), module):
+        for made in (
+            compile_for_inference(module, x),
+            compile_for_inference(convert_memory_format(module), x),
+            module,
+        ):
             torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -411,4 +415,4 @@ def test_hooks_on_a_layer_are_run():
     for t in range(12):
         plain = sampler.thinned(x, 0, "stratified", t).softmax(-1)
         torch.testing.assert_close(got[t], plain, rtol=0, atol=1e-6)
-    torch.testing.assert_close(streamline(module, x)(x), module(x))
+    torch.testing.assert_close(compile_for_inference(module, x)(x), module(x))

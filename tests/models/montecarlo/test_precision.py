@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import SpatialDropout
-from models.montecarlo import Sampler
-from models.montecarlo.precision import MAX_ERROR, Choice, choose
+from dropserve.models.dropout import SpatialDropout
+from dropserve.models.montecarlo import Sampler
+from dropserve.models.montecarlo.precision import MAX_ERROR, Choice, choose
 
 EXACT = torch.full((2, 3), 1 / 3)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import InvertedDropout
-from models.errors import SamplingError
-from models.montecarlo import MASK_KINDS, Sampler, summarize
-from models.montecarlo.masks import draw
+from dropserve.models.dropout import InvertedDropout
+from dropserve.models.errors import SamplingError
+from dropserve.models.montecarlo import MASK_KINDS, Sampler, summarize
+from dropserve.models.montecarlo.masks import draw
 
 RATES = (0.3, 0.5)
 WIDTH = 4  # two sites of four units: 256 thinned networks

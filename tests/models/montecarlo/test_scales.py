@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.montecarlo.masks import BLOCK, MASK_KINDS, draw
-from models.montecarlo.scales import CHUNK, ScaleStore
-from models.montecarlo.sites import Site
+from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw
+from dropserve.models.montecarlo.scales import CHUNK, MaskStore
+from dropserve.models.montecarlo.sites import Site
 
 CPU = torch.device("cpu")
 CHANNELS = (7, 1, 1)
@@ -21,12 +21,12 @@ SITES = (
 
 
 def wide(units):
-    return ScaleStore([Site("wide", "dropout", 0.5, (units,), (1, units), 0)])
+    return MaskStore([Site("wide", "dropout", 0.5, (units,), (1, units), 0)])
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_factors_are_the_drawn_masks_times_what_a_survivor_is_multiplied_by(kind):
-    scales = ScaleStore(SITES).get(kind, 9, range(20, 43), CPU)
+    scales = MaskStore(SITES).get(kind, 9, range(20, 43), CPU)
     assert scales.samples == 23
     for index, (site, factor) in enumerate(zip(SITES, scales.factors, strict=True)):
         keep = draw(kind, 9, index, site.units, site.p, range(20, 43))
@@ -40,7 +40,7 @@ def test_factors_are_the_drawn_masks_times_what_a_survivor_is_multiplied_by(kind
 
 
 def test_the_same_masks_are_drawn_once():
-    store = ScaleStore(SITES)
+    store = MaskStore(SITES)
     scales = store.get("stratified", 3, range(30), CPU)
     assert store.get("stratified", 3, range(30), CPU) is scales
     others = [("independent", 3, range(30)), ("stratified", 4, range(30))]
@@ -52,7 +52,7 @@ def test_the_same_masks_are_drawn_once():
 
 
 def test_fewer_samples_than_are_kept_are_the_first_of_them():
-    store = ScaleStore(SITES)
+    store = MaskStore(SITES)
     whole = store.get("stratified", 3, range(50), CPU)
     for samples in (1, 13, 20):
         part = store.get("stratified", 3, range(samples), CPU)
@@ -65,7 +65,7 @@ def test_fewer_samples_than_are_kept_are_the_first_of_them():
 
 
 def test_more_samples_than_are_kept_begin_with_those():
-    store = ScaleStore(SITES)
+    store = MaskStore(SITES)
     few = store.get("stratified", 3, range(13), CPU)
     more = store.get("stratified", 3, range(40), CPU)
     assert (more.samples, len(store._kept)) == (40, 1)
@@ -94,7 +94,7 @@ def test_pinned_masks_stay_whatever_comes():
 
 
 def test_masks_stay_pinned_where_more_of_them_are_drawn():
-    store = ScaleStore(SITES)
+    store = MaskStore(SITES)
     store.get("stratified", 0, range(20), CPU, pin=True)
     assert store.get("stratified", 0, range(100), CPU).pinned
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.dropout import InvertedDropout, VanillaDropout
-from models.errors import SamplingError, UnsupportedModule
-from models.montecarlo import Sampler
-from models.networks import default_config
+from dropserve.models.dropout import InvertedDropout, VanillaDropout
+from dropserve.models.errors import SamplingError, UnsupportedModule
+from dropserve.models.montecarlo import Sampler
+from dropserve.models.networks import default_config
 
 P = 0.5
 X = torch.ones(2, 6)

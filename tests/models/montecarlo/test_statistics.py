@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.errors import SamplingError
-from models.montecarlo.statistics import Statistics, degrees_of_freedom, summarize
+from dropserve.models.errors import SamplingError
+from dropserve.models.montecarlo.statistics import Statistics, degrees_of_freedom, summarize
 
 LEVELS = (0.5, 0.9, 0.99)
 

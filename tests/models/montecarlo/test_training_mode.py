@@ -14,8 +14,8 @@ from torch import nn
 
 from bench import training_mode
 from bench.networks import with_dropout
-from models.errors import UnsupportedModule
-from models.montecarlo import Sampler
+from dropserve.models.errors import UnsupportedModule
+from dropserve.models.montecarlo import Sampler
 
 PASSES = 4000
 SITES = {

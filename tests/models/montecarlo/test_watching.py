@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from models.montecarlo import Sampler, Statistics, watch
-from models.montecarlo.scales import Scales
+from dropserve.models.montecarlo import Sampler, Statistics, watch
+from dropserve.models.montecarlo.scales import ScaledMasks
 
 
 def test_no_masks_are_held_between_the_steps():
@@ -12,5 +12,7 @@ def test_no_masks_are_held_between_the_steps():
     x = torch.ones(1, 4)
     steps = watch(Sampler(module, x), x, 30, 7, "stratified", Statistics(30, "stratified", 0.9))
     assert [len(step) for step in (next(steps), next(steps))] == [10, 10]
-    assert not [value for value in steps.gi_frame.f_locals.values() if isinstance(value, Scales)]
+    assert not [
+        value for value in steps.gi_frame.f_locals.values() if isinstance(value, ScaledMasks)
+    ]
     assert [sample.t for sample in next(steps)] == list(range(21, 31))

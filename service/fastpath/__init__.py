@@ -1,0 +1,1 @@
+"""The fast path: complete small-PNG requests are answered without ASGI; optional."""

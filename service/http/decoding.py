@@ -1,0 +1,125 @@
+"""Reads pictures on threads of their own, and bounds the memory that this takes at once.
+
+The work is a generator, which yields before each step how many bytes of memory the step takes at
+most. Small steps run on; before a large one others run, and it waits until there is enough left of
+the budget.
+"""
+
+import asyncio
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dropserve.service.errors import about
+from dropserve.service.http.images import ImageSource
+
+Result = TypeVar("Result")
+Pixels = npt.NDArray[np.uint8]
+Steps = Generator[int, None, Result]
+_SMALL = 16 * 2**20
+"""Bytes of memory for which nobody waits: the threads take so much each beside the budget."""
+
+
+def finish(steps: Steps[Result]) -> Result:
+    """Do all steps at once, here."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+
+
+def prepared(
+    pictures: Sequence[ImageSource], prepare: Callable[[Image.Image], Pixels]
+) -> Steps[Pixels]:
+    """Decode pictures, each made into pixels before the next is decoded: uint8 [B, C, H, W]."""
+    rows = []
+    for number, picture in enumerate(pictures):
+        yield picture.memory
+        with about(number, len(pictures)):
+            rows.append(prepare(picture.decode()))
+    return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
+
+
+class Decoder:
+    """Runs work in steps on threads.
+
+    Args:
+        threads: how many.
+        budget: bytes of memory that large steps take together; one that takes more runs alone.
+        release: gives freed memory back to the system; before and after the largest steps.
+    """
+
+    def __init__(self, threads: int, budget: int, release: Callable[[], object]) -> None:
+        self._executor = ThreadPoolExecutor(threads, "decoding")
+        self._budget = self._free = budget
+        self._release = release
+        self._lock = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    async def run(self, steps: Steps[Result]) -> Result:
+        """Do all steps; what has not begun when this is cancelled is let go of."""
+        work = _Work(steps)
+        needed: int | None = 0
+        try:
+            while needed is not None:
+                needed = await self._advance(work, needed)
+            return work.result
+        finally:
+            work.steps = None  # the executor keeps what was cancelled until it would be its turn
+
+    async def _advance(self, work: "_Work[Result]", needed: int) -> int | None:
+        """Advance in so much memory, once it is free; in the order in which it is asked for."""
+        reserved = min(needed, self._budget) if needed > _SMALL else 0
+        async with self._lock if reserved else nullcontext():
+            while self._free < reserved:
+                self._freed.clear()
+                await self._freed.wait()
+            self._free -= reserved
+        job = asyncio.get_running_loop().run_in_executor(self._executor, self._step, work, reserved)
+        job.add_done_callback(lambda _: self._return_to_budget(reserved))
+        return await asyncio.shield(job)  # a step under way takes its memory to its end
+
+    def _step(self, work: "_Work[Result]", reserved: int) -> int | None:
+        if 2 * reserved <= self._budget:
+            return work.advance()
+        self._release()  # freed memory that is kept, by the other thread too, would come on top
+        try:
+            return work.advance()
+        finally:
+            self._release()
+
+    def _return_to_budget(self, reserved: int) -> None:
+        self._free += reserved
+        self._freed.set()
+
+    def close(self) -> None:
+        """Stop when the steps under way are done."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Work(Generic[Result]):
+    """Steps, and what they came to."""
+
+    def __init__(self, steps: Steps[Result]) -> None:
+        self.steps: Steps[Result] | None = steps
+        self.result: Result
+
+    def advance(self) -> int | None:
+        """Do small steps; return what the next needs, if it is not small; None: that was all."""
+        steps, small = self.steps, _SMALL
+        if steps is None:
+            return None
+        try:
+            while (needed := next(steps)) <= small:
+                small -= needed
+        except StopIteration as end:
+            self.result = end.value
+            return None
+        return needed

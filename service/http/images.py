@@ -1,0 +1,312 @@
+"""From bytes to a picture: limits first, decoding second.
+
+What Pillow is handed has been recognised by its first bytes, and its dimensions are read from its
+header by this file: the memory that decoding takes is known before Pillow is asked.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from PIL import Image
+from PIL.WebPImagePlugin import WebPImageFile
+
+from dropserve.service.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    RequestError,
+    TooLarge,
+    UnsupportedMediaType,
+)
+
+SMALL_PNG_BYTES = 16_384
+SMALL_PNG_PIXELS = 64 * 64
+FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+_PLAIN = {b"\0\0\0\r\x08\0\0\0\0": "L", b"\0\0\0\r\x08\2\0\0\0": "RGB"}
+"""Length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs."""
+_FEW = 8
+"""Chunks of a picture that is read in no time."""
+_SIZE = struct.Struct(">II")
+_CHUNK = struct.Struct(">I4s")
+_DECODED = (-1, 0)
+"""What Pillow's decoders say when they have had enough, and it was sound."""
+_BYTES_A_PIXEL = 12
+"""Of memory, while a picture is read. Most for WebP (two canvases and a copy) and for progressive
+JPEG of four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
+_BYTES_A_BYTE = 4
+"""Of memory for one of the file's: its metadata is copied, and lists are made of it."""
+_TEXT = 256 * 2**20
+"""Bytes of memory that compressed text in a PNG may become in Pillow: 64 M characters."""
+_GROUP_BYTES = 20_000
+"""Of memory, for a group of Huffman tables in a lossless WebP; each 4 x 4 pixels may have one."""
+_MOST_GROUPS = 65_536
+_TABLE_BYTES_A_BYTE = 1200
+"""Of memory, for the Huffman tables that a byte of the file can describe."""
+_MOST_SCANS = 100
+"""Of a JPEG: usual are ten. Each costs time for all pixels, however few bytes it has."""
+_MOST_SEGMENTS = 10_000
+"""Of a JPEG before its pixels, or chunks of a PNG that are not its pixels."""
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG markers that begin a frame header."""
+_SCAN = 0xDA
+"""The one that begins the pixels."""
+_BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))
+"""Those that no length follows."""
+_ACCEPTED = "send image/png, image/jpeg or image/webp"
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What a picture may be, checked before a pixel of it is decoded."""
+
+    max_pixels: int
+    max_side: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """A picture within limits, not decoded yet.
+
+    Attributes:
+        decode: decodes it, or raises an error.
+        memory: bytes that this takes at most, and making it a network's pixels.
+    """
+
+    decode: Callable[[], Image.Image]
+    memory: int
+
+
+def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.Image:
+    """Decode a PNG, JPEG or WebP picture at once.
+
+    Args:
+        data: the file's bytes.
+        content_type: what the sender calls it; None or `application/octet-stream` for nothing.
+        limits: of its size.
+
+    Raises:
+        MalformedRequest: there are no bytes.
+        UnsupportedMediaType: another format, or not the format that `content_type` says.
+        TooLarge: more pixels than `limits` allow.
+        InvalidRequest: damaged, animated, or 16 bits a channel.
+    """
+    return _load(data, *_check(data, content_type, limits))
+
+
+def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> ImageSource:
+    """Read a picture's header alone; arguments and errors are those of `decode`."""
+    kind, size = _check(data, content_type, limits)
+    memory = memory_of(size) + _BYTES_A_BYTE * len(data)
+    if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
+        memory += _TEXT
+    if kind == "WEBP" and (b"VP8L" in data or b"ALPH" in data):
+        groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_GROUPS)
+        memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_A_BYTE)
+    return ImageSource(partial(_load, data, kind, size), memory)
+
+
+def _check(
+    data: bytes, content_type: str | None, limits: ImageLimits
+) -> tuple[str, tuple[int, int]]:
+    """Return the format and the size of what may be decoded."""
+    if not data:
+        raise MalformedRequest("the image has no bytes")
+    kind, size = _recognise(data)
+    check_size(size, limits)
+    if kind not in FORMATS.values():
+        raise UnsupportedMediaType(f"this is no picture that is read here: {_ACCEPTED}")
+    if content_type not in (None, "application/octet-stream") and FORMATS.get(content_type) != kind:
+        raise UnsupportedMediaType(f"the bytes are {kind}, the content type says otherwise")
+    return kind, size
+
+
+def memory_of(size: tuple[int, int]) -> int:
+    """Return the bytes that the pixels of a picture of (width, height) take while it is read."""
+    return size[0] * size[1] * _BYTES_A_PIXEL
+
+
+def is_small_png(data: bytes, content_type: str) -> bool:
+    """Say if decoding is so little work that handing it to a thread would cost more.
+
+    That is a small PNG of few chunks, and none but its pixels': text and profiles may take long to
+    read however small the picture is.
+    """
+    if content_type != "image/png" or not 33 <= len(data) <= SMALL_PNG_BYTES:
+        return False
+    width, height = _SIZE.unpack_from(data, 16)
+    return data[:4] == b"\x89PNG" and width * height <= SMALL_PNG_PIXELS and bool(_chunks(data))
+
+
+def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    """Raise TooLarge, or InvalidRequest for nothing at all, if (width, height) is out of bounds."""
+    if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
+        raise TooLarge(
+            f"the picture has too many pixels: at most {limits.max_pixels} in all "
+            f"(DROPSERVE_MAX_PIXELS) and {limits.max_side} a side (DROPSERVE_MAX_SIDE)"
+        )
+    if min(size) < 1:
+        raise InvalidRequest("the picture has no pixels")
+
+
+def _load(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
+    try:
+        plain = _load_plain(data) if kind == "PNG" else None
+        return plain or _load_any(data, kind, size)
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:
+        # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and
+        # others, as the damage happens to lead them; all mean the same to the sender.
+        raise _damaged(kind) from error
+
+
+def _load_any(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
+    """Decode by Pillow's own reader: the first frame."""
+    if kind == "PNG":
+        _check_chunks(data)
+    opened = Image.open(io.BytesIO(data), formats=(kind,))
+    if opened.size != size:
+        raise _damaged(kind)
+    if kind != "JPEG" and getattr(opened, "n_frames", 1) > 1:  # a JPEG's others are its previews
+        raise InvalidRequest("the picture is animated: send one frame")
+    image = _load_webp(opened) if isinstance(opened, WebPImageFile) else opened
+    image.load()
+    image.getexif()  # here, where damaged EXIF data is caught
+    _ = image.has_transparency_data  # and so is a palette that is not there
+    return image
+
+
+def _load_webp(opened: WebPImageFile) -> Image.Image:
+    """Do what `opened.load()` does, but free libwebp's two canvases, 8 bytes a pixel, before it."""
+    raw, _timestamp, _duration = opened._get_next()  # noqa: SLF001  no public name
+    opened._decoder = None  # noqa: SLF001
+    image = Image.frombytes(opened.mode, opened.size, raw, "raw", opened.rawmode)
+    image.info = opened.info
+    return image
+
+
+def _load_plain(data: bytes) -> Image.Image | None:
+    """Decode the commonest PNG: 8-bit grey or RGB, of few chunks, and none but its pixels'.
+
+    It has nothing that would have to be looked for, and so goes straight to Pillow's decoder (what
+    `Image.frombytes` does, without its checks): 28x28 take less than half the time. All others, and
+    damaged ones, are None: Pillow's reader judges them.
+    """
+    mode = _PLAIN.get(data[8:12] + data[24:29])
+    chunks = _chunks(data)
+    if (
+        mode is None
+        or not chunks
+        or any(zlib.crc32(data[i:j]) != _big(data[j : j + 4]) for i, j in chunks)
+    ):
+        return None
+    image = Image.new(mode, _SIZE.unpack_from(data, 16), None)
+    decoder = Image.core.zip_decoder(mode, mode)  # type: ignore[attr-defined]  # no public name
+    decoder.setimage(image.im, (0, 0, *image.size))
+    pixels = b"".join([data[i + 4 : j] for i, j in chunks[1:-1]])
+    return image if decoder.decode(pixels) == _DECODED else None
+
+
+def _chunks(data: bytes) -> list[tuple[int, int]]:
+    """Find the chunks of a PNG: where their kinds start and their checksums do.
+
+    Empty if it is cut short, or has many chunks, or others than IHDR, IDAT and IEND.
+    """
+    found: list[tuple[int, int]] = []
+    start, kind = 8, b""
+    while kind != b"IEND":
+        if len(found) == _FEW or start + 12 > len(data):
+            return []
+        length, kind = _CHUNK.unpack_from(data, start)
+        if found and kind not in (b"IDAT", b"IEND"):
+            return []
+        found.append((start + 4, start + 8 + length))
+        start += 12 + length
+    return found if start <= len(data) else []
+
+
+def _check_chunks(data: bytes) -> None:
+    """Raise InvalidRequest if a PNG is cut short, or what makes up its pixels is damaged.
+
+    Pillow looks at neither the checksums of IDAT nor the end, and keeps as much of other chunks as
+    there are.
+    """
+    start, kind, others = 8, b"", 0
+    while kind != b"IEND":
+        others += kind != b"IDAT"
+        end = start + 8 + _big(data[start : start + 4])
+        kind = data[start + 4 : start + 8]
+        critical = kind[:1].isupper()
+        sound = not critical or zlib.crc32(data[start + 4 : end]) == _big(data[end : end + 4])
+        if end + 4 > len(data) or not sound or others > _MOST_SEGMENTS:
+            raise _damaged("PNG")
+        start = end + 4
+
+
+def _recognise(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Name the format by its first bytes, and read the size, which is (1, 1) if it is unknown."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if len(data) < 33 or data[12:16] != b"IHDR":
+            raise _damaged("PNG")
+        if data[24] == 16:
+            raise InvalidRequest("the picture has 16 bits a channel: send 8")
+        return "PNG", _SIZE.unpack_from(data, 16)
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG", _jpeg_size(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP", _webp_size(data)
+    if data[:4] == b"GIF8" and len(data) >= 10:  # not read here, yet too large is too large
+        return "GIF", (_little(data[6:8]), _little(data[8:10]))
+    return "unknown", (1, 1)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Read the size from the frame header (ITU-T T.81, B.2.2), among the segments before the scan.
+
+    All of them are walked, because Pillow keeps as many as there are.
+    """
+    if data.count(b"\xff\xda") > _MOST_SCANS:
+        raise InvalidRequest(f"the JPEG has more than {_MOST_SCANS} scans: save it with fewer")
+    start, size = 2, None
+    for _ in range(_MOST_SEGMENTS):
+        start = data.find(b"\xff", start)
+        if start < 0 or start + 9 > len(data):
+            break
+        marker = data[start + 1]
+        if marker == _SCAN and size is not None:
+            return size
+        if marker in _FRAMES and size is None:
+            size = _big(data[start + 7 : start + 9]), _big(data[start + 5 : start + 7])
+        if marker == 0xFF:  # fills up
+            start += 1
+        else:
+            start += 2 if marker in _BARE else 2 + _big(data[start + 2 : start + 4])
+    raise _damaged("JPEG")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Read the canvas size from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
+    chunk = data[12:16]
+    if chunk == b"VP8X" and len(data) >= 30:
+        return _little(data[24:27]) + 1, _little(data[27:30]) + 1
+    if chunk == b"VP8L" and len(data) >= 25:
+        bits = _little(data[21:25])
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8 " and len(data) >= 30:
+        return _little(data[26:28]) & 0x3FFF, _little(data[28:30]) & 0x3FFF
+    raise _damaged("WEBP")
+
+
+def _damaged(kind: str) -> InvalidRequest:
+    return InvalidRequest(f"the picture cannot be decoded: damaged or not {kind}")
+
+
+def _big(raw: bytes) -> int:
+    return int.from_bytes(raw, "big")
+
+
+def _little(raw: bytes) -> int:
+    return int.from_bytes(raw, "little")

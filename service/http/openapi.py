@@ -1,0 +1,250 @@
+"""The OpenAPI document: what the framework derives from the routes, and what it cannot know.
+
+That is bodies that are read by hand, errors, limits, keys, and examples.
+
+The page at `/docs` shows it. The examples are what a service was sent and answered;
+`docs/examples.py` asked it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from dropserve.service.errors import error_for, written
+from dropserve.service.events import EVENTS
+from dropserve.service.http.images import FORMATS
+from dropserve.service.http.keys import OPEN
+from dropserve.service.http.orders import PATHS
+from dropserve.service.http.protocol import IndexRequest, LoadRequest, ProtocolError, UnloadRequest
+from dropserve.service.http.tensors import HEADER
+from dropserve.service.schemas import SCALES, Problem
+from dropserve.service.settings import Settings
+
+_EXAMPLES = Path(__file__).with_name("examples.json")
+_SHOWN = ("application/json", "text/event-stream", "text/plain")
+_WHICH = re.compile(r"^/v1/models/\{name}(/versions/\{version})?(?=/[puc])|/versions/\{version}")
+"""The part of a path that says which model is asked; the answer is built the same."""
+_DERIVED = ("HTTPValidationError", "ValidationError")
+"""What the framework believes to answer to a bad request."""
+_SERVER = {"url": "."}
+"""Relative to the document's own URL: right behind a proxy that adds a prefix, too."""
+_UNDERIVED = (Problem, ProtocolError, IndexRequest, LoadRequest, UnloadRequest)
+"""What it does not see, because it neither reads nor writes it."""
+_KEYS = {
+    "keyAsBearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "keyAsHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "keyAsPassword": {"type": "http", "scheme": "basic", "description": "Of any user."},
+}
+_ADMIN = {"adminToken": {"type": "http", "scheme": "bearer", "description": "The admin token."}}
+_BINARY = "JSON as in application/json, and after it the binary data of tensors."
+_LENGTH = "Bytes of the JSON, where binary data follows it."
+
+
+def complete_document(app: FastAPI, settings: Settings) -> None:
+    """Let an application's document say what its routes take, answer, and how they fail.
+
+    Args:
+        app: of which the framework knows the routes.
+        settings: whose limits are in the document, and whether there are keys.
+    """
+    derive = app.openapi
+    app.servers = [_SERVER]
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _complete(derive(), settings)
+        return derive()
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does it
+
+    @app.get("/docs", include_in_schema=False)
+    async def page() -> Response:
+        static = "static-offline-docs"  # mounted by FastAPIOffline
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="Dropserve: API",
+            swagger_js_url=f"{static}/swagger-ui-bundle.js",
+            swagger_css_url=f"{static}/swagger-ui.css",
+            swagger_favicon_url="playground/icon.svg",
+        )
+
+
+def common(path: str) -> str:
+    """Return the shortest path that answers alike: without the model, or without the version."""
+    return _WHICH.sub("", path)
+
+
+@cache
+def examples() -> Mapping[str, Mapping[str, Any]]:
+    """Read the examples: what was `sent` and the `answer`, by method and common path."""
+    found: dict[str, dict[str, Any]] = json.loads(_EXAMPLES.read_text())
+    return found
+
+
+def _complete(document: dict[str, Any], settings: Settings) -> None:
+    components = document["components"]
+    schemas = components["schemas"]
+    for model in _UNDERIVED:
+        found = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(found.pop("$defs", {}), **{model.__name__: found})
+    for name in _DERIVED:
+        schemas.pop(name, None)
+    _limit(schemas["InferParameters"]["properties"]["samples"], settings.max_samples)
+    keys, admin = settings.api_keys_file is not None, settings.admin_token is not None
+    if keys or admin:
+        components["securitySchemes"] = {**(_KEYS if keys else {}), **(_ADMIN if admin else {})}
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            _complete_operation(method, path, operation, settings)
+
+
+def _complete_operation(
+    method: str, path: str, operation: dict[str, Any], settings: Settings
+) -> None:
+    keys = settings.api_keys_file is not None and path not in OPEN
+    admin = path.startswith("/v2/repository")
+    if admin and settings.admin_token is not None:  # which takes the header of a bearer for itself
+        operation["security"] = [{"adminToken": [], **({"keyAsHeader": []} if keys else {})}]
+    elif keys:
+        operation["security"] = [{name: []} for name in _KEYS]
+    responses = operation["responses"]
+    success = {status: r for status, r in responses.items() if status < "400"}
+    statuses = {*_declared(responses), 500, *([401] if keys or admin else [])}
+    operation["responses"] = success | _errors(path, statuses)
+    for parameter in operation.get("parameters", ()):
+        if parameter["name"] == "samples":
+            _limit(parameter["schema"], settings.max_samples)
+    if method == "post" and PATHS.fullmatch(path):
+        most = 1 if path.endswith("/stream") else settings.max_images
+        operation["requestBody"] = _pictures(most)
+    if path.endswith("/infer"):
+        _add_binary(operation)
+    example = examples().get(f"{method.upper()} {common(path)}", {})
+    _show(operation.get("requestBody", {}), example.get("sent"))
+    for response in success.values():
+        stream = response["content"].get("text/event-stream")
+        if stream is not None:
+            # a field of OpenAPI 3.2, which tools for 3.1 ignore
+            stream["itemSchema"] = _events(stream.pop("schema")["anyOf"])
+        _show(response, example.get("answer"))
+
+
+def _limit(schema: dict[str, Any], most: int) -> None:
+    schema |= {"maximum": most, "default": min(schema["default"], most)}
+
+
+def _pictures(most: int) -> dict[str, Any]:
+    """Describe the bodies that so many pictures come in, as `bodies.py` reads them."""
+    file = {"schema": {"type": "string", "format": "binary"}}
+    count = {"minItems": 1, "maxItems": most}
+    scale = {"type": "integer", "enum": list(SCALES), "description": "As in the query."}
+    base64 = {"type": "string", "contentEncoding": "base64", "minLength": 1}
+    number: Any = {"type": "number", "minimum": 0, "maximum": 255}
+    channels = [{"type": "array", "items": number, "minItems": n, "maxItems": n} for n in (1, 3)]
+    pixels = {
+        "description": "HxW or HxWxC, C 1 or 3; numbers 0 to 255, or to `scale`.",
+        "anyOf": [_rows(item) for item in (number, *channels)],
+    }
+    json = {
+        "anyOf": [
+            _closed({"images": {"type": "array", "items": base64, **count}, "scale": scale}),
+            _closed({"instances": {"type": "array", "items": pixels, **count}, "scale": scale}),
+        ]
+    }
+    form = _closed({"file": {"type": "array", "items": file["schema"], **count}})
+    encoding = {"file": {"contentType": ", ".join((*FORMATS, "application/octet-stream"))}}
+    return {
+        "required": True,
+        "content": {
+            **dict.fromkeys(FORMATS, file),
+            "multipart/form-data": {"schema": form, "encoding": encoding},
+            "application/json": {"schema": json},
+        },
+    }
+
+
+def _rows(item: Mapping[str, Any]) -> dict[str, Any]:
+    row = {"type": "array", "items": item, "minItems": 1}
+    return {"type": "array", "items": row, "minItems": 1}
+
+
+def _closed(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe an object that needs its first property, and has no others than these."""
+    first = next(iter(properties))
+    fields = {"properties": properties, "required": [first], "additionalProperties": False}
+    return {"type": "object", **fields}
+
+
+def _add_binary(operation: dict[str, Any]) -> None:
+    """Describe the extension for binary tensor data, which sends JSON and what follows it."""
+    body = {"schema": {"type": "string", "format": "binary", "description": _BINARY}}
+    length = {"schema": {"type": "integer", "minimum": 1}, "description": _LENGTH}
+    named = {"name": HEADER, "in": "header", "required": False, **length}
+    operation.setdefault("parameters", []).append(named)
+    operation["requestBody"]["content"]["application/octet-stream"] = body
+    response = operation["responses"]["200"]
+    response["content"]["application/octet-stream"] = body
+    response["headers"] = {HEADER: length}
+
+
+def _events(kinds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Describe each event of a stream by its name and its data, as OpenAPI 3.2 has it."""
+    data = {**dict(zip(EVENTS, kinds, strict=True)), "error": _reference(Problem)}
+    return {
+        "oneOf": [
+            {
+                "type": "object",
+                "required": ["event", "data"],
+                "properties": {
+                    "event": {"const": event},
+                    "data": {
+                        "type": "string",
+                        "contentMediaType": "application/json",
+                        "contentSchema": schema,
+                    },
+                },
+            }
+            for event, schema in data.items()
+        ]
+    }
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _declared(responses: Mapping[str, Any]) -> Iterable[int]:
+    """Yield the errors that a route declares, and not the one that the framework makes up."""
+    for status, response in responses.items():
+        if status >= "400" and _DERIVED[0] not in str(response):
+            yield int(status)
+
+
+def _errors(path: str, statuses: Iterable[int]) -> dict[str, Any]:
+    """Describe a route's errors."""
+    media_type = written(path, 500, "", "")[1]
+    kind = Problem if media_type == "application/problem+json" else ProtocolError
+    content = {media_type: {"schema": _reference(kind)}}
+    return {
+        str(status): {"description": _meaning(status), "content": content}
+        for status in sorted(statuses)
+    }
+
+
+def _meaning(status: int) -> str:
+    return (type(error_for(status, "")).__doc__ or "").partition("\n")[0]
+
+
+def _show(message: Mapping[str, Any], example: object) -> None:
+    """Put an example beside the schema of what is sent or answered."""
+    for media_type, content in message.get("content", {}).items():
+        if example is not None and media_type in _SHOWN:
+            content["example"] = example

@@ -1,0 +1,48 @@
+"""Probes: is the process alive, may it be sent traffic; and what it has done so far."""
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+
+from dropserve.service.errors import Overloaded
+from dropserve.service.http.native import errors, inference_of
+from dropserve.service.schemas import Health, ModelState, Readiness
+
+if TYPE_CHECKING:
+    from dropserve.service.observability.metrics import Metrics
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez")
+async def livez() -> Health:
+    """The process answers."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", responses=errors(503))
+@router.get("/healthz", name="healthz", responses=errors(503))
+async def readyz(request: Request) -> Readiness:
+    """Models are loaded: nothing listens before they are, nor from the moment of shutdown.
+
+    A version that cannot be served does not change that; it is listed as refused, with the reason.
+    Where no model is served, because an operator unloaded all, it is 503.
+    """
+    inference = inference_of(request)
+    if not any(inference.registry):
+        raise Overloaded("no model is served")
+    repository = inference.repository
+    models = {n: ModelState.model_validate(repository.state(n)) for n in repository.models()}
+    return Readiness(status="ready", models=models)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """What the service has done and does, for Prometheus; all workers together."""
+    found: Metrics = request.app.state.metrics
+    found.pour(inference_of(request))
+    accept = request.headers.get("accept", "")
+    content, content_type = await run_in_threadpool(found.write, accept)
+    return Response(content, headers={"content-type": content_type})

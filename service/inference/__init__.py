@@ -1,0 +1,1 @@
+"""Models, their threads and queue; what is served and by which processes."""

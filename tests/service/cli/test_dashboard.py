@@ -1,0 +1,248 @@
+"""`dropserve watch`: what the metrics say of the last seconds, and how it is shown."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict
+from itertools import islice
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from dropserve.service import errors
+from dropserve.service.cli import dashboard
+from dropserve.service.cli.figures import Figures, Look, ModelFigures, between, quantile
+from dropserve.service.cli.main import app
+from dropserve.service.client import DropserveClient
+from dropserve.service.schemas import Readiness
+
+READY = {
+    "status": "ready",
+    "models": {
+        "a": {"version": 3, "versions": [3, 2], "refused": [{"version": 4, "reason": "damaged"}]}
+    },
+}
+
+
+def look(at, requests=0, failed=0, fast=0, slow=0, label_sum=0.0, ready=READY):
+    """Metrics of a model `a`: so many durations of up to 10 ms and of up to 100 ms."""
+    task = 'model="a",task="predict"'
+    labels = 'route="/predict",model="a",status="200"'
+    text = f"""
+# TYPE dropserve_requests_total counter
+dropserve_requests_total{{route="/predict",model="a",version="3",status="200"}} {requests}
+dropserve_requests_total{{route="/predict",model="",version="",status="503"}} {failed}
+dropserve_requests_total{{route="/metrics",model="",version="",status="200"}} {at * 100}
+dropserve_requests_total{{route="/v2/health/live",model="",version="",status="200"}} {at * 10}
+dropserve_requests_total{{route="/v2/health/ready",model="",version="",status="503"}} {at * 10}
+# TYPE dropserve_request_duration_seconds histogram
+dropserve_request_duration_seconds_bucket{{{labels},le="0.01"}} {fast}
+dropserve_request_duration_seconds_bucket{{{labels},le="0.1"}} {fast + slow}
+dropserve_request_duration_seconds_bucket{{{labels},le="+Inf"}} {fast + slow}
+dropserve_request_duration_seconds_sum{{{labels}}} 1
+dropserve_request_duration_seconds_count{{{labels}}} {fast + slow}
+# TYPE dropserve_confidence histogram
+dropserve_confidence_bucket{{{task},le="+Inf"}} {requests}
+dropserve_confidence_sum{{{task}}} {label_sum}
+dropserve_confidence_count{{{task}}} {requests}
+# TYPE dropserve_queue_images gauge
+dropserve_queue_images 7
+# TYPE dropserve_workers gauge
+dropserve_workers 2
+"""
+    return Look(text, Readiness.model_validate(ready), float(at))
+
+
+def test_figures_are_of_what_happened_between_two_looks():
+    before = look(0, requests=100, fast=50, slow=50, label_sum=90)
+    found = between(before, look(2, requests=200, failed=4, fast=140, slow=60, label_sum=170))
+    assert found == Figures(
+        seconds=2.0,
+        workers=2,
+        requests=52.0,
+        errors=2.0,
+        p50=pytest.approx(0.01 * 50 / 90),
+        p99=pytest.approx(0.01 + 0.09 * 9 / 10),
+        queue=7,
+        batch=None,
+        samples=0.0,
+        models={
+            "a": ModelFigures(3, [2], [4], 50.0, pytest.approx(0.8), mutual_information=None),
+        },
+    )
+
+
+def test_a_service_that_was_started_again_counts_from_nothing():
+    found = between(look(0, requests=1000, fast=900), look(1, requests=10, fast=10))
+    assert found.requests == 10.0
+    assert found.p50 is None or found.p50 >= 0
+
+
+@pytest.mark.parametrize(
+    ("below", "expected"),
+    [
+        ({}, None),
+        ({1.0: 0, float("inf"): 0}, None),
+        ({1.0: 0, 2.0: 10, float("inf"): 10}, 1.5),
+        ({1.0: 5, 2.0: 10, float("inf"): 10}, 1.0),
+        ({1.0: 1, float("inf"): 10}, 1.0),
+    ],
+)
+def test_a_quantile_lies_within_its_bucket(below, expected):
+    assert quantile(0.5, below) == expected
+
+
+def test_what_is_no_metrics_is_refused():
+    with pytest.raises(ValueError):  # noqa: PT011  the parser's own words
+        Look("<html>{", Readiness.model_validate(READY), 0.0)
+
+
+FIGURES = between(look(0), look(1, requests=10, failed=1, fast=10, label_sum=9))
+
+
+def drawn(now, width=80):
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    screen.print(dashboard.draw(now, deque([5.0, 10.0]), "http://a.test"))
+    return screen.file.getvalue()
+
+
+def test_the_view_names_models_versions_and_doubt():
+    text = drawn(FIGURES)
+    assert "http://a.test  ready  2 workers" in text
+    assert "11.0/s" in text
+    assert "▄▇█" in text
+    words = " ".join(text.split())
+    assert "a 3 2 4 10.0/s 90.0% -" in words
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_view_says_why_there_is_nothing_to_see():
+    assert "http://a.test  no answer\ngone" in drawn(errors.Unreachable("gone"))
+
+
+def test_a_line_is_one_line_whatever_is_missing():
+    assert dashboard.line(FIGURES) == (
+        "11.0 requests/s, p50 5.0 ms, p99 9.9 ms, 1.0 errors/s, queue 7, batch -; "
+        "a 3: confidence 90.0%, mutual information -, refused 4"
+    )
+
+
+def answers(*given):
+    """A client whose service answers /metrics with each of these in turn, an error raised."""
+    left = list(given)
+
+    def handle(request):
+        if request.url.path == "/readyz":
+            return httpx.Response(200, json={"status": "ready", "models": {}})
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        status, content = answer
+        return httpx.Response(status, content=content)
+
+    return DropserveClient(transport=httpx.MockTransport(handle), retries=0)
+
+
+def test_a_service_that_comes_back_is_looked_at_afresh():
+    page = (200, b"dropserve_workers 1\n")
+    gone = httpx.ConnectError("gone")
+    times = iter(range(9))
+    with answers(page, page, gone, (503, b""), page, page) as client:
+        seen = dashboard.look(client, 1.0, lambda _: None, lambda: float(next(times)))
+        kinds = [type(now) for now in islice(seen, 4)]
+    assert kinds == [Figures, errors.Unreachable, errors.Overloaded, Figures]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [((401, b""), errors.RequestError), ((200, b"<html>{"), errors.ServerError)],
+)
+def test_a_service_that_will_not_say_is_no_reason_to_wait(answer, error):
+    with answers(answer) as client, pytest.raises(error):
+        next(dashboard.look(client, 1.0, lambda _: None))
+
+
+@pytest.fixture
+def asked(server):
+    """The address of a server that is asked something several times a second, meanwhile."""
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "PNG")
+    program = (
+        "import sys, time; from dropserve.service.client import DropserveClient\n"
+        "image = sys.stdin.buffer.read()\n"
+        "with DropserveClient(sys.argv[1]) as client:\n"
+        "    while True: client.uncertainty(image, samples=10); time.sleep(.02)"
+    )
+    command = [sys.executable, "-c", program, server.url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as traffic:
+        traffic.stdin.write(file.getvalue())
+        traffic.stdin.close()
+        with DropserveClient(server.url) as client:
+            while (
+                'dropserve_mutual_information_nats_count{model="digits-mlp"}'
+                not in client.metrics()
+            ):
+                time.sleep(0.05)
+        yield server.url
+        traffic.kill()
+
+
+def watch(*options):
+    environment = {"NO_PROXY": "127.0.0.1", "FORCE_COLOR": None, "TTY_COMPATIBLE": None}
+    return CliRunner(env=environment).invoke(app, ["watch", *options])
+
+
+def test_once_says_what_happens_now_in_a_line_or_json(asked):
+    result = watch("--url", asked, "--once", "--interval", "0.6")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    result = watch("--url", asked, "--once", "--json", "--interval", "0.6")
+    told = json.loads(result.stdout)
+    assert set(told) == set(asdict(FIGURES))
+    assert told["requests"] > 1
+    assert 0 < told["p50"] <= told["p99"] < 10
+    model = told["models"]["digits-mlp"]
+    assert (model["version"], model["others"], model["refused"]) == (2, [1], [])
+    assert 0.1 < model["confidence"] <= 1
+    assert 0 <= model["mutual_information"] < 3
+
+
+def test_a_terminal_shows_a_view_that_ctrl_c_leaves(asked):
+    ours, theirs = pty.openpty()
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from dropserve.service.cli.main import app; app()"
+    )
+    command = [sys.executable, "-c", program, "watch", "--url", asked, "--interval", "0.2"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as run:
+        os.close(theirs)
+        shown = b""
+        while shown.count(b"Ctrl-C leaves") < 3:
+            shown += os.read(ours, 65536)
+        run.send_signal(signal.SIGINT)
+        try:
+            while piece := os.read(ours, 65536):
+                shown += piece
+        except OSError:  # the other side is closed
+            pass
+    os.close(ours)
+    assert run.returncode == 0
+    assert b"digits-mlp" in shown
+    assert b"Traceback" not in shown
+
+
+def test_once_fails_where_nothing_answers():
+    result = watch("--url", "http://127.0.0.1:1", "--once")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no answer from http://127.0.0.1:1")

@@ -1,0 +1,493 @@
+"""The shorter way and the usual way: both answer a request the same, whatever becomes of it.
+
+The server runs in a thread, so that a test can see which way a request went. What comes in one
+piece may take the shorter way; the same bytes cut within their first lines never do.
+"""
+
+import io
+import json
+import logging
+import socket
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dropserve.service.app import create_app
+from dropserve.service.observability.logs import FIELDS
+from dropserve.service.server import uvicorn_options
+from dropserve.service.settings import Settings
+from dropserve.service.inference.inference import Inference
+
+ID = b"X-Request-ID: this\r\n"
+
+
+def png(mode="L", size=(8, 8), seed=0, **options):
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+PNG = png()
+
+
+def post(path=b"/predict", body=PNG, headers=ID, kind=b"image/png"):
+    lines = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\n" % (path, kind)
+    return lines + b"Content-Length: %d\r\n%b\r\n%b" % (len(body), headers, body)
+
+
+class Service:
+    """A server in a thread of this process.
+
+    Attributes:
+        taken: of each request that the shorter way was asked to take, whether it did.
+    """
+
+    def __init__(self, checkpoints, keep_alive=75, **given):
+        values = {"checkpoints": checkpoints, "default_model": "digits-mlp", "port": 0, **given}
+        self.settings = Settings(**values)
+        self.inference = Inference(self.settings)
+        self.app = create_app(self.settings, self.inference)
+        self.taken = []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        options = uvicorn_options(self.settings) | {"timeout_keep_alive": keep_alive}
+        config = uvicorn.Config(self.app, **options)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
+        self.thread.start()
+        end = time.monotonic() + 30
+        while not self.server.started and time.monotonic() < end:
+            time.sleep(0.01)
+        self._watch()
+
+    def _watch(self):
+        fast_path = self.server.lifespan.state["fast_path"]
+        take = fast_path.take
+
+        def watched(*arguments):
+            request = take(*arguments)
+            self.taken.append(request is not None)
+            return request
+
+        fast_path.take = watched
+
+    @property
+    def held(self):
+        """Bytes of bodies."""
+        return self.app.state.reader._held
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), 20)
+
+    def ask(self, raw, cuts=(), pause=0.02):
+        """Send a request in pieces; return the answer's status, headers and body."""
+        with self.connect() as connection:
+            for start, end in zip((0, *cuts), (*cuts, len(raw)), strict=True):
+                connection.sendall(raw[start:end])
+                time.sleep(pause if cuts else 0)
+            return read_answer(connection.makefile("rb"))
+
+    def both_ways(self, raw):
+        """Ask in one piece and in two; return the answer, the same, and whether it was taken."""
+        self.taken.clear()
+        at_once = self.ask(raw)
+        taken = any(self.taken)
+        assert at_once == self.ask(raw, [raw.index(b"\r\n") + 5])
+        assert self.held == 0
+        return at_once, taken
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        self.socket.close()
+
+
+def read_answer(file):
+    """Read one answer: its status, headers but the date, and body."""
+    status = int(file.readline().split()[1])
+    headers = {}
+    while (line := file.readline().strip()) != b"":
+        name, value = line.split(b": ", 1)
+        assert name not in headers
+        headers[name] = value
+    body = file.read(int(headers[b"content-length"]))
+    return status, {k: v for k, v in headers.items() if k != b"date"}, body
+
+
+@contextmanager
+def serving(checkpoints, **given):
+    service = Service(checkpoints, **given)
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="module")
+def service(checkpoints):
+    with serving(checkpoints) as made:
+        yield made
+
+
+@contextmanager
+def busy(service):
+    """Have the thread that runs models wait, and no batch run on the event loop."""
+    gate = threading.Event()
+    models = [
+        service.inference.inference.registry.find(name, None)
+        for name in ("digits-mlp", "colour-cnn")
+    ]
+    before = [dict(model.inline) for model in models]
+    for model in models:
+        model.inline.clear()
+    service.inference.inference._worker.submit(gate.wait, 20)
+    try:
+        yield gate
+    finally:
+        gate.set()
+        for model, inline in zip(models, before, strict=True):
+            model.inline.update(inline)
+
+
+def eventually(holds):
+    end = time.monotonic() + 20
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert holds()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        post(),
+        post(headers=b""),
+        post(b"/predict?"),
+        post(b"/v1/models/digits-mlp/predict"),
+        post(b"/v1/models/digits-mlp/versions/1/predict"),
+        post(b"/v1/models/colour-cnn/predict"),
+        post(b"/v1/models/colour-cnn/predict", png("RGB", (16, 16))),
+        post(b"/predict", png("RGB", (20, 9))),
+        post(b"/predict", png(size=(8, 8), optimize=True)),
+        post(b"/predict?scale=255"),
+        post(b"/uncertainty"),
+        post(b"/uncertainty?samples=7&seed=3&masks=independent&level=0.5"),
+        post(b"/v1/models/colour-cnn/uncertainty?samples=20", png("RGB", (16, 16))),
+        post(
+            headers=ID + b"Connection: keep-alive\r\nAccept: */*\r\nX-Forwarded-For: 10.0.0.1\r\n"
+        ),
+        post(headers=b"X-Request-ID: a b\r\n"),
+        post(headers=ID + b"accept-encoding: gzip\r\n"),
+    ],
+)
+def test_a_small_png_goes_the_shorter_way_to_the_same_answer(service, raw):
+    service.taken.clear()
+    status, headers, body = service.ask(raw)
+    assert service.taken == [True]
+    again, headers_again, body_again = service.ask(raw, [20])
+    assert service.taken == [True]
+    assert status == again == 200
+    assert body == body_again
+    assert list(headers) == list(headers_again)
+    made = len(headers.pop(b"x-request-id")), len(headers_again.pop(b"x-request-id"))
+    assert made in ((4, 4), (32, 32))
+    assert headers == headers_again
+
+
+def test_a_body_that_comes_apart_from_the_lines_before_it_is_waited_for_a_moment(service, caplog):
+    caplog.set_level(logging.INFO, "dropserve.requests")
+    raw = post()
+    body = len(raw) - len(PNG)
+    expected = service.ask(raw)
+    service.taken.clear()
+    for cuts in ([body], [body + 9], [body, body + 50]):
+        while not service.taken:  # a machine that is busy may be too late
+            assert service.ask(raw, cuts, pause=0.0005) == expected
+        service.taken.clear()
+    assert service.ask(raw, [body], pause=0.1) == expected
+    assert service.ask(raw, [body, len(raw) - 1], pause=0.1) == expected
+    drops = list(range(body, len(raw), 10))
+    assert service.ask(raw, drops, pause=0.003) == expected  # each soon enough, all too late
+    assert not service.taken
+    caplog.clear()
+    with service.connect() as connection:
+        connection.sendall(raw[:body])
+    eventually(lambda: caplog.records)
+    assert getattr(caplog.records[0], FIELDS)["status"] == 499
+
+
+DAMAGED = PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]
+HALF_A_PICTURE = zlib.compress(zlib.decompress(PNG[41:-16])[:30])
+CUT = b"".join(
+    [
+        PNG[:33],
+        len(HALF_A_PICTURE).to_bytes(4, "big") + b"IDAT" + HALF_A_PICTURE,
+        zlib.crc32(b"IDAT" + HALF_A_PICTURE).to_bytes(4, "big"),
+        PNG[-12:],
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (post(b"/v1/models/nobody/predict"), 404),
+        (post(b"/v1/models/digits-mlp/versions/9/predict"), 404),
+        (post(b"/v1/models/digits-mpl/predict"), 404),
+        (post(b"/v1/models/digits-mlp/versions/01/predict"), 404),
+        (post(b"/predict?samples=1"), 422),
+        (post(b"/predict?scale=1"), 422),
+        (post(b"/uncertainty?samples=0"), 422),
+        (post(b"/uncertainty?samples=1001"), 422),
+        (post(b"/uncertainty?seed=1&seed=2"), 422),
+        (post(b"/uncertainty?samples=2&include_samples=true"), 200),
+        (post(b"/compare?passes=2"), 200),
+        (post(b"/v1/models/digits%2Dmlp/predict"), 200),
+        (post(b"/predict#part"), 200),
+        (post(b"/nowhere"), 404),
+        (post(kind=b"image/jpeg"), 415),
+        (post(kind=b"image/png; q=1"), 200),
+        (post(kind=b"IMAGE/PNG"), 200),
+        (post(kind=b"application/json"), 400),
+        (post(body=b""), 400),
+        (post(body=PNG[:40]), 422),
+        (post(body=b"BM" + PNG), 415),
+        (post(body=DAMAGED), 422),
+        (post(body=CUT), 422),
+        (post(body=PNG[:-12]), 422),
+        (post(body=png(size=(65, 64))), 200),
+        (post(body=png().replace(b"IDAT", b"tEXt\0\0\0\0", 1)), 422),
+        (post(headers=ID + b"Content-Type: image/jpeg\r\n"), 200),  # the first of a name counts
+        (post(headers=ID + b"Content-Encoding: gzip\r\n"), 415),
+        (post(headers=ID + b"Connection: close\r\n"), 200),
+        (post().replace(b"HTTP/1.1", b"HTTP/1.0"), 200),
+        (post(headers=ID + b"Content-Length: 1\r\n"), 400),
+        (post().replace(b"Host: x", b"Host : x"), 400),
+        (post().replace(b"POST", b"PUT"), 405),
+        (post().replace(b"POST", b"GET"), 405),
+        (
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n%b"
+            b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (ID, len(PNG), PNG),
+            200,
+        ),
+    ],
+)
+def test_all_else_is_answered_by_the_usual_way(service, raw, status):
+    (found, _, _), _ = service.both_ways(raw)
+    assert found == status
+
+
+def test_damage_that_only_decoding_finds_is_told_by_the_usual_way(service):
+    (status, _, body), taken = service.both_ways(post(body=DAMAGED))
+    assert (status, taken) == (422, True)
+    assert json.loads(body)["request_id"] == "this"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, len(post()) - 1), max_size=4, unique=True).map(sorted))
+def test_pieces_of_any_length_make_the_same_request(service, cuts):
+    assert service.ask(post(), cuts) == service.ask(post())
+
+
+def test_requests_in_one_piece_and_behind_one_another_are_answered_in_their_order(service):
+    kinds = [
+        b"/predict",
+        b"/uncertainty?samples=500&seed=%d" % time.time_ns(),
+        b"/compare?passes=1",
+    ]
+    many = [
+        post(kinds[k % 3] if k % 4 else b"/nowhere", headers=b"X-Request-ID: %d\r\n" % k)
+        for k in range(24)
+    ]
+    sent = [many[0], many[1] + many[2] + many[3][:50], many[3][50:] + many[4], *many[5:12]]
+    sent.append(b"".join(many[12:]))
+    with service.connect() as connection:
+        for piece in sent:
+            connection.sendall(piece)
+            time.sleep(0.002)
+        file = connection.makefile("rb")
+        for k in range(24):
+            status, headers, _ = read_answer(file)
+            assert headers[b"x-request-id"] == b"%d" % k
+            assert status == (200 if k % 4 else 404)
+
+
+def test_what_comes_while_one_is_answered_waits_and_is_not_read_without_end(checkpoints):
+    with (
+        serving(checkpoints) as service,
+        busy(service) as gate,
+        service.connect() as connection,
+    ):
+        connection.sendall(post())
+        eventually(lambda: service.held)
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.sendall(post() * 100_000)
+        gate.set()
+        connection.settimeout(20)
+        status, _, _ = read_answer(connection.makefile("rb"))
+        assert status == 200
+
+
+def test_who_leaves_is_taken_out_of_the_queue_and_noted(service, caplog):
+    caplog.set_level(logging.INFO, "dropserve.requests")
+    with busy(service):
+        connections = [service.connect() for _ in range(3)]
+        for connection in connections:
+            connection.sendall(post())
+        eventually(lambda: service.held == 3 * len(PNG))
+        for connection in connections:
+            connection.close()
+        eventually(lambda: not service.held)
+        assert (
+            service.inference.inference.queued <= 1
+        )  # the first batch is on its way to the thread
+    eventually(lambda: len(caplog.records) >= 3)
+    lines = [getattr(record, FIELDS) for record in caplog.records]
+    assert [(line["status"], line["route"], line["model"]) for line in lines] == [
+        (499, "/predict", "digits-mlp")
+    ] * 3
+
+
+def test_each_request_is_logged_and_counted_once_whichever_way_it_went(service, caplog):
+    caplog.set_level(logging.INFO, "dropserve.requests")
+    counted = service.app.state.metrics._requests
+
+    def count():
+        service.server.servers[0].get_loop().call_soon_threadsafe(
+            service.app.state.metrics.pour, service.inference
+        )
+        time.sleep(0.1)
+        return {
+            tuple(sample.labels.values()): sample.value
+            for metric in counted.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+
+    before = count()
+    for raw, cuts in ((post(), ()), (post(), (30,)), (post(body=DAMAGED), ())):
+        service.ask(raw, cuts)
+    after = count()
+    grown = {k: v - before.get(k, 0) for k, v in after.items() if v != before.get(k, 0)}
+    assert grown == {
+        ("/predict", "digits-mlp", "2", "200"): 2,
+        ("/predict", "digits-mlp", "2", "422"): 1,
+    }
+    lines = [getattr(record, FIELDS) for record in caplog.records]
+    assert [line["status"] for line in lines] == [200, 200, 422]
+    assert all(line["request_id"] == "this" for line in lines)
+    assert lines[0].keys() == lines[1].keys()
+
+
+def test_a_full_queue_and_full_hands_are_503(checkpoints):
+    with serving(checkpoints, max_queue=2) as service, busy(service) as gate:
+        waiting = [service.connect() for _ in range(8)]
+        for connection in waiting:
+            connection.sendall(post())
+            time.sleep(0.05)
+        refused = service.ask(post())
+        assert refused[0] == 503
+        assert refused[1][b"retry-after"] == b"1"
+        gate.set()
+        statuses = [read_answer(connection.makefile("rb"))[0] for connection in waiting]
+        assert statuses[:2] == [200, 200]
+        assert set(statuses) == {200, 503}
+        for connection in waiting:
+            connection.close()
+    large = post(body=png(size=(24, 24)))
+    with serving(checkpoints, max_body_bytes=1024, max_held_bytes=1024) as service:
+        with busy(service) as gate, service.connect() as first:
+            first.sendall(large)
+            eventually(lambda: service.held)
+            assert service.ask(large)[0] == 503
+            gate.set()
+            assert read_answer(first.makefile("rb"))[0] == 200
+        eventually(lambda: not service.held)
+
+
+def test_what_is_too_large_is_413_however_small_the_limit(checkpoints):
+    with serving(checkpoints, max_body_bytes=1024) as service:
+        (status, _, _), taken = service.both_ways(post(body=png(size=(40, 40))))
+        assert (status, taken) == (413, False)
+
+
+def test_a_key_is_asked_for(checkpoints, tmp_path):
+    (tmp_path / "keys").write_text("sesame\n")
+    with serving(checkpoints, api_keys_file=tmp_path / "keys") as service:
+        (status, _, _), taken = service.both_ways(post())
+        assert (status, taken) == (401, False)
+        key = ID + b"Authorization: Bearer %b\r\n"
+        assert service.both_ways(post(headers=key % b"other"))[0][0] == 401
+        (status, _, _), taken = service.both_ways(post(headers=key % b"sesame"))
+        assert (status, taken) == (200, True)
+
+
+def test_a_connection_rests_as_long_as_it_may_and_no_longer(checkpoints):
+    with serving(checkpoints, keep_alive=0.5) as service, service.connect() as connection:
+        file = connection.makefile("rb")
+        for raw in (post(), post(), post(b"/compare"), post(), post()):
+            connection.sendall(raw)
+            assert read_answer(file)[0] == 200
+            time.sleep(0.3)
+        rested = time.monotonic()
+        assert file.read() == b""
+        assert 0.1 < time.monotonic() - rested < 5
+
+
+def test_a_stop_lets_what_is_open_finish_and_then_closes(checkpoints):
+    service = Service(checkpoints)
+    with (
+        busy(service) as gate,
+        service.connect() as idle,
+        service.connect() as asking,
+    ):
+        asking.sendall(post())
+        eventually(lambda: service.held)
+        service.server.should_exit = True
+        assert idle.recv(1) == b""
+        gate.set()
+        status, headers, _ = read_answer(asking.makefile("rb"))
+        assert (status, headers[b"connection"]) == (200, b"close")
+        assert asking.recv(1) == b""
+    service.stop()
+
+
+def test_what_the_drain_does_not_wait_for_is_told_so(checkpoints):
+    service = Service(checkpoints, drain_seconds=1)
+    with busy(service):
+        asking = [service.connect() for _ in range(20)]
+        for connection in asking:
+            connection.sendall(post())
+        eventually(lambda: service.held == 20 * len(PNG))
+        service.server.should_exit = True
+        for connection in asking:
+            status, headers, body = read_answer(connection.makefile("rb"))
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+            assert json.loads(body)["detail"] == "the service is stopping"
+            connection.close()
+    service.stop()
+
+
+def test_a_slow_task_does_not_run_on_the_event_loop(service):
+    """A measurement decides; a batch of more images than it found quick goes to the thread."""
+    model = service.inference.inference.registry.find("digits-mlp", None)
+    assert set(model.inline.values()) <= {0, 1, 8, 32}
+    with busy(service) as gate:
+        connection = service.connect()
+        connection.sendall(post())
+        eventually(lambda: service.held)
+        assert service.ask(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
+        gate.set()
+        assert read_answer(connection.makefile("rb"))[0] == 200
+        connection.close()
