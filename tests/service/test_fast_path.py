@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dropserve.service.app import create_app
+from dropserve.service.inference.inference import Inference
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.server import uvicorn_options
 from dropserve.service.settings import Settings
-from dropserve.service.inference.inference import Inference
 
 ID = b"X-Request-ID: this\r\n"
 
