@@ -64,6 +64,12 @@ WORTH = """\
 Root mean squared error against {passes:,} passes, over {images} test images, {seeds} seeds.
 *Reported* is the answer's `standard_error` over the true one."""
 
+CHECKOUTS = """\
+Two checkouts, each with one worker of one thread and the digits MLP, take turns under wrk: {rounds}
+alternations of {seconds} s, 32 connections if not said otherwise. *Ratio*: requests a second after
+over before, geometric mean and its 95% interval. *us*: processor time of the server a request, and
+the mean difference with its 95% interval."""
+
 PEERS = """\
 Each peer is set up as its documentation advises: how, and where it says so, is at the top of its
 file in [bench/http/peers](../bench/http/peers)."""
@@ -307,6 +313,27 @@ def _footnotes(rows: Iterable[Result]) -> list[str]:
     return ["\n".join(notes + failed)] if notes or failed else []
 
 
+def checkouts(result: Result) -> list[str]:
+    """Show what a change of the request path cost."""
+    lines = [
+        [
+            row["case"],
+            *(f"{row[key]:,}" for key in ("before", "after")),
+            f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
+            f"{row['microseconds_before']:.0f}",
+            f"{row['microseconds_more']:+.0f} ± {row['microseconds_half_width']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    heads = ("request", "requests/s before", "after", "ratio", "us before", "us more")
+    return [
+        f"## Request paths, before and after {result['change']}",
+        CHECKOUTS.format(**result),
+        table(heads, lines),
+        _made_on(result, "python -m bench.http.checkouts BEFORE && make bench-report"),
+    ]
+
+
 def _made_on(result: Result, command: str) -> str:
     """Say when and on what it was measured, and how to do it again."""
     machine = result["machine"]
@@ -326,6 +353,7 @@ SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "engine": engine,
     "accuracy": accuracy,
     "http": http,
+    "checkouts": checkouts,
 }
 
 
