@@ -28,9 +28,9 @@ two worker processes of one thread each, every answer checked against the networ
 anything is timed. wrk {wrk} loads one server at a time from the same machine; medians of {rounds}
 rounds, in which the servers take turns of {seconds:g} s after {warmup:g} s of warming up.
 
-Uncertainty is asked of Dropserve for its default seed, whose masks and cut weights it makes when it
+Uncertainty is asked of Dropserve for its default seed, whose masks and gathered weights it makes when it
 loads the network, while the others draw masks for each request. The row *a new seed each* shows
-what is left where every request brings a seed never met: masks are drawn and weights cut in the
+what is left where every request brings a seed never met: masks are drawn and weights gathered in the
 request's time, and no two requests share a batch."""
 
 ENGINE = """\
@@ -40,7 +40,7 @@ milliseconds. *Loop*: a pass a sample with dropout switched on, over the module 
 over the batch repeated T times; *ours*: `Sampler.sample(...).mean(0)`, *all figures*:
 `Sampler.summarize`.
 
-Both are for the default seed, whose masks are drawn and whose weights are cut before the time
+Both are for the default seed, whose masks are drawn and whose weights are gathered before the time
 starts, when the network is loaded, as in the service; the loop and T-fold draw theirs within it.
 *New seed* is *ours* with a seed never met in every call, all of it within the time: {least:.1f} to
 {most:.1f} times as long here."""
