@@ -28,10 +28,10 @@ two worker processes of one thread each, every answer checked against the networ
 anything is timed. wrk {wrk} loads one server at a time from the same machine; medians of {rounds}
 rounds, in which the servers take turns of {seconds:g} s after {warmup:g} s of warming up.
 
-Uncertainty is asked of Dropserve for its default seed, whose masks and gathered weights it makes when it
-loads the network, while the others draw masks for each request. The row *a new seed each* shows
-what is left where every request brings a seed never met: masks are drawn and weights gathered in the
-request's time, and no two requests share a batch."""
+Uncertainty is asked of Dropserve for its default seed, whose masks and gathered weights it makes
+when it loads the network, while the others draw masks for each request. The row *a new seed each*
+shows what is left where every request brings a seed never met: masks are drawn and weights gathered
+in the request's time, and no two requests share a batch."""
 
 ENGINE = """\
 T = {samples} samples of Monte Carlo dropout, {threads} thread; contenders take turns, medians, in

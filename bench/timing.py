@@ -33,7 +33,7 @@ CONTENDERS = {
     "loop_laid_out": "the same, with our module's memory layout",
     "fold": "one pass over a batch of T times the images",
     "ours": "Sampler.sample(...).mean(0): what the loop computes",
-    "ours_new_seed": "the same with a seed never met: masks drawn and weights gathered within the time",
+    "ours_new_seed": "the same with a new seed: masks drawn and weights gathered within the time",
     "ours_summary": "Sampler.summarize(...): all statistics",
 }
 
