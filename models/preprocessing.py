@@ -1,4 +1,4 @@
-"""From a picture to what the network sees; stored in the checkpoint, for train and serve alike."""
+"""From an image to a network's input; saved in the checkpoint and the same to train and serve."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,15 +12,13 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from dropserve.models.errors import ConfigError
-from dropserve.models.storage import whole_numbers
+from dropserve.models.storage import integers
 
 Pixels = npt.NDArray[np.uint8]
 Fit = Literal["stretch", "crop", "pad"]
-BACKGROUND = (255, 255, 255)
-"""What shows through transparent pixels: white, as paper and browsers have it."""
 _FLATTENED = 2**18
-"""Pixels that are laid over it at once."""
-_TURNS = {
+"""Pixels that are composited at once."""
+_TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,7 +32,7 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Size, channels and scale of a network's input.
+    """Size, channels and scale of a network's input; ConfigError if a value is invalid.
 
     Attributes:
         size: (height, width) in pixels.
@@ -45,9 +43,8 @@ class Preprocessing:
         fit: how an image of other proportions gets the size: "stretch" changes its proportions,
             "crop" scales its shorter side and cuts off the ends of the longer one, "pad" scales its
             longer side and fills the rest with what the network sees as 0.
-
-    Raises:
-        ConfigError: a value makes no sense.
+        draft: decode large JPEGs at 1/2, 1/4 or 1/8 of their size. Networks that were trained on
+            JPEGs decoded in full keep False, as checkpoints of earlier releases do.
     """
 
     size: tuple[int, int]
@@ -56,6 +53,7 @@ class Preprocessing:
     std: tuple[float, ...]
     invert: bool = False
     fit: Fit = "stretch"
+    draft: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -74,16 +72,27 @@ class Preprocessing:
         """Input shape of the network: (channels, height, width)."""
         return (self.channels, *self.size)
 
-    def prepare(self, image: Image.Image) -> Pixels:
-        """Turn a picture of any size and mode into the network's pixels, uint8 [C, H, W].
+    @property
+    def draft_size(self) -> tuple[int, int] | None:
+        """Return (width, height) for `image.draft(None, ...)` before a JPEG is decoded, if any.
 
-        EXIF orientation is applied, transparency is laid over white, colour profiles are ignored.
+        Pillow then decodes at the smallest scale that leaves both sides at least as long, or in
+        full. It is square, because EXIF orientation may swap the sides afterwards, and twice the
+        network's size, because `prepare` averages down to that before it interpolates.
+        """
+        side = 2 * max(self.size)
+        return (side, side) if self.draft else None
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Turn an image of any size and mode into the network's pixels, uint8 [C, H, W].
+
+        EXIF orientation is applied, transparency becomes white, colour profiles are ignored.
         """
         mode = "L" if self.channels == 1 else "RGB"
         if image.mode != mode or image.info:  # where orientation and transparency would be
             # not ImageOps.exif_transpose: it writes EXIF anew, in a hundred times the memory
-            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            image = image if turn is None else image.transpose(turn)
+            transposed = _TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            image = image if transposed is None else image.transpose(transposed)
             image = _flatten(image, mode)
         height, width = self.size
         if image.size != (width, height):
@@ -97,12 +106,12 @@ class Preprocessing:
         """Resize an image, "L" or "RGB", to the network's size."""
         (height, width), (w, h) = self.size, image.size
         scales = width / w, height / h
-        box = (0.0, 0.0, float(w), float(h))  # of the image, what is seen
-        inner = width, height  # of the network's input, what it fills
+        box = (0.0, 0.0, float(w), float(h))  # the part of the image that is used
+        inner = width, height  # what it fills of the network's input
         if self.fit == "crop":
-            seen = min(width / max(scales), w), min(height / max(scales), h)
-            left, top = (w - seen[0]) / 2, (h - seen[1]) / 2
-            box = left, top, min(left + seen[0], w), min(top + seen[1], h)
+            used = min(width / max(scales), w), min(height / max(scales), h)
+            left, top = (w - used[0]) / 2, (h - used[1]) / 2
+            box = left, top, min(left + used[0], w), min(top + used[1], h)
         elif self.fit == "pad":
             inner = (max(round(w * min(scales)), 1), max(round(h * min(scales)), 1))
         image = image.resize(inner, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
@@ -113,7 +122,7 @@ class Preprocessing:
         return padded
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Map uint8 [B, C, H, W] to float32 with the stored mean and std."""
+        """Map uint8 [B, C, H, W] to float32 by mean and std."""
         scale, shift = _affine(self, pixels.device)
         return pixels.float().mul_(scale).add_(shift)  # a third of the time of addcmul over uint8
 
@@ -123,26 +132,26 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_json()`.
-
-        Raises:
-            ConfigError: a value is missing or makes no sense.
-        """
+        """Rebuild from `to_json()`; ConfigError if a value is missing or invalid."""
+        boolean = {True: True, False: False}
         try:
-            height, width = whole_numbers(values["size"])
+            height, width = integers(values["size"])
             return cls(
                 size=(height, width),
-                channels=whole_numbers([values["channels"]])[0],
+                channels=integers([values["channels"]])[0],
                 mean=tuple(float(v) for v in values["mean"]),
                 std=tuple(float(v) for v in values["std"]),
-                invert={True: True, False: False}[values["invert"]],
-                fit=values.get("fit", "stretch"),  # earlier checkpoints do not say
+                invert=boolean[values["invert"]],
+                fit=values.get("fit", "stretch"),  # earlier releases had neither this
+                draft=boolean[values.get("draft", False)],  # nor this
             )
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"preprocessing: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def measured(cls, pixels: Tensor, invert: bool = False, fit: Fit = "stretch") -> Self:
+    def measured(
+        cls, pixels: Tensor, invert: bool = False, fit: Fit = "stretch", draft: bool = False
+    ) -> Self:
         """Take size, channels, mean and std from training images, uint8 [N, C, H, W]."""
         std, mean = torch.std_mean(pixels[:10_000].double() / 255, dim=(0, 2, 3))
         return cls(
@@ -152,6 +161,7 @@ class Preprocessing:
             std=tuple(max(round(v, 4), 1e-3) for v in std.tolist()),
             invert=invert,
             fit=fit,
+            draft=draft,
         )
 
 
@@ -174,7 +184,7 @@ def _raw(image: Image.Image) -> bytes:
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:
-    """Lay transparent pixels over the background, and convert to `mode`.
+    """Composite transparent pixels over white, and convert to `mode`.
 
     Some rows at a time: each step of it copies the pixels, 4 bytes each, and all of a photo's at
     once would take five times its own memory.
@@ -186,6 +196,6 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
         part = image.crop(box).convert("RGBA")
-        paper = Image.new("RGBA", part.size, (*BACKGROUND, 255))
-        flat.paste(Image.alpha_composite(paper, part).convert("RGB").convert(mode), box)
+        white = Image.new("RGBA", part.size, "white")
+        flat.paste(Image.alpha_composite(white, part).convert("RGB").convert(mode), box)
     return flat

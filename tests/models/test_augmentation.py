@@ -5,7 +5,7 @@ from math import sqrt
 import pytest
 import torch
 
-from dropserve.models.augmentation import augment
+from dropserve.models.data import augment
 
 IMAGES = torch.arange(1, 25, dtype=torch.uint8).view(1, 2, 3, 4)
 

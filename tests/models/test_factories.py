@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from dropserve.models.errors import ConfigError
-from dropserve.models.factories import call_factory, trusted
+from dropserve.models.networks import call_factory, trusted
 
 NETS = """
 from torch import nn
