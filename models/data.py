@@ -32,7 +32,7 @@ _IDX_FILES = (
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
-_IDX_SETS = {  # classes, address, and the files' MD5 sums as zalandoresearch and the mirror have them
+_IDX_SETS = {  # classes, address, and the published MD5 sums of the files
     "fashion-mnist": (
         ("t-shirt", "trouser", "pullover", "dress", "coat",
          "sandal", "shirt", "sneaker", "bag", "ankle boot"),
@@ -146,9 +146,8 @@ def load_dataset(
         invert: as in `Preprocessing`, for a folder's images and those that are served. The named
             datasets are pixels already, and what is dark in them stays dark.
         fit: as in `Preprocessing`; likewise.
-        preprocessing: a model's, in place of `size`, `invert` and `fit`, and of what would be
-            measured.
-        classes: a model's, in its order; None: a folder's, in the order of their names.
+        preprocessing: a model's, in place of `size`, `invert`, `fit` and what would be measured.
+        classes: a model's, in its order; None: those of the dataset, a folder's sorted by name.
         skip_broken: leave out images of a folder that cannot be read.
         whole: test on all images of a folder without `train` and `test`.
 
@@ -156,58 +155,53 @@ def load_dataset(
         DataError: no such dataset, or its files are missing, damaged or empty, or do not fit
             `preprocessing` or `classes`. All images of a folder that cannot be read are named.
     """
+    found, shown = Found(), name
     if name in NAMED:
         if size is not None:
             raise DataError(f"{name} has a size of its own: size is for a folder of images")
-        dataset = _digits() if name == "digits" else _from_idx(name, data_dir / name)
-        prepared = preprocessing or replace(dataset.preprocessing, invert=invert, fit=fit)
+        own, train, test = _digits() if name == "digits" else _idx(name, data_dir / name)
     elif Path(name).is_dir():
-        unscaled = Preprocessing(size or (32, 32), 3, (0.0,) * 3, (1.0,) * 3, invert, fit, True)
-        dataset = _folder(Path(name), preprocessing or unscaled, skip_broken, whole)
-        images = dataset.train.images
-        prepared = preprocessing or Preprocessing.measured(images, invert, fit, draft=True)
+        how = preprocessing or Preprocessing(
+            size or (32, 32), 3, (0.0,) * 3, (1.0,) * 3, invert, fit, draft=True
+        )
+        own, train, test = _folder(Path(name), how, found, skip_broken=skip_broken, whole=whole)
+        shown = f"{Path(name).resolve().name}/"  # the slash tells it from the named datasets
     else:
         raise DataError(f"no dataset {name!r}: give {', '.join(NAMED)}, or a folder of images")
-    if dataset.preprocessing.shape != prepared.shape:
+    if preprocessing is None:
+        measured = Preprocessing.measured(train.images)
+        preprocessing = replace(measured, invert=invert, fit=fit, draft=name not in NAMED)
+    elif (shape := tuple(test.images.shape[1:])) != preprocessing.shape:
         raise DataError(
-            f"{name} has images {dataset.preprocessing.shape} (channels, height, width), "
-            f"the model takes {prepared.shape}"
+            f"{name} has images {shape} (channels, height, width), "
+            f"the model takes {preprocessing.shape}"
         )
-    return _with_classes(replace(dataset, preprocessing=prepared), classes or dataset.classes)
+    if classes is not None:
+        missing, unknown = sorted({*classes} - {*own}), sorted({*own} - {*classes})
+        if missing or unknown:
+            differ = [f"lacks {', '.join(missing)}"] if missing else []
+            differ += [f"has {', '.join(unknown)} too"] if unknown else []
+            raise DataError(f"{shown} has other classes than the model: it {' and '.join(differ)}")
+        order = torch.tensor([classes.index(c) for c in own])
+        train, test = (Split(s.images, order[s.labels]) for s in (train, test))
+    return Dataset(shown, classes or own, train, test, preprocessing, found)
 
 
-def _with_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
-    """Number the labels in the order of `classes`."""
-    missing, unknown = (
-        set(a) - set(b) for a, b in ((classes, dataset.classes), (dataset.classes, classes))
-    )
-    if missing or unknown:
-        differ = [f"lacks {', '.join(sorted(missing))}"] if missing else []
-        differ += [f"has {', '.join(sorted(unknown))} too"] if unknown else []
-        raise DataError(
-            f"{dataset.name} has other classes than the model: it {' and '.join(differ)}"
-        )
-    number = torch.tensor([classes.index(name) for name in dataset.classes])
-    train, test = (Split(s.images, number[s.labels]) for s in (dataset.train, dataset.test))
-    return replace(dataset, classes=classes, train=train, test=test)
-
-
-def _digits() -> Dataset:
+def _digits() -> tuple[tuple[str, ...], Split, Split]:
     """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, sixteen greys, no download."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]
-    parts = train_test_split(
-        images, data.target, test_size=_TEST_SHARE, random_state=0, stratify=data.target
+    images = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    both = Split(images, torch.from_numpy(data.target).long())
+    train, test = train_test_split(
+        torch.arange(len(both)), test_size=_TEST_SHARE, random_state=0, stratify=data.target
     )
-    train_x, test_x, train_y, test_y = (torch.from_numpy(np.ascontiguousarray(p)) for p in parts)
-    train, test = Split(train_x, train_y.long()), Split(test_x, test_y.long())
-    return Dataset("digits", _DIGITS, train, test, Preprocessing.measured(train_x))
+    return _DIGITS, both.take(train), both.take(test)
 
 
-def _from_idx(name: str, folder: Path) -> Dataset:
+def _idx(name: str, folder: Path) -> tuple[tuple[str, ...], Split, Split]:
     """Read the four files in `folder`, gzipped or not, after downloading those that are missing."""
     classes, url, sums = _IDX_SETS[name]
     arrays = []
@@ -216,13 +210,11 @@ def _from_idx(name: str, folder: Path) -> Dataset:
         if not packed.exists() and not plain.exists():
             download(url + file, packed, md5)
         arrays.append(read_idx(packed if packed.exists() else plain))
-    train_x, train_y, test_x, test_y = arrays
-    train = Split(train_x.unsqueeze(1), train_y.long())
-    test = Split(test_x.unsqueeze(1), test_y.long())
+    train, test = (Split(x.unsqueeze(1), y.long()) for x, y in (arrays[:2], arrays[2:]))
     for split in (train, test):
         if len(split.images) != len(split.labels) or int(split.labels.max()) >= len(classes):
             raise DataError(f"{name}: images and labels do not belong together")
-    return Dataset(name, classes, train, test, Preprocessing.measured(train.images))
+    return classes, train, test
 
 
 def read_idx(path: Path) -> Tensor:
@@ -260,14 +252,15 @@ def download(
     part.replace(path)
 
 
-def _folder(root: Path, preprocessing: Preprocessing, skip_broken: bool, whole: bool) -> Dataset:
+def _folder(
+    root: Path, preprocessing: Preprocessing, found: Found, *, skip_broken: bool, whole: bool
+) -> tuple[tuple[str, ...], Split, Split]:
     """Read a folder with one sub-folder a class, or with `train` and `test` folders of such."""
     split = (root / "train").is_dir() and (root / "test").is_dir()
     parts = [root / "train", root / "test"] if split else [root]
     classes = tuple(path.name for path in _visible(parts[0], "*") if path.is_dir())
     if len(classes) < 2:
         raise DataError(f"{parts[0]}: needs at least two sub-folders, one a class")
-    found = Found()
     for folder in {root, *parts}:
         found.others += sum(path.is_file() for path in _visible(folder, "*"))
     parts = parts[-1:] if whole else parts
@@ -292,8 +285,7 @@ def _folder(root: Path, preprocessing: Preprocessing, skip_broken: bool, whole: 
     elif not split:
         held_out = _held_out(names, train.labels)
         train, test = train.take(~held_out), train.take(held_out)
-    name = f"{root.resolve().name}/"  # the slash tells it from the named datasets
-    return Dataset(name, classes, train, test, preprocessing, found)
+    return classes, train, test
 
 
 def _visible(folder: Path, pattern: str) -> Iterator[Path]:
@@ -321,19 +313,26 @@ def _held_out(names: Sequence[str], labels: Tensor) -> Tensor:
 def _read_images(
     root: Path, classes: Sequence[str], preprocessing: Preprocessing, found: Found
 ) -> list[tuple[str, int, Pixels]]:
-    """Return name, label and pixels [C, H, W] of each readable image; record the rest in `found`."""
+    """Return name, label and pixels [C, H, W] of each image that can be read."""
     rows = []
     for label, name in enumerate(classes):
         files = [path for path in _visible(root / name, "**/*") if path.is_file()]
         images = [
-            path for path in files if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}
+            path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
         ]
         found.others += len(files) - len(images)
         if not images:
             raise DataError(f"{root / name}: no .png, .jpg or .webp image in it")
         for path in images:
             try:
-                pixels, size = _read_image(path, preprocessing)
+                raw = path.read_bytes()
+                if raw[:4] == b"\x89PNG" and raw[24:25] == b"\x10":  # Pillow would clip them
+                    found.broken.append(f"{path}: 16 bits a channel: save it with 8")
+                    continue
+                with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")) as image:
+                    size = image.height, image.width
+                    preprocessing.set_scale(image)
+                    pixels = preprocessing.prepare(image)
             except UnidentifiedImageError:
                 found.broken.append(f"{path}: not a PNG, JPEG or WebP image")
             except Exception as error:  # Pillow's parsers raise anything for a bad file
@@ -342,18 +341,6 @@ def _read_images(
                 found.sizes.add(size)
                 rows.append((path.relative_to(root).as_posix(), label, pixels))
     return rows
-
-
-def _read_image(path: Path, preprocessing: Preprocessing) -> tuple[Pixels, tuple[int, int]]:
-    """Return an image's pixels [C, H, W], and its own (height, width)."""
-    raw = path.read_bytes()
-    if raw[:4] == b"\x89PNG" and raw[24:25] == b"\x10":
-        raise ValueError("16 bits a channel, which would be clipped: save it with 8")
-    with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")) as image:
-        size = image.height, image.width
-        if preprocessing.draft_size is not None:
-            image.draft(None, preprocessing.draft_size)  # which changes JPEGs alone
-        return preprocessing.prepare(image), size
 
 
 def augment(images: Tensor, shift: int, flip: bool) -> Tensor:

@@ -21,7 +21,7 @@ _MAX_BYTES = 2**19
 
 @dataclass(frozen=True)
 class Example:
-    """The index of a class, and a PNG file in base64 that `prepare` maps to the test set's pixels."""
+    """A PNG in base64, which `prepare` maps to the test set's pixels, and its class's index."""
 
     index: int
     png: str

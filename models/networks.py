@@ -22,7 +22,7 @@ from torch import nn
 
 from dropserve.models.dropout import InvertedDropout, SpatialDropout, check_rate
 from dropserve.models.errors import ConfigError
-from dropserve.models.storage import integers
+from dropserve.models.storage import parse_dataclass
 
 FORMS = "package.module:factory or path/to/file.py:factory"
 _MAX_WIDTH = 65_536
@@ -96,20 +96,7 @@ class NetworkConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from `to_json()`; ConfigError if a value is missing or invalid."""
-        try:
-            channels, height, width = integers(values["input"])
-            return cls(
-                kind=str(values["kind"]),
-                input=(channels, height, width),
-                classes=integers([values["classes"]])[0],
-                hidden=integers(values["hidden"]),
-                dropout=tuple(float(v) for v in values["dropout"]),
-                channels=integers(values["channels"]),
-                spatial_dropout=float(values["spatial_dropout"]),
-                arguments=dict(values["arguments"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"network: {type(error).__name__}: {error}") from error
+        return parse_dataclass("network", cls, values)
 
 
 def default_config(kind: str, input_shape: tuple[int, int, int], classes: int) -> NetworkConfig:
@@ -156,26 +143,22 @@ def trusted(name: str, allowed: Collection[str]) -> str:
     """
     if name in allowed:
         return name
-    alike = [other for other in allowed if _is_file(other) and _own_name(other) == _own_name(name)]
+    own = {other: other.rpartition("/")[2] for other in (name, *allowed)}  # file.py:factory
+    alike = [other for other in allowed if _is_file(other) and own[other] == own[name]]
     same = [other for other in alike if os.path.normpath(other) == os.path.normpath(name)]
-    found = same[:1] or alike
-    if len(found) == 1:
+    if len(found := same[:1] or alike) == 1:
         return found[0]
-    named = ", ".join(map(_own_name, allowed)) or "none"
+    if found:
+        raise ConfigError(f"the factory {name!r} could be {' or '.join(found)}: allow one of them")
     raise ConfigError(
-        f"the factory {name!r} could be {' or '.join(found)}: allow one of them"
-        if found
-        else f"the factory {name!r} is not trusted here: name it in DROPSERVE_FACTORIES if you "
-        f"want this checkpoint to import and call it; named there: {named}"
+        f"the factory {name!r} is not trusted here: name it in DROPSERVE_FACTORIES if you want "
+        f"this checkpoint to import and call it; named there: "
+        + (", ".join(own[other] for other in allowed) or "none")
     )
 
 
 def _is_file(name: str) -> bool:
     return name.rpartition(":")[0].endswith(".py")
-
-
-def _own_name(name: str) -> str:
-    return name.rpartition("/")[2]  # path/to/file.py:factory -> file.py:factory
 
 
 def call_factory(name: str, arguments: Mapping[str, object]) -> object:

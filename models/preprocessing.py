@@ -12,12 +12,10 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from dropserve.models.errors import ConfigError
-from dropserve.models.storage import integers
+from dropserve.models.storage import parse_dataclass
 
 Pixels = npt.NDArray[np.uint8]
 Fit = Literal["stretch", "crop", "pad"]
-_FLATTENED = 2**18
-"""Pixels that are composited at once."""
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,14 +72,17 @@ class Preprocessing:
 
     @property
     def draft_size(self) -> tuple[int, int] | None:
-        """Return (width, height) for `image.draft(None, ...)` before a JPEG is decoded, if any.
+        """Least (width, height), upright, at which a JPEG may be decoded; None: in full.
 
-        Pillow then decodes at the smallest scale that leaves both sides at least as long, or in
-        full. It is square, because EXIF orientation may swap the sides afterwards, and twice the
-        network's size, because `prepare` averages down to that before it interpolates.
+        Twice the network's size, to which `prepare` averages down before it interpolates.
         """
-        side = 2 * max(self.size)
-        return (side, side) if self.draft else None
+        return (2 * self.size[1], 2 * self.size[0]) if self.draft else None
+
+    def set_scale(self, image: Image.Image) -> None:
+        """Have an open JPEG decoded at the smallest scale of at least `draft_size`, or in full."""
+        if self.draft_size is not None:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # width for height
+            image.draft(None, self.draft_size[::-1] if turned else self.draft_size)
 
     def prepare(self, image: Image.Image) -> Pixels:
         """Turn an image of any size and mode into the network's pixels, uint8 [C, H, W].
@@ -133,36 +134,16 @@ class Preprocessing:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from `to_json()`; ConfigError if a value is missing or invalid."""
-        boolean = {True: True, False: False}
-        try:
-            height, width = integers(values["size"])
-            return cls(
-                size=(height, width),
-                channels=integers([values["channels"]])[0],
-                mean=tuple(float(v) for v in values["mean"]),
-                std=tuple(float(v) for v in values["std"]),
-                invert=boolean[values["invert"]],
-                fit=values.get("fit", "stretch"),  # earlier releases had neither this
-                draft=boolean[values.get("draft", False)],  # nor this
-            )
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"preprocessing: {type(error).__name__}: {error}") from error
+        return parse_dataclass("preprocessing", cls, values, optional=("fit", "draft"))
 
     @classmethod
-    def measured(
-        cls, pixels: Tensor, invert: bool = False, fit: Fit = "stretch", draft: bool = False
-    ) -> Self:
+    def measured(cls, pixels: Tensor) -> Self:
         """Take size, channels, mean and std from training images, uint8 [N, C, H, W]."""
+        _, channels, height, width = pixels.shape
         std, mean = torch.std_mean(pixels[:10_000].double() / 255, dim=(0, 2, 3))
-        return cls(
-            size=(pixels.shape[2], pixels.shape[3]),
-            channels=pixels.shape[1],
-            mean=tuple(round(v, 4) for v in mean.tolist()),
-            std=tuple(max(round(v, 4), 1e-3) for v in std.tolist()),
-            invert=invert,
-            fit=fit,
-            draft=draft,
-        )
+        means = tuple(round(v, 4) for v in mean.tolist())
+        stds = tuple(max(round(v, 4), 1e-3) for v in std.tolist())
+        return cls((height, width), channels, means, stds)
 
 
 @lru_cache(maxsize=64)
@@ -184,15 +165,11 @@ def _raw(image: Image.Image) -> bytes:
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:
-    """Composite transparent pixels over white, and convert to `mode`.
-
-    Some rows at a time: each step of it copies the pixels, 4 bytes each, and all of a photo's at
-    once would take five times its own memory.
-    """
+    """Composite transparent pixels over white, and convert to `mode`."""
     if not image.has_transparency_data:
         return image if image.mode == mode else image.convert(mode)
     flat = Image.new(mode, image.size, None)
-    rows = max(1, _FLATTENED // image.width)
+    rows = max(1, 2**18 // image.width)  # all at once would take five times the image's memory
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
         part = image.crop(box).convert("RGBA")

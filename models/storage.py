@@ -4,45 +4,45 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from dropserve.models.errors import CheckpointRefused
+from dropserve.models.errors import CheckpointRefused, ConfigError
 
-if TYPE_CHECKING:  # what reads and writes JSON alone starts without PyTorch
-    from torch import Tensor
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from torch import Tensor  # what reads and writes JSON alone starts without PyTorch
 
+T = TypeVar("T", bound="DataclassInstance")
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 10_000
 
 
 def read_once(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes through one descriptor, else CheckpointRefused.
+    """Read a regular file of at most `limit` bytes; CheckpointRefused for all else.
 
     Links, pipes and files that change meanwhile are refused. The file is not mapped: a mapped file
     that is truncated later kills the process.
     """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        link = path.is_symlink()
-        why = "a symbolic link: put the file itself there" if link else error.strerror
-        raise CheckpointRefused(path, f"cannot be opened: {why}") from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointRefused(path, "not a plain file")
-        if status.st_size > limit:
-            raise CheckpointRefused(path, f"{status.st_size} bytes, more than {limit}")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:  # that of a folder would fail
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointRefused(path, "not a plain file")
+            if status.st_size > limit:
+                raise CheckpointRefused(path, f"{status.st_size} bytes, more than {limit}")
             raw = file.read(status.st_size + 1)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        why = "a symbolic link: put the file itself there" if path.is_symlink() else error.strerror
+        raise CheckpointRefused(path, f"cannot be opened: {why}") from error
     if len(raw) != status.st_size:
         raise CheckpointRefused(path, "changed while it was being read")
     return raw
@@ -88,7 +88,7 @@ def dump_tensors(
 
 
 def check_header(path: Path, raw: bytes) -> dict[str, Any]:
-    """Return the header of a safetensors file; CheckpointRefused if its claims are out of bounds."""
+    """Return the header of a safetensors file; CheckpointRefused if it claims too much."""
     size = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or size > MAX_HEADER_BYTES:
         raise CheckpointRefused(path, f"not safetensors: a header of {size} bytes")
@@ -123,11 +123,21 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     return value
 
 
-def integers(values: object) -> tuple[int, ...]:
-    """Return a list of JSON's integers as a tuple; TypeError for all else, as nothing is parsed."""
-    if not isinstance(values, list | tuple) or any(type(v) is not int for v in values):
-        raise TypeError(f"a list of integers is needed, not {values!r}")
-    return tuple(values)
+def parse_dataclass(
+    name: str, kind: type[T], values: Mapping[str, Any], optional: Collection[str] = ()
+) -> T:
+    """Build a dataclass strictly from JSON's values; ConfigError says what is wrong.
+
+    All fields are needed but the `optional` ones, which earlier releases did not write.
+    """
+    try:
+        made = TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        wrong = [".".join([name, *map(str, e["loc"])]) + f": {e['msg']}" for e in error.errors()]
+        raise ConfigError("; ".join(wrong)) from error
+    if missing := {f.name for f in fields(kind)} - values.keys() - {*optional}:
+        raise ConfigError(f"{name}: {min(missing)} is missing")
+    return made
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -158,7 +168,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Lock a folder for the length of the block; BlockingIOError if another process has the lock."""
+    """Lock a folder for the length of the block; BlockingIOError if another process does."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
