@@ -81,7 +81,7 @@ class Preprocessing:
     def set_scale(self, image: Image.Image) -> None:
         """Have an open JPEG decoded at the smallest scale of at least `draft_size`, or in full."""
         if self.draft_size is not None:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # width for height
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             image.draft(None, self.draft_size[::-1] if turned else self.draft_size)
 
     def prepare(self, image: Image.Image) -> Pixels:
