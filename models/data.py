@@ -23,14 +23,14 @@ from torch import Tensor
 
 from dropserve.models.errors import DataError
 from dropserve.models.preprocessing import Fit, Pixels, Preprocessing
+from dropserve.models.storage import replace_durably
 
 NAMED = ("digits", "fashion-mnist", "mnist")
 _DIGITS = tuple("0123456789")
-_IDX_FILES = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
+_IDX_FILES = tuple(
+    f"{part}-{kind}-ubyte.gz"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
 )
 _IDX_SETS = {  # classes, address, and the published MD5 sums of the files
     "fashion-mnist": (
@@ -70,7 +70,7 @@ class Split:
             yield Split(self.images[start : start + size], self.labels[start : start + size])
 
     def digest(self, *others: "Split") -> str:
-        """SHA-256 over all images, then all labels; then those of `others`."""
+        """SHA-256 over all images, then all labels; then those of other splits."""
         sha = hashlib.sha256()
         for split in (self, *others):
             sha.update(split.images.contiguous().numpy().data)
@@ -100,16 +100,16 @@ class Dataset:
 
     def summary(self) -> str:
         """Describe it in one line; sizes are height x width."""
-        used, fit = self.preprocessing.size, self.preprocessing.fit
+        used = self.preprocessing.size
+        fitted = {"stretch": "stretched", "crop": "cropped", "pad": "padded"}
         sizes = sorted(self.found.sizes or {used}, key=math.prod)
         smallest, largest, wanted = ("x".join(map(str, s)) for s in (sizes[0], sizes[-1], used))
-        pixels = smallest if len(sizes) == 1 else f"{smallest} to {largest}"
-        fitted = {"stretch": "stretched", "crop": "cropped", "pad": "padded"}[fit]
         others, broken = self.found.others, len(self.found.broken)
         return (
             f"{self.name}: {len(self.train):,} images to train on, {len(self.test):,} to test on; "
-            f"{len(self.classes)} classes; {pixels} pixels"
-            + (f", {fitted} to {wanted}" if sizes != [used] else "")
+            f"{len(self.classes)} classes; {smallest}"
+            + (f" to {largest} pixels" if len(sizes) > 1 else " pixels")
+            + (f", {fitted[self.preprocessing.fit]} to {wanted}" if sizes != [used] else "")
             + (f"; other files: {others:,}" if others else "")
             + (f"; broken images skipped: {broken:,}" if broken else "")
         )
@@ -136,20 +136,16 @@ def load_dataset(
     skip_broken: bool = False,
     whole: bool = False,
 ) -> Dataset:
-    """Load a dataset by name, or a folder of images by its path.
+    """Load a dataset by name: "digits", "fashion-mnist", "mnist", or the path of a folder.
 
-    Args:
-        name: "digits", "fashion-mnist", "mnist", or a folder: one sub-folder a class, or `train`
-            and `test` folders of such.
-        data_dir: where IDX files are, or are downloaded to, in a sub-folder named as the dataset.
-        size: (height, width) in pixels that a folder's images are resized to (default 32 x 32).
-        invert: as in `Preprocessing`, for a folder's images and those that are served. The named
-            datasets are pixels already, and what is dark in them stays dark.
-        fit: as in `Preprocessing`; likewise.
-        preprocessing: a model's, in place of `size`, `invert`, `fit` and what would be measured.
-        classes: a model's, in its order; None: those of the dataset, a folder's sorted by name.
-        skip_broken: leave out images of a folder that cannot be read.
-        whole: test on all images of a folder without `train` and `test`.
+    A folder has one sub-folder of images a class, or `train` and `test` folders of such. IDX files
+    are in `data_dir`, or downloaded to it, in a sub-folder named as the dataset.
+
+    A folder's images are resized to `size`, (height, width), by default 32 x 32; `invert` and `fit`
+    are as in `Preprocessing`, for them and for those that are served. The named datasets are pixels
+    already. In place of all three, and of mean and std as they are measured, `preprocessing` is a
+    saved model's; so are `classes`, in its order. `skip_broken` leaves out images that cannot be
+    read; `whole` tests on all images of a folder without `train` and `test`.
 
     Raises:
         DataError: no such dataset, or its files are missing, damaged or empty, or do not fit
@@ -206,10 +202,10 @@ def _idx(name: str, folder: Path) -> tuple[tuple[str, ...], Split, Split]:
     classes, url, sums = _IDX_SETS[name]
     arrays = []
     for file, md5 in zip(_IDX_FILES, sums, strict=True):
-        packed, plain = folder / file, folder / file.removesuffix(".gz")
-        if not packed.exists() and not plain.exists():
-            download(url + file, packed, md5)
-        arrays.append(read_idx(packed if packed.exists() else plain))
+        path = folder / file
+        if not path.exists() and not path.with_suffix("").exists():
+            download(url + file, path, md5)
+        arrays.append(read_idx(path if path.exists() else path.with_suffix("")))
     train, test = (Split(x.unsqueeze(1), y.long()) for x, y in (arrays[:2], arrays[2:]))
     for split in (train, test):
         if len(split.images) != len(split.labels) or int(split.labels.max()) >= len(classes):
@@ -247,9 +243,7 @@ def download(
     if (got := hashlib.md5(raw, usedforsecurity=False).hexdigest()) != md5:
         raise DataError(f"{url}: MD5 is {got}, published is {md5}; nothing was written")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(raw)
-    part.replace(path)
+    replace_durably(path, raw)
 
 
 def _folder(

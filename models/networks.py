@@ -177,9 +177,9 @@ def call_factory(name: str, arguments: Mapping[str, object]) -> object:
 def _run(file: Path) -> Iterator[ModuleType]:
     """Run a file anew; for the length of the block it can import its neighbours.
 
-    It imports them as a script does, `import blocks`, or as part of a package, `from .blocks import
-    Block`. Files and neighbours of one name in two folders are different modules: the package's
-    name is made of the path, and what was imported as a script does is removed again.
+    It may `import blocks`, as a script does, or `from .blocks import Block`, as a package does.
+    Files and neighbours of one name in two folders are different modules: the package's name is
+    made of the path, and what was imported as a script does is removed again.
     """
     file = file.resolve()
     folder = str(file.parent)

@@ -41,8 +41,8 @@ class Preprocessing:
         fit: how an image of other proportions gets the size: "stretch" changes its proportions,
             "crop" scales its shorter side and cuts off the ends of the longer one, "pad" scales its
             longer side and fills the rest with what the network sees as 0.
-        draft: decode large JPEGs at 1/2, 1/4 or 1/8 of their size. Networks that were trained on
-            JPEGs decoded in full keep False, as checkpoints of earlier releases do.
+        draft: decode large JPEGs at 1/2, 1/4 or 1/8 of their size. Checkpoints of earlier releases
+            lack the field: they were trained on JPEGs decoded in full, and are served so.
     """
 
     size: tuple[int, int]
@@ -72,14 +72,14 @@ class Preprocessing:
 
     @property
     def draft_size(self) -> tuple[int, int] | None:
-        """Least (width, height), upright, at which a JPEG may be decoded; None: in full.
-
-        Twice the network's size, to which `prepare` averages down before it interpolates.
-        """
+        """Least (width, height), upright, that JPEGs are decoded at; None: their own."""
         return (2 * self.size[1], 2 * self.size[0]) if self.draft else None
 
     def set_scale(self, image: Image.Image) -> None:
-        """Have an open JPEG decoded at the smallest scale of at least `draft_size`, or in full."""
+        """Have an open JPEG decoded at the smallest scale of at least `draft_size`, or in full.
+
+        That is twice the network's size, to which `prepare` averages before it interpolates.
+        """
         if self.draft_size is not None:
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             image.draft(None, self.draft_size[::-1] if turned else self.draft_size)
@@ -98,7 +98,11 @@ class Preprocessing:
         height, width = self.size
         if image.size != (width, height):
             image = self._fitted(image)
-        raw = bytearray(_raw(image))  # to be written to
+        image.load()
+        # what image.tobytes() does, in half the time; a bytearray, so that it may be written to
+        encoder = Image.core.raw_encoder(mode, mode, 0, 1)  # type: ignore[attr-defined]
+        encoder.setimage(image.im, (0, 0, width, height))
+        raw = bytearray(encoder.encode(width * height * self.channels)[2])
         pixels = np.frombuffer(raw, np.uint8).reshape(height, width, self.channels)
         pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return 255 - pixels if self.invert else pixels
@@ -153,15 +157,6 @@ def _affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor,
         std = torch.tensor(preprocessing.std, device=device).view(-1, 1, 1)
         mean = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1)
         return 1 / (255 * std), -mean / std
-
-
-def _raw(image: Image.Image) -> bytes:
-    """Do what `image.tobytes()` does, in half the time: pixels of 8 bits a channel."""
-    image.load()
-    encoder = Image.core.raw_encoder(image.mode, image.mode, 0, 1)  # type: ignore[attr-defined]
-    encoder.setimage(image.im, (0, 0, *image.size))
-    raw: bytes = encoder.encode(image.width * image.height * len(image.mode))[2]
-    return raw
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -78,12 +78,11 @@ def test_a_dataset_is_described_by_its_name_digest_and_sizes(digits):
     assert digits.train.digest() != digits.test.digest()
 
 
-def test_a_size_is_refused_where_the_dataset_has_its_own(tmp_path):
+def test_options_of_a_named_dataset_go_into_the_preprocessing_and_it_has_its_own_size(tmp_path):
+    with pytest.raises(DataError, match="no dataset 'imagenet': give digits, fashion-mnist, mnist"):
+        load_dataset("imagenet", tmp_path)
     with pytest.raises(DataError, match="digits has a size of its own"):
         load_dataset("digits", tmp_path, size=(16, 16))
-
-
-def test_invert_goes_into_the_preprocessing(tmp_path):
     found = load_dataset("digits", tmp_path, invert=True, fit="pad").preprocessing
     assert (found.invert, found.fit, found.draft) == (True, "pad", False)
 
@@ -211,7 +210,7 @@ def test_a_folder_with_train_and_test_is_read_as_it_is(tmp_path):
 def test_a_folder_without_a_split_holds_the_same_images_out_whenever_it_grows(tmp_path):
     def split(count):
         for i in range(count):
-            paint(tmp_path / ("even" if i % 2 == 0 else "odd") / f"{i}.png", i)
+            paint(tmp_path / ("odd" if i % 2 else "train") / f"{i}.png", i)
         data = load_dataset(str(tmp_path), tmp_path, size=(4, 4))
         return [set(s.images[:, 0, 0, 0].tolist()) for s in (data.train, data.test)]
 
@@ -339,11 +338,6 @@ def test_photos_are_decoded_at_a_smaller_scale_unless_the_model_s_were_not(tmp_p
         assert torch.equal(got, pixels)
         assert {image.size for image in images} == {size}
         assert all((pixels == x).flatten(1).all(1).any() for x in data.train.images) == draft
-
-
-def test_an_unknown_dataset_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no dataset 'imagenet': give digits, fashion-mnist, mnist"):
-        load_dataset("imagenet", tmp_path)
 
 
 def test_a_split_is_taken_and_batched_in_order(digits):

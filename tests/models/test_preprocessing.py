@@ -78,7 +78,7 @@ def test_colour_becomes_grey_by_luma():
     np.testing.assert_allclose(got[0], PIXELS @ [0.299, 0.587, 0.114], atol=1)
 
 
-def test_black_and_white_and_cmyk_pictures_are_read():
+def test_black_and_white_and_cmyk_images_are_read():
     assert GREY.prepare(Image.new("1", (3, 2), 1)).tolist() == [[[255] * 3] * 2]
     assert COLOUR.prepare(Image.new("CMYK", (3, 2))).tolist() == [[[255] * 3] * 2] * 3
 

@@ -49,7 +49,7 @@ DUPLICATE = pack(
 INVALID = {
     "nothing": (b"", "not safetensors"),
     "seven bytes": (VALID[:7], "not safetensors"),
-    "cut in the header": (VALID[:40], "truncated in its header"),
+    "cut in the header": (VALID[:-41], "truncated in its header"),  # of its data and a byte
     "cut in the data": (VALID[:-1], "invalid safetensors"),
     "a trailing byte": (VALID + b"\0", "invalid safetensors"),
     "a header of 2^63 bytes": ((2**63).to_bytes(8, "little") + VALID[8:], "a header of 92233720"),
