@@ -13,10 +13,9 @@ from dropserve.models.catalogue import is_name
 from dropserve.models.checkpoint import Metadata
 from dropserve.models.data import NAMED, Dataset, Split, load_dataset
 from dropserve.models.errors import ConfigError, DataError, ModelsError
-from dropserve.models.factories import FORMS
 from dropserve.models.hyperparameters import Recipe, default_recipe
 from dropserve.models.montecarlo import Sampler
-from dropserve.models.networks import NetworkConfig, default_config
+from dropserve.models.networks import FORMS, NetworkConfig, default_config
 from dropserve.models.preprocessing import Preprocessing
 
 

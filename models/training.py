@@ -21,8 +21,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropserve.models.augmentation import augment
-from dropserve.models.data import Split
+from dropserve.models.data import Split, augment
 from dropserve.models.errors import ConfigError, TrainingDiverged
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.training_state import State

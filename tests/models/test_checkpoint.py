@@ -183,9 +183,9 @@ def test_a_missing_file_is_refused(path, file):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda raw: raw[:-1], "not sound safetensors"),
-        (lambda raw: raw[: len(raw) // 4], "truncated in its header|not sound safetensors"),
-        (lambda raw: raw + b"\0", "not sound safetensors"),
+        (lambda raw: raw[:-1], "invalid safetensors"),
+        (lambda raw: raw[: len(raw) // 4], "truncated in its header|invalid safetensors"),
+        (lambda raw: raw + b"\0", "invalid safetensors"),
         (lambda raw: (2**40).to_bytes(8, "little") + raw[8:], "a header of 1099511627776 bytes"),
         (lambda _: pickle.dumps(MLP.build().state_dict()), "not safetensors"),
     ],
@@ -333,11 +333,11 @@ def test_a_pipe_is_refused_and_does_not_hang(path, file):
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"", "not sound JSON"),
+        (b"", "invalid JSON"),
         (b"{}", "missing|KeyError"),
         (b"[]", "not a JSON object"),
         (b"{" + b" " * 1_000_001 + b"}", "more than 1000000"),
-        (b'{"name": "a", "name": "b"}', "a name stands twice"),
+        (b'{"name": "a", "name": "b"}', "duplicate name"),
     ],
     ids=["empty", "no values", "a list", "too long", "a duplicate name"],
 )
@@ -377,7 +377,7 @@ def test_metadata_that_make_no_sense_are_refused(path, changes, reason):
         ({"classes": ("a", "b")}, "one class name a logit"),
         ({"preprocessing": replace(INPUT, size=(8, 9))}, "disagree on the input's shape"),
         ({"examples": (Example(0, "no picture"),)}, r"examples\[0\]\.png"),
-        ({"recipe": {1: "a number", "1": "the same as text"}}, "a name stands twice"),
+        ({"recipe": {1: "a number", "1": "the same as text"}}, "duplicate name"),
     ],
     ids=["too long", "classes", "shape", "example", "twice"],
 )
