@@ -6,11 +6,14 @@ CPU ends with the very bits of an unbroken one. Lightning Fabric carries device,
 distribution over processes.
 """
 
+import hashlib
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,50 +24,46 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dropserve.models import storage
 from dropserve.models.augmentation import augment
 from dropserve.models.data import Split
-from dropserve.models.errors import ConfigError, TrainingDiverged
+from dropserve.models.errors import CheckpointRefused, ConfigError, TrainingDiverged
 from dropserve.models.hyperparameters import Recipe
-from dropserve.models.training_state import State
 
 Normalize = Callable[[Tensor], Tensor]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-_EVAL_BATCH = 1000
-_WORK_OF_A_THREAD = 250_000_000
+Progress = Callable[[int, int], None]
+_THREAD_FLOPS = 250_000_000
 """Floating-point operations of a step's forward pass that are worth a thread. Threads wait for each
 other in every layer; where other programs want the processor too, for longer than they compute."""
+_MAX_STATE_BYTES = 32 * 2**30
+_BLANK = b"0" * 64
+_CHECKSUM = re.compile(rb'(?<="sha256":")([0-9a-f]{64})(?=")')
+"""A state file's own SHA-256 in its header: of all bytes, with `_BLANK` in the digest's place."""
+_PARTS = {"module": "network", "from": "version to start from", "on": "precision or devices"}
+"""What the parts of a run's description are called, where it is not by their names."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images came to.
+    """What one pass over the training images came to."""
 
-    Attributes:
-        number: from 1.
-        loss: mean training loss.
-        train_accuracy: on the training batches as they came, augmented and with dropout.
-        validation_accuracy: in eval mode, on images held out.
-        seconds: of training, validation not counted.
-        images_per_second: of training.
-        best: whether no earlier epoch was better on the held-out images.
-    """
-
-    number: int
+    number: int  # from 1
     loss: float
-    train_accuracy: float
-    validation_accuracy: float
-    seconds: float
+    train_accuracy: float  # on the training batches as they came, augmented and with dropout
+    validation_accuracy: float  # in eval mode, on images held out
+    seconds: float  # of training, validation not counted
     images_per_second: float
-    best: bool
+    best: bool  # whether no earlier epoch was better on the held-out images
 
 
-def launch(accelerator: str = "auto", devices: int = 1, precision: Precision = "32-true") -> Fabric:
+def launch(
+    accelerator: str = "auto",
+    devices: int = 1,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+) -> Fabric:
     """Choose where to train; with several devices, start this program again for each of the others.
 
-    Args:
-        accelerator: "auto", "cpu", "cuda", "mps".
-        devices: processes, a device each; a batch is divided among them.
-        precision: "32-true", "bf16-mixed", "16-mixed".
+    A batch is divided among the devices, a process each.
     """
     fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
     fabric.launch()
@@ -72,18 +71,12 @@ def launch(accelerator: str = "auto", devices: int = 1, precision: Precision = "
 
 
 def with_threads(recipe: Recipe, module: nn.Module, example: Tensor) -> Recipe:
-    """Choose the CPU threads by the network's size where the recipe does not say.
-
-    Args:
-        recipe: how the module will be trained.
-        module: the network.
-        example: one normalised image [1, C, H, W].
-    """
+    """Choose the CPU threads by the work for one image [1, C, H, W], if the recipe does not say."""
     if recipe.threads is not None:
         return recipe
     with FlopCounterMode(display=False) as counter:
         module.eval()(example)
-    worth = counter.get_total_flops() * recipe.batch_size // _WORK_OF_A_THREAD
+    worth = counter.get_total_flops() * recipe.batch_size // _THREAD_FLOPS
     return replace(recipe, threads=max(1, min(worth, torch.get_num_threads())))
 
 
@@ -107,7 +100,7 @@ def fit(
     state_path: Path | None = None,
     description: Mapping[str, Any] | None = None,
     fabric: Fabric | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = lambda _done, _total: None,
 ) -> Iterator[Epoch]:
     """Train in place; when the iterator is exhausted, the module holds its best weights.
 
@@ -121,7 +114,7 @@ def fit(
         description: what else a state must have been made with to be continued, by its name: the
             network's config, say.
         fabric: where to train, from `launch()`; None: one device of whatever there is.
-        progress: called with (images done, images in all) of the epoch that runs.
+        progress: called with (images done, images in all) of the current epoch.
 
     Raises:
         ConfigError: the state is of another run, there are too few images, or a batch cannot be
@@ -129,24 +122,28 @@ def fit(
         TrainingDiverged: the loss is not finite; the state is that of the epoch before.
         CheckpointRefused: the state file is damaged.
     """
-    train, validation = _hold_out(data, recipe)
     fabric = fabric or launch()
     if recipe.batch_size % fabric.world_size:
         raise ConfigError(f"batch_size must be a multiple of {fabric.world_size}, the processes")
-    fingerprint = _fingerprint(module, recipe, data, description or {})
-    state = State(module, _optimizer(module, recipe), fingerprint)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
+    held_out = max(1, round(len(data) * recipe.validation_share))
+    if len(data) - held_out < 2:
+        raise ConfigError(f"{len(data)} images are too few to train and validate on")
+    train, validation = data.take(order[held_out:]), data.take(order[:held_out])
+    train = Split(train.images.to(fabric.device), train.labels.to(fabric.device))
+    made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
+    state = State(module, _optimizer(module, recipe), {**(description or {}), **made_with})
     if state_path is not None and state_path.exists():
         state.restore(state_path)
     wrapped, optimizer = fabric.setup(module, state.optimizer)
-    batches = _Batches(fabric, train, normalize, recipe)
     while state.epoch < recipe.epochs and not state.exhausted(recipe.patience):
         with cpu_threads(recipe.threads):
             started = time.perf_counter()
             module.train()
             with torch.random.fork_rng():
                 torch.manual_seed(_derived_seed(recipe.seed, state.epoch, fabric.global_rank))
-                loss, accuracy = _train_epoch(
-                    fabric, wrapped, optimizer, batches, recipe, state.epoch, progress
+                loss, accuracy, images = _train_epoch(
+                    fabric, wrapped, optimizer, train, normalize, recipe, state.epoch, progress
                 )
             seconds = time.perf_counter() - started
             if not math.isfinite(loss):
@@ -159,8 +156,7 @@ def fit(
             best = state.finish_epoch(score, loss_held_out)
             if state_path is not None and fabric.is_global_zero:
                 state.write(state_path)
-        speed = batches.steps * min(recipe.batch_size, len(train)) / seconds
-        yield Epoch(state.epoch, loss, accuracy, score, seconds, speed, best)
+        yield Epoch(state.epoch, loss, accuracy, score, seconds, images / seconds, best)
     state.load_best()
     module.cpu().eval()
 
@@ -172,75 +168,51 @@ def validate(
     """Return accuracy and mean cross-entropy, in nats, over all images in eval mode."""
     module.eval()
     right, loss = 0, 0.0
-    for batch in data.batches(_EVAL_BATCH):
+    for batch in data.batches(1000):
         logits = module(normalize(batch.images.to(device))).cpu()
         right += int((logits.argmax(-1) == batch.labels).sum())
         loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
     return right / len(data), loss / len(data)
 
 
-class _Batches:
-    """Shuffled, augmented, normalised batches of one epoch after the other, on the device."""
-
-    def __init__(self, fabric: Fabric, data: Split, normalize: Normalize, recipe: Recipe) -> None:
-        self._data = Split(data.images.to(fabric.device), data.labels.to(fabric.device))
-        self._normalize = normalize
-        self._recipe = recipe
-        self._share = slice(fabric.global_rank, None, fabric.world_size)
-        self.steps = max(1, len(data) // recipe.batch_size)
-
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (input, labels), this process's share; a last, smaller batch is left out."""
-        size = self._recipe.batch_size
-        generator = torch.Generator().manual_seed(_derived_seed(self._recipe.seed, number, -1))
-        order = torch.randperm(len(self._data), generator=generator)
-        order = order.to(self._data.labels.device)
-        for step in range(self.steps):
-            batch = self._data.take(order[step * size : (step + 1) * size][self._share])
-            images = augment(batch.images, self._recipe.shift, self._recipe.flip)
-            yield self._normalize(images), batch.labels
-
-
 def _train_epoch(
     fabric: Fabric,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: _Batches,
+    data: Split,
+    normalize: Normalize,
     recipe: Recipe,
     epoch: int,
-    progress: Callable[[int, int], None],
-) -> tuple[float, float]:
-    """One pass; returns the mean loss and the accuracy on the batches as they came."""
+    progress: Progress,
+) -> tuple[float, float, float]:
+    """One pass in shuffled batches; returns mean loss, accuracy and images of all processes."""
+    generator = torch.Generator().manual_seed(_derived_seed(recipe.seed, epoch, -1))
+    order = torch.randperm(len(data), generator=generator).to(data.labels.device)
+    size, steps = recipe.batch_size, max(1, len(data) // recipe.batch_size)
     sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
-    for step, (x, labels) in enumerate(batches.epoch(epoch)):
-        share = (epoch * batches.steps + step) / (recipe.epochs * batches.steps)
+    for step in range(steps):  # a last, smaller batch is left out
+        rows = order[step * size : (step + 1) * size]
+        batch = data.take(rows[fabric.global_rank :: fabric.world_size])  # this process's share
+        logits = module(normalize(augment(batch.images, recipe.shift, recipe.flip)))
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(share)
-        logits = module(x)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            done = (epoch * steps + step) / (recipe.epochs * steps)
+            group["lr"] = recipe.learning_rate * _schedule(done)
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
-        right = (logits.detach().argmax(-1) == labels).sum()
-        sums += torch.stack([loss.detach() * len(labels), right, right.new_tensor(len(labels))])
-        progress((step + 1) * recipe.batch_size, batches.steps * recipe.batch_size)
+        right = (logits.detach().argmax(-1) == batch.labels).sum()
+        sums += torch.stack([loss.detach() * len(batch), right, right.new_tensor(len(batch))])
+        progress((step + 1) * size, steps * size)
     summed = fabric.all_reduce(sums, reduce_op="sum")
-    return float(summed[0] / summed[2]), float(summed[1] / summed[2])
+    return float(summed[0] / summed[2]), float(summed[1] / summed[2]), float(summed[2])
 
 
-def _schedule(share: float, warm_up: float = 0.05) -> float:
+def _schedule(done: float, warm_up: float = 0.05) -> float:
     """Scale the learning rate by the share of the run that is done: linear up, half cosine down."""
-    if share < warm_up:
-        return (share + 1e-3) / (warm_up + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (share - warm_up) / (1 - warm_up)))
-
-
-def _hold_out(data: Split, recipe: Recipe) -> tuple[Split, Split]:
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
-    held_out = max(1, round(len(data) * recipe.validation_share))
-    if len(data) - held_out < 2:
-        raise ConfigError(f"{len(data)} images are too few to train and validate on")
-    return data.take(order[held_out:]), data.take(order[:held_out])
+    if done < warm_up:
+        return (done + 1e-3) / (warm_up + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -255,17 +227,183 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
 
 
-def _fingerprint(
-    module: nn.Module, recipe: Recipe, data: Split, description: Mapping[str, Any]
-) -> str:
-    """Say what a state must have been made with to continue it: layers, rates, recipe, images."""
-    parts = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
-    return json.dumps({**description, **parts}, sort_keys=True)
-
-
-def _derived_seed(seed: int, epoch: int, rank: int = 0) -> int:
+def _derived_seed(seed: int, epoch: int, rank: int) -> int:
     """Give each epoch and process a seed of its own; rank -1 is for what all processes share.
 
     Odd constants without a small multiple in common keep the sums apart.
     """
     return (seed + (epoch + 1) * 0x4F1BBCDCBFA53E0B + rank * 0x6C8E9CF570932BD5) % 2**63
+
+
+class State:
+    """What a run must remember between two epochs to go on as if it had never stopped.
+
+    `made_with` describes the run, for JSON; a state of another description is not continued.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, made_with: Mapping[str, Any]
+    ) -> None:
+        self.optimizer = optimizer
+        self.epoch = 0  # finished ones
+        self._module = module
+        self._made_with = json.dumps(made_with, sort_keys=True)
+        self._best_score = (-1.0, 0.0)
+        self._best_epoch = 0
+        self._best: dict[str, Tensor] = {}
+
+    def finish_epoch(self, accuracy: float, loss: float) -> bool:
+        """Count an epoch; say if it is the best, whose weights are kept.
+
+        Among epochs of the same accuracy, of which small sets have many, the lowest loss is best.
+        """
+        self.epoch += 1
+        score = (accuracy, -loss)
+        if score <= self._best_score:
+            return False
+        self._best_score, self._best_epoch = score, self.epoch
+        self._best = {n: t.detach().cpu().clone() for n, t in self._module.state_dict().items()}
+        return True
+
+    def exhausted(self, patience: int) -> bool:
+        """Say if `patience` epochs have passed since the best one."""
+        return patience > 0 and self.epoch - self._best_epoch >= patience
+
+    def load_best(self) -> None:
+        """Put the best weights into the module."""
+        if self._best:
+            self._module.load_state_dict(self._best)
+
+    def write(self, path: Path) -> None:
+        """Replace the last state, whole or not at all."""
+        tensors = {f"module.{n}": t for n, t in self._module.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self._best.items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{n}": t for n, t in slots.items() if t is not None}
+        metadata = {
+            "fingerprint": self._made_with,
+            "epoch": str(self.epoch),
+            "best_score": json.dumps(self._best_score),
+            "best_epoch": str(self._best_epoch),
+            "sha256": _BLANK.decode(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head, _, rest = _CHECKSUM.split(storage.dump_tensors(path, tensors, metadata), 1)
+        storage.replace_durably(path, b"".join((head, _digest(head, rest), rest)))
+
+    def restore(self, path: Path) -> None:
+        """Continue from a state written by `write()`.
+
+        Raises:
+            CheckpointRefused: the file is damaged.
+            ConfigError: it belongs to another run.
+        """
+        tensors, metadata = _read_state(path)
+        try:
+            differences = list(_differences(metadata["fingerprint"], self._made_with))
+            if not differences:
+                self._restore(tensors, metadata)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointRefused(path, f"not this network's state: {error}") from error
+        if differences:
+            raise ConfigError(
+                f"{path} holds a run of another network, recipe or data "
+                f"({'; '.join(differences)}); resume it with the options it was started with, "
+                f"or discard it with --restart"
+            )
+
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self._module.load_state_dict(parts["module"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, slot = name.partition(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+        # The optimizer must neither miss something nor take what is not a parameter's.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = next(iter(slots.values()), {}).keys()
+        for number, slot_tensors in slots.items():  # an unused parameter has none
+            shapes = (torch.Size(), parameters[number].shape)
+            fits = all(t.shape in shapes for t in slot_tensors.values())
+            if not fits or slot_tensors.keys() != names:
+                raise ValueError(f"the optimizer's state of parameter {number} does not fit")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self._best = parts["best"]
+        self.epoch, self._best_epoch = int(metadata["epoch"]), int(metadata["best_epoch"])
+        if self.epoch < 1 or self._best.keys() != parts["module"].keys():
+            raise ValueError("no finished epoch, or not all of its best weights")
+        accuracy, loss = json.loads(metadata["best_score"])
+        self._best_score = (float(accuracy), float(loss))
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other runs of the model out of the folder of a run's state.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    with ExitStack() as held:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # else a further process of the same run
+            try:
+                held.enter_context(storage.alone_in(folder))
+            except BlockingIOError as error:
+                raise ConfigError(f"{folder}: another run of this model is going on") from error
+        yield
+
+
+def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
+    """Say how many epochs of an interrupted run will be resumed; `restart` removes its state.
+
+    Raises:
+        ConfigError: there is one, and neither `resume` nor `restart` was asked for.
+        CheckpointRefused: the file is damaged.
+    """
+    if restart:
+        state.unlink(missing_ok=True)
+    if not state.exists():
+        return 0
+    _, metadata = _read_state(state)
+    try:
+        finished = int(metadata["epoch"])
+    except (LookupError, ValueError) as error:
+        raise CheckpointRefused(state, f"no state of a run ({error}): give --restart") from error
+    if not resume:
+        raise ConfigError(
+            f"{state}: a run was interrupted after epoch {finished}; "
+            f"continue it with --resume, or discard it with --restart"
+        )
+    return finished
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a state file and the strings of its header."""
+    raw = storage.read_once(path, _MAX_STATE_BYTES)
+    parts = _CHECKSUM.split(raw, 1)
+    if len(parts) == 1:
+        reason = "damaged, or written by an earlier release of Dropserve, which can finish the run"
+        raise CheckpointRefused(path, f"without a checksum: {reason}; --restart discards it")
+    head, told, rest = parts
+    if (got := _digest(head, rest)) != told:
+        reason = f"damaged: its SHA-256 is {got.decode()}, it says {told.decode()}"
+        raise CheckpointRefused(path, f"{reason}; --restart discards it")
+    tensors = storage.parse_tensors(path, raw)
+    return tensors, storage.check_header(path, raw).get("__metadata__", {})
+
+
+def _digest(head: bytes, rest: bytes) -> bytes:
+    return hashlib.sha256(b"".join((head, _BLANK, rest))).hexdigest().encode()
+
+
+def _differences(held: str, asked: str) -> Iterator[str]:
+    """Say where two descriptions differ: a recipe field by field, all else by its name."""
+    parts = json.loads(held), json.loads(asked)
+    then, now = ({**part, **part.get("recipe", {}), "recipe": None} for part in parts)
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            of_recipe = name in Recipe.__dataclass_fields__
+            changed = f"{name} was {then.get(name)}, now is {now.get(name)}"
+            yield changed if of_recipe else f"another {_PARTS.get(name, name)}"

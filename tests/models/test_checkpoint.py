@@ -14,17 +14,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropserve.models.catalogue import is_name, names, versions
 from dropserve.models.checkpoint import (
     MANIFEST,
     METADATA,
     WEIGHTS,
     Metadata,
     add_manifest,
+    is_name,
     load,
     load_weights,
+    names,
     read,
     save,
+    versions,
 )
 from dropserve.models.data import Split
 from dropserve.models.errors import CheckpointError, CheckpointNotFound, CheckpointRefused

@@ -8,8 +8,7 @@ import threading
 import pytest
 import torch
 
-from dropserve.models.catalogue import versions
-from dropserve.models.checkpoint import METADATA, WEIGHTS, Metadata, load, save
+from dropserve.models.checkpoint import METADATA, WEIGHTS, Metadata, load, save, versions
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
@@ -18,8 +17,7 @@ from dropserve.models.preprocessing import Preprocessing
 FORKER = """
 import itertools, json, os, pathlib, random, resource, signal, sys, time
 import torch
-from dropserve.models.catalogue import versions
-from dropserve.models.checkpoint import Metadata, load, save
+from dropserve.models.checkpoint import Metadata, load, save, versions
 from dropserve.models.errors import CheckpointError, CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing

@@ -17,8 +17,7 @@ from torch import nn
 from dropserve.models.errors import CheckpointRefused, ConfigError
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.networks import NetworkConfig
-from dropserve.models.training import fit, launch
-from dropserve.models.training_state import State, claimed, earlier_run
+from dropserve.models.training import State, claimed, earlier_run, fit, launch
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (16,), (0.3,))
 RECIPE = Recipe(epochs=3, batch_size=64)
@@ -80,7 +79,7 @@ def test_a_damaged_state_is_refused(digits, path, damage):
 def stepped():
     """Return a state as it is after one epoch of one step."""
     module = nn.Linear(4, 3)
-    state = State(module, torch.optim.AdamW(module.parameters(), fused=True), "some run")
+    state = State(module, torch.optim.AdamW(module.parameters(), fused=True), {"run": "some"})
     module(torch.randn(5, 4)).square().mean().backward()
     state.optimizer.step()
     state.finish_epoch(0.5, 1.0)
@@ -89,7 +88,7 @@ def stepped():
 
 def test_the_best_epoch_has_the_highest_accuracy_and_among_equals_the_lowest_loss():
     module = nn.Linear(1, 1)
-    state = State(module, torch.optim.AdamW(module.parameters()), "some run")
+    state = State(module, torch.optim.AdamW(module.parameters()), {"run": "some"})
     scores = [(0.5, 3.0), (0.9, 2.0), (0.9, 1.0), (0.9, 1.5), (0.8, 0.1)]
     best = []
     for epoch, score in enumerate(scores, 1):
