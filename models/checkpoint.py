@@ -5,11 +5,12 @@ folder, flushed to disk and renamed, so it is there whole or not at all. Reading
 bytes are read once, from one descriptor, and every claim of the header is checked. The manifest has
 the size and SHA-256 of both other files: it shows damage and changes, not who made them.
 
-PyTorch is imported by the functions that need it: listing and pinning versions is quick without.
+What is missing raises CheckpointNotFound; what is damaged or was tampered with CheckpointRefused,
+which names the file or tensor. PyTorch is imported by the functions that need it: listing and
+pinning versions is quick without.
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -78,18 +79,14 @@ class Version:
     manifest_sha256: str | None  # hence of every byte of the version; None: it has no manifest
 
     def build(self, factories: Collection[str] | None = ()) -> "nn.Module":
-        """Rebuild the module, in eval mode; only these factories are called, where None: any.
-
-        Raises:
-            CheckpointRefused: the metadata describe another network than the tensors are of.
-        """
+        """Rebuild the module, in eval mode. Only these factories may be called; None: any."""
         import torch
 
         if self.manifest_sha256 is None:
+            command = f"dropserve manifest {self.path.parent.name} --version {self.path.name}"
             _log.warning(
                 f"{self.path} has no {MANIFEST}, so that a change of its {METADATA} would not be "
-                f"noticed; one is written by: dropserve manifest {self.path.parent.name} "
-                f"--version {self.path.name}"
+                f"noticed; one is written by: {command}"
             )
         network = self.metadata.network
         try:
@@ -106,17 +103,14 @@ class Version:
 def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
     """Write the next version of `metadata.name`, whole or not at all; return its folder.
 
-    Raises:
-        CheckpointError: it could not be written, or could not be read again (a weight is NaN, there
-            are too many tensors or too long metadata); nothing is left behind.
+    CheckpointError: it cannot be written, or could not be read again; nothing is left behind.
     """
     import torch
 
-    weights = storage.dump_tensors(Path(WEIGHTS), module.state_dict())
+    tensors, path = module.state_dict(), Path(WEIGHTS)
+    weights = storage.dump_tensors(path, tensors)
     # By the reader's own checks: a version that would be refused must not come to be.
-    _check_tensors(
-        Path(WEIGHTS), storage.parse_tensors(Path(WEIGHTS), weights), module.state_dict()
-    )
+    _check_tensors(path, storage.parse_tensors(path, weights), tensors)
     sha256 = hashlib.sha256(weights).hexdigest()
     about = _dump_metadata(replace(metadata, sha256=sha256, torch_version=torch.__version__))
     if not is_name(metadata.name):
@@ -143,24 +137,18 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
 
 def _publish(temporary: Path, folder: Path, first: int) -> Path:
     """Rename to the first free version number; someone else may be saving at the same time."""
-    for version in itertools.count(first):
-        target = folder / str(version)
-        try:
-            if not target.exists():  # an empty folder would be replaced
-                return temporary.rename(target)
-        except OSError:
-            if not target.exists():
-                raise
-    raise AssertionError  # numbers do not end
+    target = folder / str(first)
+    try:
+        if not target.exists():  # an empty folder would be replaced
+            return temporary.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+    return _publish(temporary, folder, first + 1)
 
 
 def read(path: Path) -> Version:
-    """Read the version in a folder and verify it, without running code that it names.
-
-    Raises:
-        CheckpointNotFound: no such folder.
-        CheckpointRefused: it is damaged or was tampered with; names the file or tensor.
-    """
+    """Read the version in a folder and verify it, without running code that it names."""
     import torch
 
     if not path.is_dir():
@@ -184,22 +172,13 @@ def read(path: Path) -> Version:
 
 
 def load(path: Path, factories: Collection[str] | None = ()) -> "tuple[nn.Module, Metadata]":
-    """Read one version and rebuild its module, in eval mode; raises as `read` and `Version.build`.
-
-    Args:
-        path: the version's folder.
-        factories: as in `Version.build`.
-    """
+    """Read the version in a folder and rebuild its module, as `Version.build` does."""
     version = read(path)
     return version.build(factories), version.metadata
 
 
 def add_manifest(version: Version) -> Version:
-    """Write the manifest that a version lacks, of the bytes that were verified, and return it so.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write the manifest that a version lacks, of the bytes that were verified; may be OSError."""
     manifest = _dump_json({"files": version.files})
     storage.replace_durably(version.path / MANIFEST, manifest)
     return replace(version, manifest_sha256=hashlib.sha256(manifest).hexdigest())
@@ -208,19 +187,15 @@ def add_manifest(version: Version) -> Version:
 def load_weights(path: Path, module: "nn.Module") -> None:
     """Put the tensors of a safetensors file into a module: all of its own, and no others.
 
-    Raises:
-        CheckpointRefused: the file is damaged, or has other tensors; names one. Or it is a pickle:
-            then notes say how to convert it to safetensors.
+    A pickle is refused with a note that says how to convert it to safetensors.
     """
     file = path.resolve() if path.is_symlink() else path  # as in a cache of downloads
     raw = storage.read_once(file, _MAX_BYTES)
     if raw.startswith((b"PK\3\4", b"\x80\2\x8a", b"\x80\4\x95")):
-        error = CheckpointRefused(
-            path, "PyTorch's pickle, which is never read here; convert it once:"
-        )
-        to = path.with_suffix(".safetensors")
-        error.add_note(_TO_SAFETENSORS.format(file=str(path), to=str(to)))
-        raise error
+        reason = "PyTorch's pickle, which is never read here; convert it once:"
+        refused, to = CheckpointRefused(path, reason), path.with_suffix(".safetensors")
+        refused.add_note(_TO_SAFETENSORS.format(file=str(path), to=str(to)))
+        raise refused
     tensors = storage.parse_tensors(path, raw)
     _check_tensors(path, tensors, module.state_dict())
     module.load_state_dict(tensors)
@@ -245,18 +220,12 @@ def _check_manifest(path: Path, raw: bytes, files: Mapping[str, Any]) -> None:
         raise CheckpointRefused(path / MANIFEST, f"must name {METADATA} and {WEIGHTS} alone")
     for name, found in files.items():
         if listed[name] != found:
-            raise CheckpointRefused(
-                path / name,
-                f"damaged, edited or exchanged: it has {found['bytes']} bytes and SHA-256 "
-                f"{found['sha256']}, {MANIFEST} says otherwise",
-            )
+            has = f"{found['bytes']} bytes and SHA-256 {found['sha256']}, {MANIFEST} says otherwise"
+            raise CheckpointRefused(path / name, f"damaged, edited or exchanged: it has {has}")
 
 
 def _dump_metadata(metadata: Metadata) -> bytes:
-    """Return the bytes of a `model.json` that a reader will accept.
-
-    Examples are dropped if they make it longer than a reader takes.
-    """
+    """Return a `model.json` that a reader accepts, without examples where it gets too long."""
     try:
         raw = _dump_json(asdict(metadata))
     except (TypeError, ValueError) as error:
@@ -279,27 +248,19 @@ def _parse_metadata(path: Path, raw: bytes) -> Metadata:
     if unknown := values.keys() - {f.name for f in fields(Metadata)}:
         raise CheckpointRefused(path, f"unknown fields: {', '.join(sorted(unknown)):.200}")
     try:
-        preprocessing = Preprocessing.from_json(values["preprocessing"])
+        network = NetworkConfig.from_json(values["network"])
+        prepared = Preprocessing.from_json(values["preprocessing"])
         classes = tuple(str(c) for c in values["classes"])
-        metadata = Metadata(
-            name=str(values["name"]),
-            network=NetworkConfig.from_json(values["network"]),
-            preprocessing=preprocessing,
-            classes=classes,
-            recipe=dict(values["recipe"]),
-            data=dict(values["data"]),
-            evaluation=dict(values["evaluation"]),
-            examples=examples_from_json(values.get("examples", []), classes, preprocessing),
-            sha256=str(values["sha256"]),
-            torch_version=str(values["torch_version"]),
-        )
+        shown = examples_from_json(values.get("examples", []), classes, prepared)
+        made, data, figures = (dict(values[n]) for n in ("recipe", "data", "evaluation"))
+        name, sha256, release = (str(values[n]) for n in ("name", "sha256", "torch_version"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointRefused(path, f"{type(error).__name__}: {error}") from error
-    if len(classes) != metadata.network.classes:
+    if len(classes) != network.classes:
         raise CheckpointRefused(path, "one class name a logit is needed")
-    if preprocessing.shape != metadata.network.input:
+    if prepared.shape != network.input:
         raise CheckpointRefused(path, "preprocessing and network disagree on the input's shape")
-    return metadata
+    return Metadata(name, network, prepared, classes, made, data, figures, shown, sha256, release)
 
 
 def _check_tensors(
@@ -314,11 +275,9 @@ def _check_tensors(
     for name, want in expected.items():  # in the network's order, and not the file's
         tensor = got[name]
         if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
-            raise CheckpointRefused(
-                path,
-                f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
-                f"the network needs {want.dtype} {list(want.shape)}",
-            )
+            needed = f"the network needs {want.dtype} {list(want.shape)}"
+            found = f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointRefused(path, f"{found}, {needed}")
         if not tensor.isfinite().all():
             raise CheckpointRefused(path, f"tensor {name!r} holds NaN or infinity")
 
@@ -352,11 +311,7 @@ def versions(root: Path, name: str) -> list[int]:
 
 
 def choose(root: Path, name: str, version: int | None = None) -> int:
-    """Return a version that is there: the latest where None is asked for.
-
-    Raises:
-        CheckpointNotFound: it is not; says which there are.
-    """
+    """Return a version that is there: the latest where None is asked for."""
     found = versions(root, name)
     if not found:
         known = [other for other in names(root) if versions(root, other)]
@@ -370,11 +325,7 @@ def choose(root: Path, name: str, version: int | None = None) -> int:
 
 
 def pinned(root: Path, name: str) -> int | None:
-    """Return the version that is to answer whatever newer ones there are; None: the latest is.
-
-    Raises:
-        CheckpointRefused: the pin cannot be read.
-    """
+    """Return the version that is to answer whatever newer ones there are; None: the latest is."""
     path = root / name / PIN
     raw = storage.read_if_there(path, 1000)
     if raw is None:
@@ -386,11 +337,7 @@ def pinned(root: Path, name: str) -> int | None:
 
 
 def pin(root: Path, name: str, version: int | None) -> None:
-    """Pin a version, or none. A reader of the folder finds the old pin or the new one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Pin a version, or none. A reader of the folder finds the old pin or the new one."""
     path = root / name / PIN
     if version is None:
         path.unlink(missing_ok=True)
@@ -400,12 +347,7 @@ def pin(root: Path, name: str, version: int | None) -> None:
 
 
 def remove(root: Path, name: str, version: int) -> bool:
-    """Remove a version, first by a rename that hides it; False: it is pinned meanwhile, and stays.
-
-    Raises:
-        CheckpointRefused: the pin cannot be read.
-        OSError: it cannot be removed.
-    """
+    """Remove a version, first by a rename that hides it; False: it is pinned, and stays."""
     folder = root / name
     if pinned(root, name) == version:
         return False
@@ -418,10 +360,7 @@ def remove(root: Path, name: str, version: int) -> bool:
 
 
 def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
-    """Return what changes when the files in a version's folder do, or who may read them.
-
-    None: there is no such folder, or it cannot be listed.
-    """
+    """Return what changes when the files in a version's folder do; None: it cannot be listed."""
     try:
         files = [(path.name, path.lstat()) for path in sorted(folder.iterdir())]
     except OSError:  # it is being removed

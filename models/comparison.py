@@ -17,28 +17,19 @@ from dropserve.models.montecarlo import Sampler
 
 @dataclass
 class Moments:
-    """Running mean and variance of all elements of tensors, in float64."""
+    """Mean and variance of all elements of some tensors, in float64."""
 
     count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
+    mean: float = 0.0
+    variance: float = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Take in all elements."""
-        values = values.double()
+        """Take in all elements (Chan, Golub and LeVeque, 1979)."""
+        variance, mean = map(float, torch.var_mean(values.double(), correction=0))
         self.count += values.numel()
-        self.total += float(values.sum())
-        self.squares += float(values.square().sum())
-
-    @property
-    def mean(self) -> float:
-        """Of all elements so far."""
-        return self.total / self.count
-
-    @property
-    def variance(self) -> float:
-        """Of all elements so far, about their mean."""
-        return max(0.0, self.squares / self.count - self.mean**2)
+        share, gap = values.numel() / self.count, mean - self.mean
+        self.mean += share * gap
+        self.variance += share * (variance - self.variance + (1 - share) * gap**2)
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ def _recorded(
     calls: Counter[str] = Counter()
 
     def record(name: str, leaf: nn.Module, output: object) -> None:
-        if threading.get_ident() != thread or not isinstance(output, Tensor):
+        if threading.get_ident() != thread or not isinstance(output, Tensor) or not output.numel():
             return
         calls[name] += 1
         key = name if calls[name] == 1 else f"{name}[{calls[name]}]"

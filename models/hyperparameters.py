@@ -33,8 +33,10 @@ class Recipe:
             raise ConfigError("label_smoothing must be in [0, 1), validation_share in (0, 1)")
         if self.optimizer not in ("adamw", "sgd"):
             raise ConfigError(f"optimizer must be adamw or sgd, not {self.optimizer!r}")
-        if not 0 <= self.seed < 2**63 or not 1 <= (self.threads or 1) <= 256 or self.threads == 0:
-            raise ConfigError("seed must be 0 to 2^63-1, threads 1 to 256")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed must be 0 to 2^63-1")
+        if self.threads is not None and not 1 <= self.threads <= 256:
+            raise ConfigError("threads must be 1 to 256")
 
 
 _SUGGESTED: Mapping[str, Mapping[str, Any]] = {

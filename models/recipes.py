@@ -1,4 +1,7 @@
-"""From what is asked for to what is trained, imported and scored, checked beforehand."""
+"""From what is asked for to what is trained, imported and scored, checked beforehand.
+
+What cannot be done raises ConfigError, DataError, CheckpointError or UnsupportedModule.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,11 +54,8 @@ def plan(
 ) -> Plan:
     """Suggest all that is not asked for, and see that it can be trained and sampled.
 
-    `recipe` has the fields of `Recipe` that are asked for, `asked` of an mlp or cnn `hidden` and
-    `dropout`, of a factory `arguments`.
-
-    Raises:
-        ConfigError, DataError, UnsupportedModule: it cannot.
+    `recipe` has the fields of `Recipe` that are asked for; `asked` those of `NetworkConfig`: of an
+    mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
     """
     data = load_dataset(dataset, data_dir, **how)
     chosen = replace(default_recipe(dataset, network, len(data.train)), **recipe)
@@ -76,10 +76,6 @@ def plan_from(
     """Plan to train a saved version further: its network, weights, preprocessing and classes.
 
     The learning rate that is suggested is a tenth of that for fresh weights.
-
-    Raises:
-        CheckpointError: the version cannot be loaded.
-        ConfigError, DataError: as `plan`.
     """
     module, found = checkpoint.load(path, factories)
     data = _load_for(found, dataset, data_dir, skip_broken=skip_broken)
@@ -100,23 +96,17 @@ def imported(
     """Make a model of a network that was trained elsewhere, by the checks of one to be trained.
 
     `weights` is a safetensors file of all its tensors, `classes` are in the order of its logits.
-
-    Raises:
-        CheckpointRefused: the weights are not the network's; names the tensor.
-        ConfigError, UnsupportedModule: as `plan`.
     """
     if len(set(classes)) < len(classes) or not all(classes):
         raise ConfigError("classes need names, each another one")
     if not all(0 <= m <= 1 for m in preprocessing.mean) or max(preprocessing.std) > 1:
-        raise ConfigError(
-            "mean and std are of pixels from 0 to 1: divide those of pixels to 255 by 255"
-        )
+        raise ConfigError("mean and std are of pixels 0 to 1: divide those of 0 to 255 by 255")
     config = _config(network, preprocessing, len(classes), asked)
     blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
     module = build_checked(config, preprocessing.normalize(blank), seed=0)
     checkpoint.load_weights(weights, module)
-    made = {"imported": weights.name}
-    return module.eval(), Metadata(name, config, preprocessing, tuple(classes), made)
+    metadata = Metadata(name, config, preprocessing, tuple(classes), {"imported": weights.name})
+    return module.eval(), metadata
 
 
 def evaluation_images(
@@ -126,9 +116,6 @@ def evaluation_images(
 
     A `dataset` of None is the one that the model was trained on. A model that was not trained here
     is scored on the whole of a folder.
-
-    Raises:
-        DataError: they are not there, or have another shape or other classes.
     """
     name = dataset or metadata.data.get("name")
     if not name or (dataset is None and name not in NAMED):
@@ -140,11 +127,7 @@ def evaluation_images(
 
 
 def check_run(name: str, accelerator: str = "auto") -> None:
-    """Refuse before the training what would fail after it, or in another library.
-
-    Raises:
-        ConfigError: the name is none for a model, or there is no such accelerator.
-    """
+    """Refuse before the training what would fail after it, or in another library."""
     if not checkpoint.is_name(name):
         raise ConfigError(f"{name!r} cannot name a model: {checkpoint.NAME_RULE}")
     if accelerator == "cuda" and not torch.cuda.is_available():
@@ -155,10 +138,6 @@ def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Modul
     """Make the module with fresh weights, and see that Monte Carlo dropout will run on it.
 
     `example` is normalised images [B, C, H, W]. PyTorch's global generator is left as it was.
-
-    Raises:
-        ConfigError: it cannot be built, or has another number of logits than there are classes.
-        UnsupportedModule: it has no dropout, or one that no mask can reach.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -168,8 +147,8 @@ def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Modul
     except ModelsError:
         raise
     except Exception as error:  # a user's module may fail with anything
-        shape = tuple(example.shape[1:])
-        raise ConfigError(f"{config.kind} cannot take images of {shape}: {error}") from error
+        reason = f"cannot take images of {tuple(example.shape[1:])}: {error}"
+        raise ConfigError(f"{config.kind} {reason}") from error
     if logits != config.classes:
         raise ConfigError(f"{config.kind} makes {logits} logits for {config.classes} classes")
     return module

@@ -3,7 +3,7 @@
 Everything random (weights' initialisation aside) is drawn from generators seeded by (seed, epoch),
 so the state of a run between two epochs is its tensors and a few numbers, and a resumed run on the
 CPU ends with the very bits of an unbroken one. Lightning Fabric carries device, precision and
-distribution over processes.
+distribution over processes. A state file that is damaged raises CheckpointRefused.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from dropserve.models.data import Split
 from dropserve.models.errors import CheckpointRefused, ConfigError, TrainingDiverged
 from dropserve.models.hyperparameters import Recipe
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Normalize = Callable[[Tensor], Tensor]
-Progress = Callable[[int, int], None]
 _THREAD_FLOPS = 250_000_000
 """Floating-point operations of a step's forward pass that are worth a thread. Threads wait for each
 other in every layer; where other programs want the processor too, for longer than they compute."""
@@ -56,15 +56,8 @@ class Epoch:
     best: bool  # whether no earlier epoch was better on the held-out images
 
 
-def launch(
-    accelerator: str = "auto",
-    devices: int = 1,
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
-) -> Fabric:
-    """Choose where to train; with several devices, start this program again for each of the others.
-
-    A batch is divided among the devices, a process each.
-    """
+def launch(accelerator: str = "auto", devices: int = 1, precision: Precision = "32-true") -> Fabric:
+    """Choose where to train; with several devices, start this program again for each other one."""
     fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
     fabric.launch()
     return fabric
@@ -100,7 +93,7 @@ def fit(
     state_path: Path | None = None,
     description: Mapping[str, Any] | None = None,
     fabric: Fabric | None = None,
-    progress: Progress = lambda _done, _total: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Iterator[Epoch]:
     """Train in place; when the iterator is exhausted, the module holds its best weights.
 
@@ -109,54 +102,67 @@ def fit(
         data: images to train and validate on.
         normalize: maps uint8 [B, C, H, W] to the module's input.
         recipe: how.
-        state_path: a file that holds the run's state after each epoch. If it is there, the run
-            continues from it.
-        description: what else a state must have been made with to be continued, by its name: the
-            network's config, say.
-        fabric: where to train, from `launch()`; None: one device of whatever there is.
+        state_path: holds the run's state after each epoch. If it exists, the run continues from it.
+        description: what else a state must have been made with: the network's config, say.
+        fabric: from `launch()`; None: one device of whatever there is.
         progress: called with (images done, images in all) of the current epoch.
 
     Raises:
         ConfigError: the state is of another run, there are too few images, or a batch cannot be
             divided among the processes.
         TrainingDiverged: the loss is not finite; the state is that of the epoch before.
-        CheckpointRefused: the state file is damaged.
     """
     fabric = fabric or launch()
-    if recipe.batch_size % fabric.world_size:
-        raise ConfigError(f"batch_size must be a multiple of {fabric.world_size}, the processes")
+    size, rank, processes = recipe.batch_size, fabric.global_rank, fabric.world_size
+    if size % processes:
+        raise ConfigError(f"batch_size must be a multiple of {processes}, the processes")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
     held_out = max(1, round(len(data) * recipe.validation_share))
     if len(data) - held_out < 2:
         raise ConfigError(f"{len(data)} images are too few to train and validate on")
     train, validation = data.take(order[held_out:]), data.take(order[:held_out])
     train = Split(train.images.to(fabric.device), train.labels.to(fabric.device))
+    steps = max(1, len(train) // size)  # of an epoch; a last, smaller batch is left out
     made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
     state = State(module, _optimizer(module, recipe), {**(description or {}), **made_with})
     if state_path is not None and state_path.exists():
         state.restore(state_path)
     wrapped, optimizer = fabric.setup(module, state.optimizer)
     while state.epoch < recipe.epochs and not state.exhausted(recipe.patience):
-        with cpu_threads(recipe.threads):
+        shuffling = torch.Generator().manual_seed(_derived_seed(recipe.seed, state.epoch, -1))
+        order = torch.randperm(len(train), generator=shuffling).to(fabric.device)
+        sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
+        with cpu_threads(recipe.threads), torch.random.fork_rng():
+            torch.manual_seed(_derived_seed(recipe.seed, state.epoch, rank))
             started = time.perf_counter()
             module.train()
-            with torch.random.fork_rng():
-                torch.manual_seed(_derived_seed(recipe.seed, state.epoch, fabric.global_rank))
-                loss, accuracy, images = _train_epoch(
-                    fabric, wrapped, optimizer, train, normalize, recipe, state.epoch, progress
-                )
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    done = (state.epoch * steps + step) / (recipe.epochs * steps)
+                    group["lr"] = recipe.learning_rate * _schedule(done)
+                batch = train.take(order[step * size : (step + 1) * size][rank::processes])
+                logits = wrapped(normalize(augment(batch.images, recipe.shift, recipe.flip)))
+                loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                optimizer.step()
+                right = (logits.detach().argmax(-1) == batch.labels).sum()
+                count = right.new_tensor(len(batch))
+                sums += torch.stack([loss.detach() * len(batch), right, count])
+                progress((step + 1) * size, steps * size)
+            total, hits, images = map(float, fabric.all_reduce(sums, reduce_op="sum"))
             seconds = time.perf_counter() - started
-            if not math.isfinite(loss):
+            if not math.isfinite(total):
                 raise TrainingDiverged(
                     f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
                 )
-            score, loss_held_out = fabric.broadcast(
-                validate(module, validation, normalize, fabric.device)
-            )
-            best = state.finish_epoch(score, loss_held_out)
+            found = validate(module, validation, normalize, fabric.device)
+            accuracy, validation_loss = fabric.broadcast(found)
+            best = state.finish_epoch(accuracy, validation_loss)
             if state_path is not None and fabric.is_global_zero:
                 state.write(state_path)
-        yield Epoch(state.epoch, loss, accuracy, score, seconds, images / seconds, best)
+        means = total / images, hits / images
+        yield Epoch(state.epoch, *means, accuracy, seconds, images / seconds, best)
     state.load_best()
     module.cpu().eval()
 
@@ -173,39 +179,6 @@ def validate(
         right += int((logits.argmax(-1) == batch.labels).sum())
         loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
     return right / len(data), loss / len(data)
-
-
-def _train_epoch(
-    fabric: Fabric,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Split,
-    normalize: Normalize,
-    recipe: Recipe,
-    epoch: int,
-    progress: Progress,
-) -> tuple[float, float, float]:
-    """One pass in shuffled batches; returns mean loss, accuracy and images of all processes."""
-    generator = torch.Generator().manual_seed(_derived_seed(recipe.seed, epoch, -1))
-    order = torch.randperm(len(data), generator=generator).to(data.labels.device)
-    size, steps = recipe.batch_size, max(1, len(data) // recipe.batch_size)
-    sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
-    for step in range(steps):  # a last, smaller batch is left out
-        rows = order[step * size : (step + 1) * size]
-        batch = data.take(rows[fabric.global_rank :: fabric.world_size])  # this process's share
-        logits = module(normalize(augment(batch.images, recipe.shift, recipe.flip)))
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
-        for group in optimizer.param_groups:
-            done = (epoch * steps + step) / (recipe.epochs * steps)
-            group["lr"] = recipe.learning_rate * _schedule(done)
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        right = (logits.detach().argmax(-1) == batch.labels).sum()
-        sums += torch.stack([loss.detach() * len(batch), right, right.new_tensor(len(batch))])
-        progress((step + 1) * size, steps * size)
-    summed = fabric.all_reduce(sums, reduce_op="sum")
-    return float(summed[0] / summed[2]), float(summed[1] / summed[2]), float(summed[2])
 
 
 def _schedule(done: float, warm_up: float = 0.05) -> float:
@@ -292,12 +265,7 @@ class State:
         storage.replace_durably(path, b"".join((head, _digest(head, rest), rest)))
 
     def restore(self, path: Path) -> None:
-        """Continue from a state written by `write()`.
-
-        Raises:
-            CheckpointRefused: the file is damaged.
-            ConfigError: it belongs to another run.
-        """
+        """Continue from a state written by `write()`; ConfigError: it belongs to another run."""
         tensors, metadata = _read_state(path)
         try:
             differences = list(_differences(metadata["fingerprint"], self._made_with))
@@ -341,11 +309,7 @@ class State:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other runs of the model out of the folder of a run's state.
-
-    Raises:
-        ConfigError: another run has it.
-    """
+    """Keep other runs of the model out of a state's folder; ConfigError: another one has it."""
     with ExitStack() as held:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # else a further process of the same run
             try:
@@ -358,9 +322,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
     """Say how many epochs of an interrupted run will be resumed; `restart` removes its state.
 
-    Raises:
-        ConfigError: there is one, and neither `resume` nor `restart` was asked for.
-        CheckpointRefused: the file is damaged.
+    ConfigError: there is one, and neither was asked for.
     """
     if restart:
         state.unlink(missing_ok=True)
