@@ -124,9 +124,8 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
             temporary.chmod(0o755)
             storage.write_durably(temporary / WEIGHTS, weights)
             storage.write_durably(temporary / METADATA, about)
-            storage.write_durably(
-                temporary / MANIFEST, _dump_json({"files": _digests(about, weights)})
-            )
+            manifest = _dump_json({"files": _digests(about, weights)})
+            storage.write_durably(temporary / MANIFEST, manifest)
             storage.sync_folder(temporary)
             path = _publish(temporary, folder, max(versions(root, metadata.name), default=0) + 1)
         storage.sync_folder(folder)
@@ -135,16 +134,17 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
     return path
 
 
-def _publish(temporary: Path, folder: Path, first: int) -> Path:
+def _publish(temporary: Path, folder: Path, version: int) -> Path:
     """Rename to the first free version number; someone else may be saving at the same time."""
-    target = folder / str(first)
-    try:
-        if not target.exists():  # an empty folder would be replaced
-            return temporary.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
-    return _publish(temporary, folder, first + 1)
+    while True:
+        target = folder / str(version)
+        try:
+            if not target.exists():  # an empty folder would be replaced
+                return temporary.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+        version += 1
 
 
 def read(path: Path) -> Version:

@@ -153,9 +153,8 @@ def fit(
             total, hits, images = map(float, fabric.all_reduce(sums, reduce_op="sum"))
             seconds = time.perf_counter() - started
             if not math.isfinite(total):
-                raise TrainingDiverged(
-                    f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
-                )
+                reason = "the loss is not finite; lower the learning rate"
+                raise TrainingDiverged(f"epoch {state.epoch + 1}: {reason}")
             found = validate(module, validation, normalize, fabric.device)
             accuracy, validation_loss = fabric.broadcast(found)
             best = state.finish_epoch(accuracy, validation_loss)
@@ -163,7 +162,7 @@ def fit(
                 state.write(state_path)
         means = total / images, hits / images
         yield Epoch(state.epoch, *means, accuracy, seconds, images / seconds, best)
-    state.load_best()
+    module.load_state_dict(state.best)
     module.cpu().eval()
 
 
@@ -219,11 +218,11 @@ class State:
     ) -> None:
         self.optimizer = optimizer
         self.epoch = 0  # finished ones
+        self.best: dict[str, Tensor] = module.state_dict()
         self._module = module
         self._made_with = json.dumps(made_with, sort_keys=True)
         self._best_score = (-1.0, 0.0)
         self._best_epoch = 0
-        self._best: dict[str, Tensor] = {}
 
     def finish_epoch(self, accuracy: float, loss: float) -> bool:
         """Count an epoch; say if it is the best, whose weights are kept.
@@ -235,22 +234,17 @@ class State:
         if score <= self._best_score:
             return False
         self._best_score, self._best_epoch = score, self.epoch
-        self._best = {n: t.detach().cpu().clone() for n, t in self._module.state_dict().items()}
+        self.best = {n: t.detach().cpu().clone() for n, t in self._module.state_dict().items()}
         return True
 
     def exhausted(self, patience: int) -> bool:
         """Say if `patience` epochs have passed since the best one."""
         return patience > 0 and self.epoch - self._best_epoch >= patience
 
-    def load_best(self) -> None:
-        """Put the best weights into the module."""
-        if self._best:
-            self._module.load_state_dict(self._best)
-
     def write(self, path: Path) -> None:
         """Replace the last state, whole or not at all."""
         tensors = {f"module.{n}": t for n, t in self._module.state_dict().items()}
-        tensors |= {f"best.{n}": t for n, t in self._best.items()}
+        tensors |= {f"best.{n}": t for n, t in self.best.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{n}": t for n, t in slots.items() if t is not None}
         metadata = {
@@ -274,11 +268,9 @@ class State:
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointRefused(path, f"not this network's state: {error}") from error
         if differences:
-            raise ConfigError(
-                f"{path} holds a run of another network, recipe or data "
-                f"({'; '.join(differences)}); resume it with the options it was started with, "
-                f"or discard it with --restart"
-            )
+            other = f"another network, recipe or data ({'; '.join(differences)})"
+            remedy = "resume it with the options it was started with, or discard it with --restart"
+            raise ConfigError(f"{path} holds a run of {other}; {remedy}")
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "optimizer": {}}
@@ -299,10 +291,10 @@ class State:
             if not fits or slot_tensors.keys() != names:
                 raise ValueError(f"the optimizer's state of parameter {number} does not fit")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self._best = parts["best"]
+        self.best = parts["best"]
         self.epoch, self._best_epoch = int(metadata["epoch"]), int(metadata["best_epoch"])
-        if self.epoch < 1 or self._best.keys() != parts["module"].keys():
-            raise ValueError("no finished epoch, or not all of its best weights")
+        if self.best.keys() != parts["module"].keys():
+            raise ValueError("not all of the best weights are there")
         accuracy, loss = json.loads(metadata["best_score"])
         self._best_score = (float(accuracy), float(loss))
 
@@ -328,16 +320,10 @@ def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
         state.unlink(missing_ok=True)
     if not state.exists():
         return 0
-    _, metadata = _read_state(state)
-    try:
-        finished = int(metadata["epoch"])
-    except (LookupError, ValueError) as error:
-        raise CheckpointRefused(state, f"no state of a run ({error}): give --restart") from error
+    finished = int(_read_state(state)[1]["epoch"])
     if not resume:
-        raise ConfigError(
-            f"{state}: a run was interrupted after epoch {finished}; "
-            f"continue it with --resume, or discard it with --restart"
-        )
+        remedy = "continue it with --resume, or discard it with --restart"
+        raise ConfigError(f"{state}: a run was interrupted after epoch {finished}; {remedy}")
     return finished
 
 
@@ -352,8 +338,10 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if (got := _digest(head, rest)) != told:
         reason = f"damaged: its SHA-256 is {got.decode()}, it says {told.decode()}"
         raise CheckpointRefused(path, f"{reason}; --restart discards it")
-    tensors = storage.parse_tensors(path, raw)
-    return tensors, storage.check_header(path, raw).get("__metadata__", {})
+    metadata = storage.check_header(path, raw)["__metadata__"]
+    if not re.fullmatch("[1-9][0-9]*", metadata.get("epoch", "")):
+        raise CheckpointRefused(path, "no finished epoch in it; --restart discards it")
+    return storage.parse_tensors(path, raw), metadata
 
 
 def _digest(head: bytes, rest: bytes) -> bytes:
@@ -366,6 +354,5 @@ def _differences(held: str, asked: str) -> Iterator[str]:
     then, now = ({**part, **part.get("recipe", {}), "recipe": None} for part in parts)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
-            of_recipe = name in Recipe.__dataclass_fields__
             changed = f"{name} was {then.get(name)}, now is {now.get(name)}"
-            yield changed if of_recipe else f"another {_PARTS.get(name, name)}"
+            yield changed if hasattr(Recipe, name) else f"another {_PARTS.get(name, name)}"

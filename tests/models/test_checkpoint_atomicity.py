@@ -15,7 +15,7 @@ from dropserve.models.preprocessing import Preprocessing
 
 # One process imports torch once, and forks for each script it is sent.
 FORKER = """
-import itertools, json, os, pathlib, random, resource, signal, sys, time
+import itertools, json, os, pathlib, resource, signal, sys
 import torch
 from dropserve.models.checkpoint import Metadata, load, save, versions
 from dropserve.models.errors import CheckpointError, CheckpointRefused
@@ -58,22 +58,6 @@ for moment in itertools.count():
     if status == 0:
         break
     assert status == signal.SIGKILL
-"""
-
-KILLED_AT_RANDOM = """
-random.seed(1)
-begun = time.monotonic()
-save(root, module, about)
-took = time.monotonic() - begun
-for _ in range(25):
-    saver = os.fork()
-    if saver == 0:
-        while True:
-            save(root, module, about)
-    time.sleep(random.uniform(0.0, 2 * took))
-    os.kill(saver, signal.SIGKILL)
-    os.waitpid(saver, 0)
-save(root, module, about)
 """
 
 FULL_DISK = """
@@ -137,16 +121,11 @@ def test_a_saver_killed_at_any_moment_leaves_a_whole_version_or_none(forker, tmp
     forker(KILLED_EVERYWHERE, tmp_path)
     roots = sorted(tmp_path.iterdir(), key=lambda root: int(root.name))
     found = [assert_all_whole(root) for root in roots]
+    assert list((roots[0].parent).glob("*/net/.new-*"))
     assert found == sorted(found)  # none, up to the rename; one from there on
     assert (found[0], found[-1]) == (0, 1)
     assert found.count(0) > 20
     assert found.count(1) > 3
-
-
-def test_a_saver_killed_at_random_moments_leaves_whole_versions_only(forker, tmp_path):
-    forker(KILLED_AT_RANDOM, tmp_path)
-    assert assert_all_whole(tmp_path) > 2
-    assert list((tmp_path / "net").glob(".new-*")), "no kill came in the middle of a save"
 
 
 def test_no_space_is_an_error_that_leaves_nothing_behind(forker, tmp_path):
