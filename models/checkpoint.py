@@ -119,7 +119,7 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         storage.sync_folder(root)
-        with TemporaryDirectory(prefix=".new-", dir=folder, ignore_cleanup_errors=True) as made:
+        with TemporaryDirectory(prefix=".new-", dir=folder) as made:
             temporary = Path(made)
             temporary.chmod(0o755)
             storage.write_durably(temporary / WEIGHTS, weights)

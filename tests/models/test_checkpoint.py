@@ -99,9 +99,9 @@ def refused(path, reason, file=WEIGHTS):
 def test_a_module_comes_back_to_the_bit_and_in_eval_mode(tmp_path, network):
     module, x = network.build(), torch.randn(5, 1, 8, 8)
     module(x)  # batch norms have something to remember
-    path = save(tmp_path, module, metadata(network))
+    path = save(tmp_path / "new" / "root", module, metadata(network))
     again, about = load(path, factories={"torch.nn:Linear"})
-    assert path == tmp_path / "net" / "1"
+    assert path == tmp_path / "new" / "root" / "net" / "1"
     assert not any(m.training for m in again.modules())
     with torch.inference_mode():
         assert torch.equal(again(x), module.eval()(x))
@@ -166,6 +166,21 @@ def test_tensors_that_share_memory_are_saved_and_loaded(tmp_path):
     again, _ = load(save(tmp_path, module, metadata(square)))
     assert torch.equal(again.hidden2.weight, module.hidden1.weight)
     assert torch.equal(again.logits.weight, module.logits.weight)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "net").write_text("a file")
+    with pytest.raises(CheckpointError, match="net: cannot write a version: "):
+        save(tmp_path, MLP.build(), metadata())
+
+
+def test_a_factory_gets_only_tensors_that_fit(tmp_path):
+    path = save(tmp_path, FACTORY.build(), metadata(FACTORY))
+    change_weights(
+        path, safetensors.torch.save({"weight": torch.zeros(3, 9), "bias": torch.ones(3)})
+    )
+    with pytest.raises(CheckpointRefused, match=r"'weight' .*\[3, 9\].*\[3, 8\]$"):
+        load(path, None)
 
 
 def test_a_missing_version_is_not_found(tmp_path):

@@ -1,14 +1,17 @@
 """A version is there whole or not at all: through kills, full disks and rivals."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from dropserve.models.checkpoint import METADATA, WEIGHTS, Metadata, load, save, versions
+from dropserve.models.checkpoint import MANIFEST, METADATA, WEIGHTS, Metadata, load, save, versions
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
@@ -162,6 +165,21 @@ def test_a_name_taken_by_something_else_is_passed_over(tmp_path):
     save(tmp_path, module, about)
     (tmp_path / "net" / "2").write_text("a file in the way")
     assert save(tmp_path, module, about).name == "3"
+
+
+def test_a_version_is_flushed_to_disk_before_and_after_its_name_is(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def record(descriptor):
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path)
+        flushed.append(re.sub(r"\.new-\w+", "new", path.as_posix()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    path = save(tmp_path, *small())
+    files = [f"net/new/{name}" for name in (WEIGHTS, METADATA, MANIFEST)]
+    assert flushed == [".", *files, "net/new", "net"]
+    assert path.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, METADATA])
