@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dropserve.models import catalogue
+from dropserve.models import checkpoint
 from dropserve.models.errors import CheckpointRefused, ModelsError
 from dropserve.models.hyperparameters import Recipe, suggested
 from dropserve.service.cli import terminal, versions
@@ -202,13 +202,12 @@ def train(
     options = locals()  # among them the fields of a recipe, under their names
     settings = read_settings(checkpoints=checkpoints, data_dir=data_dir)
     root, (parent, _, number) = settings.checkpoints, (start or "").partition("/")
-    name = name or parent or catalogue.default_name(dataset, network or "mlp")
-    if if_missing and (found := catalogue.versions(root, name)):
+    name = name or parent or checkpoint.default_name(dataset, network or "mlp")
+    if if_missing and (found := checkpoint.versions(root, name)):
         terminal.say(f"{name} has version {found[-1]} already: nothing to do")
         return
 
-    from dropserve.models import checkpoint, recipes, training
-    from dropserve.models.training_state import claimed, earlier_run
+    from dropserve.models import recipes, training
 
     allow_local_modules()
     if resume and restart:
@@ -234,7 +233,7 @@ def train(
             raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(given)}")
         if not (number or "1").isdecimal():
             raise Refused("--from: must be NAME or NAME/VERSION")
-        chosen = catalogue.choose(root, parent, int(number) if number else None)
+        chosen = checkpoint.choose(root, parent, int(number) if number else None)
         path = root / parent / str(chosen)
         plan = recipes.plan_from(
             path,
@@ -250,8 +249,8 @@ def train(
     def hint() -> str:
         return "--resume continues" if state.exists() else "no epoch was finished"
 
-    with claimed(state.parent), terminal.interruptible(hint):
-        finished = earlier_run(state, resume=resume, restart=restart)
+    with training.claimed(state.parent), terminal.interruptible(hint):
+        finished = training.earlier_run(state, resume=resume, restart=restart)
         fabric = training.launch(accelerator, devices, precision)
         recipe = training.with_threads(plan.recipe, module, normalize(data.train.images[:1]))
         made_with = plan.description() | {"on": [precision, devices]}
@@ -304,7 +303,7 @@ def import_(
     data_dir: DataDir = None,
 ) -> None:
     """Save a network that was trained elsewhere as the next version of a model."""
-    from dropserve.models import checkpoint, recipes
+    from dropserve.models import recipes
     from dropserve.models.preprocessing import Preprocessing
 
     allow_local_modules()
@@ -361,7 +360,7 @@ def _say_saved(path: Path, metadata: "Metadata", checkpoints: Path | None) -> No
     where = f" --checkpoints {shlex.quote(str(checkpoints))}" if checkpoints else ""
     terminal.say(f"saved {path}", f"next: {trust}dropserve serve{where}")
     with suppress(CheckpointRefused):  # a damaged pin is the service's to report
-        if pinned := catalogue.pinned(path.parent.parent, metadata.name):
+        if pinned := checkpoint.pinned(path.parent.parent, metadata.name):
             follow = f"dropserve pin {metadata.name} latest{where}"
             terminal.say(f"version {pinned} is pinned: to let the new one answer, {follow}")
 
@@ -384,11 +383,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a saved model on a dataset's test images."""
-    from dropserve.models import checkpoint, recipes
+    from dropserve.models import recipes
 
     allow_local_modules()
     settings = read_settings(checkpoints=checkpoints, data_dir=data_dir)
-    version = catalogue.choose(settings.checkpoints, name, version)
+    version = checkpoint.choose(settings.checkpoints, name, version)
     path = settings.checkpoints / name / str(version)
     module, metadata = checkpoint.load(path, settings.factories)
     data = recipes.evaluation_images(metadata, dataset, settings.data_dir, skip_broken=skip_broken)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dropserve.models import catalogue
+from dropserve.models import checkpoint
 from dropserve.models.errors import CheckpointRefused, ModelsError
 from dropserve.service.cli import terminal
 from dropserve.service.cli.options import (
@@ -36,12 +36,10 @@ def manifest(
     checkpoints: Checkpoints = None,
 ) -> None:
     """Verify a model's versions, all or one, and write the manifest of those that have none."""
-    from dropserve.models import checkpoint
-
     root = read_settings(checkpoints=checkpoints).checkpoints
-    chosen = catalogue.choose(root, name, version)
+    chosen = checkpoint.choose(root, name, version)
     refused = []
-    for number in [chosen] if version else catalogue.versions(root, name):
+    for number in [chosen] if version else checkpoint.versions(root, name):
         try:
             found = checkpoint.read(root / name / str(number))
         except CheckpointRefused as error:
@@ -65,12 +63,10 @@ def pin(
     """Let one version of a model answer, whatever newer ones come; or the latest again."""
     settings = read_settings(checkpoints=checkpoints)
     if version == "latest":
-        catalogue.choose(settings.checkpoints, name)
+        checkpoint.choose(settings.checkpoints, name)
         _pin(settings, name, None)
     elif version.isascii() and version.isdecimal():
-        from dropserve.models import checkpoint
-
-        number = catalogue.choose(settings.checkpoints, name, int(version))
+        number = checkpoint.choose(settings.checkpoints, name, int(version))
         checkpoint.read(settings.checkpoints / name / str(number))  # for its errors
         _pin(settings, name, number)
     else:
@@ -83,7 +79,7 @@ def rollback(name: Name, checkpoints: Checkpoints = None) -> None:
     """Pin the version before the one that answers now, and that can be served."""
     settings = read_settings(checkpoints=checkpoints)
     now = _answering(settings, name)
-    older = [v for v in catalogue.versions(settings.checkpoints, name) if v < now]
+    older = [v for v in checkpoint.versions(settings.checkpoints, name) if v < now]
     before = _first_that_loads(settings, name, reversed(older))
     if before is None:
         raise Refused(f"{name}: version {now} answers, and none before it can be served")
@@ -104,22 +100,22 @@ def prune(
     """Remove a model's old versions; never the one that answers, nor one that is pinned."""
     settings = read_settings(checkpoints=checkpoints)
     root = settings.checkpoints
-    catalogue.choose(root, name)
-    there = catalogue.versions(root, name)
-    kept = {*there[-keep:], catalogue.pinned(root, name), _fixed(settings, name)}
+    checkpoint.choose(root, name)
+    there = checkpoint.versions(root, name)
+    kept = {*there[-keep:], checkpoint.pinned(root, name), _fixed(settings, name)}
     if not kept.issuperset(there):
         kept.add(_answering(settings, name))
     for version in there:
-        if version not in kept and (dry_run or catalogue.remove(root, name, version)):
+        if version not in kept and (dry_run or checkpoint.remove(root, name, version)):
             terminal.say(f"{'would remove' if dry_run else 'removed'} {root / name / str(version)}")
-    stay = [v for v in there if v in kept] if dry_run else catalogue.versions(root, name)
+    stay = [v for v in there if v in kept] if dry_run else checkpoint.versions(root, name)
     terminal.say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, stay))}")
 
 
 def _pin(settings: Settings, name: str, version: int | None) -> None:
     if (fixed := _fixed(settings, name)) is not None:
         raise Refused(f"DROPSERVE_DEFAULT_VERSION is {fixed} and wins over a pin: change that")
-    catalogue.pin(settings.checkpoints, name, version)
+    checkpoint.pin(settings.checkpoints, name, version)
     what = "no version is pinned" if version is None else f"version {version} is pinned"
     when = f"at their next poll, within {settings.poll_seconds:g} s"
     terminal.say(f"{name}: {what}; services that read {settings.checkpoints} follow {when}")
@@ -138,9 +134,9 @@ def _answering(settings: Settings, name: str) -> int:
     Raises:
         Refused: there is none.
     """
-    catalogue.choose(settings.checkpoints, name)
-    wanted = _fixed(settings, name) or catalogue.pinned(settings.checkpoints, name)
-    there = catalogue.versions(settings.checkpoints, name)
+    checkpoint.choose(settings.checkpoints, name)
+    wanted = _fixed(settings, name) or checkpoint.pinned(settings.checkpoints, name)
+    there = checkpoint.versions(settings.checkpoints, name)
     in_turn = sorted(there, key=lambda v: (v != wanted, -v))
     found = _first_that_loads(settings, name, in_turn)
     if found is None:
