@@ -51,8 +51,8 @@ def test_every_figure_equals_numpy(samples, level):
         "lower": np.quantile(p, tail, axis=0),
         "upper": np.quantile(p, 1 - tail, axis=0),
     }
-    told_elsewhere = {"variation_ratio", "degrees_of_freedom"}
-    assert expected.keys() | told_elsewhere == {f.name for f in fields(got)}
+    tested_elsewhere = {"variation_ratio", "degrees_of_freedom"}
+    assert expected.keys() | tested_elsewhere == {f.name for f in fields(got)}
     for name, value in expected.items():
         tensor = getattr(got, name)
         assert tensor.dtype == torch.float64, name
@@ -133,7 +133,7 @@ def test_certain_samples_that_contradict_each_other_are_all_mutual_information()
 
 
 @pytest.mark.parametrize("masks", ["stratified", "independent"])
-def test_equal_samples_leave_no_doubt_about_the_model(masks):
+def test_equal_samples_leave_no_mutual_information(masks):
     p = torch.tensor([[[0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]]).expand(30, 2, 3)
     got = summarize(p, masks)
     assert got.mutual_information.tolist() == pytest.approx([0, 0], abs=1e-15)
@@ -155,7 +155,7 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(2, 6))
 
 @settings(max_examples=60)
 @given(sizes, st.integers(0, 10**6), st.floats(0, 200), st.floats(0.01, 0.99))
-def test_doubt_adds_up_and_intervals_are_in_order(size, seed, sharpness, level):
+def test_entropies_add_up_and_intervals_are_in_order(size, seed, sharpness, level):
     p = torch.from_numpy(draws(*size, seed=seed, sharpness=sharpness))
     got = summarize(p, "stratified", level)
     assert (got.mutual_information >= 0).all()
