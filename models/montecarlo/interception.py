@@ -6,6 +6,7 @@ stochastic depth. Batch normalisation keeps to its running statistics.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from math import nan, sqrt
 from types import FunctionType
 from typing import Any, Literal
@@ -33,9 +34,8 @@ has it, without noise."""
 class Interception(TorchFunctionMode):
     """Runs a module whose dropout multiplies by what `scale_for` returns, where it is switched on.
 
-    Attributes:
-        widest: elements of the largest tensor that any call returned from the first dropout on:
-            what comes before runs once, whatever the number of samples.
+    `widest` is the number of elements of the largest tensor that any call returned from the first
+    dropout on: what comes before runs once, whatever the number of samples.
     """
 
     def __init__(self, scale_for: ScaleFor, *, running_statistics: bool = True) -> None:
@@ -73,7 +73,8 @@ class Interception(TorchFunctionMode):
         if func is F.linear:
             func = _linear
         elif func is F.batch_norm and self._running_statistics:
-            func = _batch_norm
+            given = _BATCH_NORM.bind(*args, **kwargs).arguments
+            args, kwargs = (), {**given, "training": given["running_mean"] is None}
         dropout = _DROPOUTS.get(func)
         if dropout is None:
             result = func(*args, **kwargs)
@@ -91,7 +92,7 @@ class Interception(TorchFunctionMode):
     def _current(self, values: Any) -> Any:  # noqa: ANN401  whatever a function is given
         """Put what was written into tensors in their place, in nested containers too."""
         if isinstance(values, Tensor):
-            return self._overwritten[values] if values in self._overwritten else values
+            return self._overwritten.get(values, values)  # type: ignore[no-untyped-call]  # PyTorch's is
         if type(values) in (list, tuple):
             return type(values)(map(self._current, values))
         if isinstance(values, dict):
@@ -99,7 +100,7 @@ class Interception(TorchFunctionMode):
         return values
 
     def _uniform(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  of either
-        """Stand for `torch.rand` and its like: NaN, until its use makes a mask of it."""
+        """Return NaN for `torch.rand` and its like, until its use makes a mask of it."""
         kwargs.pop("generator", None)
         empty = torch.empty if func is torch.rand else torch.empty_like
         uniform = empty(*args, **kwargs).fill_(nan)
@@ -125,7 +126,7 @@ class Interception(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Dropout:
-    """Stands for a dropout function of PyTorch's or ours."""
+    """Takes the place of a dropout function of PyTorch's or ours."""
 
     kind: Kind
     on: bool = True  # if its argument `training` is not given
@@ -165,11 +166,7 @@ def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFo
 
 
 def _bernoulli(
-    scale_for: ScaleFor,
-    x: Tensor,
-    p: float | Tensor = 0.5,
-    *,
-    generator: torch.Generator | None = None,
+    scale_for: ScaleFor, x: Tensor, p: float | Tensor = 0.5, **generator: torch.Generator | None
 ) -> Tensor:
     """`Tensor.bernoulli_`, which sets elements to one with probability `p`: here, of keeping.
 
@@ -179,7 +176,7 @@ def _bernoulli(
     if isinstance(p, Tensor) and p.dim() == 0:
         p = float(p)
     if isinstance(p, Tensor) or not x.is_floating_point():
-        return x.bernoulli_(p, generator=generator)
+        return x.bernoulli_(p, **generator)
     keep = scale_for("bernoulli", 1 - p, x.shape) if p < 1 else None
     if keep is None:
         return torch.full_like(x, p)
@@ -229,38 +226,19 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(rows, weight, bias).reshape(*input.shape[:-1], weight.shape[0])
 
 
-def _batch_norm(
-    input: Tensor,  # noqa: A002  torch's name for it
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,  # noqa: ARG001  as `F.batch_norm` has it
-    *momentum_and_eps: Any,  # noqa: ANN401  as `F.batch_norm` has them
-    **named: Any,  # noqa: ANN401  likewise
-) -> Tensor:
-    """`F.batch_norm` by the running statistics, where there are any, which stay as they are."""
-    statistics, of_batch = (running_mean, running_var), running_mean is None
-    return F.batch_norm(input, *statistics, weight, bias, of_batch, *momentum_and_eps, **named)
-
-
 def _unguarded(function: FunctionType) -> FunctionType:
     """Copy a function of `torch.nn.functional`, less its own check for overrides.
 
     With that check, its body could never run under the mode that has just intercepted it, and the
     dropout call inside would stay hidden. The copy shares nothing with the original but code.
     """
-    copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, "has_torch_function": lambda _: False},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
+_BATCH_NORM = signature(F.batch_norm)
 _attention_forward = _unguarded(F.multi_head_attention_forward)  # type: ignore[arg-type]  # it is one
 
 _ADDITIONS = frozenset((torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__radd__))

@@ -95,10 +95,7 @@ class Kernels:
     def of(
         cls, module: nn.Module, found: Trace, dtype: torch.dtype = torch.float32
     ) -> "Kernels | None":
-        """Take a module in eval mode if it is nested `nn.Sequential`s with every mask among them.
-
-        That is, every mask that was `found` is that of a dropout module; else return None.
-        """
+        """Take a module in eval mode if it is nested `nn.Sequential`s, every mask among them."""
         named = list(leaves(module))
         masks = [name for name, leaf in named if is_mask(leaf)]
         plain = all(site.batch_dim == 0 and site.template[0] == 1 for site in found.sites)
@@ -122,10 +119,9 @@ class Kernels:
         return kernel(h, masks)
 
     def choices(self, h: Tensor, masks: ScaledMasks) -> list[tuple[float, Kernel]]:
-        """List the kernels with their costs, from shapes, zeros and pins alone.
+        """List the kernels with their costs, so that the same request takes the same every time.
 
-        So the same request takes the same kernel every time: gathering weights counts even if it is
-        done, but for masks that stay.
+        Gathering weights counts even if it is done, but for masks that are pinned.
         """
         if not self._layers or h.is_cuda:  # a device that is fast once it has enough to do
             return [(0, self._dense)]
@@ -190,13 +186,8 @@ class Kernels:
         columns = _with_zeros(h.t())
         if self._complement:
             whole = h.new_zeros(len(first.bias) + 1, images)
-            torch.addmm(
-                first.bias.unsqueeze(1),
-                first.weight.t(),
-                columns[:-1],
-                alpha=self._survivors[0],
-                out=whole[:-1],
-            )
+            bias, alpha = first.bias.unsqueeze(1), self._survivors[0]
+            torch.addmm(bias, first.weight.t(), columns[:-1], alpha=alpha, out=whole[:-1])
         logits = []
         for inputs, outputs, *tensors in groups:
             y = columns.index_select(0, inputs.flatten()).view(*inputs.shape, images)
@@ -214,23 +205,19 @@ class Kernels:
     def _gather(self, masks: ScaledMasks, samples: slice) -> tuple[Tensor, ...]:
         """Gather the thinned networks of t samples.
 
-        Returns:
-            inputs [t, in], the units that the first layer reads, one past the last for none;
-            outputs [t, out], those that it makes; then weight [t, out, in] and bias [t, out, 1] of
-            each layer.
+        Returns inputs [t, in], the units that the first layer reads, one past the last for none;
+        outputs [t, out], those that it makes; and weight [t, out, in], bias [t, out, 1] a layer.
         """
         first, *others = (factor[samples].flatten(1) for factor in masks.factors)
         following = zip(others, self._survivors[1:], strict=True)
         read = _list_units((first == 0) == self._complement)
-        factor = -self._survivors[0] if self._complement else self._survivors[0]
+        factor = self._survivors[0] * (-1 if self._complement else 1)
         units, tensors = [read], []
         for layer in self._layers:
-            survivor = 1.0
+            made, survivor = torch.arange(len(layer.bias)).expand(len(read), -1), 1.0
             if layer.masked:
                 following_mask, survivor = next(following)
                 made = _list_units(following_mask != 0)
-            else:
-                made = torch.arange(len(layer.bias)).expand(len(read), -1)
             weight = _with_zeros(_with_zeros(layer.weight).t()).t().mul(factor).contiguous()
             gathered = [
                 weight.index_select(0, rows).index_select(1, columns)
@@ -245,10 +232,7 @@ class Kernels:
 def _run_rows(
     steps: Iterable[Step], rows: Tensor, factors: Iterable[Tensor], grid: tuple[int, int]
 ) -> Tensor:
-    """Run steps over rows [B * T, ...], (B, T) = `grid`, with masks [T, ...]: [B, T, C].
-
-    The rows may be overwritten.
-    """
+    """Run steps over rows [B * T, ...], (B, T) = `grid`, with masks [T, ...]: [B, T, C]."""
     remaining, fresh = iter(factors), True
     for step in steps:
         if step is mask:
@@ -304,7 +288,7 @@ def _active_units(h: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 
 
 def _most_active(h: npt.NDArray[np.float32]) -> int:
-    """Count the units [B, units] that are not zero, in the image that has most of them."""
+    """Count the units that are not zero in the image that has most of them."""
     return int(np.count_nonzero(h, axis=1).max(initial=0))
 
 

@@ -23,17 +23,16 @@ from dropserve.models.montecarlo.statistics import Statistics, Summary
 
 _log = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
-MAX_ERROR = 0.002
-"""Most that precision "auto" lets any predictive mean move."""
-BATCHES = (1, 8, 64)
-"""Numbers of images at which bfloat16 must be faster to be taken by "auto"."""
-MIN_SPEEDUP = 1.2
-"""How much faster: less may be the noise of a measurement, and is not worth the digits."""
+MAX_ERROR = 0.002  # that precision "auto" lets any predictive mean move
+BATCHES = (1, 8, 64)  # numbers of images at which bfloat16 must be faster to be taken by "auto"
+MIN_SPEEDUP = 1.2  # less may be the noise of a measurement, and is not worth the digits
 _ROUNDS = 5
 _CHUNK_ELEMENTS = 2**21
 """Widest result that the vmap path holds at once: 8 MiB of float32, or what one sample of all
 images takes. Half as much takes a fifth longer, twice as much no less."""
 
+Seeds = int | Sequence[int]
+"""Of the masks: one, or one for each image."""
 Path = Literal["folded", "vmap", "loop"]
 Precision = Literal["float32", "bfloat16", "auto"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -41,16 +40,11 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @dataclass(frozen=True)
 class Choice:
-    """What a sampler computes in.
-
-    Attributes:
-        speedup: of bfloat16 over float32, the least over `BATCHES`; None where not measured.
-        error: most that bfloat16 moved a predictive mean; None likewise.
-    """
+    """What a sampler computes in; the figures are None where nothing was measured."""
 
     dtype: Literal["float32", "bfloat16"]
-    speedup: float | None = None
-    error: float | None = None
+    speedup: float | None = None  # of bfloat16 over float32, the least over `BATCHES`
+    error: float | None = None  # most that bfloat16 moved a predictive mean
 
 
 class Sampler:
@@ -59,12 +53,9 @@ class Sampler:
     Sample t is the same thinned network for every image of a batch, so masks cost T x units and
     not T x batch x units; each image alone still meets T draws from the right distribution.
 
-    Args:
-        module: maps images [B, ...] to logits [B, C]; in eval mode, and left as it is: masks are
-            put into a copy in training mode. A sampler is made anew when weights change.
-        example: a batch [B, ...] to try the module on.
-        precision: of the computation; "auto" takes bfloat16 where it is faster here and hardly
-            changes the answer (`choose_precision`).
+    The module maps images [B, ...] to logits [B, C]. It is in eval mode, and left as it is: masks
+    are put into a copy in training mode. `example` is a batch [B, ...] to try it on. Make a sampler
+    anew when weights change.
 
     Attributes:
         training_copy: what runs with masks on every path but "folded"; it shares the weights.
@@ -72,7 +63,7 @@ class Sampler:
         path: "folded" (sequential modules; the fastest), "vmap" (any other; like "folded" it runs
             once what comes before the first mask) or "loop" (a pass a sample, where the module
             cannot be vectorised).
-        precision: what was chosen, and why.
+        precision: what was chosen, and why (`choose_precision`).
         classes: C.
 
     Raises:
@@ -115,19 +106,12 @@ class Sampler:
         self._kernels = {self._dtype: self._kernels.get(self._dtype)}
 
     def sample(
-        self,
-        x: Tensor,
-        samples: int = 100,
-        seed: int | Sequence[int] = 0,
-        masks: MaskKind = "stratified",
+        self, x: Tensor, samples: int = 100, seed: Seeds = 0, masks: MaskKind = "stratified"
     ) -> Tensor:
         """Run `samples` thinned networks over images [B, ...]: probabilities [T, B, C].
 
-        The masks are a pure function of the seed, 0 to 2^63-1; a sequence has one for each image.
-
-        Raises:
-            SamplingError: an argument is out of range, or the module's dropout calls are not those
-                that it made on the example.
+        The masks are a pure function of the seed, 0 to 2^63-1. Raises SamplingError if an argument
+        is out of range, or the module's dropout calls are not those that it made on the example.
         """
         chunks = list(self.chunks(x, samples, seed, masks))
         return (torch.cat(chunks, 2) if len(chunks) > 1 else chunks[0]).permute(2, 1, 0)
@@ -136,7 +120,7 @@ class Sampler:
         self,
         x: Tensor,
         samples: int = 100,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         masks: MaskKind = "stratified",
         level: float = 0.9,
     ) -> Summary:
@@ -147,11 +131,7 @@ class Sampler:
         return statistics.summary()
 
     def chunks(
-        self,
-        x: Tensor,
-        samples: int = 100,
-        seed: int | Sequence[int] = 0,
-        masks: MaskKind = "stratified",
+        self, x: Tensor, samples: int = 100, seed: Seeds = 0, masks: MaskKind = "stratified"
     ) -> Iterator[Tensor]:
         """Yield what `sample` returns as probabilities [C, B, t], for `Statistics.add`.
 
@@ -160,8 +140,9 @@ class Sampler:
         self._require_eval_mode()
         if samples < 1:
             raise SamplingError(f"samples must be at least 1, not {samples}")
-        seeds = [(seed, len(x))]  # of how many images each is
-        if not isinstance(seed, int):
+        if isinstance(seed, int):
+            seeds = [(seed, len(x))]  # and of how many images each is
+        else:
             seeds = [(each, len([*images])) for each, images in groupby(seed)] or [(0, 0)]
         for each, _ in seeds:
             if not 0 <= each <= MAX_SEED:
@@ -299,14 +280,10 @@ class Sampler:
 
     @torch.inference_mode()
     def _find_layout(self, probe: Tensor) -> None:
-        """Find where masks lie whose batch dimension holds several rows an image.
-
-        Raises:
-            UnsupportedModule: an image's logits depend on the others of its batch.
-        """
+        """Find where masks lie whose batch dimension holds several rows an image."""
         factors = self._store.draw("independent", 0, range(1), probe.device).factors
         one = tuple(factor[0] for factor in factors)
-        alone = torch.cat([self._forward(image, one, torch.float32) for image in torch.split(probe, 1)])
+        alone = torch.cat([self._forward(image, one, torch.float32) for image in probe[:, None]])
         for inside in (False, True):
             self.sites = tuple(replace(site, images_inside=inside) for site in self.sites)
             with suppress(AssertionError):
@@ -345,10 +322,7 @@ def choose_precision(
 
     "auto" takes bfloat16 only where the device multiplies it itself, it is faster by `MIN_SPEEDUP`
     at each of `BATCHES`, and no predictive mean moves by more than `MAX_ERROR`. `run` computes
-    predictive means of so many images.
-
-    Raises:
-        UnsupportedModule: bfloat16 was asked for and the module fails in it.
+    predictive means of so many images; UnsupportedModule if bfloat16 was asked for and it fails.
     """
     if asked == "float32" or (asked == "auto" and not native):
         return Choice("float32")
@@ -359,9 +333,8 @@ def choose_precision(
         except Exception as failure:  # a module may fail in any way
             if asked == "auto":
                 return Choice("float32")
-            raise UnsupportedModule(
-                f"the module cannot compute in bfloat16: {failure}"
-            ) from failure
+            advice = f"the module cannot compute in bfloat16: {failure}"
+            raise UnsupportedModule(advice) from failure
         ratios = []
         for _ in range(_ROUNDS):
             times = [clock()]

@@ -22,9 +22,8 @@ _Key = tuple[MaskKind, int, int, torch.device]
 class ScaledMasks:
     """What T thinned networks multiply by: for each site [T, *template], zero for a dropped unit.
 
-    Attributes:
-        pinned: whether they are kept for good, so that what is made of them is made only once.
-        thinned: groups of thinned networks, as `Kernels` cuts them out.
+    If they are `pinned` they are kept for good, so that what is made of them is made only once:
+    groups of `thinned` networks, as `Kernels` gathers them.
     """
 
     def __init__(self, factors: Sequence[Tensor], parent: "ScaledMasks | None" = None) -> None:
@@ -55,8 +54,7 @@ class ScaledMasks:
 class MaskStore:
     """Draws masks of some sites, and keeps the latest.
 
-    Attributes:
-        chunk: most samples of one call of `get`: whole blocks, as `Statistics` wants them.
+    `chunk` is the most samples of one call of `get`: whole blocks, as `Statistics` wants them.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -74,7 +72,9 @@ class MaskStore:
         """Return the masks of a chunk of samples; `pin` keeps them for good."""
         key = (kind, seed, samples.start, device)
         with self._lock:
-            self._measure_latest()
+            if self._latest is not None and not self._kept[self._latest].pinned:
+                # what was in use until now: kernels have made something of it since
+                self._bytes[self._latest] = self._kept[self._latest].nbytes
             self._bytes.pop(key, None)
             kept = self._kept.get(key)
             if kept is None or kept.samples < len(samples):
@@ -97,8 +97,3 @@ class MaskStore:
             shaped = torch.from_numpy(factor).view(len(samples), *site.template)
             factors.append(shaped.to(device))
         return ScaledMasks(factors)
-
-    def _measure_latest(self) -> None:
-        """Count what was in use until now: kernels have made something of it since."""
-        if self._latest is not None and not self._kept[self._latest].pinned:
-            self._bytes[self._latest] = self._kept[self._latest].nbytes

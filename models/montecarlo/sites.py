@@ -4,8 +4,8 @@ import hashlib
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
@@ -108,8 +108,6 @@ class Trace:
 
 
 class _Call(NamedTuple):
-    """Of a dropout function."""
-
     name: str
     kind: Kind
     p: float
@@ -117,8 +115,6 @@ class _Call(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A forward pass: the module's output, and `widest` for all its images."""
-
     output: Tensor
     calls: list[_Call]
     widest: int
@@ -142,10 +138,9 @@ def trace(module: nn.Module, probe: Tensor) -> Trace:
     between the two is its batch dimension, wherever the module put it. Without the noise of dropout
     it must compute what the module does in eval mode.
 
-    Raises:
-        NoDropout: it calls none.
-        UnsupportedModule: it has a dropout that no mask can reach, other randomness, an output that
-            is not logits [B, C], or another behaviour in training mode than dropout.
+    Raises NoDropout if it calls none; UnsupportedModule if it has a dropout that no mask can reach,
+    other randomness, an output that is not logits [B, C], or another behaviour in training mode
+    than dropout.
     """
     _refuse_unreachable(module)
     expected, dropouts = _run_in_eval_mode(module, probe)  # makes the parameters of lazy modules
@@ -156,7 +151,8 @@ def trace(module: nn.Module, probe: Tensor) -> Trace:
         share_parameters(copied, module)
         logits, now = _run_in_eval_mode(module, probe)
         _require_same(logits, expected, _MODULE_CHANGED)
-        _require((now, _state(module)) == (dropouts, before), _MODULE_CHANGED)
+        if (now, _state(module)) != (dropouts, before):
+            raise UnsupportedModule(_MODULE_CHANGED)  # noqa: TRY301  its cleanup is below
     except UnsupportedModule:
         copied.eval()  # what its train() has changed outside of it, code of its eval() may undo
         raise
@@ -238,11 +234,10 @@ def _run(
     Masks of `bernoulli_` are their mean, or all ones if `all_kept`.
     """
     calls: list[_Call] = []
-    stack: list[tuple[str, nn.Module]] = [("", copied)]
     uses: dict[str, int] = {}
 
     def note(kind: Kind, p: float, shape: torch.Size) -> Tensor | None:
-        path, caller = stack[-1]
+        path, caller = randomness.running[-1]
         if p >= 1:
             raise UnsupportedModule(f"{path or 'the module'}: dropout with p={p} drops everything")
         name = path or "root"
@@ -255,11 +250,9 @@ def _run(
         return torch.ones(shape, device=x.device) if all_kept and kind == "bernoulli" else None
 
     interception = Interception(note)
-    randomness = _RefuseRandomness(lambda: stack[-1][0], generators)
     with (
-        _current_module(copied, stack, randomness.check_numpy),
         torch.no_grad(),
-        randomness,
+        _RefuseRandomness(copied, generators) as randomness,
         unsupported_if_it_fails(
             "in training mode the module fails",
             "; let nothing but dropout depend on self.training",
@@ -267,29 +260,6 @@ def _run(
     ):
         output = _logits(interception.run(copied, x), "training mode")
     return _Pass(output, calls, interception.widest)
-
-
-@contextmanager
-def _current_module(
-    module: nn.Module, stack: list[tuple[str, nn.Module]], before_change: Callable[[], None]
-) -> Iterator[None]:
-    """Keep on `stack` the modules whose forward is running, innermost last."""
-
-    def enter_module(name: str, child: nn.Module, _args: object) -> None:
-        before_change()
-        stack.append((name, child))
-
-    def leave_module(*_: object) -> None:
-        before_change()
-        stack.pop()
-
-    with ExitStack() as hooks:
-        for name, child in module.named_modules():
-            enter = child.register_forward_pre_hook(partial(enter_module, name))
-            hooks.callback(enter.remove)
-            leave = child.register_forward_hook(leave_module, always_call=True)
-            hooks.callback(leave.remove)
-        yield
 
 
 def _site(call: _Call, three: torch.Size) -> Site:
@@ -324,16 +294,11 @@ def _digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes]:
 
 
 def _logits(output: object, mode: str) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise UnsupportedModule(
-            f"the module must return one tensor of logits, not {type(output)} as in {mode}"
-        )
-    return output
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise UnsupportedModule(otherwise)
+    if isinstance(output, Tensor):
+        return output
+    raise UnsupportedModule(
+        f"the module must return one tensor of logits, not {type(output)} as in {mode}"
+    )
 
 
 def _require_same(got: Tensor, expected: Tensor, otherwise: str) -> None:
@@ -355,12 +320,13 @@ class _RefuseRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
     PyTorch's operations that draw are tagged, and dropout that is intercepted runs none. Python's
     generators, of whatever instance, draw by functions in C, which a profile function sees. Of
     NumPy's the global one and `generators` are checked, from one module of the network to the next.
-    `running` names the module whose forward runs.
+    `running` holds the names and modules whose forwards run, innermost last.
     """
 
-    def __init__(self, running: Callable[[], str], generators: Sequence[NumPyGenerator]) -> None:
+    def __init__(self, module: nn.Module, generators: Sequence[NumPyGenerator]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # likewise
-        self._running = running
+        self.running = [("", module)]
+        self._hooks = ExitStack()
         self._generators = generators
         self._drawn: list[UnsupportedModule] = []
         self._numpy = self._numpy_states()
@@ -372,6 +338,11 @@ class _RefuseRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         return False
 
     def __enter__(self) -> Self:
+        for name, child in self.running[0][1].named_modules():
+            enter = child.register_forward_pre_hook(partial(self._enter_module, name))
+            self._hooks.callback(enter.remove)
+            leave = child.register_forward_hook(self._leave_module, always_call=True)
+            self._hooks.callback(leave.remove)
         super().__enter__()  # type: ignore[no-untyped-call]  # likewise
         sys.setprofile(self._profile)
         return self
@@ -379,6 +350,7 @@ class _RefuseRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
     def __exit__(self, *error: Any) -> None:  # noqa: ANN401  as for every context manager
         sys.setprofile(self._outer)
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # likewise
+        self._hooks.close()
         if self._drawn:
             raise self._drawn[0]
 
@@ -398,8 +370,15 @@ class _RefuseRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
                 raise self._refusal(f"PyTorch's {func}")
         return func(*args, **kwargs)
 
-    def check_numpy(self) -> None:
-        """Note if the running module has drawn by NumPy; to be called before another one runs."""
+    def _enter_module(self, name: str, child: nn.Module, _args: object) -> None:
+        self._check_numpy()
+        self.running.append((name, child))
+
+    def _leave_module(self, *_: object) -> None:
+        self._check_numpy()
+        self.running.pop()
+
+    def _check_numpy(self) -> None:
         states = self._numpy_states()
         if states != self._numpy:
             self._drawn.append(self._refusal("a generator of NumPy"))
@@ -429,8 +408,8 @@ class _RefuseRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
 
     def _refusal(self, source: str) -> UnsupportedModule:
         return UnsupportedModule(
-            f"{self._running() or 'the module'}: draws from {source}, which no mask can replace: "
-            f"use dropout (torch.nn or torch.nn.functional), or multiply by a mask that a "
+            f"{self.running[-1][0] or 'the module'}: draws from {source}, which no mask can "
+            f"replace: use dropout (torch.nn or torch.nn.functional), or multiply by a mask that a "
             f"floating-point tensor draws by bernoulli_(keep_probability)"
         )
 

@@ -43,11 +43,9 @@ Other objects are left out: a logger, for one, leads to everything in the proces
 def training_copy(module: nn.Module) -> nn.Module:
     """Copy a module, with parameters and buffers of its own, into training mode.
 
-    Normalisation layers stay in eval mode: they keep to their running statistics.
-
-    Raises:
-        UnsupportedModule: it cannot be copied or put into training mode, or code that it runs
-            refers to the module itself in a way that a copy cannot follow.
+    Normalisation layers stay in eval mode: they keep to their running statistics. Raises
+    UnsupportedModule if the module cannot be copied or put into training mode, or code that it runs
+    refers to the module itself in a way that a copy cannot follow.
     """
     originals = {id(child): child for child in module.modules()}
     copied = _copy(module, originals)
@@ -56,7 +54,9 @@ def training_copy(module: nn.Module) -> nn.Module:
     ):
         copied.train()
         for child in copied.modules():
-            if _normalises(child):
+            hooks = child._forward_pre_hooks.values()  # noqa: SLF001  no other way
+            by_hook = any(isinstance(hook, SpectralNorm) for hook in hooks)
+            if by_hook or isinstance(child, _NormBase | _SpectralNorm):
                 child.eval()
         _refuse_references(copied, originals)
     return copied
@@ -72,26 +72,18 @@ def share_parameters(copied: nn.Module, module: nn.Module) -> None:
 
 def numpy_generators(module: nn.Module) -> list[NumPyGenerator]:
     """List the generators of NumPy that a module holds, or its code reads."""
-    found = _reachable(value for *_, value in _references(module))
+    found = _reachable((value for *_, value in _references(module)), set())
     return [value for value in found if isinstance(value, NumPyGenerator)]
-
-
-def _normalises(child: nn.Module) -> bool:
-    """Say if a module normalises by statistics that it would update in training mode."""
-    hooks = child._forward_pre_hooks.values()  # noqa: SLF001  no other way
-    by_hook = any(isinstance(hook, SpectralNorm) for hook in hooks)
-    return by_hook or isinstance(child, _NormBase | _SpectralNorm)
 
 
 def _copy(module: nn.Module, originals: Mapping[int, nn.Module]) -> nn.Module:
     """Copy deeply, with functions and weak references that hold the module rebuilt for the copy."""
     shared: dict[int, object] = {}
-    for child in originals.values():
-        for value in vars(child).values():
-            if isinstance(value, weakref.ProxyTypes):  # deepcopy would copy what it refers to
-                shared[id(value)] = value
-            elif isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
-                shared[id(value)] = value.detach().clone()
+    for value in (value for child in originals.values() for value in vars(child).values()):
+        if isinstance(value, weakref.ProxyTypes):  # deepcopy would copy what it refers to
+            shared[id(value)] = value
+        elif isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
+            shared[id(value)] = value.detach().clone()
     with unsupported_if_it_fails("the module cannot be copied, as Monte Carlo dropout needs it"):
         memo = dict(shared)
         try:
@@ -130,7 +122,7 @@ def _rebind(child: nn.Module, memo: dict[int, object], originals: Mapping[int, n
     """
     for table in (vars(child), *(v for v in vars(child).values() if isinstance(v, dict))):
         for key, value in table.items():
-            if isinstance(value, FunctionType) and _reaches(_closure(value), originals):
+            if isinstance(value, FunctionType) and _reaches(_closure(value), originals, set()):
                 table[key] = _rebound(value, memo)
             elif (referent := _referent(value)) is not None and id(referent) in originals:
                 weak = weakref.ref if isinstance(value, weakref.ref) else weakref.proxy
@@ -142,9 +134,7 @@ def _rebound(function: FunctionType, memo: dict[int, object]) -> FunctionType:
     held = list(_closure(function))
     cells = tuple(CellType() for _ in held)
     defaults = copy.deepcopy(function.__defaults__, memo)
-    rebound = FunctionType(
-        function.__code__, function.__globals__, function.__name__, defaults, cells
-    )
+    rebound = FunctionType(function.__code__, function.__globals__, None, defaults, cells)
     rebound.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
     memo[id(function)] = rebound  # it may hold itself
     for cell, value in zip(cells, held, strict=True):
@@ -157,11 +147,9 @@ def _rebound(function: FunctionType, memo: dict[int, object]) -> FunctionType:
 
 def _refuse_references(copied: nn.Module, originals: Mapping[int, nn.Module]) -> None:
     """Refuse a copy that still refers to a module that was copied."""
-    found = list(_references(copied))
-    if not _reaches((value for *_, value in found), originals):  # once over what they share
-        return
-    for name, attribute, value in found:
-        if _reaches([value], originals):
+    seen: set[int] = set()  # what they share is searched once
+    for name, attribute, value in _references(copied):
+        if _reaches([value], originals, seen):
             raise UnsupportedModule(
                 f"{name or 'the module'}: {attribute} refers to a module by a closure, a global "
                 f"variable or the like, which a copy in training mode cannot follow: make that "
@@ -182,14 +170,13 @@ def _references(module: nn.Module) -> Iterator[tuple[str, str, object]]:
                 yield name, key, value
 
 
-def _reaches(values: Iterable[object], originals: Mapping[int, nn.Module]) -> bool:
+def _reaches(values: Iterable[object], originals: Mapping[int, nn.Module], seen: set[int]) -> bool:
     """Say if one of some objects is or holds one of the modules, directly or through others."""
-    return any(id(value) in originals for value in _reachable(values))
+    return any(id(value) in originals for value in _reachable(values, seen))
 
 
-def _reachable(values: Iterable[object]) -> Iterator[object]:
-    """Yield some objects, and what they hold, directly or through others."""
-    seen: set[int] = set()
+def _reachable(values: Iterable[object], seen: set[int]) -> Iterator[object]:
+    """Yield some objects, and what they hold, directly or through others, that were not `seen`."""
     waiting = list(values)
     while waiting:
         value = waiting.pop()

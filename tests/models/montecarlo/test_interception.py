@@ -31,7 +31,7 @@ def attentions(draw):
     return (query, key, value), given
 
 
-def oracle(query, key, value, keep, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
+def oracle(query, key, value, keep, attn_mask=None, is_causal=False, scale=None, **_):
     """Attention in NumPy, one query at a time; `keep` multiplies its weights."""
     query, key, value, keep = (t.double().numpy() for t in (query, key, value, keep))
     result = np.zeros((*query.shape[:3], value.shape[-1]))

@@ -126,7 +126,7 @@ class PerBatch(nn.Module):
         (nn.Sequential(nn.Dropout(P), nn.Flatten(0)), r"logits \[B, C\]"),
         (nn.Sequential(nn.Dropout(P), nn.LSTMCell(6, 3)), "one tensor of logits"),
         (PerBatch(), "change with the size of the batch"),
-        (Calls(lambda x: F.dropout(x @ x.T, P) @ x), r"batch in a mask of shape \[2, 2\] .* \[3, 3\]"),
+        (Calls(lambda x: F.dropout(x @ x.T, P) @ x), r"mask of shape \[2, 2\] .* \[3, 3\]"),
     ],
     ids=["none", "rate 0", "rate 1", "gru", "lstm", "three dimensions", "one dimension", "a pair",
         "by batch", "batch twice",
