@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dropserve.service.cli import listening
+from dropserve.service.cli import main
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.settings import Settings
 
@@ -28,20 +28,20 @@ def taken():
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])  # noqa: S104  not bound
 def test_a_port_that_is_taken_is_refused_by_its_name(taken, host):
     with pytest.raises(Refused, match=f"{host}:{taken} is in use.*--port"):
-        listening.check_free(host, taken)
+        main.check_free(host, taken)
 
 
 def test_a_free_port_and_any_port_are_fine(taken):
-    listening.check_free("127.0.0.1", 0)
+    main.check_free("127.0.0.1", 0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         free = listener.getsockname()[1]
     assert free != taken
-    listening.check_free("127.0.0.1", free)
+    main.check_free("127.0.0.1", free)
 
 
 def test_an_address_that_is_none_is_refused():
     with pytest.raises(Refused, match=r"is called no\.such\.host\.invalid: "):
-        listening.check_free("no.such.host.invalid", 80)
+        main.check_free("no.such.host.invalid", 80)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ from dropserve.models import catalogue, checkpoint, recipes
 from dropserve.models.data import load_dataset
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.training import fit, with_threads
-from dropserve.service.cli import terminal
+from dropserve.service.cli import train as training_commands
 from dropserve.service.cli.main import app
 from dropserve.service.settings import Settings, environment_name
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PNG = b"\x89PNG\r\n\x1a\n picture"
 MODEL = {
     "name": "pets", "version": 2, "versions": [1, 2], "default": True,
@@ -448,7 +448,7 @@ def test_a_hint_says_whether_monte_carlo_dropout_made_the_probabilities_better(
 ):
     rest = {"accuracy": 0.9, "brier": 0.1}
     scores = [rest | dict(zip(("nll", "ece"), pair, strict=True)) for pair in (eval_mode, dropout)]
-    terminal.show_scores({"images": images, "eval": scores[0], "dropout": scores[1]})
+    training_commands.show_scores({"images": images, "eval": scores[0], "dropout": scores[1]})
     *_, hint = capsys.readouterr().out.splitlines()
     assert hint.startswith("hint: Monte Carlo dropout's probabilities have ")
     assert all(text in hint for text in told)
@@ -459,7 +459,7 @@ def test_a_hint_says_whether_monte_carlo_dropout_made_the_probabilities_better(
 def test_of_many_classes_the_worst_pairs_are_shown(capsys):
     counts = [[9 if i == k else 0 for k in range(40)] for i in range(40)]
     counts[3][5], counts[7][1] = 1, 3
-    terminal.show_confusion(counts, [f"class {k}" for k in range(40)])
+    training_commands.show_confusion(counts, [f"class {k}" for k in range(40)])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert rows == [
         ["class", "7", "class", "1", "3", "25.0%"], ["class", "3", "class", "5", "1", "10.0%"],

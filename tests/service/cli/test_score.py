@@ -19,8 +19,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from dropserve.service import errors
-from dropserve.service.cli import scores
-from dropserve.service.cli.journal import Plan
+from dropserve.service.cli import ask, score as command
 from dropserve.service.cli.main import app
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
@@ -71,7 +70,7 @@ def test_every_picture_has_a_row_as_uncertainty_answers_it(score, server, folder
     assert result.stdout == f"{out}: 23 pictures by digits-mlp version 2, 3 of them with an error\n"
     rows = read(out)
     assert list(rows[0]) == COLUMNS
-    assert [row["path"] for row in rows] == sorted(str(p) for p in scores.pictures(folder))
+    assert [row["path"] for row in rows] == sorted(str(p) for p in command.images(folder))
     with DropserveClient(server.url) as client:
         said = client.uncertainty(Path(rows[0]["path"]), samples=50, seed=3).predictions[0]
     assert rows[0]["label"] == said.label
@@ -157,7 +156,7 @@ def test_an_interrupted_run_goes_on_and_no_row_is_lost_or_repeated(
         file.write(b'["cut off')  # as a crash may leave it
     assert score("--batch", 2)[0].exit_code == 0
     paths = [row["path"] for row in read(out)]
-    assert paths == sorted(str(path) for path in scores.pictures(folder))
+    assert paths == sorted(str(path) for path in command.images(folder))
     assert not part.exists()
 
 
@@ -183,7 +182,7 @@ def test_a_run_goes_on_with_the_version_that_it_began_with(score, server, folder
     assert result.exit_code == 0, result.output
     rows = {row["path"]: row for row in read(out)}
     assert {row["version"] for row in rows.values() if not row["error"]} == {"1"}
-    assert list(rows) == sorted(map(str, scores.pictures(folder)))  # without the one that is gone
+    assert list(rows) == sorted(map(str, command.images(folder)))  # without the one that is gone
     assert rows[known]["label"] == "9"  # it was not asked about again
     assert (rows[unread]["error"], rows[unread]["version"]) == ("", "1")
 
@@ -284,7 +283,7 @@ def test_batches_end_at_so_many_pictures_or_bytes(tmp_path):
     for path, size in zip(paths, [1, 1, 1, 12 * 2**20, 4 * 2**20 + 1, 20 * 2**20], strict=True):
         with path.open("wb") as file:
             file.truncate(size)
-    sizes = [len(batch) for batch in scores.batches([*paths, tmp_path / "none.png"], 3)]
+    sizes = [len(batch) for batch in ask.batches([*paths, tmp_path / "none.png"], 3)]
     assert sizes == [3, 1, 1, 1, 1]
 
 
@@ -304,7 +303,7 @@ def test_a_service_that_goes_away_is_the_error_itself(folder):
     async def run():
         transport = httpx.MockTransport(answer)
         async with AsyncDropserveClient(transport=transport) as client:
-            batches = scores.batches(scores.pictures(folder), 8)
+            batches = ask.batches(command.images(folder), 8)
             await scores.score(client, Plan("", "m", 1, "", 1, 0), batches, 3, pytest.fail)
 
     with pytest.raises(errors.Unreachable, match="gone"):

@@ -20,8 +20,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dropserve.service import errors
-from dropserve.service.cli import dashboard
-from dropserve.service.cli.figures import Figures, Look, ModelFigures, between, quantile
+from dropserve.service.cli import watch as command
+from dropserve.service.cli.watch import Snapshot, between, quantile
 from dropserve.service.cli.main import app
 from dropserve.service.client import DropserveClient
 from dropserve.service.schemas import Readiness
@@ -60,7 +60,7 @@ dropserve_queue_images 7
 # TYPE dropserve_workers gauge
 dropserve_workers 2
 """
-    return Look(text, Readiness.model_validate(ready), float(at))
+    return Snapshot(text, Readiness.model_validate(ready), float(at))
 
 
 def test_figures_are_of_what_happened_between_two_looks():
@@ -104,7 +104,7 @@ def test_a_quantile_lies_within_its_bucket(below, expected):
 
 def test_what_is_no_metrics_is_refused():
     with pytest.raises(ValueError):  # noqa: PT011  the parser's own words
-        Look("<html>{", Readiness.model_validate(READY), 0.0)
+        Snapshot("<html>{", Readiness.model_validate(READY), 0.0)
 
 
 FIGURES = between(look(0), look(1, requests=10, failed=1, fast=10, label_sum=9))
@@ -112,7 +112,7 @@ FIGURES = between(look(0), look(1, requests=10, failed=1, fast=10, label_sum=9))
 
 def drawn(now, width=80):
     screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    screen.print(dashboard.draw(now, deque([5.0, 10.0]), "http://a.test"))
+    screen.print(command.draw(now, deque([5.0, 10.0]), "http://a.test"))
     return screen.file.getvalue()
 
 
@@ -131,7 +131,7 @@ def test_the_view_says_why_there_is_nothing_to_see():
 
 
 def test_a_line_is_one_line_whatever_is_missing():
-    assert dashboard.line(FIGURES) == (
+    assert command.line(FIGURES) == (
         "11.0 requests/s, p50 5.0 ms, p99 9.9 ms, 1.0 errors/s, queue 7, batch -; "
         "a 3: confidence 90.0%, mutual information -, refused 4"
     )
@@ -158,7 +158,7 @@ def test_a_service_that_comes_back_is_looked_at_afresh():
     gone = httpx.ConnectError("gone")
     times = iter(range(9))
     with answers(page, page, gone, (503, b""), page, page) as client:
-        seen = dashboard.look(client, 1.0, lambda _: None, lambda: float(next(times)))
+        seen = command.watch_figures(client, 1.0, lambda _: None, lambda: float(next(times)))
         kinds = [type(now) for now in islice(seen, 4)]
     assert kinds == [Figures, errors.Unreachable, errors.Overloaded, Figures]
 
@@ -169,7 +169,7 @@ def test_a_service_that_comes_back_is_looked_at_afresh():
 )
 def test_a_service_that_will_not_say_is_no_reason_to_wait(answer, error):
     with answers(answer) as client, pytest.raises(error):
-        next(dashboard.look(client, 1.0, lambda _: None))
+        next(command.watch_figures(client, 1.0, lambda _: None))
 
 
 @pytest.fixture
