@@ -86,32 +86,23 @@ def _ask(
     model: str | None,
     version: int | None,
     show: Callable[[str, Any, Sequence[str]], None] | None,
-    **how: object,
+    **how: Any,  # noqa: ANN401  what the client's method takes
 ) -> None:
     """Ask about images and show each answer; without `show`, print one response in JSON.
 
-    Raises:
-        Refused: some images have no answer; raised when the others were shown.
+    An image without an answer is a line on stderr, null in the JSON, and exit code 2 at the end.
     """
-    for folder in (path for path in paths if path.is_dir()):
-        table = f"dropserve score {folder} --out scores.csv"
-        raise Refused(f"{folder} is a folder: `{table}` makes a table of the images in it")
-    if paths.count(Path("-")) > 1:
-        raise Refused("- can be given once: standard input holds one image")
-    images = [sys.stdin.buffer.read() if path == Path("-") else path for path in paths]
-    if b"" in images:
-        raise Refused("-: standard input is empty")
+    images = _read_stdin(paths)
     with DropserveClient(**service) as client:
         found = options.find_model(client, model, version)
     response: dict[str, Any] = {}
     predictions: list[Any] = []
-    refused: list[str] = []
 
     def done(part: Sequence[Image], answer: Any) -> None:  # noqa: ANN401  of either action
         names = ["standard input" if isinstance(image, bytes) else str(image) for image in part]
         if isinstance(answer, Exception):
             reason = terminal.one_line(answer).removeprefix(f"{names[0]}: ")
-            refused.append(f"{names[0]}: {reason}")
+            typer.echo(f"error: {names[0]}: {reason}", err=True)
             predictions.append(None)
             return
         response.update(answer.model_dump(mode="json"))
@@ -124,11 +115,20 @@ def _ask(
     send_all(AsyncDropserveClient(**service), action, images, done, **how)
     if show is None and response:
         terminal.print_json(response | {"predictions": predictions})
-    if refused:
-        failed = Refused(refused[0])
-        for reason in refused[1:]:
-            failed.add_note(f"error: {reason}")
-        raise failed
+    if None in predictions:
+        raise typer.Exit(2)
+
+
+def _read_stdin(paths: Sequence[Path]) -> list[Image]:
+    for folder in (path for path in paths if path.is_dir()):
+        table = f"dropserve score {folder} --out scores.csv"
+        raise Refused(f"{folder} is a folder: `{table}` makes a table of the images in it")
+    if paths.count(Path("-")) > 1:
+        raise Refused("- can be given once: standard input holds one image")
+    images = [sys.stdin.buffer.read() if path == Path("-") else path for path in paths]
+    if b"" in images:
+        raise Refused("-: standard input is empty")
+    return images
 
 
 def send_all(
@@ -139,7 +139,7 @@ def send_all(
     *,
     batch: int = BATCH,
     in_flight: int = 1,
-    **how: Any,  # noqa: ANN401  what the client's method takes
+    **how: Any,  # noqa: ANN401  likewise
 ) -> None:
     """Send images in requests of `batch` images, so many `in_flight` at a time; close the client.
 
@@ -217,25 +217,17 @@ def show_uncertainty(
         rows.append((f"  {classes[i]}", _bar(low, mean[i], high), numbers))
     _show_rows(rows)
     say(f"  █▓ up to the mean; ▓░ and [ ]: where {level:.0%} of the thinned networks lie")
-    total, data = prediction.predictive_entropy, prediction.expected_entropy
-    most = f"predictive entropy, at most {math.log(len(mean)):.3f}"
-    votes = f"{prediction.variation_ratio:.1%} of the networks"
-    _show_rows(
-        [
-            ("  doubt in all", f"{total:.3f} nats", most),
-            (
-                "  from the data",
-                f"{data:.3f} nats",
-                "expected entropy: each network wavers by itself",
-            ),
-            (
-                "  from the model",
-                f"{prediction.mutual_information:.3f} nats",
-                "mutual information: the networks disagree",
-            ),
-            ("  votes against", votes, "variation ratio"),
-        ]
+    parts = (
+        ("doubt in all", "predictive entropy", f", at most {math.log(len(mean)):.3f}"),
+        ("from the data", "expected entropy", ": each network wavers by itself"),
+        ("from the model", "mutual information", ": the networks disagree"),
     )
+    rows = []
+    for words, name, rest in parts:
+        nats = getattr(prediction, name.replace(" ", "_"))
+        rows.append((f"  {words}", f"{nats:.3f} nats", name + rest))
+    votes = f"{prediction.variation_ratio:.1%} of the networks"
+    _show_rows([*rows, ("  votes against", votes, "variation ratio")])
 
 
 def show_models(models: Sequence[schemas.ModelDetails]) -> None:

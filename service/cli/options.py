@@ -82,6 +82,8 @@ def read_settings(**given: object) -> Settings:
 
 def plain(error: Mapping[str, Any]) -> str:
     """Say what pydantic expects of a value, without repeating it: it may be a secret."""
+    if error["type"] == "too_short":
+        return f"must have at least {error['ctx']['min_length']} characters"
     message = re.sub("^(Input|String) should", "must", error["msg"])
     return message.removeprefix("Value error, ").partition(", unable to")[0]
 

@@ -25,6 +25,7 @@ from dropserve.service.schemas import UncertaintyResponse
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
 COLUMNS = ("path", "label", "index", "probability", *MEASURES, "model", "version", "error")
+PARAMETERS = ("folder", "model", "version", "sha256", "samples", "seed")
 Row = dict[str, Any]  # by column
 Sort = Literal[
     "path", "mutual-information", "predictive-entropy", "expected-entropy", "variation-ratio"
@@ -72,8 +73,8 @@ def score(
 
             how = {name: run[name] for name in ("model", "version", "samples", "seed")}
             how |= {"batch": batch, "in_flight": in_flight}
-            many = AsyncDropserveClient(**service, retries=8, max_wait=120.0)
-            ask.send_all(many, "uncertainty", missing, done, **how)
+            patient = AsyncDropserveClient(**service, retries=8, max_wait=120.0)
+            ask.send_all(patient, "uncertainty", missing, done, **how)
         _write(out, kept.rows, sort.replace("-", "_"))
     bad = sum(row["error"] is not None for row in kept.rows)
     terminal.say(
@@ -132,7 +133,7 @@ def progress_file(out: Path, *, restart: bool) -> "Iterator[ProgressFile]":
             file.truncate(0)
         try:
             kept = ProgressFile(file)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise Refused(f"{path}: no scores in it ({error}): give --restart") from error
         try:
             yield kept
@@ -152,8 +153,9 @@ class ProgressFile:
         # the last line has no end if the run was killed while it was written
         lines = [line for line in file if line.endswith(b"\n")]
         file.truncate(sum(map(len, lines)))
-        self.run: dict[str, Any] = dict(json.loads(lines[0])) if lines else {}
-        self.rows = [dict(zip(COLUMNS, json.loads(line), strict=True)) for line in lines[1:]]
+        first, *rest = map(json.loads, lines or [b"null"])
+        self.run = {name: first[name] for name in PARAMETERS} if lines else {}
+        self.rows = [dict(zip(COLUMNS, values, strict=True)) for values in rest]
 
     def agree(self, asked: Mapping[str, Any], client: DropserveClient) -> dict[str, Any]:
         """Return the run's parameters, which are those of the rows that are there, if any.
@@ -203,9 +205,9 @@ def _text(path: object) -> str:
 
 def _rows(part: Sequence[Path], answer: UncertaintyResponse | Exception) -> list[Row]:
     if isinstance(answer, Exception):
-        path = _text(part[0])
-        reason = _text((isinstance(answer, OSError) and answer.strerror) or answer)
-        return [dict.fromkeys(COLUMNS) | {"path": path, "error": reason.removeprefix(f"{path}: ")}]
+        name, reason = _text(part[0]), (isinstance(answer, OSError) and answer.strerror) or answer
+        error = _text(reason).removeprefix(f"{name}: ")
+        return [dict.fromkeys(COLUMNS) | {"path": name, "error": error}]
     about = {"model": answer.model, "version": answer.version, "error": None}
     rows = []
     for path, said in zip(part, answer.predictions, strict=True):

@@ -31,7 +31,7 @@ _SCORES = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
 _FEW = 1000  # test images; of fewer, scores differ much from one sample to the next
 
 
-def _parsed(must: str, metavar: str, text: str, parse: Callable[[str], object], **more: Any) -> Any:  # noqa: ANN401  Typer's own type
+def _parsed(must: str, metavar: str, text: str, parse: Callable[[str], object]) -> Any:  # noqa: ANN401  Typer's own type
     """Make an option that is parsed; an error says what it must be."""
 
     def parsed(given: str) -> object:
@@ -40,7 +40,7 @@ def _parsed(must: str, metavar: str, text: str, parse: Callable[[str], object], 
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"must be {must}") from error
 
-    return Opt(parser=parsed, metavar=metavar, help=text, **more)
+    return Opt(parser=parsed, metavar=metavar, help=text)
 
 
 def _recipe(name: str, text: str, **more: Any) -> Any:  # noqa: ANN401  likewise
@@ -58,25 +58,33 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
-
-
 def _object(text: str) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
+def _list(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
+    return lambda text: tuple(map(kind, text.split(",")))
+
+
+Optimizer = Literal["adamw", "sgd"] | None
+Accelerator = Literal["auto", "cpu", "cuda"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Int = int | None
+Float = float | None
+Text = str | None
+_DATASETS = "digits, fashion-mnist, mnist, or a folder"
+_NETWORKS = "mlp, cnn, package.module:factory or path/file.py:factory."
 _LIST = "numbers with commas between them"
 _HXW = "pixels of a side, or height x width, as 48x64"
 _NAMES = "names with commas between them, or a file of a name a line"
 # Any is what the parser returns.
-Hidden = Annotated[Any, _parsed(_LIST, "N,..", "Widths of the hidden layers.", _ints)]
-Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate after each hidden layer.", _floats)]
+Hidden = Annotated[Any, _parsed(_LIST, "N,..", "Widths of the hidden layers.", _list(int))]
+Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate after each hidden layer.", _list(float))]
 Arguments = Annotated[Any, _parsed('a JSON object, as {"a": 1}', "JSON", "Of a factory.", _object)]
+Size = Annotated[Any, _parsed(_HXW, "HxW", "Pixels of the input; 32 for a folder.", _size)]
+Classes = Annotated[Any, _parsed(_NAMES, "A,B,..", "By logit; or a file, a name a line.", _names)]
+Mean = Annotated[Any, _parsed(_LIST, "M,..", "Of each channel, in units of 0 to 1.", _list(float))]
+Std = Annotated[Any, _parsed(_LIST, "S,..", "Of each channel, likewise.", _list(float))]
 Invert = Annotated[bool, Opt("--invert", help="Turn dark into light.")]
 Fit = Annotated[
     Literal["stretch", "crop", "pad"],
@@ -89,65 +97,39 @@ Samples = Annotated[
 
 
 def train(
-    dataset: Annotated[
-        str, Opt(help="digits, fashion-mnist, mnist, or a folder: a sub-folder a class.")
-    ] = "digits",
-    network: Annotated[
-        str | None,
-        Opt(show_default="mlp", help="mlp, cnn, package.module:factory or path/file.py:factory."),
-    ] = None,
-    name: Annotated[
-        str | None, Opt(help="Of the model; DATASET-NETWORK, or that of --from, if left out.")
-    ] = None,
-    start: Annotated[
-        str | None, Opt("--from", metavar="NAME[/N]", help="Train a saved version further.")
-    ] = None,
+    dataset: Annotated[str, Opt(help=f"{_DATASETS}: a sub-folder a class.")] = "digits",
+    network: Annotated[Text, Opt(show_default="mlp", help=_NETWORKS)] = None,
+    name: Annotated[Text, Opt(help="Of the model, else DATASET-NETWORK or that of --from.")] = None,
+    start: Annotated[Text, Opt("--from", metavar="NAME[/N]", help="Train this further.")] = None,
     if_missing: Annotated[bool, Opt("--if-missing", help="Do nothing if there is one.")] = False,
     resume: Annotated[bool, Opt("--resume", help="Continue an interrupted run.")] = False,
     restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
-    epochs: Annotated[int | None, _recipe("epochs", "Most epochs.")] = None,
-    batch_size: Annotated[int | None, _recipe("batch_size", "Images a step.")] = None,
-    learning_rate: Annotated[
-        float | None, _recipe("learning_rate", "At its peak; a tenth with --from.")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, _recipe("weight_decay", "Of matrices and kernels.")
-    ] = None,
-    optimizer: Annotated[
-        Literal["adamw", "sgd"] | None, _recipe("optimizer", "adamw or sgd.", metavar="O")
-    ] = None,
-    label_smoothing: Annotated[
-        float | None, _recipe("label_smoothing", "Share spread over all classes.")
-    ] = None,
-    shift: Annotated[int | None, _recipe("shift", "Augment: most pixels to shift by.")] = None,
+    epochs: Annotated[Int, _recipe("epochs", "Most epochs.")] = None,
+    batch_size: Annotated[Int, _recipe("batch_size", "Images a step.")] = None,
+    learning_rate: Annotated[Float, _recipe("learning_rate", "Peak; a tenth with --from.")] = None,
+    weight_decay: Annotated[Float, _recipe("weight_decay", "Of matrices and kernels.")] = None,
+    optimizer: Annotated[Optimizer, _recipe("optimizer", "adamw or sgd.", metavar="O")] = None,
+    label_smoothing: Annotated[Float, _recipe("label_smoothing", "Share for all classes.")] = None,
+    shift: Annotated[Int, _recipe("shift", "Augment: most pixels to shift by.")] = None,
     flip: Annotated[
         bool | None,
         Opt("--flip/--no-flip", help="Augment: mirror half.", show_default=suggested("flip")),
     ] = None,
-    patience: Annotated[
-        int | None, _recipe("patience", "Epochs without a gain, then stop.")
-    ] = None,
+    patience: Annotated[Int, _recipe("patience", "Epochs without a gain, then stop.")] = None,
     seed: Annotated[int, Opt(help="Of everything random.")] = 0,
-    threads: Annotated[
-        int | None, Opt(help="CPU threads.", show_default="by the network's size")
-    ] = None,
+    threads: Annotated[Int, Opt(help="CPU threads.", show_default="by the network's size")] = None,
     hidden: Hidden = None,
     dropout: Dropout = None,
     network_arguments: Arguments = None,
-    size: Annotated[
-        Any, _parsed(_HXW, "HxW", "Pixels of a folder's images.", _size, show_default="32")
-    ] = None,
+    size: Size = None,
     invert: Invert = False,
     fit: Fit | None = None,
     skip_broken: SkipBroken = False,
     samples: Samples = 100,
-    accelerator: Annotated[
-        Literal["auto", "cpu", "cuda"], Opt(metavar="A", help="To train on: auto, cpu, cuda.")
-    ] = "auto",
+    accelerator: Annotated[Accelerator, Opt(metavar="A", help="auto, cpu or cuda.")] = "auto",
     devices: Annotated[int, Opt(min=1, metavar="N", help="Processes that share the work.")] = 1,
     precision: Annotated[
-        Literal["32-true", "bf16-mixed", "16-mixed"],
-        Opt(metavar="P", help="To train in: 32-true, bf16-mixed, 16-mixed."),
+        Precision, Opt(metavar="P", help="32-true, bf16-mixed or 16-mixed.")
     ] = "32-true",
     checkpoints: options.Checkpoints = None,
     data_dir: options.DataDir = None,
@@ -169,7 +151,7 @@ def train(
         raise Refused("give --resume or --restart, not both")
     recipes.check_run(name, accelerator)
     asked = _given(**{field.name: given.get(field.name) for field in fields(Recipe)})
-    data_options = {"recipe": asked, "skip_broken": skip_broken}
+    data_options: dict[str, Any] = {"recipe": asked, "skip_broken": skip_broken}
     if start is None:
         own = _given(hidden=hidden, dropout=dropout, arguments=network_arguments)
         data_options |= {"asked": own, "size": size, "invert": invert, "fit": fit or "stretch"}
@@ -215,27 +197,20 @@ def train(
 
 
 def import_(
-    network: Annotated[str, Opt(help="package.module:factory, path/file.py:factory, mlp or cnn.")],
+    network: Annotated[str, Opt(help=_NETWORKS)],
     weights: Annotated[Path, Opt(help="A safetensors file of all its tensors.")],
-    classes: Annotated[
-        Any, _parsed(_NAMES, "A,B,..", "By logit; or a file, a name a line.", _names)
-    ],
-    mean: Annotated[Any, _parsed(_LIST, "M,..", "Of each channel, in units of 0 to 1.", _floats)],
-    std: Annotated[Any, _parsed(_LIST, "S,..", "Of each channel, likewise.", _floats)],
-    size: Annotated[Any, _parsed(_HXW, "HxW", "Pixels of the network's input.", _size)],
+    classes: Classes,
+    mean: Mean,
+    std: Std,
+    size: Size,
     name: Annotated[str, Opt(help="Of the model.")],
-    channels: Annotated[
-        int | None, Opt(metavar="C", help="1 or 3; as many as --mean has values if left out.")
-    ] = None,
+    channels: Annotated[Int, Opt(metavar="C", help="1 or 3, else as many as means.")] = None,
     network_arguments: Arguments = None,
     hidden: Hidden = None,
     dropout: Dropout = None,
     invert: Invert = False,
     fit: Fit = "stretch",
-    evaluate: Annotated[
-        str | None,
-        Opt(metavar="DATASET", help="Score it: a folder, a sub-folder a class, or as in train."),
-    ] = None,
+    evaluate: Annotated[Text, Opt(metavar="DATASET", help="To score it, as in train.")] = None,
     skip_broken: SkipBroken = False,
     samples: Samples = 100,
     checkpoints: options.Checkpoints = None,
@@ -254,25 +229,18 @@ def import_(
     own = _given(hidden=hidden, dropout=dropout, arguments=network_arguments)
     module, metadata = recipes.imported(name, weights, network, preprocessing, classes, own)
     if evaluate is not None:
-        test = recipes.evaluation_images(
-            metadata, evaluate, settings.data_dir, skip_broken=skip_broken
-        )
+        folder = settings.data_dir
+        test = recipes.evaluation_images(metadata, evaluate, folder, skip_broken=skip_broken)
         metadata = _evaluated(metadata, module, test, samples)
     _say_saved(checkpoint.save(settings.checkpoints, module, metadata), metadata, checkpoints)
 
 
 def evaluate(
     name: Annotated[str, Opt(help="Of the model.")],
-    version: Annotated[
-        int | None, Opt(min=1, metavar="N", help="Of the model; the latest if left out.")
-    ] = None,
-    dataset: Annotated[
-        str | None, Opt(help="Left out: the one it was trained on; a folder must be named.")
-    ] = None,
+    version: Annotated[Int, Opt(min=1, metavar="N", help="Of the model, or the latest.")] = None,
+    dataset: Annotated[Text, Opt(help="Other than that of the training, or a folder.")] = None,
     samples: Samples = 100,
-    confusion: Annotated[
-        bool, Opt("--confusion", help="Show which classes are taken for which, in eval mode.")
-    ] = False,
+    confusion: Annotated[bool, Opt("--confusion", help="Show classes taken for others.")] = False,
     skip_broken: SkipBroken = False,
     checkpoints: options.Checkpoints = None,
     data_dir: options.DataDir = None,
@@ -289,7 +257,7 @@ def evaluate(
     data = recipes.evaluation_images(metadata, dataset, settings.data_dir, skip_broken=skip_broken)
     figures = _figures(metadata, module, data, samples, confusion=confusion)
     if as_json:
-        terminal.print_json(figures | ({"classes": metadata.classes} if confusion else {}))
+        terminal.print_json({**figures, **({"classes": metadata.classes} if confusion else {})})
         return
     show_scores(figures)
     if confusion:
@@ -325,7 +293,7 @@ def show_epochs(
 
 def _figures(
     metadata: "Metadata", module: "nn.Module", test: "Split", samples: int, *, confusion: bool
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     from dropserve.models.evaluation import evaluate as score
 
     normalize = metadata.preprocessing.normalize

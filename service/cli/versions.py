@@ -19,9 +19,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the model.")]
 
 def manifest(
     name: Name,
-    version: Annotated[
-        int | None, Opt(min=1, metavar="N", help="Of the model; all if left out.")
-    ] = None,
+    version: Annotated[int | None, Opt(min=1, metavar="N", help="Of the model, or all.")] = None,
     checkpoints: Checkpoints = None,
 ) -> None:
     """Verify a model's versions, all or one, and write the manifest of those that have none."""
@@ -32,14 +30,12 @@ def manifest(
     refused = []
     for number in [chosen] if version else catalogue.versions(root, name):
         try:
-            found = checkpoint.read(root / name / str(number))
+            found, done = checkpoint.read(root / name / str(number)), "verified"
+            if found.manifest_sha256 is None:
+                found, done = checkpoint.add_manifest(found), "manifest written"
+            say(f"{name} {number}: {done}, SHA-256 of the manifest {found.manifest_sha256}")
         except CheckpointRefused as error:
             refused.append(str(error))
-            continue
-        done = "verified"
-        if found.manifest_sha256 is None:
-            found, done = checkpoint.add_manifest(found), "manifest written"
-        say(f"{name} {number}: {done}, SHA-256 of the manifest {found.manifest_sha256}")
     if refused:
         raise Refused("; ".join(refused))
 
@@ -77,9 +73,7 @@ def rollback(name: Name, checkpoints: Checkpoints = None) -> None:
 def prune(
     name: Name,
     keep: Annotated[int, Opt(min=1, metavar="N", help="Newest versions that stay.")],
-    dry_run: Annotated[
-        bool, Opt("--dry-run", help="List what would be removed, and remove nothing.")
-    ] = False,
+    dry_run: Annotated[bool, Opt("--dry-run", help="Only list what would be removed.")] = False,
     checkpoints: Checkpoints = None,
 ) -> None:
     """Remove a model's old versions; never the one that answers, nor one that is pinned."""
@@ -90,11 +84,11 @@ def prune(
     kept = {*there[-keep:], catalogue.pinned(root, name), _fixed(settings, name)}
     if not kept.issuperset(there):
         kept.add(_answering(settings, name))
-    for version in there:
-        if version not in kept and (dry_run or catalogue.remove(root, name, version)):
+    for version in sorted({*there} - kept):
+        if dry_run or catalogue.remove(root, name, version):
             say(f"{'would remove' if dry_run else 'removed'} {root / name / str(version)}")
-    stay = [v for v in there if v in kept] if dry_run else catalogue.versions(root, name)
-    say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, stay))}")
+            there.remove(version)
+    say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, there))}")
 
 
 def _pin(settings: Settings, name: str, version: int | None) -> None:

@@ -1,19 +1,22 @@
-"""What `dropserve serve` says to a person: that the port is taken, that it is ready."""
+"""The whole command line: serving, settings, help, completion, and what is not imported."""
 
+import json
 import os
+import platform
 import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from dropserve.service.cli import main
 from dropserve.service.cli.terminal import Refused
-from dropserve.service.settings import Settings
+from dropserve.service.settings import Settings, environment_name
 
 DROPSERVE = Path(sys.executable).with_name("dropserve")
 
@@ -88,3 +91,89 @@ def test_a_person_is_told_when_it_is_ready_and_where(checkpoints):
     assert told.decode().strip() == (
         f"ready: http://127.0.0.1:{port} serves colour-cnn 1, digits-mlp 2; Ctrl-C stops it"
     )
+
+
+def test_serve_says_that_there_is_nothing_to_serve(tmp_path):
+    # In a process of its own, because serving takes over the process's logging.
+    command = [DROPSERVE, "serve", "--checkpoints", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: {tmp_path}: no checkpoint in it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_settings_lists_every_variable_with_default_value_and_meaning(run):
+    table = run("settings", DROPSERVE_MAX_SIDE="77").stdout
+    rows = json.loads(run("settings", "--json", DROPSERVE_MAX_SIDE="77").stdout)
+    assert [row["variable"] for row in rows] == list(map(environment_name, Settings.model_fields))
+    assert all(row["variable"] in table for row in rows)
+    (row,) = [row for row in rows if row["variable"] == "DROPSERVE_MAX_SIDE"]
+    meaning = Settings.model_fields["max_side"].description
+    assert list(row.values()) == ["DROPSERVE_MAX_SIDE", 16384, 77, meaning]
+
+
+@pytest.mark.parametrize(
+    ("command", "variable", "value", "message"),
+    [
+        ("settings", "PORT", "abc", "must be a valid integer"),
+        ("serve", "PORT", "65536", "must be less than or equal to 65535"),
+        ("train", "POLL_SECONDS", "0", "must be greater than 0"),
+        ("settings", "POLL_SECONDS", "soon", "must be a valid number"),
+        ("settings", "ADMIN_TOKEN", "short", "must have at least 16 characters"),
+        ("settings", "TRACING", "maybe", "must be a valid boolean"),
+        ("settings", "PRECISION", "float16", "must be 'float32', 'bfloat16' or 'auto'"),
+    ],
+)
+def test_an_invalid_setting_is_named_but_not_repeated(run, command, variable, value, message):
+    result = run(command, **{f"DROPSERVE_{variable}": value})
+    assert (result.exit_code, result.stderr) == (2, f"error: DROPSERVE_{variable}: {message}\n")
+
+
+def test_version_says_which_release_of_what_this_is(run):
+    told = run("--version").stdout
+    assert told == (
+        f"dropserve {version('dropserve')} (Python {platform.python_version()}, "
+        f"PyTorch {version('torch')})\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "import", "evaluate", "uncertainty", "score", ""])
+def test_flags_have_no_type_in_the_help(run, command):
+    told = run(*[command] * bool(command), "--help").stdout
+    assert "--help" in told
+    assert "bool" not in told
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_had_for_a_shell(shell):
+    command = [DROPSERVE, "--show-completion", shell]
+    named = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # by its argument
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=named)
+    assert "_DROPSERVE_COMPLETE" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "score", "watch", "uncertainty"])
+def test_help_leaves_room_to_read_on_a_narrow_terminal(run, command):
+    lines = run(command, "--help", COLUMNS="80").stdout.splitlines()
+    options = [line for line in lines if line.startswith("│ ") and "--" in line]
+    assert options
+    assert max(map(len, lines)) <= 80
+    assert all(len(line) - line.index("  ", 5) > 40 for line in options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "--help"],
+        ["score", "--help"],
+        ["settings"],
+        ["watch", "--once", "--url", "http://127.0.0.1:1"],
+    ],
+)
+def test_commands_that_only_talk_import_no_torch(arguments):
+    code = (
+        "import sys; from dropserve.service.cli.main import app; app(standalone_mode=False);"
+        "assert not {'torch', 'numpy', 'fastapi'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    subprocess.run(command, check=True)

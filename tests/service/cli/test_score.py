@@ -1,6 +1,5 @@
 """`dropserve score` over a real server: a row a picture, each once, whatever happens."""
 
-import asyncio
 import csv
 import fcntl
 import json
@@ -16,11 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from typer.testing import CliRunner
 
 from dropserve.service import errors
-from dropserve.service.cli import ask, score as command
-from dropserve.service.cli.main import app
+from dropserve.service.cli import ask, score
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
 COLUMNS = [
@@ -50,13 +47,12 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def score(server, folder, tmp_path):
-    def run(*options, out="scores.csv"):
+def scored(run, server, folder, tmp_path):
+    def scored(*options, out="scores.csv"):
         arguments = ["score", folder, "--out", tmp_path / out, "--url", server.url, *options]
-        result = CliRunner(env={"NO_PROXY": "127.0.0.1"}).invoke(app, [str(a) for a in arguments])
-        return result, tmp_path / out
+        return run(*arguments), tmp_path / out
 
-    return run
+    return scored
 
 
 def read(path):
@@ -64,13 +60,13 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_every_picture_has_a_row_as_uncertainty_answers_it(score, server, folder):
-    result, out = score("--samples", 50, "--seed", 3)
+def test_every_picture_has_a_row_as_uncertainty_answers_it(scored, server, folder):
+    result, out = scored("--samples", 50, "--seed", 3)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{out}: 23 pictures by digits-mlp version 2, 3 of them with an error\n"
+    assert result.stdout == f"{out}: 23 images by digits-mlp version 2, 3 of them with an error\n"
     rows = read(out)
     assert list(rows[0]) == COLUMNS
-    assert [row["path"] for row in rows] == sorted(str(p) for p in command.images(folder))
+    assert [row["path"] for row in rows] == sorted(str(p) for p in score.images(folder))
     with DropserveClient(server.url) as client:
         said = client.uncertainty(Path(rows[0]["path"]), samples=50, seed=3).predictions[0]
     assert rows[0]["label"] == said.label
@@ -81,8 +77,8 @@ def test_every_picture_has_a_row_as_uncertainty_answers_it(score, server, folder
     assert (rows[0]["model"], rows[0]["version"], rows[0]["error"]) == ("digits-mlp", "2", "")
 
 
-def test_a_bad_picture_is_a_row_that_says_what_is_wrong_with_it(score, folder):
-    rows = {row["path"]: row for row in read(score()[1])}
+def test_a_bad_picture_is_a_row_that_says_what_is_wrong_with_it(scored, folder):
+    rows = {row["path"]: row for row in read(scored()[1])}
     for name, (_, message) in BAD.items():
         row = rows.pop(str(folder / name))
         assert message in row["error"]
@@ -91,16 +87,16 @@ def test_a_bad_picture_is_a_row_that_says_what_is_wrong_with_it(score, folder):
 
 
 @pytest.mark.parametrize("sort", ["mutual-information", "predictive-entropy"])
-def test_the_most_doubtful_come_first_and_errors_last(score, sort):
-    rows = read(score("--sort", sort)[1])
+def test_the_most_doubtful_come_first_and_errors_last(scored, sort):
+    rows = read(scored("--sort", sort)[1])
     doubts = [float(row[sort.replace("-", "_")]) for row in rows[:20]]
     assert doubts == sorted(doubts, reverse=True)
     assert all(row["error"] for row in rows[20:])
 
 
-def test_parquet_holds_the_same_with_types(score):
-    rows = read(score()[1])
-    result, out = score(out="scores.parquet")
+def test_parquet_holds_the_same_with_types(scored):
+    rows = read(scored()[1])
+    result, out = scored(out="scores.parquet")
     assert result.exit_code == 0, result.output
     table = parquet.read_table(out)
     kinds = [str(field.type) for field in table.schema]
@@ -113,9 +109,9 @@ def test_parquet_holds_the_same_with_types(score):
             assert typed["mutual_information"] == pytest.approx(figure, abs=1e-4)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(score, monkeypatch):
+def test_parquet_without_pyarrow_says_what_to_install(scored, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    result, out = score(out="scores.parquet")
+    result, out = scored(out="scores.parquet")
     assert result.exit_code == 2
     assert "dropserve[parquet]" in result.stderr
     assert not out.exists()
@@ -125,11 +121,11 @@ def test_parquet_without_pyarrow_says_what_to_install(score, monkeypatch):
     ("how", "code", "said"),
     [
         (signal.SIGKILL, -signal.SIGKILL, ""),
-        (signal.SIGINT, 130, "interrupted: the same command goes on from here\n"),
+        (signal.SIGINT, 130, "interrupted: the same command continues from here\n"),
     ],
 )
 def test_an_interrupted_run_goes_on_and_no_row_is_lost_or_repeated(
-    score, server, folder, tmp_path, how, code, said
+    scored, server, folder, tmp_path, how, code, said
 ):
     picture = (folder / "00.PNG").read_bytes()
     for i in range(400):
@@ -154,80 +150,78 @@ def test_an_interrupted_run_goes_on_and_no_row_is_lost_or_repeated(
     assert 20 < len(before) < 420
     with part.open("ab") as file:
         file.write(b'["cut off')  # as a crash may leave it
-    assert score("--batch", 2)[0].exit_code == 0
+    assert scored("--batch", 2)[0].exit_code == 0
     paths = [row["path"] for row in read(out)]
-    assert paths == sorted(str(path) for path in command.images(folder))
+    assert paths == sorted(str(path) for path in score.images(folder))
     assert not part.exists()
 
 
-def begun(out, plan, rows=()):
-    lines = [vars(plan), *(list(row) for row in rows)]
+def begun(out, folder, version, sha256, samples, rows):
+    run = {"folder": str(folder), "model": "digits-mlp", "version": version, "sha256": sha256}
+    lines = [run | {"samples": samples, "seed": 0}, *rows]
     out.with_name(out.name + ".part").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
 ROW = ["00.PNG", "9", 9, 0.9, 0.3, 0.2, 0.1, 0.0, "digits-mlp", 1, None]
 
 
-def sha256(server, version):
-    with DropserveClient(server.url) as client:
-        return client.model("digits-mlp", version).sha256
-
-
-def test_a_run_goes_on_with_the_version_that_it_began_with(score, server, folder, tmp_path):
+def test_a_run_goes_on_with_the_version_that_it_began_with(scored, server, folder, tmp_path):
     known, unread, gone = (str(folder / name) for name in ("00.PNG", "02.PNG", "gone.png"))
     failed = [unread, *[None] * 9, "Too many open files"]
-    plan = Plan(str(folder), "digits-mlp", 1, sha256(server, 1), 100, 0)
-    begun(tmp_path / "scores.csv", plan, [[known, *ROW[1:]], failed, [gone, *ROW[1:]]])
-    result, out = score()
+    with DropserveClient(server.url) as client:
+        sha256 = client.model("digits-mlp", 1).sha256
+    rows = [[known, *ROW[1:]], failed, [gone, *ROW[1:]]]
+    begun(tmp_path / "scores.csv", folder, 1, sha256, 100, rows)
+    result, out = scored()
     assert result.exit_code == 0, result.output
     rows = {row["path"]: row for row in read(out)}
     assert {row["version"] for row in rows.values() if not row["error"]} == {"1"}
-    assert list(rows) == sorted(map(str, command.images(folder)))  # without the one that is gone
+    assert list(rows) == sorted(map(str, score.images(folder)))  # without the one that is gone
     assert rows[known]["label"] == "9"  # it was not asked about again
     assert (rows[unread]["error"], rows[unread]["version"]) == ("", "1")
 
 
-def test_a_run_does_not_go_on_with_other_weights(score, folder, tmp_path):
-    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 2, "a" * 64, 100, 0), [ROW])
-    result, out = score()
+def test_a_run_does_not_go_on_with_other_weights(scored, folder, tmp_path):
+    begun(tmp_path / "scores.csv", folder, 2, "a" * 64, 100, [ROW])
+    result, out = scored()
     assert result.exit_code == 2
     assert f"had sha256 {'a' * 64}, not " in result.stderr
     assert not out.exists()
 
 
-def test_another_plan_is_refused_by_what_differs_unless_begun_anew(score, folder, tmp_path):
-    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 2, "a" * 64, 50, 0), [ROW])
-    result, out = score("--seed", 4)
+def test_another_plan_is_refused_by_what_differs_unless_begun_anew(scored, folder, tmp_path):
+    begun(tmp_path / "scores.csv", folder, 2, "a" * 64, 50, [ROW])
+    result, out = scored("--seed", 4)
     assert result.exit_code == 2
     assert "had samples 50, not 100; seed 0, not 4: " in result.stderr
     assert "--restart" in result.stderr
     assert not out.exists()
-    assert score("--seed", 4, "--restart")[0].exit_code == 0
+    assert scored("--seed", 4, "--restart")[0].exit_code == 0
     assert len(read(out)) == 23
 
 
-def test_a_file_that_is_there_is_kept_unless_begun_anew(score):
-    _, out = score()
+def test_a_file_that_is_there_is_kept_unless_begun_anew(scored):
+    _, out = scored()
     out.write_text("mine")
-    result, _ = score()
+    result, _ = scored()
     assert (result.exit_code, out.read_text()) == (2, "mine")
     assert "--restart" in result.stderr
-    assert score("--restart")[0].exit_code == 0
+    assert scored("--restart")[0].exit_code == 0
     assert len(read(out)) == 23
 
 
 @pytest.mark.parametrize("content", ["no JSON\n", '{"folder": 1}\n', "[1]\n", "{}\n[1, 2]\n"])
-def test_a_journal_of_something_else_is_refused(score, tmp_path, content):
+def test_a_journal_of_something_else_is_refused(scored, tmp_path, content):
     (tmp_path / "scores.csv.part").write_text(content)
-    result, _ = score()
+    result, _ = scored()
     assert result.exit_code == 2
     assert "no scores in it" in result.stderr
 
 
-def test_two_runs_do_not_write_the_same_file(score, tmp_path):
+def test_two_runs_do_not_write_the_same_file(scored, tmp_path):
     with (tmp_path / "scores.csv.part").open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        result, _ = score()
+        result, _ = scored()
     assert result.exit_code == 2
     assert "another run is writing it" in result.stderr
 
@@ -242,8 +236,8 @@ def test_two_runs_do_not_write_the_same_file(score, tmp_path):
         (["--model", "digits-mlp", "--version", 9], "version"),
     ],
 )
-def test_what_is_not_the_pictures_fault_ends_the_run(score, tmp_path, options, message):
-    result, _ = score(*options)
+def test_what_is_not_the_pictures_fault_ends_the_run(scored, tmp_path, options, message):
+    result, _ = scored(*options)
     assert result.exit_code == 2
     assert message in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures"]
@@ -253,25 +247,25 @@ def test_what_is_not_the_pictures_fault_ends_the_run(score, tmp_path, options, m
     ("out", "message"),
     [("scores.xlsx", "must end in .csv or .parquet"), ("none/scores.csv", "none: make it first")],
 )
-def test_a_file_that_cannot_be_written_is_named_before_the_work(score, out, message):
-    result, _ = score(out=out)
+def test_a_file_that_cannot_be_written_is_named_before_the_work(scored, out, message):
+    result, _ = scored(out=out)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
-def test_a_folder_without_pictures_is_a_line(tmp_path):
+def test_a_folder_without_pictures_is_a_line(run, tmp_path):
     (tmp_path / "folder").mkdir()
     for folder, message in (("folder", "no .png"), ("none", "No such file")):
         command = ["score", str(tmp_path / folder), "--out", str(tmp_path / "a.csv")]
-        result = CliRunner().invoke(app, command)
+        result = run(*command)
         assert result.exit_code == 2
         assert message in result.stderr
 
 
-def test_a_name_that_is_no_text_is_written_as_text(score, folder):
+def test_a_name_that_is_no_text_is_written_as_text(scored, folder):
     odd = os.fsdecode(os.fsencode(folder) + b"/\xff,\n\"'.png")
     Path(odd).write_bytes((folder / "00.PNG").read_bytes())
-    result, out = score()
+    result, out = scored()
     assert result.exit_code == 0, result.output
     (row,) = [row for row in read(out) if "udcff" in row["path"]]
     assert row["label"]
@@ -300,11 +294,6 @@ def test_a_service_that_goes_away_is_the_error_itself(folder):
             return httpx.Response(200, json=about)
         raise httpx.ConnectError("gone")
 
-    async def run():
-        transport = httpx.MockTransport(answer)
-        async with AsyncDropserveClient(transport=transport) as client:
-            batches = ask.batches(command.images(folder), 8)
-            await scores.score(client, Plan("", "m", 1, "", 1, 0), batches, 3, pytest.fail)
-
+    client = AsyncDropserveClient(transport=httpx.MockTransport(answer))
     with pytest.raises(errors.Unreachable, match="gone"):
-        asyncio.run(run())
+        ask.send_all(client, "uncertainty", score.images(folder), pytest.fail, batch=8, in_flight=3)
