@@ -3,7 +3,7 @@
 import asyncio
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def models(
 def _ask(
     action: Literal["predict", "uncertainty"],
     paths: Sequence[Path],
-    service: options.Service,
+    service: Mapping[str, Any],
     model: str | None,
     version: int | None,
     show: Callable[[str, Any, Sequence[str]], None] | None,

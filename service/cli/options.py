@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -18,15 +18,8 @@ from dropserve.service.schemas import ModelDetails
 from dropserve.service.settings import Settings, environment_name
 
 
-class Service(TypedDict):
-    """Where a running service is, and the key to send."""
-
-    url: str
-    api_key: str | None
-
-
-def find_service(url: str | None, port: int | None) -> Service:
-    """Return where the running service is: as the options say, else as the settings say."""
+def find_service(url: str | None, port: int | None) -> dict[str, Any]:
+    """Return a client's `url` and `api_key`: as the options say, else as the settings say."""
     if url is not None and port is not None:
         raise Refused("--port is of a service on this machine: give it or --url")
     settings = read_settings(port=port)

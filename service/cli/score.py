@@ -85,16 +85,15 @@ def score(
 
 def images(folder: Path) -> list[Path]:
     """List the files with the suffix of an image, in sub-folders as well, in a fixed order."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
+    errors: list[OSError] = []
     found = [
         Path(root, name)
-        for root, _, names in os.walk(folder, onerror=fail)
+        for root, _, names in os.walk(folder, onerror=errors.append)
         for name in names
         if name.lower().endswith(SUFFIXES)
     ]
+    if errors:
+        raise errors[0]
     if not found:
         raise Refused(f"{folder}: no {', '.join(SUFFIXES)} in it")
     return sorted(found)

@@ -19,7 +19,8 @@ PNG = b"\x89PNG\r\n\x1a\n picture"
 MODEL = {
     "name": "pets", "version": 2, "versions": [1, 2], "default": True,
     "refused": [{"version": 3, "reason": "damaged"}],
-    "changed": [], "pinned": 2, "pin_problem": None, "manifest_sha256": "a" * 64,
+    "changed": [{"version": 1, "reason": "gone"}], "pinned": 2, "pin_problem": "unreadable",
+    "manifest_sha256": "a" * 64,
 }  # fmt: skip
 DETAILS = MODEL | {
     "classes": ["cat", "dog", "[b]owl"],
@@ -184,13 +185,25 @@ def test_models_lists_what_is_served(run, stub):
     result = run("models", "--url", stub[1])
     row = [cell.strip() for cell in result.stdout.splitlines()[3].split("│")]
     assert row == ["", "pets", "2 (pinned)", "1, 2", "yes", "vmap", "bfloat16", ""]
-    assert result.stdout.splitlines()[-1] == "pets 3 refused: damaged"
+    assert result.stdout.splitlines()[-3:] == [
+        "pets 3 refused: damaged",
+        "pets 1 served from memory: gone",
+        "pets: the pin is not followed: unreadable",
+    ]
     assert json.loads(run("models", "--url", stub[1], "--json").stdout) == {"models": [MODEL]}
 
 
 def test_an_error_of_the_service_is_a_line_with_its_request(run, stub, image):
     result = run("predict", image, "--url", stub[1], "--model", "pets", "--version", 1)
     assert (result.exit_code, result.stderr) == (2, "error: no (request r-9)\n")
+
+
+def test_where_no_model_is_the_default_one_must_be_named(run, stub, image):
+    handler, url = stub
+    models = {"models": [MODEL | {"default": False}]}
+    handler.answers = Stub.answers | {"/v1/models": (200, models)}
+    result = run("predict", image, "--url", url)
+    assert (result.exit_code, result.stderr) == (2, "error: give --model: there are pets\n")
 
 
 def test_a_service_that_is_not_there_is_a_line(run):

@@ -123,6 +123,8 @@ def test_a_pin_that_a_setting_would_undo_is_refused(root, monkeypatch):
     for command in (["rollback", "m"], ["pin", "m", 1]):
         assert "DROPSERVE_DEFAULT_VERSION is 5 and wins over a pin" in refused(root, *command)
     assert catalogue.pinned(root, "m") is None
+    monkeypatch.setenv(environment_name("default_version"), "3")  # which is damaged: 5 answers
+    assert "m: would keep 3, 5" in done(root, "prune", "m", "--keep", 1, "--dry-run")
     monkeypatch.setenv(environment_name("default_model"), "other")
     done(root, "rollback", "m")
 

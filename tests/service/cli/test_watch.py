@@ -176,6 +176,14 @@ def test_a_service_that_will_not_say_is_no_reason_to_wait(answer, error):
         next(watch.watch_figures(client, 1.0, lambda _: None))
 
 
+PROGRAM = [  # a shell without job control starts children that ignore SIGINT
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from dropserve.service.cli.main import app; app()",
+]
+
+
 @pytest.fixture
 def asked(server):
     """The address of a server that is asked something several times a second, meanwhile."""
@@ -218,11 +226,7 @@ def test_once_says_what_happens_now_in_a_line_or_json(run, asked):
 
 def test_a_terminal_shows_a_view_that_ctrl_c_leaves(asked):
     ours, theirs = pty.openpty()
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from dropserve.service.cli.main import app; app()"
-    )
-    command = [sys.executable, "-c", program, "watch", "--url", asked, "--interval", "0.2"]
+    command = [*PROGRAM, "watch", "--url", asked, "--interval", "0.2"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as run:
         os.close(theirs)
@@ -239,6 +243,16 @@ def test_a_terminal_shows_a_view_that_ctrl_c_leaves(asked):
     assert run.returncode == 0
     assert b"digits-mlp" in shown
     assert b"Traceback" not in shown
+
+
+@pytest.mark.parametrize(("options", "start"), [([], "no answer: "), (["--json"], '{"error": "')])
+def test_where_nobody_watches_it_is_a_line_an_interval_until_ctrl_c(options, start):
+    command = [*PROGRAM, "watch", "--url", "http://127.0.0.1:1", "--interval", "0.1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        lines = [run.stdout.readline() for _ in range(2)]
+        run.send_signal(signal.SIGINT)
+    assert all(line.startswith(start + "no answer from http://127.0.0.1:1 (") for line in lines)
+    assert run.returncode == 0
 
 
 def test_once_fails_where_nothing_answers(run):
