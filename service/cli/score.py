@@ -219,7 +219,7 @@ def _write(out: Path, rows: Sequence[Row], sort: str) -> None:
     """Write a table, whole or not at all; by a measure, the largest first and errors last."""
     ordered = sorted(rows, key=lambda row: row["path"])
     if sort != "path":
-        ordered.sort(key=lambda row: -1.0 if row["error"] else row[sort], reverse=True)
+        ordered.sort(key=lambda row: -1.0 if row[sort] is None else row[sort], reverse=True)
     new = out.with_name(out.name + ".new")
     try:
         if out.suffix == ".parquet":

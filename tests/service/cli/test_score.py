@@ -1,4 +1,4 @@
-"""`dropserve score` over a real server: a row a picture, each once, whatever happens."""
+"""`dropserve score` over a real server: a row a image, each once, whatever happens."""
 
 import csv
 import fcntl
@@ -25,16 +25,16 @@ COLUMNS = [
     "mutual_information", "variation_ratio", "model", "version", "error",
 ]  # fmt: skip
 BAD = {
-    "cut.png": (b"\x89PNG\r\n\x1a\n cut", "picture"),
+    "cut.png": (b"\x89PNG\r\n\x1a\n cut", "cannot be decoded"),
     "empty.jpg": (b"", "an empty file"),
-    "sub/text.webp": (b"hello", "no PNG, JPEG or WebP picture"),
+    "sub/text.webp": (b"hello", "no PNG, JPEG or WebP"),
 }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty pictures, three that are none, and a file that nobody would take for one."""
-    folder = tmp_path / "pictures"
+    """Twenty images, three that are none, and a file that nobody would take for one."""
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     random = np.random.default_rng(0)
     for i in range(20):
@@ -42,7 +42,7 @@ def folder(tmp_path):
         Image.fromarray(pixels).save(folder / ("sub" if i % 2 else "") / f"{i:02}.PNG")
     for name, (content, _) in BAD.items():
         (folder / name).write_bytes(content)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -60,7 +60,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_every_picture_has_a_row_as_uncertainty_answers_it(scored, server, folder):
+def test_every_image_has_a_row_as_uncertainty_answers_it(scored, server, folder):
     result, out = scored("--samples", 50, "--seed", 3)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{out}: 23 images by digits-mlp version 2, 3 of them with an error\n"
@@ -77,7 +77,7 @@ def test_every_picture_has_a_row_as_uncertainty_answers_it(scored, server, folde
     assert (rows[0]["model"], rows[0]["version"], rows[0]["error"]) == ("digits-mlp", "2", "")
 
 
-def test_a_bad_picture_is_a_row_that_says_what_is_wrong_with_it(scored, folder):
+def test_a_bad_image_is_a_row_that_says_what_is_wrong_with_it(scored, folder):
     rows = {row["path"]: row for row in read(scored()[1])}
     for name, (_, message) in BAD.items():
         row = rows.pop(str(folder / name))
@@ -87,10 +87,10 @@ def test_a_bad_picture_is_a_row_that_says_what_is_wrong_with_it(scored, folder):
 
 
 @pytest.mark.parametrize("sort", ["mutual-information", "predictive-entropy"])
-def test_the_most_doubtful_come_first_and_errors_last(scored, sort):
+def test_the_most_uncertain_come_first_and_errors_last(scored, sort):
     rows = read(scored("--sort", sort)[1])
-    doubts = [float(row[sort.replace("-", "_")]) for row in rows[:20]]
-    assert doubts == sorted(doubts, reverse=True)
+    values = [float(row[sort.replace("-", "_")]) for row in rows[:20]]
+    assert values == sorted(values, reverse=True)
     assert all(row["error"] for row in rows[20:])
 
 
@@ -125,20 +125,15 @@ def test_parquet_without_pyarrow_says_what_to_install(scored, monkeypatch):
     ],
 )
 def test_an_interrupted_run_goes_on_and_no_row_is_lost_or_repeated(
-    scored, server, folder, tmp_path, how, code, said
+    program, scored, server, folder, tmp_path, how, code, said
 ):
-    picture = (folder / "00.PNG").read_bytes()
+    image = (folder / "00.PNG").read_bytes()
     for i in range(400):
-        (folder / f"more-{i:03}.png").write_bytes(picture)
+        (folder / f"more-{i:03}.png").write_bytes(image)
     out, part = tmp_path / "scores.csv", tmp_path / "scores.csv.part"
-    program = (  # a shell without job control starts children that ignore SIGINT
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from dropserve.service.cli.main import app; app()"
-    )
-    command = [sys.executable, "-c", program, "score", folder, "--out", out, "--url", server.url]
-    with subprocess.Popen(
-        [*command, "--batch", "2", "--in-flight", "2"], stderr=subprocess.PIPE, text=True
-    ) as run:
+    options = ["--batch", "2", "--in-flight", "2"]
+    command = [*program, "score", folder, "--out", out, "--url", server.url, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         while not part.exists() or part.read_bytes().count(b"\n") < 30:
             assert run.poll() is None
             time.sleep(0.005)
@@ -189,7 +184,7 @@ def test_a_run_does_not_go_on_with_other_weights(scored, folder, tmp_path):
     assert not out.exists()
 
 
-def test_another_plan_is_refused_by_what_differs_unless_begun_anew(scored, folder, tmp_path):
+def test_another_run_is_refused_by_what_differs_unless_begun_anew(scored, folder, tmp_path):
     begun(tmp_path / "scores.csv", folder, 2, "a" * 64, 50, [ROW])
     result, out = scored("--seed", 4)
     assert result.exit_code == 2
@@ -211,7 +206,7 @@ def test_a_file_that_is_there_is_kept_unless_begun_anew(scored):
 
 
 @pytest.mark.parametrize("content", ["no JSON\n", '{"folder": 1}\n', "[1]\n", "{}\n[1, 2]\n"])
-def test_a_journal_of_something_else_is_refused(scored, tmp_path, content):
+def test_a_progress_file_of_something_else_is_refused(scored, tmp_path, content):
     (tmp_path / "scores.csv.part").write_text(content)
     result, _ = scored()
     assert result.exit_code == 2
@@ -236,11 +231,11 @@ def test_two_runs_do_not_write_the_same_file(scored, tmp_path):
         (["--model", "digits-mlp", "--version", 9], "version"),
     ],
 )
-def test_what_is_not_the_pictures_fault_ends_the_run(scored, tmp_path, options, message):
+def test_what_is_not_the_images_fault_ends_the_run(scored, tmp_path, options, message):
     result, _ = scored(*options)
     assert result.exit_code == 2
     assert message in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +248,7 @@ def test_a_file_that_cannot_be_written_is_named_before_the_work(scored, out, mes
     assert message in result.stderr
 
 
-def test_a_folder_without_pictures_is_a_line(run, tmp_path):
+def test_a_folder_without_images_is_a_line(run, tmp_path):
     (tmp_path / "folder").mkdir()
     for folder, message in (("folder", "no .png"), ("none", "No such file")):
         command = ["score", str(tmp_path / folder), "--out", str(tmp_path / "a.csv")]
@@ -272,7 +267,7 @@ def test_a_name_that_is_no_text_is_written_as_text(scored, folder):
     assert row["path"].endswith("\\udcff,\n\"'.png")
 
 
-def test_batches_end_at_so_many_pictures_or_bytes(tmp_path):
+def test_batches_end_at_so_many_images_or_bytes(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(6)]
     for path, size in zip(paths, [1, 1, 1, 12 * 2**20, 4 * 2**20 + 1, 20 * 2**20], strict=True):
         with path.open("wb") as file:
@@ -283,7 +278,7 @@ def test_batches_end_at_so_many_pictures_or_bytes(tmp_path):
 
 def test_a_service_that_goes_away_is_the_error_itself(folder):
     def answer(request):
-        if request.headers["content-type"] == "image/png":  # the picture that is asked about first
+        if request.headers["content-type"] == "image/png":  # the image that is asked about first
             predictions = [{
                 "label": "a", "index": 0, "mean": [1.0], "variance": None, "standard_error": None,
                 "predictive_entropy": 0, "expected_entropy": 0, "mutual_information": 0,

@@ -247,20 +247,10 @@ def test_a_network_of_ones_own_is_built_from_its_arguments(train, tmp_path, monk
     assert module(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
-    # A shell without job control starts children that ignore SIGINT, hence the handler.
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from dropserve.service.cli.main import app; app()"
-    )
-    command = [sys.executable, "-c", code, "train", "--epochs", "100000"]
-    with subprocess.Popen(
-        [*command, "--checkpoints", tmp_path],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(program, tmp_path):
+    command = [*program, "train", "--epochs", "100000", "--checkpoints", tmp_path]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as process:
         assert process.stdout.readline().startswith("digits: ")
         assert process.stdout.readline().startswith("epoch 1/100000: loss")
         process.send_signal(signal.SIGINT)

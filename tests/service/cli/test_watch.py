@@ -176,14 +176,6 @@ def test_a_service_that_will_not_say_is_no_reason_to_wait(answer, error):
         next(watch.watch_figures(client, 1.0, lambda _: None))
 
 
-PROGRAM = [  # a shell without job control starts children that ignore SIGINT
-    sys.executable,
-    "-c",
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "from dropserve.service.cli.main import app; app()",
-]
-
-
 @pytest.fixture
 def asked(server):
     """The address of a server that is asked something several times a second, meanwhile."""
@@ -224,9 +216,9 @@ def test_once_says_what_happens_now_in_a_line_or_json(run, asked):
     assert 0 <= model["mutual_information"] < 3
 
 
-def test_a_terminal_shows_a_view_that_ctrl_c_leaves(asked):
+def test_a_terminal_shows_a_view_that_ctrl_c_leaves(program, asked):
     ours, theirs = pty.openpty()
-    command = [*PROGRAM, "watch", "--url", asked, "--interval", "0.2"]
+    command = [*program, "watch", "--url", asked, "--interval", "0.2"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as run:
         os.close(theirs)
@@ -246,8 +238,8 @@ def test_a_terminal_shows_a_view_that_ctrl_c_leaves(asked):
 
 
 @pytest.mark.parametrize(("options", "start"), [([], "no answer: "), (["--json"], '{"error": "')])
-def test_where_nobody_watches_it_is_a_line_an_interval_until_ctrl_c(options, start):
-    command = [*PROGRAM, "watch", "--url", "http://127.0.0.1:1", "--interval", "0.1", *options]
+def test_where_nobody_watches_it_is_a_line_an_interval_until_ctrl_c(program, options, start):
+    command = [*program, "watch", "--url", "http://127.0.0.1:1", "--interval", "0.1", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         lines = [run.stdout.readline() for _ in range(2)]
         run.send_signal(signal.SIGINT)
