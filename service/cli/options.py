@@ -57,11 +57,7 @@ def model_names(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def read_settings(**given: object) -> Settings:
-    """Read the settings; options that are given win over the environment.
-
-    Raises:
-        Refused: names each setting that is invalid, and what is wrong with it.
-    """
+    """Read the settings, or refuse those that are invalid; options win over the environment."""
     options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     try:
         return Settings(**options)
@@ -95,14 +91,8 @@ Url = Annotated[
     str | None,
     Opt(parser=base_url, metavar="URL", help="Of the service; from DROPSERVE_HOST and _PORT."),
 ]
-Port = Annotated[
-    int | None, Opt(min=1, max=65535, metavar="N", help="Of a local service, in place of --url.")
-]
-Model = Annotated[
-    str | None, Opt(help="Model to ask, or the default one.", autocompletion=model_names)
-]
-Version = Annotated[
-    int | None, Opt(min=1, metavar="N", help="Of the model, or the one that answers.")
-]
+Port = Annotated[int | None, Opt(min=1, max=65535, metavar="N", help="Of a local service.")]
+Model = Annotated[str | None, Opt(help="Or the default one.", autocompletion=model_names)]
+Version = Annotated[int | None, Opt(min=1, metavar="N", help="Or the one that answers.")]
 Samples = Annotated[int, Opt(min=1, max=1000, metavar="T", help="Thinned networks.")]
 Seed = Annotated[int, Opt(min=0, metavar="N", help="Of the dropout masks.")]

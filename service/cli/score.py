@@ -113,13 +113,7 @@ def _check_format(out: Path) -> None:
 
 @contextmanager
 def progress_file(out: Path, *, restart: bool) -> "Iterator[ProgressFile]":
-    """Open the progress file of a table, for one process; remove it after the block.
-
-    Where the block fails, the file stays if it has rows.
-
-    Raises:
-        Refused: the table is there already, another run writes it, or the file is something else.
-    """
+    """Lock and read OUT.part; remove it after the block, except rows of a block that fails."""
     path = out.with_name(out.name + ".part")
     if out.exists() and not path.exists() and not restart:
         raise Refused(f"{out} is there already: give --restart to write it anew")
@@ -157,11 +151,7 @@ class ProgressFile:
         self.rows = [dict(zip(COLUMNS, values, strict=True)) for values in rest]
 
     def agree(self, asked: Mapping[str, Any], client: DropserveClient) -> dict[str, Any]:
-        """Return the run's parameters, which are those of the rows that are there, if any.
-
-        Raises:
-            Refused: they differ from those asked for, or from the service's weights.
-        """
+        """Return the run's parameters; refuse others than those of the rows that are there."""
         self._check_same(asked)
         wanted = {**asked, **self.run}
         model = options.find_model(client, wanted.get("model"), wanted.get("version"))

@@ -91,9 +91,7 @@ Fit = Annotated[
     Opt(metavar="HOW", help="Images of other proportions: stretch, crop (centre), or pad."),
 ]
 SkipBroken = Annotated[bool, Opt("--skip-broken", help="Leave out images that cannot be read.")]
-Samples = Annotated[
-    int, Opt(min=0, metavar="N", help="Thinned networks, T, of the evaluation; 0: eval mode alone.")
-]
+Samples = Annotated[int, Opt(min=0, metavar="T", help="Thinned networks to score; 0: none.")]
 
 
 def train(
@@ -111,10 +109,7 @@ def train(
     optimizer: Annotated[Optimizer, _recipe("optimizer", "adamw or sgd.", metavar="O")] = None,
     label_smoothing: Annotated[Float, _recipe("label_smoothing", "Share for all classes.")] = None,
     shift: Annotated[Int, _recipe("shift", "Augment: most pixels to shift by.")] = None,
-    flip: Annotated[
-        bool | None,
-        Opt("--flip/--no-flip", help="Augment: mirror half.", show_default=suggested("flip")),
-    ] = None,
+    flip: Annotated[bool | None, _recipe("flip", "Augment: mirror half.")] = None,
     patience: Annotated[Int, _recipe("patience", "Epochs without a gain, then stop.")] = None,
     seed: Annotated[int, Opt(help="Of everything random.")] = 0,
     threads: Annotated[Int, Opt(help="CPU threads.", show_default="by the network's size")] = None,

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,11 +89,7 @@ def watch_figures(
 
 
 class Snapshot:
-    """The metrics at one moment, without those of probes and scrapes.
-
-    Raises:
-        ValueError: the text is not in Prometheus's format.
-    """
+    """The metrics at one moment, parsed or a ValueError, without those of probes and scrapes."""
 
     def __init__(self, text: str, readiness: Readiness, time: float) -> None:
         self.readiness, self.time = readiness, time
@@ -156,10 +152,7 @@ def between(before: Snapshot, after: Snapshot) -> Figures:
 
 
 def quantile(q: float, counts: Mapping[float, float]) -> float | None:
-    """Estimate a quantile from a histogram, evenly spread within a bucket, as Prometheus does.
-
-    `counts` says how many values are at most each bound; ascending, the last bound infinite.
-    """
+    """Estimate a quantile from the buckets of a histogram as Prometheus does, linearly in each."""
     wanted = q * max(counts.values(), default=0.0)
     for (lower, passed), (bound, count) in pairwise([(0.0, 0.0), *counts.items()]):
         if count >= wanted and count > passed:
@@ -180,9 +173,9 @@ def line(now: Figures | DropserveError, *, as_json: bool = False) -> str:
         + (f", refused {_list(m['refused'])}" if m["refused"] else "")
         for name, m in now["models"].items()
     )
-    latency = f"p50 {_ms(now['p50'])}, p99 {_ms(now['p99'])}"
+    p50, p99 = (_text("{:.1f} ms", now[name], 1000) for name in ("p50", "p99"))
     return (
-        f"{now['requests']:.1f} requests/s, {latency}, {now['errors']:.1f} errors/s, "
+        f"{now['requests']:.1f} requests/s, p50 {p50}, p99 {p99}, {now['errors']:.1f} errors/s, "
         f"queue {now['queue']}, batch {_text('{:.1f}', now['batch'])}; {models}"
     )
 
@@ -196,11 +189,13 @@ def draw(now: Figures | DropserveError, history: deque[float], url: str) -> Rend
     workers = "1 worker" if now["workers"] == 1 else f"{now['workers']} workers"
     head = Text.assemble((url, "bold"), "  ", ("ready", "green"), f"  {workers}")
     figures = Table.grid(padding=(0, 2, 0, 0))
-    figures.add_row("requests", f"{now['requests']:,.1f}/s", sparkline(history))
+    most = max(history) or 1.0
+    sparkline = "".join(_TICKS[round(value / most * (len(_TICKS) - 1))] for value in history)
+    figures.add_row("requests", f"{now['requests']:,.1f}/s", sparkline)
     errors = Text(f"{now['errors']:,.1f}/s", style="bold red" if now["errors"] else "")
     figures.add_row("errors", errors, "responses of status 500 and above")
-    latency = f"half of all; {_ms(now['p99'])}: 99 of a hundred"
-    figures.add_row("latency", _ms(now["p50"]), latency)
+    p50, p99 = (_text("{:.1f} ms", now[name], 1000) for name in ("p50", "p99"))
+    figures.add_row("latency", p50, f"half of all; {p99}: 99 of a hundred")
     figures.add_row("queue", f"{now['queue']:,}", "images that wait")
     figures.add_row("batch", _text("{:.1f}", now["batch"]), "images, on average")
     figures.add_row("samples", f"{now['samples']:,.0f}/s", "thinned networks, times images")
@@ -218,19 +213,9 @@ def draw(now: Figures | DropserveError, history: deque[float], url: str) -> Rend
     return Group(head, "", figures, "", models, "", foot)
 
 
-def sparkline(values: Collection[float]) -> str:
-    """Draw values as bars beside each other, the largest full."""
-    most = max(values, default=0.0) or 1.0
-    return "".join(_TICKS[round(value / most * (len(_TICKS) - 1))] for value in values)
-
-
 def _list(versions: Iterable[int]) -> str:
     return ", ".join(map(str, versions))
 
 
-def _text(form: str, value: float | None) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
+def _text(form: str, value: float | None, scale: float = 1) -> str:
+    return "-" if value is None else form.format(value * scale)
