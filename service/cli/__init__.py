@@ -1,1 +1,1 @@
-"""What is behind the command line: the commands that ask a running service, and how they look."""
+"""The command line, `dropserve`: `main` assembles the commands."""

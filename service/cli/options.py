@@ -1,116 +1,80 @@
-"""What the commands of the command line have in common: options, settings, and how they fail."""
+"""What commands share: options, settings, and how they find a running service and its models."""
 
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from typer.core import TyperGroup, TyperOption
 
+from dropserve.service.calls import base_url, credentials
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import DropserveClient
-from dropserve.service.errors import did_you_mean
+from dropserve.service.errors import DropserveError, NotFound
 from dropserve.service.schemas import ModelDetails
 from dropserve.service.settings import Settings, environment_name
 
-Opt = typer.Option
-AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
-Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
-DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
-Version = Annotated[
-    int | None, Opt(min=1, metavar="N", help="Of the model; the one that answers if left out.")
-]
-SavedVersion = Annotated[
-    int | None, Opt(min=1, metavar="N", help="Of the model; the latest if left out.")
-]
 
-_WORDS = {
-    "int_parsing": "must be a whole number",
-    "float_parsing": "must be a number",
-    "bool_parsing": "must be true or false",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}",
-    "greater_than": "must be above {gt}",
-    "less_than": "must be below {lt}",
-    "literal_error": "must be {expected}",
-    "too_short": "must have at least {min_length} characters",
-}
-"""What pydantic's errors are called here, by their type."""
+def find_service(url: str | None, port: int | None) -> dict[str, Any]:
+    """Return a client's `url` and `api_key`: as the options say, else as the settings say."""
+    if url is not None and port is not None:
+        raise Refused("--port is of a service on this machine: give it or --url")
+    settings = read_settings(port=port)
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    try:
+        credentials(key)
+    except ValueError as error:
+        raise Refused(f"DROPSERVE_API_KEY: {error}") from error
+    return {"url": url or settings.url, "api_key": key}
 
 
-class Group(TyperGroup):
-    """All commands: their flags show no type, and values that are wrong are told in plain words."""
-
-    def get_params(self, ctx: Any) -> Any:  # noqa: ANN401  Typer does not export its types
-        """Return the options of the group itself."""
-        return _untyped(super().get_params(ctx))
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401  likewise
-        """Return a command by its name, if there is one."""
-        command = super().get_command(ctx, cmd_name)
-        if command is not None and ctx is not None:
-            _untyped(command.get_params(ctx))
-        return command
-
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  likewise
-        """Run the command that was asked for."""
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:
-            if not isinstance(error.__cause__, ValidationError) or error.param is None:
-                raise
-            told = "; ".join(map(_plain, error.__cause__.errors()))
-            typer.echo(f"error: {' / '.join(error.param.opts)}: {told}", err=True)
-            raise typer.Exit(2) from error
+def find_model(client: DropserveClient, name: str | None, version: int | None) -> ModelDetails:
+    """Look up a model of the service: its default one where no name is given."""
+    if version is not None and not name:
+        raise Refused("--version is of a model: give --model as well")
+    if not name:
+        served = client.models().models
+        name = next((model.name for model in served if model.default), None)
+        if name is None:
+            there = ", ".join(model.name for model in served)
+            raise Refused(f"give --model: there are {there or 'none'}")
+    try:
+        return client.model(name, version)
+    except NotFound as error:
+        raise Refused(f"{error}; /readyz says what was refused") from error
 
 
-def _untyped(parameters: Sequence[Any]) -> Sequence[Any]:
-    for parameter in parameters:
-        if isinstance(parameter, TyperOption) and parameter.is_flag:
-            parameter.metavar = ""
-    return parameters
+def model_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete the name of a model by asking the service, if it runs."""
+    with suppress(DropserveError, Refused):
+        service = find_service(context.params.get("url"), context.params.get("port"))
+        with DropserveClient(**service, retries=0, timeout=1.0) as client:
+            return [m.name for m in client.models().models if m.name.startswith(incomplete)]
+    return []
 
 
 def read_settings(**given: object) -> Settings:
-    """Read the settings; options that were given win over the environment.
-
-    Raises:
-        Refused: names each that is wrong, and what is wrong with it.
-    """
+    """Read the settings, or refuse those that are invalid; options win over the environment."""
     options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     try:
         return Settings(**options)
     except ValidationError as error:
-        wrong = (
-            ": ".join([*(environment_name(str(field)) for field in e["loc"][:1]), _plain(e)])
+        wrong = [
+            ": ".join([*(environment_name(str(field)) for field in e["loc"][:1]), plain(e)])
             for e in error.errors()
-        )
+        ]
         raise Refused("; ".join(wrong)) from error
 
 
-def find_model(client: DropserveClient, name: str | None, version: int | None) -> ModelDetails:
-    """Look up the model that is meant on a service: its default one where no name is given.
-
-    Raises:
-        Refused: there is none; says which there are.
-        DropserveError: the service does not answer.
-    """
-    if version is not None and not name:
-        raise Refused("--version is of a model: give --model as well")
-    served = {model.name: model for model in client.models().models}
-    there = f"there are {', '.join(served) or 'none'}"
-    name = name or next((model.name for model in served.values() if model.default), None)
-    if name is None:
-        raise Refused(f"give --model: {there}")
-    if name not in served:
-        hint = did_you_mean(name, served) or "; /readyz says what was refused"
-        raise Refused(f"no model {name!r} is served: {there}{hint}")
-    if version not in (None, *(versions := served[name].versions)):
-        there = f"there are {', '.join(map(str, versions))}"
-        raise Refused(f"no version {version} of {name!r} is served: {there}")
-    return client.model(name, version)
+def plain(error: Mapping[str, Any]) -> str:
+    """Say what pydantic expects of a value, without repeating it: it may be a secret."""
+    if error["type"] == "too_short":
+        return f"must have at least {error['ctx']['min_length']} characters"
+    message = re.sub("^(Input|String) should", "must", error["msg"])
+    return message.removeprefix("Value error, ").partition(", unable to")[0]
 
 
 def allow_local_modules() -> None:
@@ -119,8 +83,16 @@ def allow_local_modules() -> None:
         sys.path.insert(0, "")
 
 
-def _plain(error: Mapping[str, Any]) -> str:
-    """Say what a value must be, without repeating it: it may be a secret."""
-    if words := _WORDS.get(error["type"]):
-        return words.format(**error.get("ctx", {}))
-    return str(error["msg"]).removeprefix("Value error, ")
+Opt = typer.Option
+AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
+Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
+DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
+Url = Annotated[
+    str | None,
+    Opt(parser=base_url, metavar="URL", help="Of the service; from DROPSERVE_HOST and _PORT."),
+]
+Port = Annotated[int | None, Opt(min=1, max=65535, metavar="N", help="Of a local service.")]
+Model = Annotated[str | None, Opt(help="Or the default one.", autocompletion=model_names)]
+Version = Annotated[int | None, Opt(min=1, metavar="N", help="Or the one that answers.")]
+Samples = Annotated[int, Opt(min=1, max=1000, metavar="T", help="Thinned networks.")]
+Seed = Annotated[int, Opt(min=0, metavar="N", help="Of the dropout masks.")]

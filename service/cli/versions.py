@@ -1,4 +1,4 @@
-"""The commands that keep a model's versions in order: manifest, pin, rollback, prune.
+"""Commands that manage a model's versions on disk: manifest, pin, rollback, prune.
 
 They work on the checkpoints folder; services that read it follow at their next poll.
 """
@@ -9,30 +9,17 @@ from typing import Annotated
 import typer
 
 from dropserve.models import checkpoint
-from dropserve.models.errors import CheckpointRefused, ModelsError
-from dropserve.service.cli import terminal
-from dropserve.service.cli.options import (
-    Checkpoints,
-    Opt,
-    allow_local_modules,
-    read_settings,
-)
-from dropserve.service.cli.terminal import Refused
+from dropserve.models.errors import CheckpointRefused
+from dropserve.service.cli.options import Checkpoints, Opt, allow_local_modules, read_settings
+from dropserve.service.cli.terminal import Refused, say
 from dropserve.service.settings import Settings
 
-commands = typer.Typer()
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the model.")]
 
-_reported = terminal.reported(wrong=(ModelsError,), failed=(OSError,))
 
-
-@commands.command()
-@_reported
 def manifest(
     name: Name,
-    version: Annotated[
-        int | None, Opt(min=1, metavar="N", help="Of the model; all if left out.")
-    ] = None,
+    version: Annotated[int | None, Opt(min=1, metavar="N", help="Of the model, or all.")] = None,
     checkpoints: Checkpoints = None,
 ) -> None:
     """Verify a model's versions, all or one, and write the manifest of those that have none."""
@@ -41,42 +28,34 @@ def manifest(
     refused = []
     for number in [chosen] if version else checkpoint.versions(root, name):
         try:
-            found = checkpoint.read(root / name / str(number))
+            found, done = checkpoint.read(root / name / str(number)), "verified"
+            if found.manifest_sha256 is None:
+                found, done = checkpoint.add_manifest(found), "manifest written"
+            say(f"{name} {number}: {done}, SHA-256 of the manifest {found.manifest_sha256}")
         except CheckpointRefused as error:
             refused.append(str(error))
-            continue
-        done = "verified"
-        if found.manifest_sha256 is None:
-            found, done = checkpoint.add_manifest(found), "manifest written"
-        terminal.say(f"{name} {number}: {done}, SHA-256 of the manifest {found.manifest_sha256}")
     if refused:
         raise Refused("; ".join(refused))
 
 
-@commands.command()
-@_reported
 def pin(
     name: Name,
     version: Annotated[str, typer.Argument(metavar="N|latest", help="Which is to answer.")],
     checkpoints: Checkpoints = None,
 ) -> None:
-    """Let one version of a model answer, whatever newer ones come; or the latest again."""
-    settings = read_settings(checkpoints=checkpoints)
-    if version == "latest":
-        checkpoint.choose(settings.checkpoints, name)
-        _pin(settings, name, None)
-    elif version.isascii() and version.isdecimal():
-        number = checkpoint.choose(settings.checkpoints, name, int(version))
-        checkpoint.read(settings.checkpoints / name / str(number))  # for its errors
-        _pin(settings, name, number)
-    else:
+    """Let one version of a model answer even when newer ones come; or the latest again."""
+    if version != "latest" and not (version.isascii() and version.isdecimal()):
         raise Refused("give the number of a version, or latest")
+    settings = read_settings(checkpoints=checkpoints)
+    number = None if version == "latest" else int(version)
+    checkpoint.choose(settings.checkpoints, name, number)
+    if number is not None:
+        checkpoint.read(settings.checkpoints / name / str(number))  # for its errors
+    _pin(settings, name, number)
 
 
-@commands.command()
-@_reported
 def rollback(name: Name, checkpoints: Checkpoints = None) -> None:
-    """Pin the version before the one that answers now, and that can be served."""
+    """Pin the last version before the one that answers now that can be served."""
     settings = read_settings(checkpoints=checkpoints)
     now = _answering(settings, name)
     older = [v for v in checkpoint.versions(settings.checkpoints, name) if v < now]
@@ -84,17 +63,13 @@ def rollback(name: Name, checkpoints: Checkpoints = None) -> None:
     if before is None:
         raise Refused(f"{name}: version {now} answers, and none before it can be served")
     _pin(settings, name, before)
-    terminal.say(f"version {now} answered until now")
+    say(f"version {now} answered until now")
 
 
-@commands.command()
-@_reported
 def prune(
     name: Name,
     keep: Annotated[int, Opt(min=1, metavar="N", help="Newest versions that stay.")],
-    dry_run: Annotated[
-        bool, Opt("--dry-run", help="Say what would go, and remove nothing.")
-    ] = False,
+    dry_run: Annotated[bool, Opt("--dry-run", help="Only list what would be removed.")] = False,
     checkpoints: Checkpoints = None,
 ) -> None:
     """Remove a model's old versions; never the one that answers, nor one that is pinned."""
@@ -105,11 +80,11 @@ def prune(
     kept = {*there[-keep:], checkpoint.pinned(root, name), _fixed(settings, name)}
     if not kept.issuperset(there):
         kept.add(_answering(settings, name))
-    for version in there:
-        if version not in kept and (dry_run or checkpoint.remove(root, name, version)):
-            terminal.say(f"{'would remove' if dry_run else 'removed'} {root / name / str(version)}")
-    stay = [v for v in there if v in kept] if dry_run else checkpoint.versions(root, name)
-    terminal.say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, stay))}")
+    for version in sorted({*there} - kept):
+        if dry_run or checkpoint.remove(root, name, version):
+            say(f"{'would remove' if dry_run else 'removed'} {root / name / str(version)}")
+            there.remove(version)
+    say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, there))}")
 
 
 def _pin(settings: Settings, name: str, version: int | None) -> None:
@@ -118,34 +93,29 @@ def _pin(settings: Settings, name: str, version: int | None) -> None:
     checkpoint.pin(settings.checkpoints, name, version)
     what = "no version is pinned" if version is None else f"version {version} is pinned"
     when = f"at their next poll, within {settings.poll_seconds:g} s"
-    terminal.say(f"{name}: {what}; services that read {settings.checkpoints} follow {when}")
+    say(f"{name}: {what}; services that read {settings.checkpoints} follow {when}")
     if version is not None:
-        terminal.say(f"to follow the latest version again: dropserve pin {name} latest")
+        say(f"to follow the latest version again: dropserve pin {name} latest")
 
 
 def _fixed(settings: Settings, name: str) -> int | None:
-    """Return the version of the model that the settings want to answer, if they do."""
+    """Return the version of the model that the settings fix, if they do."""
     return settings.default_version if settings.default_model in (None, name) else None
 
 
 def _answering(settings: Settings, name: str) -> int:
-    """Return the version that answers where services find what this process finds.
-
-    Raises:
-        Refused: there is none.
-    """
+    """Return the version that a service would answer with."""
     checkpoint.choose(settings.checkpoints, name)
     wanted = _fixed(settings, name) or checkpoint.pinned(settings.checkpoints, name)
     there = checkpoint.versions(settings.checkpoints, name)
-    in_turn = sorted(there, key=lambda v: (v != wanted, -v))
-    found = _first_that_loads(settings, name, in_turn)
+    found = _first_that_loads(settings, name, sorted(there, key=lambda v: (v != wanted, -v)))
     if found is None:
         raise Refused(f"{name}: no version can be served; nothing was changed")
     return found
 
 
 def _first_that_loads(settings: Settings, name: str, versions: Iterable[int]) -> int | None:
-    """Load versions as the service does until one can be served; say what is wrong with others."""
+    """Load versions as the service does until one can be served; print why others cannot."""
     from dropserve.service.inference.inference import checkpoints
 
     allow_local_modules()

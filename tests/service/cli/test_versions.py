@@ -64,7 +64,7 @@ def test_manifests_are_written_where_none_is_and_verified_where_one_is(root):
         "m 1: manifest written", "m 2: verified", "m 4: verified", "m 5: verified"
     ]  # fmt: skip
     assert result.exit_code == 2
-    assert "3/model.safetensors: invalid safetensors" in result.stderr
+    assert "3/model.safetensors: not sound safetensors" in result.stderr
     assert not manifests[3].exists()
     assert "m 2: verified" in done(root, "manifest", "m", "--version", 2)
 
@@ -123,6 +123,8 @@ def test_a_pin_that_a_setting_would_undo_is_refused(root, monkeypatch):
     for command in (["rollback", "m"], ["pin", "m", 1]):
         assert "DROPSERVE_DEFAULT_VERSION is 5 and wins over a pin" in refused(root, *command)
     assert checkpoint.pinned(root, "m") is None
+    monkeypatch.setenv(environment_name("default_version"), "3")  # which is damaged: 5 answers
+    assert "m: would keep 3, 5" in done(root, "prune", "m", "--keep", 1, "--dry-run")
     monkeypatch.setenv(environment_name("default_model"), "other")
     done(root, "rollback", "m")
 

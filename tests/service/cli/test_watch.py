@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import asdict
 from itertools import islice
 
 import httpx
@@ -17,12 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from typer.testing import CliRunner
 
 from dropserve.service import errors
-from dropserve.service.cli import dashboard
-from dropserve.service.cli.figures import Figures, Look, ModelFigures, between, quantile
-from dropserve.service.cli.main import app
+from dropserve.service.cli import watch
+from dropserve.service.cli.watch import Snapshot, between, quantile
 from dropserve.service.client import DropserveClient
 from dropserve.service.schemas import Readiness
 
@@ -34,7 +31,7 @@ READY = {
 }
 
 
-def look(at, requests=0, failed=0, fast=0, slow=0, label_sum=0.0, ready=READY):
+def snapshot(at, requests=0, failed=0, fast=0, slow=0, label_sum=0.0, ready=READY):
     """Metrics of a model `a`: so many durations of up to 10 ms and of up to 100 ms."""
     task = 'model="a",task="predict"'
     labels = 'route="/predict",model="a",status="200"'
@@ -60,32 +57,39 @@ dropserve_queue_images 7
 # TYPE dropserve_workers gauge
 dropserve_workers 2
 """
-    return Look(text, Readiness.model_validate(ready), float(at))
+    return Snapshot(text, Readiness.model_validate(ready), float(at))
 
 
-def test_figures_are_of_what_happened_between_two_looks():
-    before = look(0, requests=100, fast=50, slow=50, label_sum=90)
-    found = between(before, look(2, requests=200, failed=4, fast=140, slow=60, label_sum=170))
-    assert found == Figures(
-        seconds=2.0,
-        workers=2,
-        requests=52.0,
-        errors=2.0,
-        p50=pytest.approx(0.01 * 50 / 90),
-        p99=pytest.approx(0.01 + 0.09 * 9 / 10),
-        queue=7,
-        batch=None,
-        samples=0.0,
-        models={
-            "a": ModelFigures(3, [2], [4], 50.0, pytest.approx(0.8), mutual_information=None),
+def test_figures_are_of_what_happened_between_two_snapshots():
+    before = snapshot(0, requests=100, fast=50, slow=50, label_sum=90)
+    found = between(before, snapshot(2, requests=200, failed=4, fast=140, slow=60, label_sum=170))
+    assert found == {
+        "seconds": 2.0,
+        "workers": 2,
+        "requests": 52.0,
+        "errors": 2.0,
+        "p50": pytest.approx(0.01 * 50 / 90),
+        "p99": pytest.approx(0.01 + 0.09 * 9 / 10),
+        "queue": 7,
+        "batch": None,
+        "samples": 0.0,
+        "models": {
+            "a": {
+                "version": 3,
+                "others": [2],
+                "refused": [4],
+                "requests": 50.0,
+                "confidence": pytest.approx(0.8),
+                "mutual_information": None,
+            }
         },
-    )
+    }
 
 
 def test_a_service_that_was_started_again_counts_from_nothing():
-    found = between(look(0, requests=1000, fast=900), look(1, requests=10, fast=10))
-    assert found.requests == 10.0
-    assert found.p50 is None or found.p50 >= 0
+    found = between(snapshot(0, requests=1000, fast=900), snapshot(1, requests=10, fast=10))
+    assert found["requests"] == 10.0
+    assert found["p50"] is None or found["p50"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -104,19 +108,19 @@ def test_a_quantile_lies_within_its_bucket(below, expected):
 
 def test_what_is_no_metrics_is_refused():
     with pytest.raises(ValueError):  # noqa: PT011  the parser's own words
-        Look("<html>{", Readiness.model_validate(READY), 0.0)
+        Snapshot("<html>{", Readiness.model_validate(READY), 0.0)
 
 
-FIGURES = between(look(0), look(1, requests=10, failed=1, fast=10, label_sum=9))
+FIGURES = between(snapshot(0), snapshot(1, requests=10, failed=1, fast=10, label_sum=9))
 
 
 def drawn(now, width=80):
     screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    screen.print(dashboard.draw(now, deque([5.0, 10.0]), "http://a.test"))
+    screen.print(watch.draw(now, deque([5.0, 10.0]), "http://a.test"))
     return screen.file.getvalue()
 
 
-def test_the_view_names_models_versions_and_doubt():
+def test_the_view_names_models_versions_and_uncertainty():
     text = drawn(FIGURES)
     assert "http://a.test  ready  2 workers" in text
     assert "11.0/s" in text
@@ -131,7 +135,7 @@ def test_the_view_says_why_there_is_nothing_to_see():
 
 
 def test_a_line_is_one_line_whatever_is_missing():
-    assert dashboard.line(FIGURES) == (
+    assert watch.line(FIGURES) == (
         "11.0 requests/s, p50 5.0 ms, p99 9.9 ms, 1.0 errors/s, queue 7, batch -; "
         "a 3: confidence 90.0%, mutual information -, refused 4"
     )
@@ -153,14 +157,14 @@ def answers(*given):
     return DropserveClient(transport=httpx.MockTransport(handle), retries=0)
 
 
-def test_a_service_that_comes_back_is_looked_at_afresh():
+def test_after_an_outage_figures_begin_anew():
     page = (200, b"dropserve_workers 1\n")
     gone = httpx.ConnectError("gone")
     times = iter(range(9))
     with answers(page, page, gone, (503, b""), page, page) as client:
-        seen = dashboard.look(client, 1.0, lambda _: None, lambda: float(next(times)))
+        seen = watch.watch_figures(client, 1.0, lambda _: None, lambda: float(next(times)))
         kinds = [type(now) for now in islice(seen, 4)]
-    assert kinds == [Figures, errors.Unreachable, errors.Overloaded, Figures]
+    assert kinds == [dict, errors.Unreachable, errors.Overloaded, dict]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,7 @@ def test_a_service_that_comes_back_is_looked_at_afresh():
 )
 def test_a_service_that_will_not_say_is_no_reason_to_wait(answer, error):
     with answers(answer) as client, pytest.raises(error):
-        next(dashboard.look(client, 1.0, lambda _: None))
+        next(watch.watch_figures(client, 1.0, lambda _: None))
 
 
 @pytest.fixture
@@ -197,18 +201,13 @@ def asked(server):
         traffic.kill()
 
 
-def watch(*options):
-    environment = {"NO_PROXY": "127.0.0.1", "FORCE_COLOR": None, "TTY_COMPATIBLE": None}
-    return CliRunner(env=environment).invoke(app, ["watch", *options])
-
-
-def test_once_says_what_happens_now_in_a_line_or_json(asked):
-    result = watch("--url", asked, "--once", "--interval", "0.6")
+def test_once_says_what_happens_now_in_a_line_or_json(run, asked):
+    result = run("watch", "--url", asked, "--once", "--interval", "1")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 1
-    result = watch("--url", asked, "--once", "--json", "--interval", "0.6")
+    result = run("watch", "--url", asked, "--once", "--json", "--interval", "1")
     told = json.loads(result.stdout)
-    assert set(told) == set(asdict(FIGURES))
+    assert set(told) == set(FIGURES)
     assert told["requests"] > 1
     assert 0 < told["p50"] <= told["p99"] < 10
     model = told["models"]["digits-mlp"]
@@ -217,13 +216,9 @@ def test_once_says_what_happens_now_in_a_line_or_json(asked):
     assert 0 <= model["mutual_information"] < 3
 
 
-def test_a_terminal_shows_a_view_that_ctrl_c_leaves(asked):
+def test_a_terminal_shows_a_view_that_ctrl_c_leaves(program, asked):
     ours, theirs = pty.openpty()
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from dropserve.service.cli.main import app; app()"
-    )
-    command = [sys.executable, "-c", program, "watch", "--url", asked, "--interval", "0.2"]
+    command = [*program, "watch", "--url", asked, "--interval", "0.2"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as run:
         os.close(theirs)
@@ -242,7 +237,17 @@ def test_a_terminal_shows_a_view_that_ctrl_c_leaves(asked):
     assert b"Traceback" not in shown
 
 
-def test_once_fails_where_nothing_answers():
-    result = watch("--url", "http://127.0.0.1:1", "--once")
+@pytest.mark.parametrize(("options", "start"), [([], "no answer: "), (["--json"], '{"error": "')])
+def test_where_nobody_watches_it_is_a_line_an_interval_until_ctrl_c(program, options, start):
+    command = [*program, "watch", "--url", "http://127.0.0.1:1", "--interval", "0.1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        lines = [run.stdout.readline() for _ in range(2)]
+        run.send_signal(signal.SIGINT)
+    assert all(line.startswith(start + "no answer from http://127.0.0.1:1 (") for line in lines)
+    assert run.returncode == 0
+
+
+def test_once_fails_where_nothing_answers(run):
+    result = run("watch", "--url", "http://127.0.0.1:1", "--once")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: no answer from http://127.0.0.1:1")

@@ -10,11 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from dropserve.models import checkpoint, recipes
 from dropserve.models.training import fit, with_threads
-from dropserve.service.cli.main import app
 from dropserve.service.inference.classifier import Classifier
 from dropserve.service.inference.tasks import Predict
 
@@ -26,11 +24,6 @@ def Net(width=8):
     return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Dropout(0.3), head(width))
 """
 CLASSES = ("red", "green", "blue")
-
-
-def run(*arguments, **settings):
-    env = {"COLUMNS": "100", "FORCE_COLOR": None, "TTY_COMPATIBLE": None} | settings
-    return CliRunner(env=env).invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -54,7 +47,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def imported(*options):
+def imported(run, *options):
     """Import the network with weights that sort the images by their brightest channel."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(162, 8), torch.nn.ReLU(),
                               torch.nn.Dropout(0.3), torch.nn.Linear(8, 3))  # fmt: skip
@@ -75,8 +68,8 @@ def imported(*options):
     return run("import", *[word for pair in given.items() for word in pair])
 
 
-def test_an_imported_network_is_a_version_that_is_scored_and_served(here):
-    result = imported("--evaluate", "photos")
+def test_an_imported_network_is_a_version_that_is_scored_and_served(run, here):
+    result = imported(run, "--evaluate", "photos")
     assert result.exit_code == 0, result.output
     assert "24 test images" in result.stdout
     assert "next: DROPSERVE_FACTORIES=nets/own.py:Net dropserve serve" in result.stdout
@@ -101,11 +94,11 @@ def test_an_imported_network_is_a_version_that_is_scored_and_served(here):
 
 
 @pytest.mark.usefixtures("here")
-def test_images_are_scored_by_the_names_of_their_classes():
+def test_images_are_scored_by_the_names_of_their_classes(run):
     turned = ("blue", "red", "green")
-    assert imported("--classes", ",".join(turned), "--evaluate", "photos").exit_code == 0
+    assert imported(run, "--classes", ",".join(turned), "--evaluate", "photos").exit_code == 0
     Path("classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    assert imported("--classes", "classes.txt", "--evaluate", "photos").exit_code == 0
+    assert imported(run, "--classes", "classes.txt", "--evaluate", "photos").exit_code == 0
     for version, accuracy in (("1", 0.0), ("2", 1.0)):
         how = ["--version", version, "--dataset", "photos", "--samples", 0, "--json", "--confusion"]
         result = run("evaluate", "--name", "mine", *how, DROPSERVE_FACTORIES="nets/own.py:Net")
@@ -144,8 +137,10 @@ def test_images_are_scored_by_the_names_of_their_classes():
         (["--evaluate", "nets"], "needs at least two sub-folders"),
     ],
 )
-def test_what_cannot_be_imported_is_refused_in_one_line_and_saves_nothing(here, options, message):
-    result = imported(*options)
+def test_what_cannot_be_imported_is_refused_in_one_line_and_saves_nothing(
+    run, here, options, message
+):
+    result = imported(run, *options)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -153,14 +148,14 @@ def test_what_cannot_be_imported_is_refused_in_one_line_and_saves_nothing(here, 
     assert not (here / "checkpoints").exists()
 
 
-def train(*options):
+def train(run, *options):
     return run("train", "--dataset", "photos", "--epochs", 3, "--batch-size", 4, "--samples", 0,
                *options, DROPSERVE_FACTORIES="nets/own.py:Net")  # fmt: skip
 
 
-def test_a_version_that_is_trained_further_says_what_it_came_from_and_resumes_to_the_bit(here):
-    assert imported("--classes", "green,red,blue").exit_code == 0
-    result = train("--from", "mine")
+def test_a_version_that_is_trained_further_says_what_it_came_from_and_resumes_to_the_bit(run, here):
+    assert imported(run, "--classes", "green,red,blue").exit_code == 0
+    result = train(run, "--from", "mine")
     assert result.exit_code == 0, result.output
     load = {n: checkpoint.load(here / f"checkpoints/mine/{n}", None) for n in (1, 2)}
     before, after = load[1][1], load[2][1]
@@ -176,12 +171,12 @@ def test_a_version_that_is_trained_further_says_what_it_came_from_and_resumes_to
     recipe = with_threads(plan.recipe, plan.module, normalize(images.images[:1]))
     state = here / "checkpoints/again/.training/state.safetensors"
     made_with = plan.description() | {"on": ["32-true", 1]}
-    run = fit(plan.module, images, normalize, recipe, state_path=state, description=made_with)
-    next(run)
-    run.close()
-    result = train("--from", "mine/2", "--name", "again", "--resume")
+    epochs = fit(plan.module, images, normalize, recipe, state_path=state, description=made_with)
+    next(epochs)
+    epochs.close()
+    result = train(run, "--from", "mine/2", "--name", "again", "--resume")
     assert (result.exit_code, "another version to start from" in result.stderr) == (2, True)
-    assert train("--from", "mine/1", "--name", "again", "--resume").exit_code == 0
+    assert train(run, "--from", "mine/1", "--name", "again", "--resume").exit_code == 0
     _, resumed = checkpoint.load(here / "checkpoints/again/1", None)
     assert resumed.sha256 == after.sha256 != before.sha256
 
@@ -198,21 +193,21 @@ def test_a_version_that_is_trained_further_says_what_it_came_from_and_resumes_to
         (["--from", "mine/latest"], "--from: must be NAME or NAME/VERSION"),
     ],
 )
-def test_what_cannot_be_trained_further_is_refused(here, options, message):
-    imported()
+def test_what_cannot_be_trained_further_is_refused(run, here, options, message):
+    imported(run)
     for name in ("red", "green", "yellow"):
         (here / "fewer" / name).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (9, 6)).save(here / "fewer" / name / f"{i}.png")
-    result = train(*options)
+    result = train(run, *options)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert [path.name for path in (here / "checkpoints").iterdir()] == ["mine"]
 
 
 @pytest.mark.usefixtures("here")
-def test_a_checkpoint_of_a_file_is_not_loaded_where_it_is_not_trusted():
-    imported()
+def test_a_checkpoint_of_a_file_is_not_loaded_where_it_is_not_trusted(run):
+    imported(run)
     for allowed in ("", "nets/blocks.py:Net", "a/own.py:Net,b/own.py:Net"):
         result = run(
             "evaluate", "--name", "mine", "--dataset", "photos", DROPSERVE_FACTORIES=allowed
@@ -221,7 +216,7 @@ def test_a_checkpoint_of_a_file_is_not_loaded_where_it_is_not_trusted():
         assert "not trusted" in result.stderr or "a/own.py:Net or b/own.py:Net" in result.stderr
 
 
-def test_broken_images_are_listed_one_a_line_or_skipped(here):
+def test_broken_images_are_listed_one_a_line_or_skipped(run, here):
     for name in ("red/a.jpg", "blue/b.png"):
         (here / "photos" / name).write_bytes(b"broken")
     result = run("train", "--dataset", "photos", "--network", "cnn", "--name", "x", "--epochs", 1)
@@ -231,6 +226,6 @@ def test_broken_images_are_listed_one_a_line_or_skipped(here):
         "photos/blue/b.png: not a PNG, JPEG or WebP image\n"
         "photos/red/a.jpg: not a PNG, JPEG or WebP image\n"
     )
-    result = train("--network", "cnn", "--name", "x", "--skip-broken", "--size", "8")
+    result = train(run, "--network", "cnn", "--name", "x", "--skip-broken", "--size", "8")
     assert result.exit_code == 0, result.output
     assert "; 12x30 pixels, stretched to 8x8; broken images skipped: 2\n" in result.stdout

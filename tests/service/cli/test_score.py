@@ -1,6 +1,5 @@
-"""`dropserve score` over a real server: a row a picture, each once, whatever happens."""
+"""`dropserve score` over a real server: a row a image, each once, whatever happens."""
 
-import asyncio
 import csv
 import fcntl
 import json
@@ -16,12 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from typer.testing import CliRunner
 
 from dropserve.service import errors
-from dropserve.service.cli import scores
-from dropserve.service.cli.journal import Plan
-from dropserve.service.cli.main import app
+from dropserve.service.cli import ask, score
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
 COLUMNS = [
@@ -29,16 +25,16 @@ COLUMNS = [
     "mutual_information", "variation_ratio", "model", "version", "error",
 ]  # fmt: skip
 BAD = {
-    "cut.png": (b"\x89PNG\r\n\x1a\n cut", "picture"),
+    "cut.png": (b"\x89PNG\r\n\x1a\n cut", "cannot be decoded"),
     "empty.jpg": (b"", "an empty file"),
-    "sub/text.webp": (b"hello", "no PNG, JPEG or WebP picture"),
+    "sub/text.webp": (b"hello", "no PNG, JPEG or WebP"),
 }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty pictures, three that are none, and a file that nobody would take for one."""
-    folder = tmp_path / "pictures"
+    """Twenty images, three that are none, and a file that nobody would take for one."""
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     random = np.random.default_rng(0)
     for i in range(20):
@@ -46,18 +42,17 @@ def folder(tmp_path):
         Image.fromarray(pixels).save(folder / ("sub" if i % 2 else "") / f"{i:02}.PNG")
     for name, (content, _) in BAD.items():
         (folder / name).write_bytes(content)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
 @pytest.fixture
-def score(server, folder, tmp_path):
-    def run(*options, out="scores.csv"):
+def scored(run, server, folder, tmp_path):
+    def scored(*options, out="scores.csv"):
         arguments = ["score", folder, "--out", tmp_path / out, "--url", server.url, *options]
-        result = CliRunner(env={"NO_PROXY": "127.0.0.1"}).invoke(app, [str(a) for a in arguments])
-        return result, tmp_path / out
+        return run(*arguments), tmp_path / out
 
-    return run
+    return scored
 
 
 def read(path):
@@ -65,13 +60,13 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_every_picture_has_a_row_as_uncertainty_answers_it(score, server, folder):
-    result, out = score("--samples", 50, "--seed", 3)
+def test_every_image_has_a_row_as_uncertainty_answers_it(scored, server, folder):
+    result, out = scored("--samples", 50, "--seed", 3)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{out}: 23 pictures by digits-mlp version 2, 3 of them with an error\n"
+    assert result.stdout == f"{out}: 23 images by digits-mlp version 2, 3 of them with an error\n"
     rows = read(out)
     assert list(rows[0]) == COLUMNS
-    assert [row["path"] for row in rows] == sorted(str(p) for p in scores.pictures(folder))
+    assert [row["path"] for row in rows] == sorted(str(p) for p in score.images(folder))
     with DropserveClient(server.url) as client:
         said = client.uncertainty(Path(rows[0]["path"]), samples=50, seed=3).predictions[0]
     assert rows[0]["label"] == said.label
@@ -82,8 +77,8 @@ def test_every_picture_has_a_row_as_uncertainty_answers_it(score, server, folder
     assert (rows[0]["model"], rows[0]["version"], rows[0]["error"]) == ("digits-mlp", "2", "")
 
 
-def test_a_bad_picture_is_a_row_that_says_what_is_wrong_with_it(score, folder):
-    rows = {row["path"]: row for row in read(score()[1])}
+def test_a_bad_image_is_a_row_that_says_what_is_wrong_with_it(scored, folder):
+    rows = {row["path"]: row for row in read(scored()[1])}
     for name, (_, message) in BAD.items():
         row = rows.pop(str(folder / name))
         assert message in row["error"]
@@ -92,16 +87,16 @@ def test_a_bad_picture_is_a_row_that_says_what_is_wrong_with_it(score, folder):
 
 
 @pytest.mark.parametrize("sort", ["mutual-information", "predictive-entropy"])
-def test_the_most_doubtful_come_first_and_errors_last(score, sort):
-    rows = read(score("--sort", sort)[1])
-    doubts = [float(row[sort.replace("-", "_")]) for row in rows[:20]]
-    assert doubts == sorted(doubts, reverse=True)
+def test_the_most_uncertain_come_first_and_errors_last(scored, sort):
+    rows = read(scored("--sort", sort)[1])
+    values = [float(row[sort.replace("-", "_")]) for row in rows[:20]]
+    assert values == sorted(values, reverse=True)
     assert all(row["error"] for row in rows[20:])
 
 
-def test_parquet_holds_the_same_with_types(score):
-    rows = read(score()[1])
-    result, out = score(out="scores.parquet")
+def test_parquet_holds_the_same_with_types(scored):
+    rows = read(scored()[1])
+    result, out = scored(out="scores.parquet")
     assert result.exit_code == 0, result.output
     table = parquet.read_table(out)
     kinds = [str(field.type) for field in table.schema]
@@ -114,9 +109,9 @@ def test_parquet_holds_the_same_with_types(score):
             assert typed["mutual_information"] == pytest.approx(figure, abs=1e-4)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(score, monkeypatch):
+def test_parquet_without_pyarrow_says_what_to_install(scored, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    result, out = score(out="scores.parquet")
+    result, out = scored(out="scores.parquet")
     assert result.exit_code == 2
     assert "dropserve[parquet]" in result.stderr
     assert not out.exists()
@@ -126,24 +121,19 @@ def test_parquet_without_pyarrow_says_what_to_install(score, monkeypatch):
     ("how", "code", "said"),
     [
         (signal.SIGKILL, -signal.SIGKILL, ""),
-        (signal.SIGINT, 130, "interrupted: the same command goes on from here\n"),
+        (signal.SIGINT, 130, "interrupted: the same command continues from here\n"),
     ],
 )
 def test_an_interrupted_run_goes_on_and_no_row_is_lost_or_repeated(
-    score, server, folder, tmp_path, how, code, said
+    program, scored, server, folder, tmp_path, how, code, said
 ):
-    picture = (folder / "00.PNG").read_bytes()
+    image = (folder / "00.PNG").read_bytes()
     for i in range(400):
-        (folder / f"more-{i:03}.png").write_bytes(picture)
+        (folder / f"more-{i:03}.png").write_bytes(image)
     out, part = tmp_path / "scores.csv", tmp_path / "scores.csv.part"
-    program = (  # a shell without job control starts children that ignore SIGINT
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from dropserve.service.cli.main import app; app()"
-    )
-    command = [sys.executable, "-c", program, "score", folder, "--out", out, "--url", server.url]
-    with subprocess.Popen(
-        [*command, "--batch", "2", "--in-flight", "2"], stderr=subprocess.PIPE, text=True
-    ) as run:
+    options = ["--batch", "2", "--in-flight", "2"]
+    command = [*program, "score", folder, "--out", out, "--url", server.url, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         while not part.exists() or part.read_bytes().count(b"\n") < 30:
             assert run.poll() is None
             time.sleep(0.005)
@@ -155,80 +145,78 @@ def test_an_interrupted_run_goes_on_and_no_row_is_lost_or_repeated(
     assert 20 < len(before) < 420
     with part.open("ab") as file:
         file.write(b'["cut off')  # as a crash may leave it
-    assert score("--batch", 2)[0].exit_code == 0
+    assert scored("--batch", 2)[0].exit_code == 0
     paths = [row["path"] for row in read(out)]
-    assert paths == sorted(str(path) for path in scores.pictures(folder))
+    assert paths == sorted(str(path) for path in score.images(folder))
     assert not part.exists()
 
 
-def begun(out, plan, rows=()):
-    lines = [vars(plan), *(list(row) for row in rows)]
+def begun(out, folder, version, sha256, samples, rows):
+    run = {"folder": str(folder), "model": "digits-mlp", "version": version, "sha256": sha256}
+    lines = [run | {"samples": samples, "seed": 0}, *rows]
     out.with_name(out.name + ".part").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
 ROW = ["00.PNG", "9", 9, 0.9, 0.3, 0.2, 0.1, 0.0, "digits-mlp", 1, None]
 
 
-def sha256(server, version):
-    with DropserveClient(server.url) as client:
-        return client.model("digits-mlp", version).sha256
-
-
-def test_a_run_goes_on_with_the_version_that_it_began_with(score, server, folder, tmp_path):
+def test_a_run_goes_on_with_the_version_that_it_began_with(scored, server, folder, tmp_path):
     known, unread, gone = (str(folder / name) for name in ("00.PNG", "02.PNG", "gone.png"))
     failed = [unread, *[None] * 9, "Too many open files"]
-    plan = Plan(str(folder), "digits-mlp", 1, sha256(server, 1), 100, 0)
-    begun(tmp_path / "scores.csv", plan, [[known, *ROW[1:]], failed, [gone, *ROW[1:]]])
-    result, out = score()
+    with DropserveClient(server.url) as client:
+        sha256 = client.model("digits-mlp", 1).sha256
+    rows = [[known, *ROW[1:]], failed, [gone, *ROW[1:]]]
+    begun(tmp_path / "scores.csv", folder, 1, sha256, 100, rows)
+    result, out = scored()
     assert result.exit_code == 0, result.output
     rows = {row["path"]: row for row in read(out)}
     assert {row["version"] for row in rows.values() if not row["error"]} == {"1"}
-    assert list(rows) == sorted(map(str, scores.pictures(folder)))  # without the one that is gone
+    assert list(rows) == sorted(map(str, score.images(folder)))  # without the one that is gone
     assert rows[known]["label"] == "9"  # it was not asked about again
     assert (rows[unread]["error"], rows[unread]["version"]) == ("", "1")
 
 
-def test_a_run_does_not_go_on_with_other_weights(score, folder, tmp_path):
-    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 2, "a" * 64, 100, 0), [ROW])
-    result, out = score()
+def test_a_run_does_not_go_on_with_other_weights(scored, folder, tmp_path):
+    begun(tmp_path / "scores.csv", folder, 2, "a" * 64, 100, [ROW])
+    result, out = scored()
     assert result.exit_code == 2
     assert f"had sha256 {'a' * 64}, not " in result.stderr
     assert not out.exists()
 
 
-def test_another_plan_is_refused_by_what_differs_unless_begun_anew(score, folder, tmp_path):
-    begun(tmp_path / "scores.csv", Plan(str(folder), "digits-mlp", 2, "a" * 64, 50, 0), [ROW])
-    result, out = score("--seed", 4)
+def test_another_run_is_refused_by_what_differs_unless_begun_anew(scored, folder, tmp_path):
+    begun(tmp_path / "scores.csv", folder, 2, "a" * 64, 50, [ROW])
+    result, out = scored("--seed", 4)
     assert result.exit_code == 2
     assert "had samples 50, not 100; seed 0, not 4: " in result.stderr
     assert "--restart" in result.stderr
     assert not out.exists()
-    assert score("--seed", 4, "--restart")[0].exit_code == 0
+    assert scored("--seed", 4, "--restart")[0].exit_code == 0
     assert len(read(out)) == 23
 
 
-def test_a_file_that_is_there_is_kept_unless_begun_anew(score):
-    _, out = score()
+def test_a_file_that_is_there_is_kept_unless_begun_anew(scored):
+    _, out = scored()
     out.write_text("mine")
-    result, _ = score()
+    result, _ = scored()
     assert (result.exit_code, out.read_text()) == (2, "mine")
     assert "--restart" in result.stderr
-    assert score("--restart")[0].exit_code == 0
+    assert scored("--restart")[0].exit_code == 0
     assert len(read(out)) == 23
 
 
 @pytest.mark.parametrize("content", ["no JSON\n", '{"folder": 1}\n', "[1]\n", "{}\n[1, 2]\n"])
-def test_a_journal_of_something_else_is_refused(score, tmp_path, content):
+def test_a_progress_file_of_something_else_is_refused(scored, tmp_path, content):
     (tmp_path / "scores.csv.part").write_text(content)
-    result, _ = score()
+    result, _ = scored()
     assert result.exit_code == 2
     assert "no scores in it" in result.stderr
 
 
-def test_two_runs_do_not_write_the_same_file(score, tmp_path):
+def test_two_runs_do_not_write_the_same_file(scored, tmp_path):
     with (tmp_path / "scores.csv.part").open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        result, _ = score()
+        result, _ = scored()
     assert result.exit_code == 2
     assert "another run is writing it" in result.stderr
 
@@ -243,54 +231,54 @@ def test_two_runs_do_not_write_the_same_file(score, tmp_path):
         (["--model", "digits-mlp", "--version", 9], "version"),
     ],
 )
-def test_what_is_not_the_pictures_fault_ends_the_run(score, tmp_path, options, message):
-    result, _ = score(*options)
+def test_what_is_not_the_images_fault_ends_the_run(scored, tmp_path, options, message):
+    result, _ = scored(*options)
     assert result.exit_code == 2
     assert message in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
 
 
 @pytest.mark.parametrize(
     ("out", "message"),
     [("scores.xlsx", "must end in .csv or .parquet"), ("none/scores.csv", "none: make it first")],
 )
-def test_a_file_that_cannot_be_written_is_named_before_the_work(score, out, message):
-    result, _ = score(out=out)
+def test_a_file_that_cannot_be_written_is_named_before_the_work(scored, out, message):
+    result, _ = scored(out=out)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
-def test_a_folder_without_pictures_is_a_line(tmp_path):
+def test_a_folder_without_images_is_a_line(run, tmp_path):
     (tmp_path / "folder").mkdir()
     for folder, message in (("folder", "no .png"), ("none", "No such file")):
         command = ["score", str(tmp_path / folder), "--out", str(tmp_path / "a.csv")]
-        result = CliRunner().invoke(app, command)
+        result = run(*command)
         assert result.exit_code == 2
         assert message in result.stderr
 
 
-def test_a_name_that_is_no_text_is_written_as_text(score, folder):
+def test_a_name_that_is_no_text_is_written_as_text(scored, folder):
     odd = os.fsdecode(os.fsencode(folder) + b"/\xff,\n\"'.png")
     Path(odd).write_bytes((folder / "00.PNG").read_bytes())
-    result, out = score()
+    result, out = scored()
     assert result.exit_code == 0, result.output
     (row,) = [row for row in read(out) if "udcff" in row["path"]]
     assert row["label"]
     assert row["path"].endswith("\\udcff,\n\"'.png")
 
 
-def test_batches_end_at_so_many_pictures_or_bytes(tmp_path):
+def test_batches_end_at_so_many_images_or_bytes(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(6)]
     for path, size in zip(paths, [1, 1, 1, 12 * 2**20, 4 * 2**20 + 1, 20 * 2**20], strict=True):
         with path.open("wb") as file:
             file.truncate(size)
-    sizes = [len(batch) for batch in scores.batches([*paths, tmp_path / "none.png"], 3)]
+    sizes = [len(batch) for batch in ask.batches([*paths, tmp_path / "none.png"], 3)]
     assert sizes == [3, 1, 1, 1, 1]
 
 
 def test_a_service_that_goes_away_is_the_error_itself(folder):
     def answer(request):
-        if request.headers["content-type"] == "image/png":  # the picture that is asked about first
+        if request.headers["content-type"] == "image/png":  # the image that is asked about first
             predictions = [{
                 "label": "a", "index": 0, "mean": [1.0], "variance": None, "standard_error": None,
                 "predictive_entropy": 0, "expected_entropy": 0, "mutual_information": 0,
@@ -301,11 +289,6 @@ def test_a_service_that_goes_away_is_the_error_itself(folder):
             return httpx.Response(200, json=about)
         raise httpx.ConnectError("gone")
 
-    async def run():
-        transport = httpx.MockTransport(answer)
-        async with AsyncDropserveClient(transport=transport) as client:
-            batches = scores.batches(scores.pictures(folder), 8)
-            await scores.score(client, Plan("", "m", 1, "", 1, 0), batches, 3, pytest.fail)
-
+    client = AsyncDropserveClient(transport=httpx.MockTransport(answer))
     with pytest.raises(errors.Unreachable, match="gone"):
-        asyncio.run(run())
+        ask.send_all(client, "uncertainty", score.images(folder), pytest.fail, batch=8, in_flight=3)

@@ -1,0 +1,374 @@
+"""Commands that make models: train, import, evaluate. They import PyTorch when they run."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from rich.box import SIMPLE
+from rich.progress import TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dropserve.models import checkpoint
+from dropserve.models.errors import CheckpointRefused
+from dropserve.models.hyperparameters import Recipe, suggested
+from dropserve.service.cli import options, terminal
+from dropserve.service.cli.options import Opt
+from dropserve.service.cli.terminal import Refused, console, say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dropserve.models.checkpoint import Metadata
+    from dropserve.models.data import Split
+    from dropserve.models.training import Epoch
+
+_SCORES = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
+_FEW = 1000  # test images; of fewer, scores differ much from one sample to the next
+
+
+def _parsed(must: str, metavar: str, text: str, parse: Callable[[str], object]) -> Any:  # noqa: ANN401  Typer's own type
+    """Make an option that is parsed; an error says what it must be."""
+
+    def parsed(given: str) -> object:
+        try:
+            return parse(given)
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"must be {must}") from error
+
+    return Opt(parser=parsed, metavar=metavar, help=text)
+
+
+def _recipe(name: str, text: str, **more: Any) -> Any:  # noqa: ANN401  likewise
+    """Make the option of a recipe's field; its help says what is suggested."""
+    return Opt(help=text, show_default=suggested(name), **more)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",") if "," in text else Path(text).read_text().splitlines()
+    return [name.strip() for name in names]
+
+
+def _object(text: str) -> dict[str, Any]:
+    return dict(json.loads(text))
+
+
+def _list(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
+    return lambda text: tuple(map(kind, text.split(",")))
+
+
+Optimizer = Literal["adamw", "sgd"] | None
+Accelerator = Literal["auto", "cpu", "cuda"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Int = int | None
+Float = float | None
+Text = str | None
+_DATASETS = "digits, fashion-mnist, mnist, or a folder"
+_NETWORKS = "mlp, cnn, package.module:factory or path/file.py:factory."
+_LIST = "numbers with commas between them"
+_HXW = "pixels of a side, or height x width, as 48x64"
+_NAMES = "names with commas between them, or a file of a name a line"
+# Any is what the parser returns.
+Hidden = Annotated[Any, _parsed(_LIST, "N,..", "Widths of the hidden layers.", _list(int))]
+Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate after each hidden layer.", _list(float))]
+Arguments = Annotated[Any, _parsed('a JSON object, as {"a": 1}', "JSON", "Of a factory.", _object)]
+Size = Annotated[Any, _parsed(_HXW, "HxW", "Pixels of the input; 32 for a folder.", _size)]
+Classes = Annotated[Any, _parsed(_NAMES, "A,B,..", "By logit; or a file, a name a line.", _names)]
+Mean = Annotated[Any, _parsed(_LIST, "M,..", "Of each channel, in units of 0 to 1.", _list(float))]
+Std = Annotated[Any, _parsed(_LIST, "S,..", "Of each channel, likewise.", _list(float))]
+Invert = Annotated[bool, Opt("--invert", help="Turn dark into light.")]
+Fit = Annotated[
+    Literal["stretch", "crop", "pad"],
+    Opt(metavar="HOW", help="Images of other proportions: stretch, crop (centre), or pad."),
+]
+SkipBroken = Annotated[bool, Opt("--skip-broken", help="Leave out images that cannot be read.")]
+Samples = Annotated[int, Opt(min=0, metavar="T", help="Thinned networks to score; 0: none.")]
+
+
+def train(
+    dataset: Annotated[str, Opt(help=f"{_DATASETS}: a sub-folder a class.")] = "digits",
+    network: Annotated[Text, Opt(show_default="mlp", help=_NETWORKS)] = None,
+    name: Annotated[Text, Opt(help="Of the model, else DATASET-NETWORK or that of --from.")] = None,
+    start: Annotated[Text, Opt("--from", metavar="NAME[/N]", help="Train this further.")] = None,
+    if_missing: Annotated[bool, Opt("--if-missing", help="Do nothing if there is one.")] = False,
+    resume: Annotated[bool, Opt("--resume", help="Continue an interrupted run.")] = False,
+    restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
+    epochs: Annotated[Int, _recipe("epochs", "Most epochs.")] = None,
+    batch_size: Annotated[Int, _recipe("batch_size", "Images a step.")] = None,
+    learning_rate: Annotated[Float, _recipe("learning_rate", "Peak; a tenth with --from.")] = None,
+    weight_decay: Annotated[Float, _recipe("weight_decay", "Of matrices and kernels.")] = None,
+    optimizer: Annotated[Optimizer, _recipe("optimizer", "adamw or sgd.", metavar="O")] = None,
+    label_smoothing: Annotated[Float, _recipe("label_smoothing", "Share for all classes.")] = None,
+    shift: Annotated[Int, _recipe("shift", "Augment: most pixels to shift by.")] = None,
+    flip: Annotated[bool | None, _recipe("flip", "Augment: mirror half.")] = None,
+    patience: Annotated[Int, _recipe("patience", "Epochs without a gain, then stop.")] = None,
+    seed: Annotated[int, Opt(help="Of everything random.")] = 0,
+    threads: Annotated[Int, Opt(help="CPU threads.", show_default="by the network's size")] = None,
+    hidden: Hidden = None,
+    dropout: Dropout = None,
+    network_arguments: Arguments = None,
+    size: Size = None,
+    invert: Invert = False,
+    fit: Fit | None = None,
+    skip_broken: SkipBroken = False,
+    samples: Samples = 100,
+    accelerator: Annotated[Accelerator, Opt(metavar="A", help="auto, cpu or cuda.")] = "auto",
+    devices: Annotated[int, Opt(min=1, metavar="N", help="Processes that share the work.")] = 1,
+    precision: Annotated[
+        Precision, Opt(metavar="P", help="32-true, bf16-mixed or 16-mixed.")
+    ] = "32-true",
+    checkpoints: options.Checkpoints = None,
+    data_dir: options.DataDir = None,
+) -> None:
+    """Train a network and save it as the next version of a model."""
+    given = locals()  # among them the fields of a recipe, under their names
+    settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
+    root, (parent, _, number) = settings.checkpoints, (start or "").partition("/")
+    name = name or parent or checkpoint.default_name(dataset, network or "mlp")
+    if if_missing and (found := checkpoint.versions(root, name)):
+        say(f"{name} has version {found[-1]} already: nothing to do")
+        return
+
+    from dropserve.models import recipes, training
+    from dropserve.models.training import claimed, earlier_run
+
+    options.allow_local_modules()
+    if resume and restart:
+        raise Refused("give --resume or --restart, not both")
+    recipes.check_run(name, accelerator)
+    asked = _given(**{field.name: given.get(field.name) for field in fields(Recipe)})
+    data_options: dict[str, Any] = {"recipe": asked, "skip_broken": skip_broken}
+    if start is None:
+        own = _given(hidden=hidden, dropout=dropout, arguments=network_arguments)
+        data_options |= {"asked": own, "size": size, "invert": invert, "fit": fit or "stretch"}
+        plan = recipes.plan(dataset, network or "mlp", settings.data_dir, **data_options)
+    else:
+        kept = ("network", "hidden", "dropout", "network_arguments", "size", "invert", "fit")
+        wrong = [f"--{o}".replace("_", "-") for o in kept if given[o] not in (None, False)]
+        if wrong:
+            raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(wrong)}")
+        if not (number or "1").isdecimal():
+            raise Refused("--from: must be NAME or NAME/VERSION")
+        path = root / parent / str(checkpoint.choose(root, parent, int(number) if number else None))
+        trusted = settings.factories
+        plan = recipes.plan_from(path, trusted, dataset, settings.data_dir, **data_options)
+    data, module, normalize = plan.data, plan.module, plan.data.preprocessing.normalize
+    state = root / name / ".training" / "state.safetensors"
+
+    def hint() -> str:
+        return "--resume continues" if state.exists() else "no epoch was finished"
+
+    with claimed(state.parent), terminal.interruptible(hint):
+        finished = earlier_run(state, resume=resume, restart=restart)
+        fabric = training.launch(accelerator, devices, precision)
+        recipe = training.with_threads(plan.recipe, module, normalize(data.train.images[:1]))
+        made_with = plan.description() | {"on": [precision, devices]}
+        run: dict[str, Any] = {"state_path": state, "description": made_with, "fabric": fabric}
+        if not fabric.is_global_zero:  # one of several processes: the first shows and saves
+            list(training.fit(module, data.train, normalize, recipe, **run))
+            return
+        if resume and not finished:
+            say(f"no interrupted run of {name} to resume: a new one begins")
+        say(data.summary() + (f"; epochs done before: {finished}" if finished else ""))
+
+        def fit_(progress: Callable[[int, int], None]) -> "Iterator[Epoch]":
+            return training.fit(module, data.train, normalize, recipe, progress=progress, **run)
+
+        show_epochs(fit_, recipe.epochs, finished)
+        with training.cpu_threads(recipe.threads):
+            metadata = _evaluated(plan.metadata(name, recipe), module, data.test, samples)
+            path = checkpoint.save(root, module, metadata)
+        shutil.rmtree(state.parent)
+    _say_saved(path, metadata, checkpoints)
+
+
+def import_(
+    network: Annotated[str, Opt(help=_NETWORKS)],
+    weights: Annotated[Path, Opt(help="A safetensors file of all its tensors.")],
+    classes: Classes,
+    mean: Mean,
+    std: Std,
+    size: Size,
+    name: Annotated[str, Opt(help="Of the model.")],
+    channels: Annotated[Int, Opt(metavar="C", help="1 or 3, else as many as means.")] = None,
+    network_arguments: Arguments = None,
+    hidden: Hidden = None,
+    dropout: Dropout = None,
+    invert: Invert = False,
+    fit: Fit = "stretch",
+    evaluate: Annotated[Text, Opt(metavar="DATASET", help="To score it, as in train.")] = None,
+    skip_broken: SkipBroken = False,
+    samples: Samples = 100,
+    checkpoints: options.Checkpoints = None,
+    data_dir: options.DataDir = None,
+) -> None:
+    """Save a network that was trained elsewhere as the next version of a model."""
+    from dropserve.models import recipes
+    from dropserve.models.preprocessing import Preprocessing
+
+    options.allow_local_modules()
+    settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
+    recipes.check_run(name)
+    channels = channels or len(mean)
+    mean, std = (values * (channels if len(values) == 1 else 1) for values in (mean, std))
+    preprocessing = Preprocessing(size, channels, mean, std, invert, fit)
+    own = _given(hidden=hidden, dropout=dropout, arguments=network_arguments)
+    module, metadata = recipes.imported(name, weights, network, preprocessing, classes, own)
+    if evaluate is not None:
+        folder = settings.data_dir
+        test = recipes.evaluation_images(metadata, evaluate, folder, skip_broken=skip_broken)
+        metadata = _evaluated(metadata, module, test, samples)
+    _say_saved(checkpoint.save(settings.checkpoints, module, metadata), metadata, checkpoints)
+
+
+def evaluate(
+    name: Annotated[str, Opt(help="Of the model.")],
+    version: Annotated[Int, Opt(min=1, metavar="N", help="Of the model, or the latest.")] = None,
+    dataset: Annotated[Text, Opt(help="Other than that of the training, or a folder.")] = None,
+    samples: Samples = 100,
+    confusion: Annotated[bool, Opt("--confusion", help="Show classes taken for others.")] = False,
+    skip_broken: SkipBroken = False,
+    checkpoints: options.Checkpoints = None,
+    data_dir: options.DataDir = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Score a saved model on a dataset's test images."""
+    from dropserve.models import recipes
+
+    options.allow_local_modules()
+    settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
+    version = checkpoint.choose(settings.checkpoints, name, version)
+    path = settings.checkpoints / name / str(version)
+    module, metadata = checkpoint.load(path, settings.factories)
+    data = recipes.evaluation_images(metadata, dataset, settings.data_dir, skip_broken=skip_broken)
+    figures = _figures(metadata, module, data, samples, confusion=confusion)
+    if as_json:
+        terminal.print_json({**figures, **({"classes": metadata.classes} if confusion else {})})
+        return
+    show_scores(figures)
+    if confusion:
+        show_confusion(figures["confusion"], metadata.classes)
+
+
+def _given(**given: object) -> dict[str, object]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def show_epochs(
+    fit: "Callable[[Callable[[int, int], None]], Iterator[Epoch]]", epochs: int, finished: int
+) -> None:
+    """Train, and show a live bar with the last epoch's figures; without a terminal, lines."""
+    with terminal.bar(TextColumn("{task.fields[figures]}"), TimeRemainingColumn()) as shown:
+        task = shown.add_task("", total=epochs, completed=finished, figures="")
+
+        def progress(done: int, total: int) -> None:
+            description = f"epoch {min(finished + 1, epochs)}/{epochs}"
+            shown.update(task, description=description, completed=finished + done / total)
+
+        for epoch in fit(progress):
+            finished = epoch.number
+            figures = (
+                f"loss {epoch.loss:.4f}, accuracy {epoch.train_accuracy:.2%} in training, "
+                f"{epoch.validation_accuracy:.2%} in validation{' (best)' if epoch.best else ''}, "
+                f"{epoch.images_per_second:,.0f} images/s"
+            )
+            shown.update(task, completed=finished, figures=figures)
+            if shown.disable:
+                say(f"epoch {finished}/{epochs}: {figures}, {epoch.seconds:.1f} s")
+
+
+def _figures(
+    metadata: "Metadata", module: "nn.Module", test: "Split", samples: int, *, confusion: bool
+) -> Mapping[str, Any]:
+    from dropserve.models.evaluation import evaluate as score
+
+    normalize = metadata.preprocessing.normalize
+    with terminal.progress("evaluation") as moved:
+        return score(module, test, normalize, samples, progress=moved, confusion=confusion)
+
+
+def _evaluated(
+    metadata: "Metadata", module: "nn.Module", test: "Split", samples: int
+) -> "Metadata":
+    """Add a module's scores and some of the test images, which are saved with it."""
+    from dropserve.models import examples
+
+    figures = _figures(metadata, module, test, samples, confusion=False)
+    shown = examples.choose(test, len(metadata.classes), metadata.preprocessing)
+    return replace(metadata, evaluation=figures, examples=shown)
+
+
+def _say_saved(path: Path, metadata: "Metadata", checkpoints: Path | None) -> None:
+    if metadata.evaluation:
+        show_scores(metadata.evaluation)
+    kind = shlex.quote(metadata.network.kind)
+    trust = "" if metadata.network.is_builtin else f"DROPSERVE_FACTORIES={kind} "
+    where = f" --checkpoints {shlex.quote(str(checkpoints))}" if checkpoints else ""
+    say(f"saved {path}", f"next: {trust}dropserve serve{where}")
+    with suppress(CheckpointRefused):  # the service reports a damaged pin
+        if pinned := checkpoint.pinned(path.parent.parent, metadata.name):
+            follow = f"dropserve pin {metadata.name} latest{where}"
+            say(f"version {pinned} is pinned: to let the new one answer, {follow}")
+
+
+def show_scores(evaluation: Mapping[str, Any]) -> None:
+    """Print what `dropserve.models.evaluation.evaluate` returns, and whether dropout helped."""
+    table = Table(title=f"{evaluation['images']:,} test images", title_justify="left")
+    table.add_column("mode", no_wrap=True)
+    for heading in _SCORES.values():
+        table.add_column(heading, justify="right")
+    for key, title in (("eval", "eval mode"), ("dropout", "Monte Carlo dropout")):
+        if figures := evaluation.get(key):
+            title += f", T = {figures['samples']}" if "samples" in figures else ""
+            table.add_row(title, *(f"{figures[name]:.4f}" for name in _SCORES))
+    console().print(table)
+    if "dropout" not in evaluation:
+        return
+    gains = {
+        name: evaluation["eval"][name] - evaluation["dropout"][name] for name in ("nll", "ece")
+    }
+    lower = " and ".join(_SCORES[name] for name, gain in gains.items() if gain > 0)
+    higher = " and ".join(_SCORES[name] for name, gain in gains.items() if gain < 0)
+    which = ", ".join(["lower " + lower] * bool(lower) + ["higher " + higher] * bool(higher))
+    text = (
+        f"hint: Monte Carlo dropout's probabilities have {which or 'the same NLL and ECE'} than "
+        f"eval mode's (lower is better)"
+    )
+    if evaluation["images"] < _FEW:
+        text += f", perhaps by chance: {evaluation['images']} images are few"
+    if higher:
+        text += "; it helps overconfident networks: for others take eval mode's probabilities"
+    say(text)
+
+
+def show_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+    """Print counts, a row a label, a column a prediction; of many classes, the worst 20 pairs."""
+    if len(classes) <= 12:
+        head = ["label", *map(str, range(len(classes)))]
+        rows = [
+            [f"{k} {classes[k]}", *(str(count or "·") for count in row)]
+            for k, row in enumerate(counts)
+        ]
+    else:
+        pairs = [(-n, i, k) for i, row in enumerate(counts) for k, n in enumerate(row) if i != k]
+        head = ["label", "answer", "images", "of the label's"]
+        rows = [
+            [classes[i], classes[k], str(-n), f"{-n / sum(counts[i]):.1%}"]
+            for n, i, k in sorted(pairs)[:20]
+            if n
+        ]
+    table = Table(title="answers in eval mode", title_justify="left", box=SIMPLE)
+    for title in head:
+        table.add_column(title, justify="left" if title in ("label", "answer") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
