@@ -64,7 +64,7 @@ def test_manifests_are_written_where_none_is_and_verified_where_one_is(root):
         "m 1: manifest written", "m 2: verified", "m 4: verified", "m 5: verified"
     ]  # fmt: skip
     assert result.exit_code == 2
-    assert "3/model.safetensors: not sound safetensors" in result.stderr
+    assert "3/model.safetensors: invalid safetensors" in result.stderr
     assert not manifests[3].exists()
     assert "m 2: verified" in done(root, "manifest", "m", "--version", 2)
 
