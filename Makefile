@@ -46,10 +46,15 @@ test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own cli
 test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman: after changes to either
 	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py -x -rs
 
-check: setup ## Lint, check the format and the types
+# Private names that the field's terms replaced.
+WORDS := errand|express|StartingLine|NoticeBoard|pour|obey|let_go|keep_up|lay_out|streamline|brief|is_quick
+
+check: setup ## Lint, check the format, the types and the words
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	@! grep -rnwiE '$(WORDS)' --include='*.py' --include='*.md' --include='*.js' --include='*.html' \
+		README.md docs dropserve/ models service tests bench
 
 browser: ## Install Debian's chromium, in which the playground is tested, if there is none
 	@command -v chromium >/dev/null \

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.networks import Network
 from bench.progress import follow
 from dropserve.models.montecarlo import MASK_KINDS, Sampler, Summary, summarize
-from dropserve.models.montecarlo.scales import CHUNK
+from dropserve.models.montecarlo.scaled_masks import CHUNK
 
 SIZES = (10, 20, 50, 100, 200, 500, 1000)
 _REFERENCE_SEED = 2**40

@@ -1,6 +1,6 @@
 """Measures the Monte Carlo engine in one run: `python -m bench.engine`; writes results/engine.json.
 
-Speed beside the usual ways, what a sample is worth, memory, training throughput; then each claim of
+Speed beside plain loops, what a sample is worth, memory, training throughput; then each claim of
 the documentation with its target and what was measured.
 """
 

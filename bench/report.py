@@ -28,10 +28,10 @@ two worker processes of one thread each, every answer checked against the networ
 anything is timed. wrk {wrk} loads one server at a time from the same machine; medians of {rounds}
 rounds, in which the servers take turns of {seconds:g} s after {warmup:g} s of warming up.
 
-Uncertainty is asked of Dropserve for its default seed, whose masks and cut weights it makes when it
-loads the network, while the others draw masks for each request. The row *a new seed each* shows
-what is left where every request brings a seed never met: masks are drawn and weights cut in the
-request's time, and no two requests share a batch."""
+Uncertainty is asked of Dropserve for its default seed, whose masks and gathered weights it makes
+when it loads the network, while the others draw masks for each request. The row *a new seed each*
+shows what is left where every request brings a seed never met: masks are drawn and weights gathered
+in the request's time, and no two requests share a batch."""
 
 ENGINE = """\
 T = {samples} samples of Monte Carlo dropout, {threads} thread; contenders take turns, medians, in
@@ -40,7 +40,7 @@ milliseconds. *Loop*: a pass a sample with dropout switched on, over the module 
 over the batch repeated T times; *ours*: `Sampler.sample(...).mean(0)`, *all figures*:
 `Sampler.summarize`.
 
-Both are for the default seed, whose masks are drawn and whose weights are cut before the time
+Both are for the default seed, whose masks are drawn and whose weights are gathered before the time
 starts, when the network is loaded, as in the service; the loop and T-fold draw theirs within it.
 *New seed* is *ours* with a seed never met in every call, all of it within the time: {least:.1f} to
 {most:.1f} times as long here."""
@@ -63,6 +63,12 @@ errors), stratified masks. One degree of freedom at T = 20 and 25, two at 37."""
 WORTH = """\
 Root mean squared error against {passes:,} passes, over {images} test images, {seeds} seeds.
 *Reported* is the answer's `standard_error` over the true one."""
+
+CHECKOUTS = """\
+Two checkouts, each with one worker of one thread and the digits MLP, take turns under wrk: {rounds}
+alternations of {seconds} s, 32 connections if not said otherwise. *Ratio*: requests a second after
+over before, geometric mean and its 95% interval. *us*: processor time of the server a request, and
+the mean difference with its 95% interval."""
 
 PEERS = """\
 Each peer is set up as its documentation advises: how, and where it says so, is at the top of its
@@ -307,6 +313,27 @@ def _footnotes(rows: Iterable[Result]) -> list[str]:
     return ["\n".join(notes + failed)] if notes or failed else []
 
 
+def checkouts(result: Result) -> list[str]:
+    """Show what a change of the request path cost."""
+    lines = [
+        [
+            row["case"],
+            *(f"{row[key]:,}" for key in ("before", "after")),
+            f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
+            f"{row['microseconds_before']:.0f}",
+            f"{row['microseconds_more']:+.0f} ± {row['microseconds_half_width']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    heads = ("request", "requests/s before", "after", "ratio", "us before", "us more")
+    return [
+        f"## Request paths, before and after {result['change']}",
+        CHECKOUTS.format(**result),
+        table(heads, lines),
+        _made_on(result, "python -m bench.http.checkouts BEFORE && make bench-report"),
+    ]
+
+
 def _made_on(result: Result, command: str) -> str:
     """Say when and on what it was measured, and how to do it again."""
     machine = result["machine"]
@@ -326,6 +353,7 @@ SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "engine": engine,
     "accuracy": accuracy,
     "http": http,
+    "checkouts": checkouts,
 }
 
 

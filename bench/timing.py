@@ -1,4 +1,4 @@
-"""Times T Monte Carlo samples in the usual ways and in ours, the contenders taking turns.
+"""Times T Monte Carlo samples by plain loops and by ours, the contenders taking turns.
 
 So a change in the machine's speed meets all of them, and ratios of medians hold where times do not.
 """
@@ -33,7 +33,7 @@ CONTENDERS = {
     "loop_laid_out": "the same, with our module's memory layout",
     "fold": "one pass over a batch of T times the images",
     "ours": "Sampler.sample(...).mean(0): what the loop computes",
-    "ours_new_seed": "the same with a seed never met: masks drawn and weights cut within the time",
+    "ours_new_seed": "the same with a new seed: masks drawn and weights gathered within the time",
     "ours_summary": "Sampler.summarize(...): all statistics",
 }
 
@@ -45,7 +45,7 @@ def contenders(module: nn.Module, x: Tensor, samples: int) -> dict[str, Call]:
     sampler.warm_up(x[:1])  # as the service does
     streamlined = compile_for_inference(ours, x)
     noisy, laid_out = with_dropout(module), convert_memory_format(with_dropout(module))
-    seeds = itertools.count(1)  # the default, 0, was drawn and cut by warm_up
+    seeds = itertools.count(1)  # the default, 0, was drawn and gathered by warm_up
     return {
         "eval_pytorch": lambda: module(x).softmax(-1),
         "eval": lambda: streamlined(x).softmax(-1),

@@ -1,56 +1,54 @@
-"""One folder a version: `<root>/<name>/<version>/model.safetensors`, `model.json`, `manifest.json`.
+"""Saved models: `<root>/<name>/<version>/` holds model.safetensors, model.json and manifest.json.
 
 Safetensors and JSON only: nothing is ever pickled or unpickled. A version is written to a temporary
 folder, flushed to disk and renamed, so it is there whole or not at all. Reading trusts nothing:
 bytes are read once, from one descriptor, and every claim of the header is checked. The manifest has
 the size and SHA-256 of both other files: it shows damage and changes, not who made them.
+
+What is missing raises CheckpointNotFound; what is damaged or was tampered with CheckpointRefused,
+which names the file or tensor. PyTorch is imported by the functions that need it: listing and
+pinning versions is quick without.
 """
 
 import hashlib
 import json
 import logging
+import re
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from dropserve.models.catalogue import is_name, versions
+from dropserve.models import storage
 from dropserve.models.errors import (
     CheckpointError,
     CheckpointNotFound,
     CheckpointRefused,
     ConfigError,
 )
-from dropserve.models.examples import Example, examples_from_json
-from dropserve.models.networks import NetworkConfig
-from dropserve.models.preprocessing import Preprocessing
-from dropserve.models.storage import (
-    MAX_HEADER_BYTES,
-    dump_tensors,
-    parse_json,
-    parse_tensors,
-    read_if_there,
-    read_once,
-    replace_durably,
-    sync_folder,
-    write_durably,
-)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dropserve.models.examples import Example
+    from dropserve.models.networks import NetworkConfig
+    from dropserve.models.preprocessing import Preprocessing
 
 WEIGHTS = "model.safetensors"
 METADATA = "model.json"
 MANIFEST = "manifest.json"
+PIN = "pin.json"
+NAME_RULE = "use 1 to 64 of A-Z a-z 0-9 . _ -, and no dot in front"
 _MAX_BYTES = 8 * 2**30
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _TO_SAFETENSORS = """\
   import torch; from safetensors.torch import save_file
   state = torch.load({file!r}, map_location="cpu", weights_only=True)
-  save_file({{k: v.contiguous().clone() for k, v in state.items()}}, {to!r})
-"""
+  save_file({{k: v.contiguous().clone() for k, v in state.items()}}, {to!r})"""
 _log = logging.getLogger(__name__)
 
 
@@ -59,124 +57,36 @@ class Metadata:
     """What `model.json` says: how to rebuild the network, and where it comes from."""
 
     name: str
-    network: NetworkConfig
-    preprocessing: Preprocessing
+    network: "NetworkConfig"
+    preprocessing: "Preprocessing"
     classes: tuple[str, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    examples: tuple[Example, ...] = ()
-    sha256: str = ""
+    examples: "tuple[Example, ...]" = ()
+    sha256: str = ""  # of the weights; `save` fills it in, and the next
     torch_version: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_json()`.
-
-        Raises:
-            ConfigError: a value is missing or makes no sense.
-        """
-        unknown = values.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ConfigError(f"unknown fields: {', '.join(sorted(unknown)):.200}")
-        try:
-            preprocessing = Preprocessing.from_json(values["preprocessing"])
-            classes = tuple(str(c) for c in values["classes"])
-            metadata = cls(
-                name=str(values["name"]),
-                network=NetworkConfig.from_json(values["network"]),
-                preprocessing=preprocessing,
-                classes=classes,
-                recipe=dict(values["recipe"]),
-                data=dict(values["data"]),
-                evaluation=dict(values["evaluation"]),
-                examples=examples_from_json(values.get("examples", []), classes, preprocessing),
-                sha256=str(values["sha256"]),
-                torch_version=str(values["torch_version"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{type(error).__name__}: {error}") from error
-        if len(metadata.classes) != metadata.network.classes:
-            raise ConfigError("one class name a logit is needed")
-        if metadata.preprocessing.shape != metadata.network.input:
-            raise ConfigError("preprocessing and network disagree on the input's shape")
-        return metadata
-
-
-def save(root: Path, module: nn.Module, metadata: Metadata) -> Path:
-    """Write the next version of `metadata.name`, whole or not at all.
-
-    Returns:
-        The version's folder.
-
-    Raises:
-        CheckpointError: it could not be written, or could not be read again (a weight is NaN, there
-            are too many tensors or too long metadata); nothing is left behind.
-    """
-    weights = dump_tensors(Path(WEIGHTS), module.state_dict())
-    # By the reader's own checks: a version that would be refused must not come to be.
-    _check_tensors(Path(WEIGHTS), parse_tensors(Path(WEIGHTS), weights), module.state_dict())
-    metadata = replace(
-        metadata, sha256=hashlib.sha256(weights).hexdigest(), torch_version=torch.__version__
-    )
-    about = _dump_metadata(metadata)
-    if not is_name(metadata.name):
-        raise CheckpointError(
-            f"{metadata.name!r} cannot name a model: use 1 to 64 letters, digits, '.', '_' or '-'"
-        )
-    folder = root / metadata.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(root)
-        with _temporary_folder(folder) as temporary:
-            write_durably(temporary / WEIGHTS, weights)
-            write_durably(temporary / METADATA, about)
-            write_durably(temporary / MANIFEST, _manifest(_digests(about, weights)))
-            sync_folder(temporary)
-            version = _publish(temporary, folder, (versions(root, metadata.name) or [0])[-1] + 1)
-        sync_folder(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot write a version: {error}") from error
-    return version
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version as it was read: its bytes are verified, and no code that it names has run.
-
-    Attributes:
-        path: its folder.
-        metadata: what its `model.json` says.
-        tensors: of `model.safetensors`, by name.
-        digests: size and SHA-256 of its files, by name.
-        manifest_sha256: of its `manifest.json`, hence of every byte of the version; None: it has
-            none.
-    """
+    """One version as it was read: its bytes are verified, and no code that it names has run."""
 
     path: Path
     metadata: Metadata
-    tensors: Mapping[str, Tensor]
-    digests: Mapping[str, Any]
-    manifest_sha256: str | None
+    tensors: "Mapping[str, Tensor]"
+    files: Mapping[str, Any]  # name: size and SHA-256, as a manifest has them
+    manifest_sha256: str | None  # hence of every byte of the version; None: it has no manifest
 
-    def build(self, factories: Collection[str] | None = ()) -> nn.Module:
-        """Rebuild the module, in eval mode.
+    def build(self, factories: Collection[str] | None = ()) -> "nn.Module":
+        """Rebuild the module, in eval mode. Only these factories may be called; None: any."""
+        import torch
 
-        Args:
-            factories: factory names that may be imported and called; None: any.
-
-        Raises:
-            CheckpointRefused: the metadata describe another network than the tensors are of.
-        """
         if self.manifest_sha256 is None:
+            command = f"dropserve manifest {self.path.parent.name} --version {self.path.name}"
             _log.warning(
                 f"{self.path} has no {MANIFEST}, so that a change of its {METADATA} would not be "
-                f"noticed; one is written by: dropserve manifest {self.path.parent.name} "
-                f"--version {self.path.name}"
+                f"noticed; one is written by: {command}"
             )
         network = self.metadata.network
         try:
@@ -190,62 +100,109 @@ class Version:
         return module.eval()
 
 
-def load(path: Path, factories: Collection[str] | None = ()) -> tuple[nn.Module, Metadata]:
-    """Read one version, verify all of it, and rebuild its module, in eval mode.
+def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
+    """Write the next version of `metadata.name`, whole or not at all; return its folder.
 
-    Args:
-        path: the version's folder.
-        factories: as in `Version.build`.
-
-    Raises:
-        CheckpointNotFound: no such folder.
-        CheckpointRefused: it is damaged or was tampered with; names the file or tensor.
+    CheckpointError: it cannot be written, or could not be read again; nothing is left behind.
     """
+    import torch
+
+    tensors, path = module.state_dict(), Path(WEIGHTS)
+    weights = storage.dump_tensors(path, tensors)
+    # By the reader's own checks: a version that would be refused must not come to be.
+    _check_tensors(path, storage.parse_tensors(path, weights), tensors)
+    sha256 = hashlib.sha256(weights).hexdigest()
+    about = _dump_metadata(replace(metadata, sha256=sha256, torch_version=torch.__version__))
+    if not is_name(metadata.name):
+        raise CheckpointError(f"{metadata.name!r} cannot name a model: {NAME_RULE}")
+    folder = root / metadata.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.sync_folder(root)
+        with TemporaryDirectory(prefix=".new-", dir=folder) as made:
+            temporary = Path(made)
+            temporary.chmod(0o755)
+            storage.write_durably(temporary / WEIGHTS, weights)
+            storage.write_durably(temporary / METADATA, about)
+            manifest = _dump_json({"files": _digests(about, weights)})
+            storage.write_durably(temporary / MANIFEST, manifest)
+            storage.sync_folder(temporary)
+            path = _publish(temporary, folder, max(versions(root, metadata.name), default=0) + 1)
+        storage.sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write a version: {error}") from error
+    return path
+
+
+def _publish(temporary: Path, folder: Path, version: int) -> Path:
+    """Rename to the first free version number; someone else may be saving at the same time."""
+    while True:
+        target = folder / str(version)
+        try:
+            if not target.exists():  # an empty folder would be replaced
+                return temporary.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+        version += 1
+
+
+def read(path: Path) -> Version:
+    """Read the version in a folder and verify it, without running code that it names."""
+    import torch
+
+    if not path.is_dir():
+        raise CheckpointNotFound(f"{path}: no such checkpoint")
+    manifest = storage.read_if_there(path / MANIFEST, storage.MAX_HEADER_BYTES)
+    about = storage.read_once(path / METADATA, storage.MAX_HEADER_BYTES)
+    weights = storage.read_once(path / WEIGHTS, _MAX_BYTES)
+    files = _digests(about, weights)
+    if manifest is not None:
+        _check_manifest(path, manifest, files)
+    metadata = _parse_metadata(path / METADATA, about)
+    tensors = storage.parse_tensors(path / WEIGHTS, weights)
+    if (got := files[WEIGHTS]["sha256"]) != metadata.sha256:
+        reason = f"damaged or exchanged: SHA-256 is {got}, {METADATA} says {metadata.sha256}"
+        raise CheckpointRefused(path / WEIGHTS, reason)
+    if metadata.network.is_builtin:  # a false size is found before it takes memory
+        with torch.device("meta"):
+            _check_tensors(path / WEIGHTS, tensors, metadata.network.build().state_dict())
+    digest = None if manifest is None else hashlib.sha256(manifest).hexdigest()
+    return Version(path, metadata, tensors, files, digest)
+
+
+def load(path: Path, factories: Collection[str] | None = ()) -> "tuple[nn.Module, Metadata]":
+    """Read the version in a folder and rebuild its module, as `Version.build` does."""
     version = read(path)
     return version.build(factories), version.metadata
 
 
-def read(path: Path) -> Version:
-    """Read one version and verify it, as far as can be without running code that it names.
-
-    Args:
-        path: the version's folder.
-
-    Raises:
-        CheckpointNotFound: no such folder.
-        CheckpointRefused: it is damaged or was tampered with; names the file or tensor.
-    """
-    if not path.is_dir():
-        raise CheckpointNotFound(f"{path}: no such checkpoint")
-    manifest = read_if_there(path / MANIFEST, MAX_HEADER_BYTES)
-    about = read_once(path / METADATA, MAX_HEADER_BYTES)
-    weights = read_once(path / WEIGHTS, _MAX_BYTES)
-    digests = _digests(about, weights)
-    if manifest is not None:
-        _check_manifest(path, manifest, digests)
-    metadata = _parse_metadata(path / METADATA, about)
-    tensors = parse_tensors(path / WEIGHTS, weights)
-    if (got := digests[WEIGHTS]["sha256"]) != metadata.sha256:
-        raise CheckpointRefused(
-            path / WEIGHTS,
-            f"damaged or exchanged: SHA-256 is {got}, {METADATA} says {metadata.sha256}",
-        )
-    if metadata.network.is_builtin:  # a description may lie: weigh it before it takes memory
-        with torch.device("meta"):
-            _check_tensors(path / WEIGHTS, tensors, metadata.network.build().state_dict())
-    digest = None if manifest is None else hashlib.sha256(manifest).hexdigest()
-    return Version(path, metadata, tensors, digests, digest)
-
-
 def add_manifest(version: Version) -> Version:
-    """Write the manifest that a version lacks, of the bytes that were verified, and return it so.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    manifest = _manifest(version.digests)
-    replace_durably(version.path / MANIFEST, manifest)
+    """Write the manifest that a version lacks, of the bytes that were verified; may be OSError."""
+    manifest = _dump_json({"files": version.files})
+    storage.replace_durably(version.path / MANIFEST, manifest)
     return replace(version, manifest_sha256=hashlib.sha256(manifest).hexdigest())
+
+
+def load_weights(path: Path, module: "nn.Module") -> None:
+    """Put the tensors of a safetensors file into a module: all of its own, and no others.
+
+    A pickle is refused with a note that says how to convert it to safetensors.
+    """
+    file = path.resolve() if path.is_symlink() else path  # as in a cache of downloads
+    raw = storage.read_once(file, _MAX_BYTES)
+    if raw.startswith((b"PK\3\4", b"\x80\2\x8a", b"\x80\4\x95")):
+        reason = "PyTorch's pickle, which is never read here; convert it once:"
+        refused, to = CheckpointRefused(path, reason), path.with_suffix(".safetensors")
+        refused.add_note(_TO_SAFETENSORS.format(file=str(path), to=str(to)))
+        raise refused
+    tensors = storage.parse_tensors(path, raw)
+    _check_tensors(path, tensors, module.state_dict())
+    module.load_state_dict(tensors)
+
+
+def _dump_json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def _digests(about: bytes, weights: bytes) -> dict[str, dict[str, Any]]:
@@ -256,70 +213,59 @@ def _digests(about: bytes, weights: bytes) -> dict[str, dict[str, Any]]:
     }
 
 
-def _manifest(digests: Mapping[str, Any]) -> bytes:
-    return json.dumps({"files": digests}, indent=2).encode() + b"\n"
-
-
-def _check_manifest(path: Path, raw: bytes, digests: Mapping[str, Any]) -> None:
+def _check_manifest(path: Path, raw: bytes, files: Mapping[str, Any]) -> None:
     """Refuse a version whose files are not those that its manifest was written for."""
-    told = parse_json(path / MANIFEST, raw).get("files")
-    if not isinstance(told, dict) or told.keys() != digests.keys():
+    listed = storage.parse_json(path / MANIFEST, raw).get("files")
+    if not isinstance(listed, dict) or listed.keys() != files.keys():
         raise CheckpointRefused(path / MANIFEST, f"must name {METADATA} and {WEIGHTS} alone")
-    for name, found in digests.items():
-        if told[name] != found:
-            raise CheckpointRefused(
-                path / name,
-                f"damaged, edited or exchanged: it has {found['bytes']} bytes and SHA-256 "
-                f"{found['sha256']}, {MANIFEST} says otherwise",
-            )
-
-
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Put the tensors of a safetensors file into a module: all of its own, and no others.
-
-    Raises:
-        CheckpointRefused: the file is damaged, or has other tensors; names one. Or it is a pickle:
-            then notes say how to turn it into safetensors.
-    """
-    file = path.resolve() if path.is_symlink() else path  # as in a cache of downloads
-    raw = read_once(file, _MAX_BYTES)
-    if raw.startswith((b"PK\3\4", b"\x80\2\x8a", b"\x80\4\x95")):
-        error = CheckpointRefused(path, "PyTorch's pickle, which is never read here; turn it once:")
-        to = path.with_suffix(".safetensors")
-        error.add_note(_TO_SAFETENSORS.format(file=str(path), to=str(to)).rstrip())
-        raise error
-    tensors = parse_tensors(path, raw)
-    _check_tensors(path, tensors, module.state_dict())
-    module.load_state_dict(tensors)
+    for name, found in files.items():
+        if listed[name] != found:
+            has = f"{found['bytes']} bytes and SHA-256 {found['sha256']}, {MANIFEST} says otherwise"
+            raise CheckpointRefused(path / name, f"damaged, edited or exchanged: it has {has}")
 
 
 def _dump_metadata(metadata: Metadata) -> bytes:
-    """Return the bytes of a `model.json` that a reader will accept; what is too long is refused.
-
-    Examples are left out if the file would be too long with them.
-    """
+    """Return a `model.json` that a reader accepts, without examples where it gets too long."""
     try:
-        raw = json.dumps(metadata.to_json(), indent=2, allow_nan=False).encode() + b"\n"
+        raw = _dump_json(asdict(metadata))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{metadata.name}: not for JSON: {error}") from error
-    if len(raw) > MAX_HEADER_BYTES:
+    if len(raw) > storage.MAX_HEADER_BYTES:
         if metadata.examples:
             return _dump_metadata(replace(metadata, examples=()))
-        raise CheckpointError(
-            f"{metadata.name}: {METADATA} would have {len(raw)} bytes, more than {MAX_HEADER_BYTES}"
-        )
+        size = f"{len(raw)} bytes, more than {storage.MAX_HEADER_BYTES}"
+        raise CheckpointError(f"{metadata.name}: {METADATA} would have {size}")
     _parse_metadata(Path(METADATA), raw)
     return raw
 
 
 def _parse_metadata(path: Path, raw: bytes) -> Metadata:
+    from dropserve.models.examples import examples_from_json
+    from dropserve.models.networks import NetworkConfig
+    from dropserve.models.preprocessing import Preprocessing
+
+    values = storage.parse_json(path, raw)
+    if unknown := values.keys() - {f.name for f in fields(Metadata)}:
+        raise CheckpointRefused(path, f"unknown fields: {', '.join(sorted(unknown)):.200}")
     try:
-        return Metadata.from_json(parse_json(path, raw))
-    except ConfigError as error:
-        raise CheckpointRefused(path, str(error)) from error
+        network = NetworkConfig.from_json(values["network"])
+        prepared = Preprocessing.from_json(values["preprocessing"])
+        classes = tuple(str(c) for c in values["classes"])
+        shown = examples_from_json(values.get("examples", []), classes, prepared)
+        made, data, figures = (dict(values[n]) for n in ("recipe", "data", "evaluation"))
+        name, sha256, release = (str(values[n]) for n in ("name", "sha256", "torch_version"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointRefused(path, f"{type(error).__name__}: {error}") from error
+    if len(classes) != network.classes:
+        raise CheckpointRefused(path, "one class name a logit is needed")
+    if prepared.shape != network.input:
+        raise CheckpointRefused(path, "preprocessing and network disagree on the input's shape")
+    return Metadata(name, network, prepared, classes, made, data, figures, shown, sha256, release)
 
 
-def _check_tensors(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_tensors(
+    path: Path, got: "Mapping[str, Tensor]", expected: "Mapping[str, Tensor]"
+) -> None:
     """Refuse tensors that are not the network's: by name, shape, dtype and finiteness."""
     missing, extra = expected.keys() - got.keys(), got.keys() - expected.keys()
     if missing or extra:
@@ -329,36 +275,94 @@ def _check_tensors(path: Path, got: Mapping[str, Tensor], expected: Mapping[str,
     for name, want in expected.items():  # in the network's order, and not the file's
         tensor = got[name]
         if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
-            raise CheckpointRefused(
-                path,
-                f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
-                f"the network needs {want.dtype} {list(want.shape)}",
-            )
-        if not bool(torch.isfinite(tensor).all()):
+            needed = f"the network needs {want.dtype} {list(want.shape)}"
+            found = f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointRefused(path, f"{found}, {needed}")
+        if not tensor.isfinite().all():
             raise CheckpointRefused(path, f"tensor {name!r} holds NaN or infinity")
 
 
-@contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """Make a hidden folder that is gone after the block, unless it was renamed."""
-    path = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
-    path.chmod(0o755)
+# Which versions there are, and which is pinned: nothing below needs PyTorch.
+
+
+def is_name(name: str) -> bool:
+    """Say if `name` can name a model: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot."""
+    return re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name) is not None
+
+
+def default_name(dataset: str, network: str) -> str:
+    """Name a model after its dataset, or the folder that holds it, and its network or factory."""
+    name = f"{Path(dataset).resolve().name}-{network.rpartition(':')[2]}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".")[:64]
+
+
+def names(root: Path) -> list[str]:
+    """List the folders under `root` that may hold a model's versions, in order."""
+    return sorted(d.name for d in root.iterdir() if is_name(d.name)) if root.is_dir() else []
+
+
+def versions(root: Path, name: str) -> list[int]:
+    """List a model's versions, in ascending order; folders that are not numbers are no versions."""
+    folder = root / name
+    if not is_name(name) or not folder.is_dir():
+        return []
+    numbered = (d for d in folder.iterdir() if _VERSION.fullmatch(d.name))
+    return sorted(int(d.name) for d in numbered if d.is_dir())
+
+
+def choose(root: Path, name: str, version: int | None = None) -> int:
+    """Return a version that is there: the latest where None is asked for."""
+    found = versions(root, name)
+    if not found:
+        known = [other for other in names(root) if versions(root, other)]
+        like = "".join(f"; did you mean {x}?" for x in get_close_matches(name, known, 1))
+        there = f"there are {', '.join(known)}{like}" if known else "there is none"
+        raise CheckpointNotFound(f"no model {name!r} in {root}: {there}")
+    if version not in (None, *found):
+        there = ", ".join(map(str, found))
+        raise CheckpointNotFound(f"no version {version} of {name!r} in {root}: there are {there}")
+    return version or found[-1]
+
+
+def pinned(root: Path, name: str) -> int | None:
+    """Return the version that is to answer whatever newer ones there are; None: the latest is."""
+    path = root / name / PIN
+    raw = storage.read_if_there(path, 1000)
+    if raw is None:
+        return None
+    version = storage.parse_json(path, raw).get("version")
+    if type(version) is not int or not _VERSION.fullmatch(str(version)):
+        raise CheckpointRefused(path, 'not {"version": a number from 1 to 999999999}')
+    return version
+
+
+def pin(root: Path, name: str, version: int | None) -> None:
+    """Pin a version, or none. A reader of the folder finds the old pin or the new one."""
+    path = root / name / PIN
+    if version is None:
+        path.unlink(missing_ok=True)
+        storage.sync_folder(path.parent)
+    else:
+        storage.replace_durably(path, json.dumps({"version": version}).encode() + b"\n")
+
+
+def remove(root: Path, name: str, version: int) -> bool:
+    """Remove a version, first by a rename that hides it; False: it is pinned, and stays."""
+    folder = root / name
+    if pinned(root, name) == version:
+        return False
+    (folder / str(version)).rename(folder / f".removed-{version}")
+    storage.sync_folder(folder)
+    for removed in folder.glob(".removed-*"):  # those of an interrupted removal, too
+        with suppress(FileNotFoundError):  # another process removes it
+            removed.unlink() if removed.is_symlink() else shutil.rmtree(removed)
+    return True
+
+
+def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
+    """Return what changes when the files in a version's folder do; None: it cannot be listed."""
     try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _publish(temporary: Path, folder: Path, version: int) -> Path:
-    """Rename to the first free version number; someone else may be saving at the same time."""
-    while True:
-        target = folder / str(version)
-        if not target.exists():
-            try:
-                return temporary.rename(target)
-            except FileExistsError:
-                pass
-            except OSError as error:
-                if not target.exists():
-                    raise CheckpointError(f"{target}: {error}") from error
-        version += 1
+        files = [(path.name, path.lstat()) for path in sorted(folder.iterdir())]
+    except OSError:  # it is being removed
+        return None
+    return tuple((name, s.st_ctime_ns, s.st_size, s.st_ino) for name, s in files)

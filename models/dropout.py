@@ -1,11 +1,10 @@
-"""Dropout three ways: inverted, vanilla with the weight scaling rule, and spatial.
+"""Inverted dropout, vanilla dropout with the weight scaling rule, and spatial dropout.
 
 Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout: A Simple Way to Prevent
 Neural Networks from Overfitting", JMLR 15 (2014). There `p` is the probability of *keeping* a
 unit; here, as in PyTorch, `p` is the probability of dropping it, everywhere.
 
-Each kind is a function and a module. The functions take part in PyTorch's `__torch_function__`
-protocol, which is how Monte Carlo dropout finds them (`dropserve.models.montecarlo.interception`).
+Monte Carlo dropout intercepts the functions by PyTorch's `__torch_function__` protocol.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,10 @@ MaskSource = Callable[[torch.Size, float, torch.device], Tensor]
 def random_mask(
     shape: torch.Size, p: float, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw which units are kept: independent, each dropped with probability `p`.
+    """Draw which units are kept, each independently dropped with probability `p`.
 
-    Sixteen random bits decide an element, so `p` is met to 2^-16. That is several times cheaper
-    than `bernoulli_`, which spends a whole floating-point draw on each.
-
-    Returns:
-        Bool tensor of `shape`, True where a unit is kept.
+    Sixteen random bits an element, so `p` is met to 2^-16: several times cheaper than `bernoulli_`,
+    which draws a floating-point number for each.
     """
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
@@ -41,44 +37,37 @@ def random_mask(
 def inverted_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, source: MaskSource = random_mask
 ) -> Tensor:
-    """Drop units and divide the survivors by 1-p, so that evaluation needs no change at all.
+    """Drop units of `x`, of any shape, and divide the others by 1-p; in eval mode the identity.
 
-    Section 10 of Srivastava et al. (2014): scaling up by 1/(1-p) while training in place of
-    scaling the weights down at test time. E[output] = x and Var[output] = x^2 p/(1-p).
-
-    Args:
-        x: any shape.
-        p: probability of dropping a unit.
-        training: False makes this the identity.
-        source: draws the mask.
+    Section 10 of Srivastava et al. (2014). E[output] = x and Var[output] = x^2 p/(1-p).
     """
     if has_torch_function_unary(x):
         return handle_torch_function(inverted_dropout, (x,), x, p, training, source)
     if not training or p == 0:
         return x
-    return _keep(x, source(x.shape, p, x.device)) / (1 - p)
+    kept = source(x.shape, p, x.device)
+    return x * kept.to(x.dtype) / (1 - p)  # forward and backward in half the time of torch.where
 
 
 def vanilla_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, source: MaskSource = random_mask
 ) -> Tensor:
-    """Drop units while training; in evaluation multiply by 1-p: the weight scaling rule.
+    """Drop units of `x`, of any shape; in eval mode multiply by 1-p, the weight scaling rule.
 
-    Section 4 and figure 2 of Srivastava et al. (2014). Scaling a unit's output by the probability
-    of its presence is the same as scaling its outgoing weights. Against `inverted_dropout`: the
-    same expectation up to the factor 1-p, applied in the other mode.
+    Section 4 and figure 2 of Srivastava et al. (2014): scaling a unit's output by the probability
+    of its presence is the same as scaling its outgoing weights.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(vanilla_dropout, (x,), x, p, training, source)
     if not training:
         return x * (1 - p)
-    return _keep(x, source(x.shape, p, x.device))
+    return x * source(x.shape, p, x.device).to(x.dtype)
 
 
 def spatial_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, source: MaskSource = random_mask
 ) -> Tensor:
-    """Drop whole channels of `x [B, C, ...]`, dividing the surviving ones by 1-p.
+    """Drop whole channels of `x [B, C, ...]` and divide the others by 1-p.
 
     Tompson et al., "Efficient Object Localization Using Convolutional Networks" (CVPR 2015),
     section 3.2: neighbouring pixels are so alike that dropping single ones removes little.
@@ -88,32 +77,29 @@ def spatial_dropout(
     if not training or p == 0:
         return x
     channels = torch.Size((*x.shape[:2], *(1 for _ in x.shape[2:])))
-    return _keep(x, source(channels, p, x.device)) / (1 - p)
-
-
-def _keep(x: Tensor, mask: Tensor) -> Tensor:
-    # A product with zeros and ones: forward and backward take half the time of torch.where's.
-    return x * mask.to(x.dtype)
+    return x * source(channels, p, x.device).to(x.dtype) / (1 - p)
 
 
 def check_rate(p: float) -> float:
-    """Return `p` if it is a probability of dropping, in [0, 1).
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Return `p`; ConfigError if it is no probability of dropping, in [0, 1)."""
     if not 0 <= p < 1:
         raise ConfigError(f"dropout p must be in [0, 1), the probability of dropping; got {p!r}")
     return float(p)
 
 
 class Dropout(nn.Module):
-    """What the three modules share: a rate and a mask source."""
+    """Base of the modules: a rate `p` in [0, 1), else ConfigError, and a source of masks."""
+
+    function: Callable[[Tensor, float, bool, MaskSource], Tensor]
 
     def __init__(self, p: float = 0.5, source: MaskSource = random_mask) -> None:
         super().__init__()
         self.p = check_rate(p)
         self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x to the same shape."""
+        return self.function(x, self.p, self.training, self.source)
 
     def extra_repr(self) -> str:
         """Show the rate."""
@@ -121,32 +107,18 @@ class Dropout(nn.Module):
 
 
 class InvertedDropout(Dropout):
-    """`inverted_dropout` as a module: the identity in eval mode.
+    """`inverted_dropout` as a module."""
 
-    Args:
-        p: probability of dropping a unit, in [0, 1).
-        source: draws the mask; the default uses PyTorch's global generator.
-
-    Raises:
-        ConfigError: p is outside [0, 1).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x of any shape to the same shape."""
-        return inverted_dropout(x, self.p, self.training, self.source)
+    function = staticmethod(inverted_dropout)
 
 
 class VanillaDropout(Dropout):
-    """`vanilla_dropout` as a module: multiplies by 1-p in eval mode. For comparison."""
+    """`vanilla_dropout` as a module."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x of any shape to the same shape."""
-        return vanilla_dropout(x, self.p, self.training, self.source)
+    function = staticmethod(vanilla_dropout)
 
 
 class SpatialDropout(Dropout):
-    """`spatial_dropout` as a module: whole channels of `[B, C, ...]`."""
+    """`spatial_dropout` as a module."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, C, ...] to the same shape."""
-        return spatial_dropout(x, self.p, self.training, self.source)
+    function = staticmethod(spatial_dropout)

@@ -1,16 +1,4 @@
-"""Everything that `models` raises on purpose.
-
-ModelsError
-├── ConfigError             a network, recipe or rate that makes no sense
-├── TrainingDiverged        the loss is no number any more
-├── DataError               a dataset that is missing, damaged or empty
-├── CheckpointError
-│   ├── CheckpointNotFound  nothing there
-│   └── CheckpointRefused   there, but not to be trusted
-└── SamplingError           Monte Carlo dropout cannot be run
-    └── UnsupportedModule   ... on this module, whatever the input
-        └── NoDropout           ... because it has none
-"""
+"""The errors that `models` raises on purpose: each class below its base class."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +6,11 @@ from pathlib import Path
 
 
 class ModelsError(Exception):
-    """The root: catch it to catch all that `models` raises on purpose."""
+    """Base class of all of them."""
 
 
 class ConfigError(ModelsError, ValueError):
-    """A network, recipe or dropout rate makes no sense; says which, and what is allowed."""
+    """A network, recipe or dropout rate is invalid; says which, and what is allowed."""
 
 
 class TrainingDiverged(ModelsError):
@@ -42,12 +30,7 @@ class CheckpointNotFound(CheckpointError):
 
 
 class CheckpointRefused(CheckpointError):
-    """A checkpoint is there but is not to be trusted.
-
-    Attributes:
-        path: the file or folder that is wrong.
-        reason: what is wrong with it, and what was expected.
-    """
+    """The file or folder `path` is invalid; `reason` says why, and what was expected."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -63,19 +46,16 @@ class UnsupportedModule(SamplingError):
     """Monte Carlo dropout cannot be run on this module, whatever the input; says what to change."""
 
 
+class NoDropout(UnsupportedModule):
+    """The module drops nothing, so every Monte Carlo sample would be the same."""
+
+
 @contextmanager
 def unsupported_if_it_fails(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn whatever somebody's own module raises into UnsupportedModule: `what: the error remedy`.
-
-    UnsupportedModule itself passes.
-    """
+    """Raise UnsupportedModule, `what: the error remedy`, for whatever a user's module raises."""
     try:
         yield
     except UnsupportedModule:
         raise
     except Exception as error:
         raise UnsupportedModule(f"{what}: {type(error).__name__}: {error}{remedy}") from error
-
-
-class NoDropout(UnsupportedModule):
-    """The module drops nothing, so every Monte Carlo sample would be the same."""

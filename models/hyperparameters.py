@@ -9,39 +9,20 @@ from dropserve.models.errors import ConfigError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """How to train; ConfigError where a value makes no sense."""
 
-    Attributes:
-        epochs: at most so many.
-        batch_size: images a step.
-        optimizer: "adamw" (Loshchilov and Hutter, 2019) or "sgd" with momentum .9 (Nesterov).
-        learning_rate: at the peak; warmed up over the first 5% of steps, then a half cosine to 0.
-        weight_decay: on weight matrices and kernels; never on biases and norms.
-        label_smoothing: share of the target spread over all classes (Szegedy et al., 2016).
-        shift: augmentation: at most so many pixels up, down, left, right.
-        flip: augmentation: mirror half of the images left to right.
-        patience: stop after so many epochs that were not the best; 0: never.
-        validation_share: part of the training images held out to choose the best epoch.
-        seed: of everything random.
-        threads: CPU threads; another number rounds differently and ends with other weights. None:
-            as many as PyTorch is set to.
-
-    Raises:
-        ConfigError: a value makes no sense.
-    """
-
-    epochs: int = 20
+    epochs: int = 20  # at most
     batch_size: int = 128
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.0
-    shift: int = 0
-    flip: bool = False
-    patience: int = 0
-    validation_share: float = 0.1
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # Loshchilov and Hutter, 2019; Nesterov's
+    learning_rate: float = 2e-3  # at the peak: warmed up over 5% of the steps, then a half cosine
+    weight_decay: float = 0.02  # of weight matrices and kernels, never of biases and norms
+    label_smoothing: float = 0.0  # share spread over all classes (Szegedy et al., 2016)
+    shift: int = 0  # augmentation: at most so many pixels up, down, left, right
+    flip: bool = False  # augmentation: mirror half of the images left to right
+    patience: int = 0  # stop after so many epochs that were not the best; 0: never
+    validation_share: float = 0.1  # of the training images, held out to choose the best epoch
     seed: int = 0
-    threads: int | None = None
+    threads: int | None = None  # of the CPU; another number rounds differently. None: PyTorch's
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.patience < 0 or self.shift < 0:
@@ -66,20 +47,12 @@ _SUGGESTED: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """What differs from a recipe's own defaults, by dataset, or by dataset and network."""
-
-
 _STEPS = 20
 """An epoch should have so many at least: few images are no reason for few steps."""
 
 
 def default_recipe(dataset: str, network: str, images: int) -> Recipe:
-    """Suggest how to train.
-
-    Args:
-        dataset: as `dropserve.models.data.load_dataset` takes it.
-        network: as `dropserve.models.networks.NetworkConfig.kind`.
-        images: to train on; few are trained in small batches.
-    """
+    """Suggest how to train on so many images."""
     suggestion = _SUGGESTED.get(dataset, _SUGGESTED.get(f"{dataset} {network}"))
     if suggestion is not None:
         return Recipe(**suggestion)
@@ -89,12 +62,11 @@ def default_recipe(dataset: str, network: str, images: int) -> Recipe:
 
 def suggested(field: str) -> str:
     """Say what a field of a recipe is where nobody chooses: "20; digits 60", for example."""
-    values = {"": getattr(Recipe, field)} | {
-        where: changes[field] for where, changes in _SUGGESTED.items() if field in changes
-    }
-    said = {True: "on", False: "off"}
+    values = {"": getattr(Recipe, field)}
+    values |= {where: fields[field] for where, fields in _SUGGESTED.items() if field in fields}
+    words = {True: "on", False: "off"}
     listed = [
-        f"{where} {said[v] if isinstance(v, bool) else v}".strip() for where, v in values.items()
+        f"{where} {words[v] if isinstance(v, bool) else v}".strip() for where, v in values.items()
     ]
     if field == "batch_size":
         listed.append(f"below {_STEPS * Recipe.batch_size} images 8 to 64")

@@ -1,4 +1,4 @@
-"""From a picture to what the network sees; stored in the checkpoint, for train and serve alike."""
+"""From an image to a network's input; saved in the checkpoint and the same to train and serve."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,15 +12,11 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from dropserve.models.errors import ConfigError
-from dropserve.models.storage import whole_numbers
+from dropserve.models.storage import parse_dataclass
 
 Pixels = npt.NDArray[np.uint8]
 Fit = Literal["stretch", "crop", "pad"]
-BACKGROUND = (255, 255, 255)
-"""What shows through transparent pixels: white, as paper and browsers have it."""
-_FLATTENED = 2**18
-"""Pixels that are laid over it at once."""
-_TURNS = {
+_TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,7 +30,7 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Size, channels and scale of a network's input.
+    """Size, channels and scale of a network's input; ConfigError if a value is invalid.
 
     Attributes:
         size: (height, width) in pixels.
@@ -45,9 +41,8 @@ class Preprocessing:
         fit: how an image of other proportions gets the size: "stretch" changes its proportions,
             "crop" scales its shorter side and cuts off the ends of the longer one, "pad" scales its
             longer side and fills the rest with what the network sees as 0.
-
-    Raises:
-        ConfigError: a value makes no sense.
+        draft: decode large JPEGs at 1/2, 1/4 or 1/8 of their size. Checkpoints of earlier releases
+            lack the field: they were trained on JPEGs decoded in full, and are served so.
     """
 
     size: tuple[int, int]
@@ -56,6 +51,7 @@ class Preprocessing:
     std: tuple[float, ...]
     invert: bool = False
     fit: Fit = "stretch"
+    draft: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -74,21 +70,39 @@ class Preprocessing:
         """Input shape of the network: (channels, height, width)."""
         return (self.channels, *self.size)
 
-    def prepare(self, image: Image.Image) -> Pixels:
-        """Turn a picture of any size and mode into the network's pixels, uint8 [C, H, W].
+    @property
+    def draft_size(self) -> tuple[int, int] | None:
+        """Least (width, height), upright, that JPEGs are decoded at; None: their own."""
+        return (2 * self.size[1], 2 * self.size[0]) if self.draft else None
 
-        EXIF orientation is applied, transparency is laid over white, colour profiles are ignored.
+    def set_scale(self, image: Image.Image) -> None:
+        """Have an open JPEG decoded at the smallest scale of at least `draft_size`, or in full.
+
+        That is twice the network's size, to which `prepare` averages before it interpolates.
+        """
+        if self.draft_size is not None:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            image.draft(None, self.draft_size[::-1] if turned else self.draft_size)
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Turn an image of any size and mode into the network's pixels, uint8 [C, H, W].
+
+        EXIF orientation is applied, transparency becomes white, colour profiles are ignored.
         """
         mode = "L" if self.channels == 1 else "RGB"
         if image.mode != mode or image.info:  # where orientation and transparency would be
             # not ImageOps.exif_transpose: it writes EXIF anew, in a hundred times the memory
-            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            image = image if turn is None else image.transpose(turn)
+            transposed = _TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            image = image if transposed is None else image.transpose(transposed)
             image = _flatten(image, mode)
         height, width = self.size
         if image.size != (width, height):
             image = self._fitted(image)
-        raw = bytearray(_raw(image))  # to be written to
+        image.load()
+        # what image.tobytes() does, in half the time; a bytearray, so that it may be written to
+        encoder = Image.core.raw_encoder(mode, mode, 0, 1)  # type: ignore[attr-defined]
+        encoder.setimage(image.im, (0, 0, width, height))
+        raw = bytearray(encoder.encode(width * height * self.channels)[2])
         pixels = np.frombuffer(raw, np.uint8).reshape(height, width, self.channels)
         pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return 255 - pixels if self.invert else pixels
@@ -97,12 +111,12 @@ class Preprocessing:
         """Resize an image, "L" or "RGB", to the network's size."""
         (height, width), (w, h) = self.size, image.size
         scales = width / w, height / h
-        box = (0.0, 0.0, float(w), float(h))  # of the image, what is seen
-        inner = width, height  # of the network's input, what it fills
+        box = (0.0, 0.0, float(w), float(h))  # the part of the image that is used
+        inner = width, height  # what it fills of the network's input
         if self.fit == "crop":
-            seen = min(width / max(scales), w), min(height / max(scales), h)
-            left, top = (w - seen[0]) / 2, (h - seen[1]) / 2
-            box = left, top, min(left + seen[0], w), min(top + seen[1], h)
+            used = min(width / max(scales), w), min(height / max(scales), h)
+            left, top = (w - used[0]) / 2, (h - used[1]) / 2
+            box = left, top, min(left + used[0], w), min(top + used[1], h)
         elif self.fit == "pad":
             inner = (max(round(w * min(scales)), 1), max(round(h * min(scales)), 1))
         image = image.resize(inner, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
@@ -113,7 +127,7 @@ class Preprocessing:
         return padded
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Map uint8 [B, C, H, W] to float32 with the stored mean and std."""
+        """Map uint8 [B, C, H, W] to float32 by mean and std."""
         scale, shift = _affine(self, pixels.device)
         return pixels.float().mul_(scale).add_(shift)  # a third of the time of addcmul over uint8
 
@@ -123,36 +137,17 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_json()`.
-
-        Raises:
-            ConfigError: a value is missing or makes no sense.
-        """
-        try:
-            height, width = whole_numbers(values["size"])
-            return cls(
-                size=(height, width),
-                channels=whole_numbers([values["channels"]])[0],
-                mean=tuple(float(v) for v in values["mean"]),
-                std=tuple(float(v) for v in values["std"]),
-                invert={True: True, False: False}[values["invert"]],
-                fit=values.get("fit", "stretch"),  # earlier checkpoints do not say
-            )
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"preprocessing: {type(error).__name__}: {error}") from error
+        """Rebuild from `to_json()`; ConfigError if a value is missing or invalid."""
+        return parse_dataclass("preprocessing", cls, values, optional=("fit", "draft"))
 
     @classmethod
-    def measured(cls, pixels: Tensor, invert: bool = False, fit: Fit = "stretch") -> Self:
+    def measured(cls, pixels: Tensor) -> Self:
         """Take size, channels, mean and std from training images, uint8 [N, C, H, W]."""
+        _, channels, height, width = pixels.shape
         std, mean = torch.std_mean(pixels[:10_000].double() / 255, dim=(0, 2, 3))
-        return cls(
-            size=(pixels.shape[2], pixels.shape[3]),
-            channels=pixels.shape[1],
-            mean=tuple(round(v, 4) for v in mean.tolist()),
-            std=tuple(max(round(v, 4), 1e-3) for v in std.tolist()),
-            invert=invert,
-            fit=fit,
-        )
+        means = tuple(round(v, 4) for v in mean.tolist())
+        stds = tuple(max(round(v, 4), 1e-3) for v in std.tolist())
+        return cls((height, width), channels, means, stds)
 
 
 @lru_cache(maxsize=64)
@@ -164,28 +159,15 @@ def _affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor,
         return 1 / (255 * std), -mean / std
 
 
-def _raw(image: Image.Image) -> bytes:
-    """Do what `image.tobytes()` does, in half the time: pixels of 8 bits a channel."""
-    image.load()
-    encoder = Image.core.raw_encoder(image.mode, image.mode, 0, 1)  # type: ignore[attr-defined]
-    encoder.setimage(image.im, (0, 0, *image.size))
-    raw: bytes = encoder.encode(image.width * image.height * len(image.mode))[2]
-    return raw
-
-
 def _flatten(image: Image.Image, mode: str) -> Image.Image:
-    """Lay transparent pixels over the background, and convert to `mode`.
-
-    Some rows at a time: each step of it copies the pixels, 4 bytes each, and all of a photo's at
-    once would take five times its own memory.
-    """
+    """Composite transparent pixels over white, and convert to `mode`."""
     if not image.has_transparency_data:
         return image if image.mode == mode else image.convert(mode)
     flat = Image.new(mode, image.size, None)
-    rows = max(1, _FLATTENED // image.width)
+    rows = max(1, 2**18 // image.width)  # all at once would take five times the image's memory
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
         part = image.crop(box).convert("RGBA")
-        paper = Image.new("RGBA", part.size, (*BACKGROUND, 255))
-        flat.paste(Image.alpha_composite(paper, part).convert("RGB").convert(mode), box)
+        white = Image.new("RGBA", part.size, "white")
+        flat.paste(Image.alpha_composite(white, part).convert("RGB").convert(mode), box)
     return flat

@@ -1,4 +1,7 @@
-"""From what somebody asks for to what is trained, imported and scored, checked beforehand."""
+"""From what is asked for to what is trained, imported and scored, checked beforehand.
+
+What cannot be done raises ConfigError, DataError, CheckpointError or UnsupportedModule.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,31 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from dropserve.models import checkpoint
-from dropserve.models.catalogue import is_name
 from dropserve.models.checkpoint import Metadata
 from dropserve.models.data import NAMED, Dataset, Split, load_dataset
 from dropserve.models.errors import ConfigError, DataError, ModelsError
-from dropserve.models.factories import FORMS
 from dropserve.models.hyperparameters import Recipe, default_recipe
 from dropserve.models.montecarlo import Sampler
-from dropserve.models.networks import NetworkConfig, default_config
+from dropserve.models.networks import FORMS, NetworkConfig, default_config
 from dropserve.models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained, checked before the work starts.
-
-    Attributes:
-        module: with fresh weights, or those of the version that it starts from.
-        start: name, version and digest of that version; empty: there is none.
-    """
+    """What is to be trained, checked before the work starts."""
 
     data: Dataset
     config: NetworkConfig
     recipe: Recipe
-    module: nn.Module
-    start: Mapping[str, Any]
+    module: nn.Module  # with fresh weights, or those of the version that it starts from
+    start: Mapping[str, Any]  # name, version and digest of that version; empty: there is none
 
     def description(self) -> dict[str, Any]:
         """Say what an interrupted run must have begun with to be continued by this plan."""
@@ -57,16 +53,8 @@ def plan(
 ) -> Plan:
     """Suggest all that is not asked for, and see that it can be trained and sampled.
 
-    Args:
-        dataset: as `dropserve.models.data.load_dataset` takes it, with `data_dir` and `how`.
-        network: "mlp", "cnn" or a factory, as `dropserve.models.networks.NetworkConfig` has it.
-        data_dir: of datasets.
-        recipe: the fields of `Recipe` that are asked for.
-        asked: of an mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
-        how: `size`, `invert`, `fit` and `skip_broken` of `dropserve.models.data.load_dataset`.
-
-    Raises:
-        ConfigError, DataError, UnsupportedModule: it cannot.
+    `recipe` has the fields of `Recipe` that are asked for; `asked` those of `NetworkConfig`: of an
+    mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
     """
     data = load_dataset(dataset, data_dir, **how)
     chosen = replace(default_recipe(dataset, network, len(data.train)), **recipe)
@@ -87,18 +75,6 @@ def plan_from(
     """Plan to train a saved version further: its network, weights, preprocessing and classes.
 
     The learning rate that is suggested is a tenth of that for fresh weights.
-
-    Args:
-        path: the version's folder.
-        factories: as `checkpoint.load` takes them.
-        dataset: as for `plan`; it has the version's classes.
-        data_dir: as for `plan`.
-        recipe: as for `plan`.
-        skip_broken: as `dropserve.models.data.load_dataset` takes it.
-
-    Raises:
-        CheckpointError: the version cannot be loaded.
-        ConfigError, DataError: as `plan`.
     """
     module, found = checkpoint.load(path, factories)
     data = _load_for(found, dataset, data_dir, skip_broken=skip_broken)
@@ -118,44 +94,69 @@ def imported(
 ) -> tuple[nn.Module, Metadata]:
     """Make a model of a network that was trained elsewhere, by the checks of one to be trained.
 
-    Args:
-        name: of the model.
-        weights: a safetensors file of all the network's tensors.
-        network: as for `plan`.
-        preprocessing: what the network was trained with.
-        classes: in the order of its logits.
-        asked: as for `plan`.
-
-    Raises:
-        CheckpointRefused: the weights are not the network's; names the tensor.
-        ConfigError, UnsupportedModule: as `plan`.
+    `weights` is a safetensors file of all its tensors, `classes` are in the order of its logits.
     """
     if len(set(classes)) < len(classes) or not all(classes):
         raise ConfigError("classes need names, each another one")
     if not all(0 <= m <= 1 for m in preprocessing.mean) or max(preprocessing.std) > 1:
-        raise ConfigError(
-            "mean and std are of pixels from 0 to 1: divide those of pixels to 255 by 255"
-        )
+        raise ConfigError("mean and std are of pixels 0 to 1: divide those of 0 to 255 by 255")
     config = _config(network, preprocessing, len(classes), asked)
     blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
     module = build_checked(config, preprocessing.normalize(blank), seed=0)
     checkpoint.load_weights(weights, module)
-    made = {"imported": weights.name}
-    return module.eval(), Metadata(name, config, preprocessing, tuple(classes), made)
+    metadata = Metadata(name, config, preprocessing, tuple(classes), {"imported": weights.name})
+    return module.eval(), metadata
 
 
-def _load_for(
-    metadata: Metadata, dataset: str, data_dir: Path, *, skip_broken: bool, whole: bool = False
-) -> Dataset:
+def evaluation_images(
+    metadata: Metadata, dataset: str | None, data_dir: Path, *, skip_broken: bool = False
+) -> Split:
+    """Load test images to score a saved model on, prepared as its own were.
+
+    A `dataset` of None is the one that the model was trained on. A model that was not trained here
+    is scored on the whole of a folder.
+    """
+    name = dataset or metadata.data.get("name")
+    if not name or (dataset is None and name not in NAMED):
+        raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
+    data = _load_for(metadata, name, data_dir, skip_broken=skip_broken, whole=not metadata.data)
+    if dataset is None and data.digest() != metadata.data.get("digest"):
+        raise DataError(f"{name} is not the data that {metadata.name} was trained on any more")
+    return data.test
+
+
+def check_run(name: str, accelerator: str = "auto") -> None:
+    """Refuse before the training what would fail after it, or in another library."""
+    if not checkpoint.is_name(name):
+        raise ConfigError(f"{name!r} cannot name a model: {checkpoint.NAME_RULE}")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no accelerator cuda: PyTorch finds no CUDA device here")
+
+
+def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Module:
+    """Make the module with fresh weights, and see that Monte Carlo dropout will run on it.
+
+    `example` is normalised images [B, C, H, W]. PyTorch's global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = config.build()
+    try:
+        logits = Sampler(module.eval(), example).classes
+    except ModelsError:
+        raise
+    except Exception as error:  # a user's module may fail with anything
+        reason = f"cannot take images of {tuple(example.shape[1:])}: {error}"
+        raise ConfigError(f"{config.kind} {reason}") from error
+    if logits != config.classes:
+        raise ConfigError(f"{config.kind} makes {logits} logits for {config.classes} classes")
+    return module
+
+
+def _load_for(metadata: Metadata, dataset: str, data_dir: Path, **how: Any) -> Dataset:  # noqa: ANN401
     """Load a dataset as a saved model takes it: prepared as its own was, classes in its order."""
-    return load_dataset(
-        dataset,
-        data_dir,
-        preprocessing=metadata.preprocessing,
-        classes=metadata.classes,
-        skip_broken=skip_broken,
-        whole=whole,
-    )
+    prepared, classes = metadata.preprocessing, metadata.classes
+    return load_dataset(dataset, data_dir, preprocessing=prepared, classes=classes, **how)
 
 
 def _config(
@@ -166,66 +167,3 @@ def _config(
     if ":" not in network and "arguments" in asked:
         raise ConfigError(f"arguments are for a factory, {FORMS}, not for {network!r}")
     return replace(default_config(network, preprocessing.shape, classes), **asked)
-
-
-def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Module:
-    """Make the module with fresh weights, and see that Monte Carlo dropout will run on it.
-
-    Args:
-        config: of the network.
-        example: normalised images [B, C, H, W].
-        seed: of the weights; PyTorch's global generator is left as it was.
-
-    Raises:
-        ConfigError: it cannot be built, or has another number of logits than there are classes.
-        UnsupportedModule: it has no dropout, or one that no mask can reach.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = config.build()
-    try:
-        logits = Sampler(module.eval(), example).classes
-    except ModelsError:
-        raise
-    except Exception as error:  # somebody's own module may fail in any way
-        shape = tuple(example.shape[1:])
-        raise ConfigError(f"{config.kind} cannot take images of {shape}: {error}") from error
-    if logits != config.classes:
-        raise ConfigError(f"{config.kind} makes {logits} logits for {config.classes} classes")
-    return module
-
-
-def check_run(name: str, accelerator: str = "auto") -> None:
-    """Refuse before the training what would fail after it, or in another library.
-
-    Raises:
-        ConfigError: the name is none for a model, or there is no such accelerator.
-    """
-    if not is_name(name):
-        raise ConfigError(f"{name!r} cannot name a model: use 1 to 64 of A-Z a-z 0-9 . _ -")
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no accelerator cuda: PyTorch finds no CUDA device here")
-
-
-def evaluation_images(
-    metadata: Metadata, dataset: str | None, data_dir: Path, *, skip_broken: bool = False
-) -> Split:
-    """Load test images to score a saved model on, prepared as its own were.
-
-    Args:
-        metadata: of the model. One that was not trained here is scored on the whole of a folder.
-        dataset: as `load_dataset` takes it; None: what the model was trained on.
-        data_dir: as `dropserve.models.data.load_dataset` takes it.
-        skip_broken: likewise.
-
-    Raises:
-        DataError: they are not there, or have another shape or other classes.
-    """
-    name = dataset or metadata.data.get("name")
-    if not name or (dataset is None and name not in NAMED):
-        raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
-    whole = not metadata.data
-    data = _load_for(metadata, name, data_dir, skip_broken=skip_broken, whole=whole)
-    if dataset is None and data.digest() != metadata.data.get("digest"):
-        raise DataError(f"{name} is not the data that {metadata.name} was trained on any more")
-    return data.test

@@ -1,8 +1,8 @@
-"""Sequential networks in eval mode, as a list of steps without what inference does not need.
+"""Sequential networks in eval mode as a list of steps: about half the time on a CPU.
 
-The same figures to rounding for about half the time of calling the modules one by one, on a CPU:
-batch normalisation goes into the layer before it, ReLU overwrites what a linear layer has just
-made, and weights lie the way products of few rows read them.
+The results are the same to rounding. Batch normalisation is fused into the layer before it, ReLU
+overwrites what a linear layer has just made, and weights are stored as products of few rows read
+them.
 """
 
 import copy
@@ -23,7 +23,7 @@ DROPOUTS = (*ELEMENTWISE, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, SpatialDropo
 
 
 class Linear:
-    """A linear layer whose weight lies [in, out]: over few rows it takes a third of the time."""
+    """A linear layer with its weight as [in, out]: a third of the time for few rows."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         self.weight = layer.weight.detach().t().to(dtype).contiguous()
@@ -38,13 +38,10 @@ class Linear:
 
 
 def convert_memory_format(module: nn.Module) -> nn.Module:
-    """Store weights the way inference on a CPU reads them; values and shapes stay.
+    """Store a module's weights the way inference on a CPU reads them; return the module.
 
     Convolutions with channels last take a third of the time, pooling included. What `steps` makes
     then shares its linear weights with the module.
-
-    Returns:
-        The module itself.
     """
     for layer in module.modules():
         if type(layer) is nn.Linear:
@@ -57,11 +54,9 @@ def convert_memory_format(module: nn.Module) -> nn.Module:
 
 
 def compile_for_inference(module: nn.Module, example: Tensor) -> Step:
-    """Return what computes the same as a module in eval mode, faster if it is sequential.
+    """Return a faster equivalent of a module in eval mode, or the module if it is not sequential.
 
-    Args:
-        module: in eval mode.
-        example: a batch of inputs, to check on.
+    The two are compared on `example`, a batch of inputs.
     """
     flat = list(steps([leaf for _, leaf in leaves(module)], example.dtype))
 
@@ -79,7 +74,7 @@ def compile_for_inference(module: nn.Module, example: Tensor) -> Step:
 
 
 def leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """List what is inside nested `nn.Sequential`s, in order, with its full name."""
+    """List the modules inside nested `nn.Sequential`s, in order, with their full names."""
     if type(module) is not nn.Sequential or hooked(module):
         yield name, module
         return
@@ -94,19 +89,16 @@ def is_mask(leaf: nn.Module) -> bool:
 
 
 def mask(x: Tensor) -> Tensor:
-    """Stand for a dropout in a list of steps: in eval mode, nothing."""
+    """Mark a dropout in a list of steps: in eval mode, the identity."""
     return x
 
 
 def steps(
     leaves: Sequence[nn.Module], dtype: torch.dtype, *, fresh: bool = False
 ) -> Iterator[Step]:
-    """Turn modules in eval mode into what runs them; `mask` stands for each dropout with p > 0.
+    """Turn modules in eval mode into steps that compute in `dtype`; each dropout becomes `mask`.
 
-    Args:
-        leaves: in order.
-        dtype: to compute in.
-        fresh: whether nobody else holds what the first is given, so that it may be overwritten.
+    `fresh` says that the first step may overwrite its input.
     """
     for leaf in _fused(leaves):
         plain = not hooked(leaf)
@@ -125,7 +117,7 @@ def steps(
 
 
 def _fused(leaves: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    """Put batch normalisation into the layer before it."""
+    """Fuse batch normalisation into the layer before it."""
     remaining = list(leaves)
     while remaining:
         leaf = remaining.pop(0)
@@ -136,7 +128,6 @@ def _fused(leaves: Sequence[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
-    """Make a layer and the batch normalisation after it one, if they are that."""
     batch_norm = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_mean is not None
     if not batch_norm or hooked(layer) or hooked(norm):
         return None

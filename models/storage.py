@@ -1,50 +1,48 @@
-"""Files that are read with distrust and written to last: safetensors and JSON."""
+"""Safetensors and JSON files: validated when they are read, flushed to disk when written."""
 
 import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from dropserve.models.errors import CheckpointRefused
+from dropserve.models.errors import CheckpointRefused, ConfigError
 
-if TYPE_CHECKING:  # what reads and writes JSON alone starts without PyTorch
-    from torch import Tensor
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from torch import Tensor  # what reads and writes JSON alone starts without PyTorch
 
+T = TypeVar("T", bound="DataclassInstance")
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 10_000
 
 
 def read_once(path: Path, limit: int) -> bytes:
-    """Read a regular file through one descriptor; links, pipes and growing files are refused.
+    """Read a regular file of at most `limit` bytes; CheckpointRefused for all else.
 
-    Reading, not mapping: a mapped file that is truncated later kills the process.
-
-    Raises:
-        CheckpointRefused: it is not a plain file of at most `limit` bytes.
+    Links, pipes and files that change meanwhile are refused. The file is not mapped: a mapped file
+    that is truncated later kills the process.
     """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        link = path.is_symlink()
-        why = "a symbolic link: put the file itself there" if link else error.strerror
-        raise CheckpointRefused(path, f"cannot be opened: {why}") from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointRefused(path, "not a plain file")
-        if status.st_size > limit:
-            raise CheckpointRefused(path, f"{status.st_size} bytes, more than {limit}")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointRefused(path, "not a plain file")
+            if status.st_size > limit:
+                raise CheckpointRefused(path, f"{status.st_size} bytes, more than {limit}")
             raw = file.read(status.st_size + 1)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        why = "a symbolic link: put the file itself there" if path.is_symlink() else error.strerror
+        raise CheckpointRefused(path, f"cannot be opened: {why}") from error
     if len(raw) != status.st_size:
         raise CheckpointRefused(path, "changed while it was being read")
     return raw
@@ -61,12 +59,9 @@ def read_if_there(path: Path, limit: int) -> bytes | None:
 
 
 def parse_tensors(path: Path, raw: bytes) -> "dict[str, Tensor]":
-    """Read tensors from the bytes of a safetensors file, after bounding what its header claims.
+    """Read tensors from the bytes of a safetensors file; CheckpointRefused if they are invalid.
 
-    The safetensors library checks offsets: no overlap, no hole, no byte left over.
-
-    Raises:
-        CheckpointRefused: not a sound safetensors file.
+    The library checks offsets: no overlap, no hole, no byte left over.
     """
     import safetensors.torch
 
@@ -74,18 +69,15 @@ def parse_tensors(path: Path, raw: bytes) -> "dict[str, Tensor]":
     try:
         return safetensors.torch.load(raw)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointRefused(path, f"not sound safetensors: {error}") from error
+        raise CheckpointRefused(path, f"invalid safetensors: {error}") from error
 
 
 def dump_tensors(
     path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None
 ) -> bytes:
-    """Return the bytes of a safetensors file that `parse_tensors` will accept.
+    """Return the bytes of a safetensors file; CheckpointRefused if a reader would refuse them.
 
     Of copies, because safetensors refuses tensors that share memory, as tied weights do.
-
-    Raises:
-        CheckpointRefused: there are more tensors, or longer names, than a reader takes.
     """
     import safetensors.torch
 
@@ -96,11 +88,7 @@ def dump_tensors(
 
 
 def check_header(path: Path, raw: bytes) -> dict[str, Any]:
-    """Return the header of a safetensors file, if what it claims is within bounds.
-
-    Raises:
-        CheckpointRefused: it is not.
-    """
+    """Return the header of a safetensors file; CheckpointRefused if it claims too much."""
     size = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or size > MAX_HEADER_BYTES:
         raise CheckpointRefused(path, f"not safetensors: a header of {size} bytes")
@@ -113,27 +101,43 @@ def check_header(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """Parse a JSON object strictly.
+    """Parse a JSON object; CheckpointRefused for a duplicate name, which most parsers accept.
 
-    A duplicate name is refused, where most parsers take the last; and what the service could not
-    write into an answer: whole numbers of more than 64 bits, text that is not Unicode, and values
-    that are nested deeper than some 250 times.
+    Refused too is what a response cannot hold: integers of more than 64 bits, text that is not
+    Unicode, and values nested deeper than some 250 times.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            raise ValueError("a name stands twice")
+            raise ValueError("duplicate name")
         return values
 
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique)
-        orjson.dumps([[[[value]]]])  # an answer has it as deep
+        orjson.dumps([[[[value]]]])  # a response nests it as deep
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointRefused(path, f"not sound JSON: {error}") from error
+        raise CheckpointRefused(path, f"invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointRefused(path, "not a JSON object")
     return value
+
+
+def parse_dataclass(
+    name: str, kind: type[T], values: Mapping[str, Any], optional: Collection[str] = ()
+) -> T:
+    """Build a dataclass strictly from JSON's values; ConfigError says what is wrong.
+
+    All fields are needed but the `optional` ones, which earlier releases did not write.
+    """
+    try:
+        made = TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        wrong = [".".join([name, *map(str, e["loc"])]) + f": {e['msg']}" for e in error.errors()]
+        raise ConfigError("; ".join(wrong)) from error
+    if missing := {f.name for f in fields(kind)} - values.keys() - {*optional}:
+        raise ConfigError(f"{name}: {min(missing)} is missing")
+    return made
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -145,7 +149,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Put a file in place of another: a reader, or a crash, finds the old one or the new one."""
+    """Replace a file: a reader, or a crash, finds the old one or the new one."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     write_durably(part, data)
@@ -153,34 +157,19 @@ def replace_durably(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask out of a folder for the length of the block.
-
-    Raises:
-        BlockingIOError: somebody is in there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
-def whole_numbers(values: object) -> tuple[int, ...]:
-    """Return a list of JSON's whole numbers as they are; nothing is rounded or parsed.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if not isinstance(values, list | tuple) or any(type(v) is not int for v in values):
-        raise TypeError(f"a list of whole numbers is needed, not {values!r}")
-    return tuple(values)
-
-
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk: what makes a rename in it last."""
+    """Flush a folder's entries to disk, so that a rename in it lasts."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lock a folder for the length of the block; BlockingIOError if another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

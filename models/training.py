@@ -3,14 +3,17 @@
 Everything random (weights' initialisation aside) is drawn from generators seeded by (seed, epoch),
 so the state of a run between two epochs is its tensors and a few numbers, and a resumed run on the
 CPU ends with the very bits of an unbroken one. Lightning Fabric carries device, precision and
-distribution over processes.
+distribution over processes. A state file that is damaged raises CheckpointRefused.
 """
 
+import hashlib
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,69 +24,51 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropserve.models.augmentation import augment
-from dropserve.models.data import Split
-from dropserve.models.errors import ConfigError, TrainingDiverged
+from dropserve.models import storage
+from dropserve.models.data import Split, augment
+from dropserve.models.errors import CheckpointRefused, ConfigError, TrainingDiverged
 from dropserve.models.hyperparameters import Recipe
-from dropserve.models.training_state import State
 
-Normalize = Callable[[Tensor], Tensor]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-_EVAL_BATCH = 1000
-_WORK_OF_A_THREAD = 250_000_000
+Normalize = Callable[[Tensor], Tensor]
+_THREAD_FLOPS = 250_000_000
 """Floating-point operations of a step's forward pass that are worth a thread. Threads wait for each
 other in every layer; where other programs want the processor too, for longer than they compute."""
+_MAX_STATE_BYTES = 32 * 2**30
+_BLANK = b"0" * 64
+_CHECKSUM = re.compile(rb'(?<="sha256":")([0-9a-f]{64})(?=")')
+"""A state file's own SHA-256 in its header: of all bytes, with `_BLANK` in the digest's place."""
+_PARTS = {"module": "network", "from": "version to start from", "on": "precision or devices"}
+"""What the parts of a run's description are called, where it is not by their names."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images came to.
+    """What one pass over the training images came to."""
 
-    Attributes:
-        number: from 1.
-        loss: mean training loss.
-        train_accuracy: on the training batches as they came, augmented and with dropout.
-        validation_accuracy: in eval mode, on images held out.
-        seconds: of training, validation not counted.
-        images_per_second: of training.
-        best: whether no earlier epoch was better on the held-out images.
-    """
-
-    number: int
+    number: int  # from 1
     loss: float
-    train_accuracy: float
-    validation_accuracy: float
-    seconds: float
+    train_accuracy: float  # on the training batches as they came, augmented and with dropout
+    validation_accuracy: float  # in eval mode, on images held out
+    seconds: float  # of training, validation not counted
     images_per_second: float
-    best: bool
+    best: bool  # whether no earlier epoch was better on the held-out images
 
 
 def launch(accelerator: str = "auto", devices: int = 1, precision: Precision = "32-true") -> Fabric:
-    """Choose where to train; with several devices, start this program again for each of the others.
-
-    Args:
-        accelerator: "auto", "cpu", "cuda", "mps".
-        devices: processes, a device each; a batch is divided among them.
-        precision: "32-true", "bf16-mixed", "16-mixed".
-    """
+    """Choose where to train; with several devices, start this program again for each other one."""
     fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
     fabric.launch()
     return fabric
 
 
 def with_threads(recipe: Recipe, module: nn.Module, example: Tensor) -> Recipe:
-    """Choose the CPU threads by the network's size where the recipe does not say.
-
-    Args:
-        recipe: how the module will be trained.
-        module: the network.
-        example: one normalised image [1, C, H, W].
-    """
+    """Choose the CPU threads by the work for one image [1, C, H, W], if the recipe does not say."""
     if recipe.threads is not None:
         return recipe
     with FlopCounterMode(display=False) as counter:
         module.eval()(example)
-    worth = counter.get_total_flops() * recipe.batch_size // _WORK_OF_A_THREAD
+    worth = counter.get_total_flops() * recipe.batch_size // _THREAD_FLOPS
     return replace(recipe, threads=max(1, min(worth, torch.get_num_threads())))
 
 
@@ -116,52 +101,67 @@ def fit(
         data: images to train and validate on.
         normalize: maps uint8 [B, C, H, W] to the module's input.
         recipe: how.
-        state_path: a file that holds the run's state after each epoch. If it is there, the run
-            continues from it.
-        description: what else a state must have been made with to be continued, by its name: the
-            network's config, say.
-        fabric: where to train, from `launch()`; None: one device of whatever there is.
-        progress: called with (images done, images in all) of the epoch that runs.
+        state_path: holds the run's state after each epoch. If it exists, the run continues from it.
+        description: what else a state must have been made with: the network's config, say.
+        fabric: from `launch()`; None: one device of whatever there is.
+        progress: called with (images done, images in all) of the current epoch.
 
     Raises:
         ConfigError: the state is of another run, there are too few images, or a batch cannot be
             divided among the processes.
         TrainingDiverged: the loss is not finite; the state is that of the epoch before.
-        CheckpointRefused: the state file is damaged.
     """
-    train, validation = _hold_out(data, recipe)
     fabric = fabric or launch()
-    if recipe.batch_size % fabric.world_size:
-        raise ConfigError(f"batch_size must be a multiple of {fabric.world_size}, the processes")
-    fingerprint = _fingerprint(module, recipe, data, description or {})
-    state = State(module, _optimizer(module, recipe), fingerprint)
+    size, rank, processes = recipe.batch_size, fabric.global_rank, fabric.world_size
+    if size % processes:
+        raise ConfigError(f"batch_size must be a multiple of {processes}, the processes")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
+    held_out = max(1, round(len(data) * recipe.validation_share))
+    if len(data) - held_out < 2:
+        raise ConfigError(f"{len(data)} images are too few to train and validate on")
+    train, validation = data.take(order[held_out:]), data.take(order[:held_out])
+    train = Split(train.images.to(fabric.device), train.labels.to(fabric.device))
+    steps = max(1, len(train) // size)  # of an epoch; a last, smaller batch is left out
+    made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
+    state = State(module, _optimizer(module, recipe), {**(description or {}), **made_with})
     if state_path is not None and state_path.exists():
         state.restore(state_path)
     wrapped, optimizer = fabric.setup(module, state.optimizer)
-    batches = _Batches(fabric, train, normalize, recipe)
     while state.epoch < recipe.epochs and not state.exhausted(recipe.patience):
-        with cpu_threads(recipe.threads):
+        shuffling = torch.Generator().manual_seed(_derived_seed(recipe.seed, state.epoch, -1))
+        order = torch.randperm(len(train), generator=shuffling).to(fabric.device)
+        sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
+        with cpu_threads(recipe.threads), torch.random.fork_rng():
+            torch.manual_seed(_derived_seed(recipe.seed, state.epoch, rank))
             started = time.perf_counter()
             module.train()
-            with torch.random.fork_rng():
-                torch.manual_seed(_derived_seed(recipe.seed, state.epoch, fabric.global_rank))
-                loss, accuracy = _train_epoch(
-                    fabric, wrapped, optimizer, batches, recipe, state.epoch, progress
-                )
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    done = (state.epoch * steps + step) / (recipe.epochs * steps)
+                    group["lr"] = recipe.learning_rate * _schedule(done)
+                batch = train.take(order[step * size : (step + 1) * size][rank::processes])
+                logits = wrapped(normalize(augment(batch.images, recipe.shift, recipe.flip)))
+                loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                optimizer.step()
+                right = (logits.detach().argmax(-1) == batch.labels).sum()
+                count = right.new_tensor(len(batch))
+                sums += torch.stack([loss.detach() * len(batch), right, count])
+                progress((step + 1) * size, steps * size)
+            total, hits, images = map(float, fabric.all_reduce(sums, reduce_op="sum"))
             seconds = time.perf_counter() - started
-            if not math.isfinite(loss):
-                raise TrainingDiverged(
-                    f"epoch {state.epoch + 1}: the loss is not finite; lower the learning rate"
-                )
-            score, loss_held_out = fabric.broadcast(
-                validate(module, validation, normalize, fabric.device)
-            )
-            best = state.finish_epoch(score, loss_held_out)
+            if not math.isfinite(total):
+                reason = "the loss is not finite; lower the learning rate"
+                raise TrainingDiverged(f"epoch {state.epoch + 1}: {reason}")
+            found = validate(module, validation, normalize, fabric.device)
+            accuracy, validation_loss = fabric.broadcast(found)
+            best = state.finish_epoch(accuracy, validation_loss)
             if state_path is not None and fabric.is_global_zero:
                 state.write(state_path)
-        speed = batches.steps * min(recipe.batch_size, len(train)) / seconds
-        yield Epoch(state.epoch, loss, accuracy, score, seconds, speed, best)
-    state.load_best()
+        means = total / images, hits / images
+        yield Epoch(state.epoch, *means, accuracy, seconds, images / seconds, best)
+    module.load_state_dict(state.best)
     module.cpu().eval()
 
 
@@ -172,75 +172,18 @@ def validate(
     """Return accuracy and mean cross-entropy, in nats, over all images in eval mode."""
     module.eval()
     right, loss = 0, 0.0
-    for batch in data.batches(_EVAL_BATCH):
+    for batch in data.batches(1000):
         logits = module(normalize(batch.images.to(device))).cpu()
         right += int((logits.argmax(-1) == batch.labels).sum())
         loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
     return right / len(data), loss / len(data)
 
 
-class _Batches:
-    """Shuffled, augmented, normalised batches of one epoch after the other, on the device."""
-
-    def __init__(self, fabric: Fabric, data: Split, normalize: Normalize, recipe: Recipe) -> None:
-        self._data = Split(data.images.to(fabric.device), data.labels.to(fabric.device))
-        self._normalize = normalize
-        self._recipe = recipe
-        self._share = slice(fabric.global_rank, None, fabric.world_size)
-        self.steps = max(1, len(data) // recipe.batch_size)
-
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (input, labels), this process's share; a last, smaller batch is left out."""
-        size = self._recipe.batch_size
-        generator = torch.Generator().manual_seed(_derived_seed(self._recipe.seed, number, -1))
-        order = torch.randperm(len(self._data), generator=generator)
-        order = order.to(self._data.labels.device)
-        for step in range(self.steps):
-            batch = self._data.take(order[step * size : (step + 1) * size][self._share])
-            images = augment(batch.images, self._recipe.shift, self._recipe.flip)
-            yield self._normalize(images), batch.labels
-
-
-def _train_epoch(
-    fabric: Fabric,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: _Batches,
-    recipe: Recipe,
-    epoch: int,
-    progress: Callable[[int, int], None],
-) -> tuple[float, float]:
-    """One pass; returns the mean loss and the accuracy on the batches as they came."""
-    sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
-    for step, (x, labels) in enumerate(batches.epoch(epoch)):
-        share = (epoch * batches.steps + step) / (recipe.epochs * batches.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(share)
-        logits = module(x)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        right = (logits.detach().argmax(-1) == labels).sum()
-        sums += torch.stack([loss.detach() * len(labels), right, right.new_tensor(len(labels))])
-        progress((step + 1) * recipe.batch_size, batches.steps * recipe.batch_size)
-    summed = fabric.all_reduce(sums, reduce_op="sum")
-    return float(summed[0] / summed[2]), float(summed[1] / summed[2])
-
-
-def _schedule(share: float, warm_up: float = 0.05) -> float:
+def _schedule(done: float, warm_up: float = 0.05) -> float:
     """Scale the learning rate by the share of the run that is done: linear up, half cosine down."""
-    if share < warm_up:
-        return (share + 1e-3) / (warm_up + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (share - warm_up) / (1 - warm_up)))
-
-
-def _hold_out(data: Split, recipe: Recipe) -> tuple[Split, Split]:
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
-    held_out = max(1, round(len(data) * recipe.validation_share))
-    if len(data) - held_out < 2:
-        raise ConfigError(f"{len(data)} images are too few to train and validate on")
-    return data.take(order[held_out:]), data.take(order[:held_out])
+    if done < warm_up:
+        return (done + 1e-3) / (warm_up + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -255,17 +198,160 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
 
 
-def _fingerprint(
-    module: nn.Module, recipe: Recipe, data: Split, description: Mapping[str, Any]
-) -> str:
-    """Say what a state must have been made with to continue it: layers, rates, recipe, images."""
-    parts = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
-    return json.dumps({**description, **parts}, sort_keys=True)
-
-
-def _derived_seed(seed: int, epoch: int, rank: int = 0) -> int:
+def _derived_seed(seed: int, epoch: int, rank: int) -> int:
     """Give each epoch and process a seed of its own; rank -1 is for what all processes share.
 
     Odd constants without a small multiple in common keep the sums apart.
     """
     return (seed + (epoch + 1) * 0x4F1BBCDCBFA53E0B + rank * 0x6C8E9CF570932BD5) % 2**63
+
+
+class State:
+    """What a run must remember between two epochs to go on as if it had never stopped.
+
+    `made_with` describes the run, for JSON; a state of another description is not continued.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, made_with: Mapping[str, Any]
+    ) -> None:
+        self.optimizer = optimizer
+        self.epoch = 0  # finished ones
+        self.best: dict[str, Tensor] = module.state_dict()
+        self._module = module
+        self._made_with = json.dumps(made_with, sort_keys=True)
+        self._best_score = (-1.0, 0.0)
+        self._best_epoch = 0
+
+    def finish_epoch(self, accuracy: float, loss: float) -> bool:
+        """Count an epoch; say if it is the best, whose weights are kept.
+
+        Among epochs of the same accuracy, of which small sets have many, the lowest loss is best.
+        """
+        self.epoch += 1
+        score = (accuracy, -loss)
+        if score <= self._best_score:
+            return False
+        self._best_score, self._best_epoch = score, self.epoch
+        self.best = {n: t.detach().cpu().clone() for n, t in self._module.state_dict().items()}
+        return True
+
+    def exhausted(self, patience: int) -> bool:
+        """Say if `patience` epochs have passed since the best one."""
+        return patience > 0 and self.epoch - self._best_epoch >= patience
+
+    def write(self, path: Path) -> None:
+        """Replace the last state, whole or not at all."""
+        tensors = {f"module.{n}": t for n, t in self._module.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self.best.items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{n}": t for n, t in slots.items() if t is not None}
+        metadata = {
+            "fingerprint": self._made_with,
+            "epoch": str(self.epoch),
+            "best_score": json.dumps(self._best_score),
+            "best_epoch": str(self._best_epoch),
+            "sha256": _BLANK.decode(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head, _, rest = _CHECKSUM.split(storage.dump_tensors(path, tensors, metadata), 1)
+        storage.replace_durably(path, b"".join((head, _digest(head, rest), rest)))
+
+    def restore(self, path: Path) -> None:
+        """Continue from a state written by `write()`; ConfigError: it belongs to another run."""
+        tensors, metadata = _read_state(path)
+        try:
+            differences = list(_differences(metadata["fingerprint"], self._made_with))
+            if not differences:
+                self._restore(tensors, metadata)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointRefused(path, f"not this network's state: {error}") from error
+        if differences:
+            other = f"another network, recipe or data ({'; '.join(differences)})"
+            remedy = "resume it with the options it was started with, or discard it with --restart"
+            raise ConfigError(f"{path} holds a run of {other}; {remedy}")
+
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self._module.load_state_dict(parts["module"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, slot = name.partition(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+        # The optimizer must neither miss something nor take what is not a parameter's.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = next(iter(slots.values()), {}).keys()
+        for number, slot_tensors in slots.items():  # an unused parameter has none
+            shapes = (torch.Size(), parameters[number].shape)
+            fits = all(t.shape in shapes for t in slot_tensors.values())
+            if not fits or slot_tensors.keys() != names:
+                raise ValueError(f"the optimizer's state of parameter {number} does not fit")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.best = parts["best"]
+        self.epoch, self._best_epoch = int(metadata["epoch"]), int(metadata["best_epoch"])
+        if self.best.keys() != parts["module"].keys():
+            raise ValueError("not all of the best weights are there")
+        accuracy, loss = json.loads(metadata["best_score"])
+        self._best_score = (float(accuracy), float(loss))
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other runs of the model out of a state's folder; ConfigError: another one has it."""
+    with ExitStack() as held:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # else a further process of the same run
+            try:
+                held.enter_context(storage.alone_in(folder))
+            except BlockingIOError as error:
+                raise ConfigError(f"{folder}: another run of this model is going on") from error
+        yield
+
+
+def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
+    """Say how many epochs of an interrupted run will be resumed; `restart` removes its state.
+
+    ConfigError: there is one, and neither was asked for.
+    """
+    if restart:
+        state.unlink(missing_ok=True)
+    if not state.exists():
+        return 0
+    finished = int(_read_state(state)[1]["epoch"])
+    if not resume:
+        remedy = "continue it with --resume, or discard it with --restart"
+        raise ConfigError(f"{state}: a run was interrupted after epoch {finished}; {remedy}")
+    return finished
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a state file and the strings of its header."""
+    raw = storage.read_once(path, _MAX_STATE_BYTES)
+    parts = _CHECKSUM.split(raw, 1)
+    if len(parts) == 1:
+        reason = "damaged, or written by an earlier release of Dropserve, which can finish the run"
+        raise CheckpointRefused(path, f"without a checksum: {reason}; --restart discards it")
+    head, told, rest = parts
+    if (got := _digest(head, rest)) != told:
+        reason = f"damaged: its SHA-256 is {got.decode()}, it says {told.decode()}"
+        raise CheckpointRefused(path, f"{reason}; --restart discards it")
+    metadata = storage.check_header(path, raw)["__metadata__"]
+    if not re.fullmatch("[1-9][0-9]*", metadata.get("epoch", "")):
+        raise CheckpointRefused(path, "no finished epoch in it; --restart discards it")
+    return storage.parse_tensors(path, raw), metadata
+
+
+def _digest(head: bytes, rest: bytes) -> bytes:
+    return hashlib.sha256(b"".join((head, _BLANK, rest))).hexdigest().encode()
+
+
+def _differences(held: str, asked: str) -> Iterator[str]:
+    """Say where two descriptions differ: a recipe field by field, all else by its name."""
+    parts = json.loads(held), json.loads(asked)
+    then, now = ({**part, **part.get("recipe", {}), "recipe": None} for part in parts)
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            changed = f"{name} was {then.get(name)}, now is {now.get(name)}"
+            yield changed if hasattr(Recipe, name) else f"another {_PARTS.get(name, name)}"

@@ -58,10 +58,31 @@ def wrk_version() -> str:
     ]
 
 
-def run(url: str, bodies: Path, content_type: str, connections: int, seconds: float) -> Load:
-    """POST the bodies in turn from one thread, as fast as `connections` are answered."""
+def run(
+    url: str,
+    bodies: Path,
+    content_type: str,
+    connections: int,
+    seconds: float,
+    header: tuple[str, ...] = (),
+) -> Load:
+    """POST the bodies in turn from one thread, as fast as `connections` are answered.
+
+    A `header` is the name and value of one that is sent besides the content type.
+    """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency"]
     count = str(len(list(bodies.iterdir())))
-    command += ["--timeout", "10s", "-s", str(SCRIPT), url, "--", count, content_type, str(bodies)]
+    command += [
+        "--timeout",
+        "10s",
+        "-s",
+        str(SCRIPT),
+        url,
+        "--",
+        count,
+        content_type,
+        str(bodies),
+        *header,
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return Load.model_validate(json.loads(out.strip().splitlines()[-1]))

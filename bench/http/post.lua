@@ -1,5 +1,6 @@
 -- POSTs the pictures of a folder in turn; prints what wrk measured as one line of JSON.
--- Arguments: how many bodies, their content type, the folder with files 0, 1, ...
+-- Arguments: how many bodies, their content type, the folder with files 0, 1, ..., and perhaps the
+-- name and value of one more header.
 -- NEW_SEED in the path becomes a number that no request had before, in this run or an earlier one.
 
 local requests, turn = {}, 0
@@ -7,6 +8,7 @@ local seeded, seed = wrk.path:find("NEW_SEED"), os.time() * 1000000
 
 function init(args)
    local headers = { ["Content-Type"] = args[2] }
+   if args[4] then headers[args[4]] = args[5] end
    for i = 0, tonumber(args[1]) - 1 do
       local file = assert(io.open(args[3] .. "/" .. i, "rb"))
       requests[i] = wrk.format("POST", nil, headers, file:read("*a"))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
-from dropserve.models import catalogue, checkpoint
+from dropserve.models import checkpoint
 from dropserve.models.data import Split, load_dataset
 from dropserve.models.errors import DataError
 from dropserve.models.hyperparameters import Recipe
@@ -43,7 +43,7 @@ def find_or_train(given: Path | None, data_dir: Path) -> Path:
     """
     root = given or OWN
     for name in (NAME, STAND_IN):
-        if versions := catalogue.versions(root, name):
+        if versions := checkpoint.versions(root, name):
             return root / name / str(versions[-1])
     if given:
         raise SystemExit(f"there is no {NAME} in {given}")

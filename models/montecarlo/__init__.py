@@ -5,11 +5,10 @@ Learning" (ICML 2016).
 """
 
 from dropserve.models.montecarlo.masks import MASK_KINDS, MaskKind
-from dropserve.models.montecarlo.precision import PRECISIONS, Precision
-from dropserve.models.montecarlo.sampler import Sampler
+from dropserve.models.montecarlo.sampler import PRECISIONS, Precision, Sampler
 from dropserve.models.montecarlo.sites import Site
 from dropserve.models.montecarlo.statistics import Statistics, Summary, summarize
-from dropserve.models.montecarlo.watching import Sample, watch
+from dropserve.models.montecarlo.streaming import Sample, stream_samples
 
 __all__ = [
     "MASK_KINDS",
@@ -21,6 +20,6 @@ __all__ = [
     "Site",
     "Statistics",
     "Summary",
+    "stream_samples",
     "summarize",
-    "watch",
 ]

@@ -5,6 +5,8 @@ stochastic depth. Batch normalisation keeps to its running statistics.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from math import nan, sqrt
 from types import FunctionType
 from typing import Any, Literal
@@ -13,49 +15,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dropserve.models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
-from dropserve.models.montecarlo.tensor_table import TensorTable
 
 Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention", "bernoulli"]
 """`bernoulli` is a mask that the network's own code draws by `Tensor.bernoulli_` and scales itself,
 as stochastic depth does (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016)."""
 
+CHANNELWISE = ("spatial", "feature_alpha")
+"""Kinds that drop whole channels."""
+
 ScaleFor = Callable[[Kind, float, torch.Size], Tensor | None]
 """`(kind, p, mask shape) -> what to multiply by`, zero where a unit is dropped; None: as eval mode
 has it, without noise."""
 
-ALPHA = 1.7580993408473766
-"""SELU's scale times alpha: minus the value that alpha dropout sets dropped units to."""
-
 
 class Interception(TorchFunctionMode):
-    """Runs a module whose dropout multiplies by what `scale_for` returns.
+    """Runs a module whose dropout multiplies by what `scale_for` returns, where it is switched on.
 
-    That is dropout that is switched on: its `training` is obeyed.
-
-    Args:
-        scale_for: makes the masks.
-        running_statistics: batch normalisation keeps to its running statistics.
-
-    Attributes:
-        widest: elements of the largest tensor that any call returned from the first dropout on:
-            what comes before runs once, whatever the number of samples.
+    `widest` is the number of elements of the largest tensor that any call returned from the first
+    dropout on: what comes before runs once, whatever the number of samples.
     """
 
     def __init__(self, scale_for: ScaleFor, *, running_statistics: bool = True) -> None:
         super().__init__()
         self._scale_for = scale_for
-        self._running_statistics = running_statistics
-        self._overwritten: TensorTable[Tensor] = TensorTable()
-        self._uniforms: TensorTable[float] = TensorTable()
+        self._running_statistics = running_statistics  # of batch normalisation
+        self._overwritten = WeakTensorKeyDictionary()  # with what takes their place
+        self._uniforms = WeakTensorKeyDictionary()  # with what was added to them
         self._masked = False
         self.widest = 0
 
     def run(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:  # noqa: ANN401  the module's
         """Run a module under the interception, on a copy of `x`, which it may overwrite."""
         with self:
-            return self._overwritten.replaced(module(x.clone()))
+            result = module(x.clone())
+        return self._current(result)
 
     def __torch_function__(
         self,
@@ -66,7 +62,7 @@ class Interception(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401  whatever the intercepted function returns
         kwargs = kwargs or {}
         if self._overwritten:
-            args, kwargs = self._overwritten.replaced(args), self._overwritten.replaced(kwargs)
+            args, kwargs = self._current(args), self._current(kwargs)
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention_forward(*args, **kwargs)
@@ -77,7 +73,8 @@ class Interception(TorchFunctionMode):
         if func is F.linear:
             func = _linear
         elif func is F.batch_norm and self._running_statistics:
-            func = _batch_norm
+            given = _BATCH_NORM.bind(*args, **kwargs).arguments
+            args, kwargs = (), {**given, "training": given["running_mean"] is None}
         dropout = _DROPOUTS.get(func)
         if dropout is None:
             result = func(*args, **kwargs)
@@ -85,14 +82,25 @@ class Interception(TorchFunctionMode):
             result = dropout(self._scale_for, *args, **kwargs)
             self._masked = True
             x = args[0] if args else kwargs["input"]
-            if result is not x and _is_in_place(func, *args, **kwargs):
+            inplace = kwargs.get("inplace") is True or (len(args) > 3 and args[3] is True)
+            if result is not x and (inplace or func is torch.Tensor.bernoulli_):
                 self._overwritten[x] = result
         if self._masked and isinstance(result, Tensor):
             self.widest = max(self.widest, result.numel())
         return result
 
+    def _current(self, values: Any) -> Any:  # noqa: ANN401  whatever a function is given
+        """Put what was written into tensors in their place, in nested containers too."""
+        if isinstance(values, Tensor):
+            return self._overwritten.get(values, values)  # type: ignore[no-untyped-call]  # PyTorch's is
+        if type(values) in (list, tuple):
+            return type(values)(map(self._current, values))
+        if isinstance(values, dict):
+            return {key: self._current(value) for key, value in values.items()}
+        return values
+
     def _uniform(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  of either
-        """Stand for `torch.rand` and its like: NaN, until its use makes a mask of it."""
+        """Return NaN for `torch.rand` and its like, until its use makes a mask of it."""
         kwargs.pop("generator", None)
         empty = torch.empty if func is torch.rand else torch.empty_like
         uniform = empty(*args, **kwargs).fill_(nan)
@@ -116,62 +124,31 @@ class Interception(TorchFunctionMode):
         return func(x, *args, **kwargs)
 
 
-def _is_in_place(
-    func: Callable[..., Any],
-    _input: object = None,
-    _p: object = None,
-    _training: object = None,
-    inplace: object = False,
-    *_: object,
-    **__: object,
-) -> bool:
-    """Say if a dropout function overwrites its input."""
-    return func is torch.Tensor.bernoulli_ or inplace is True
+@dataclass(frozen=True)
+class _Dropout:
+    """Takes the place of a dropout function of PyTorch's or ours."""
 
+    kind: Kind
+    on: bool = True  # if its argument `training` is not given
+    unbatched: int | None = None  # dimensions of an input that is one image: its first are channels
 
-def _elementwise(kind: Kind, *, default: bool = True) -> Callable[..., Tensor]:
-    """Make what stands for a dropout of units; `default` is that of its argument `training`."""
-
-    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
-        x, p, on = _arguments(default, *args, **kwargs)
-        return _drop(x, kind, p, x.shape, scale_for if on else _no_mask)
-
-    return dropout
-
-
-def _channelwise(
-    kind: Kind, *, default: bool = True, unbatched: int | None = None
-) -> Callable[..., Tensor]:
-    """Make what stands for a dropout of channels.
-
-    PyTorch takes inputs of `unbatched` dimensions for one image, and so their first for channels.
-    """
-
-    def dropout(scale_for: ScaleFor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  any of torch's
-        x, p, on = _arguments(default, *args, **kwargs)
-        kept = 1 if x.dim() == unbatched else 2
-        channels = torch.Size((*x.shape[:kept], *(1 for _ in x.shape[kept:])))
-        return _drop(x, kind, p, channels, scale_for if on else _no_mask)
-
-    return dropout
-
-
-def _arguments(
-    default: bool,
-    input: Tensor,  # noqa: A002  torch's name for it
-    p: float = 0.5,
-    training: bool | None = None,
-    *_: object,
-    train: bool | None = None,
-    **__: object,
-) -> tuple[Tensor, float, bool]:
-    """Pick what matters of a dropout function's arguments, however they were passed."""
-    given = train if training is None else training
-    return input, float(p), default if given is None else given
-
-
-def _no_mask(_kind: Kind, _p: float, _shape: torch.Size) -> None:
-    """Stand for a dropout that is switched off."""
+    def __call__(
+        self,
+        scale_for: ScaleFor,
+        input: Tensor,  # noqa: A002  torch's name for it
+        p: float = 0.5,
+        training: bool | None = None,
+        *_: object,
+        train: bool | None = None,
+        **__: object,
+    ) -> Tensor:
+        given = train if training is None else training
+        on = self.on if given is None else given
+        shape = input.shape
+        if self.kind in CHANNELWISE:
+            kept = 1 if input.dim() == self.unbatched else 2
+            shape = torch.Size((*shape[:kept], *(1 for _ in shape[kept:])))
+        return _drop(input, self.kind, float(p), shape, scale_for if on else lambda *_: None)
 
 
 def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
@@ -182,17 +159,14 @@ def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFo
     if kind not in ("alpha", "feature_alpha"):
         return x * scale
     # Klambauer et al., "Self-Normalizing Neural Networks" (2017): dropped units take the value
-    # -ALPHA, then an affine map restores mean 0 and variance 1.
-    a = 1 / sqrt((ALPHA**2 * p + 1) * (1 - p))
-    return x * scale * a + (scale - 1 + p) * (ALPHA * a)
+    # -alpha (SELU's scale times its alpha), then an affine map restores mean 0 and variance 1.
+    alpha = 1.7580993408473766
+    a = 1 / sqrt((alpha**2 * p + 1) * (1 - p))
+    return x * scale * a + (scale - 1 + p) * (alpha * a)
 
 
 def _bernoulli(
-    scale_for: ScaleFor,
-    x: Tensor,
-    p: float | Tensor = 0.5,
-    *,
-    generator: torch.Generator | None = None,
+    scale_for: ScaleFor, x: Tensor, p: float | Tensor = 0.5, **generator: torch.Generator | None
 ) -> Tensor:
     """`Tensor.bernoulli_`, which sets elements to one with probability `p`: here, of keeping.
 
@@ -202,7 +176,7 @@ def _bernoulli(
     if isinstance(p, Tensor) and p.dim() == 0:
         p = float(p)
     if isinstance(p, Tensor) or not x.is_floating_point():
-        return x.bernoulli_(p, generator=generator)
+        return x.bernoulli_(p, **generator)
     keep = scale_for("bernoulli", 1 - p, x.shape) if p < 1 else None
     if keep is None:
         return torch.full_like(x, p)
@@ -243,11 +217,7 @@ def _attention(
     return _drop(weights, "attention", dropout_p, weights.shape, scale_for) @ value
 
 
-def _linear(
-    input: Tensor,  # noqa: A002  torch's name for it
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  torch's
     """`F.linear` with all leading dimensions as rows of one product.
 
     Under vmap, tokens that do not lie together would otherwise become a product each.
@@ -256,57 +226,37 @@ def _linear(
     return F.linear(rows, weight, bias).reshape(*input.shape[:-1], weight.shape[0])
 
 
-def _batch_norm(
-    input: Tensor,  # noqa: A002  torch's name for it
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,  # noqa: ARG001  as `F.batch_norm` has it
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm` by the running statistics, where there are any, which stay as they are."""
-    of_batch = running_mean is None
-    return F.batch_norm(input, running_mean, running_var, weight, bias, of_batch, momentum, eps)
-
-
 def _unguarded(function: FunctionType) -> FunctionType:
     """Copy a function of `torch.nn.functional`, less its own check for overrides.
 
     With that check, its body could never run under the mode that has just intercepted it, and the
     dropout call inside would stay hidden. The copy shares nothing with the original but code.
     """
-    copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, "has_torch_function": lambda _: False},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
+_BATCH_NORM = signature(F.batch_norm)
 _attention_forward = _unguarded(F.multi_head_attention_forward)  # type: ignore[arg-type]  # it is one
 
 _ADDITIONS = frozenset((torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__radd__))
 _FLOORS = frozenset((torch.floor, torch.Tensor.floor, torch.Tensor.floor_))
-
 _DROPOUTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.dropout: _elementwise("dropout"),
-    torch.dropout: _elementwise("dropout"),
-    inverted_dropout: _elementwise("dropout"),
-    vanilla_dropout: _elementwise("vanilla"),
-    F.dropout1d: _channelwise("spatial", unbatched=2),
-    F.dropout2d: _channelwise("spatial"),
-    F.dropout3d: _channelwise("spatial", unbatched=4),
-    torch.feature_dropout: _channelwise("spatial"),
-    spatial_dropout: _channelwise("spatial"),
-    F.alpha_dropout: _elementwise("alpha", default=False),
-    torch.alpha_dropout: _elementwise("alpha"),
-    F.feature_alpha_dropout: _channelwise("feature_alpha", default=False),
-    torch.feature_alpha_dropout: _channelwise("feature_alpha"),
+    F.dropout: _Dropout("dropout"),
+    torch.dropout: _Dropout("dropout"),
+    inverted_dropout: _Dropout("dropout"),
+    vanilla_dropout: _Dropout("vanilla"),
+    F.dropout1d: _Dropout("spatial", unbatched=2),
+    F.dropout2d: _Dropout("spatial"),
+    F.dropout3d: _Dropout("spatial", unbatched=4),
+    torch.feature_dropout: _Dropout("spatial"),
+    spatial_dropout: _Dropout("spatial"),
+    F.alpha_dropout: _Dropout("alpha", on=False),
+    torch.alpha_dropout: _Dropout("alpha"),
+    F.feature_alpha_dropout: _Dropout("feature_alpha", on=False),
+    torch.feature_alpha_dropout: _Dropout("feature_alpha"),
     F.scaled_dot_product_attention: _attention,
     torch.Tensor.bernoulli_: _bernoulli,
 }

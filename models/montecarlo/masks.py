@@ -26,80 +26,54 @@ BLOCK = 10
 
 Keep = npt.NDArray[np.bool_]
 _WORDS = 4  # Philox-4x64 makes four 64-bit words a count
+_BITS = (1 << np.arange(BLOCK, dtype=np.uint16))[:, None]
+_SUBSETS = tuple(  # for each size 0 to 10, all subsets of ten samples of that size, as bits
+    np.array([sum(1 << i for i in c) for c in combinations(range(BLOCK), size)], np.uint16)
+    for size in range(BLOCK + 1)
+)
 
 
 def draw(kind: MaskKind, seed: int, site: int, units: int, p: float, samples: range) -> Keep:
-    """Draw the masks of one dropout site.
+    """Draw the masks of one dropout site: [len(samples), units], True where a unit is kept.
 
-    Args:
-        kind: "stratified" or "independent".
-        seed: 0 to 2^63-1.
-        site: the site's position in the network.
-        units: how many units the site masks.
-        p: probability of dropping a unit.
-        samples: which samples, a range with step 1.
-
-    Returns:
-        Bool [len(samples), units], True where a unit is kept.
+    `site` is its position in the network, `p` the probability of dropping a unit; the seed is 0 to
+    2^63-1, and the range has step 1.
     """
-    draw_kind = _stratified if kind == "stratified" else _independent
-    return draw_kind(seed, site, units, p, samples)
-
-
-def _independent(seed: int, site: int, units: int, p: float, samples: range) -> Keep:
-    """Thirty-two bits decide a unit, so p is met to 2^-33."""
-    words = _words(seed, site, samples.start, len(samples), (units + 1) // 2)
-    draws = words.view(np.uint32)[:, :units]
-    keep: Keep = draws >= round(p * 2**32)
-    return keep
-
-
-def _stratified(seed: int, site: int, units: int, p: float, samples: range) -> Keep:
-    """Choose, for each block and unit, which of the block's ten samples drop the unit.
-
-    The Latin hypercube drops floor(10p) of the ten, or one more: the tenth that p falls into
-    holds one draw, which is below p with probability 10p - floor(10p). Given the count, every
-    subset of that size is equally likely. So one 64-bit word decides a block's ten masks of a unit:
-    its upper half the count, its lower half the subset, from a table.
-    """
-    first, last = samples.start // BLOCK, -(-samples.stop // BLOCK)
-    words = _words(seed, site, first, last - first, units)[:, :units]
-    whole, share = divmod(p * BLOCK, 1)
-    one_more = (words >> np.uint64(32)) < np.uint64(round(share * 2**32))
+    if kind == "independent":  # thirty-two bits decide a unit, so p is met to 2^-33
+        words = _words(seed, site, samples, (units + 1) // 2)
+        independent: Keep = words.view(np.uint32)[:, :units] >= round(p * 2**32)
+        return independent
+    # The Latin hypercube drops floor(10p) of the ten, or one more: the tenth that p falls into
+    # holds one draw, which is below p with probability 10p - floor(10p). Given the count, every
+    # subset of that size is equally likely. So one word decides a block's ten masks of a unit: its
+    # upper half the count, its lower half the subset, from a table.
+    blocks = range(samples.start // BLOCK, -(-samples.stop // BLOCK))
+    words = _words(seed, site, blocks, units)[:, :units]
     subset = words & np.uint64(0xFFFFFFFF)
-    dropped = np.where(one_more, _choose(int(whole) + 1, subset), _choose(int(whole), subset))
-    rows = np.arange(BLOCK, dtype=np.uint16)[:, None]
-    keep = (dropped[:, None, :] >> rows & np.uint16(1)) == 0  # [blocks, 10, units]
-    offset = samples.start - first * BLOCK
-    rows_asked: Keep = keep.reshape(-1, units)[offset : offset + len(samples)]
-    return rows_asked
+    size, share = divmod(p * BLOCK, 1)
+    dropped = _choose(int(size), subset)
+    if threshold := round(share * 2**32):
+        one_more = (words >> np.uint64(32)) < np.uint64(threshold)
+        dropped = np.where(one_more, _choose(int(size) + 1, subset), dropped)
+    keep = (dropped[:, None, :] & _BITS) == 0  # [blocks, 10, units]
+    offset = samples.start - blocks.start * BLOCK
+    stratified: Keep = keep.reshape(-1, units)[offset : offset + len(samples)]
+    return stratified
 
 
 def _choose(size: int, draws: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
-    """Turn 32-bit draws into subsets of ten samples, as bits, all of one size, equally likely."""
+    """Turn 32-bit draws into subsets of ten samples, all of one size, equally likely."""
     table = _SUBSETS[size]
-    subsets: npt.NDArray[np.uint16] = table[(draws * np.uint64(len(table))) >> np.uint64(32)]
-    return subsets
+    return table.take(((draws * np.uint64(len(table))) >> np.uint64(32)).view(np.int64))
 
 
-def _subsets() -> tuple[npt.NDArray[np.uint16], ...]:
-    """Make, for each size 0 to 10, the table of all subsets of ten samples of that size."""
-    return tuple(
-        np.array([sum(1 << i for i in c) for c in combinations(range(BLOCK), size)], np.uint16)
-        for size in range(BLOCK + 1)
-    )
-
-
-_SUBSETS = _subsets()
-
-
-def _words(seed: int, site: int, start: int, rows: int, width: int) -> npt.NDArray[np.uint64]:
-    """Draw rows [start, start+rows) of the site's table of 64-bit words, at least `width` wide.
+def _words(seed: int, site: int, rows: range, width: int) -> npt.NDArray[np.uint64]:
+    """Draw rows of the site's table of 64-bit words, at least `width` wide.
 
     Rows are padded to whole Philox counts, so row r is always the same words.
     """
     counts = (width + _WORDS - 1) // _WORDS
     generator = np.random.Philox(key=np.array([seed, site], np.uint64))
-    generator.advance(start * counts)
-    raw: npt.NDArray[np.uint64] = generator.random_raw(rows * counts * _WORDS)
-    return raw.reshape(rows, counts * _WORDS)
+    generator.advance(rows.start * counts)
+    raw: npt.NDArray[np.uint64] = generator.random_raw(len(rows) * counts * _WORDS)
+    return raw.reshape(len(rows), counts * _WORDS)

@@ -1,31 +1,50 @@
 """Runs many thinned networks over one batch."""
 
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import groupby
+from statistics import median
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dropserve.models.errors import SamplingError, UnsupportedModule
-from dropserve.models.montecarlo.folded import Folded
 from dropserve.models.montecarlo.interception import Interception, Kind
+from dropserve.models.montecarlo.kernels import Kernel, Kernels
 from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, MaskKind
-from dropserve.models.montecarlo.precision import Choice, Precision, choose, is_native
-from dropserve.models.montecarlo.scales import MaskStore, ScaledMasks
+from dropserve.models.montecarlo.scaled_masks import MaskStore, ScaledMasks
 from dropserve.models.montecarlo.sites import Site, require_close, trace
 from dropserve.models.montecarlo.statistics import Statistics, Summary
 
 _log = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
+MAX_ERROR = 0.002  # that precision "auto" lets any predictive mean move
+BATCHES = (1, 8, 64)  # numbers of images at which bfloat16 must be faster to be taken by "auto"
+MIN_SPEEDUP = 1.2  # less may be the noise of a measurement, and is not worth the digits
+_ROUNDS = 5
 _CHUNK_ELEMENTS = 2**21
 """Widest result that the vmap path holds at once: 8 MiB of float32, or what one sample of all
 images takes. Half as much takes a fifth longer, twice as much no less."""
 
+Seeds = int | Sequence[int]
+"""Of the masks: one, or one for each image."""
 Path = Literal["folded", "vmap", "loop"]
+Precision = Literal["float32", "bfloat16", "auto"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a sampler computes in; the figures are None where nothing was measured."""
+
+    dtype: Literal["float32", "bfloat16"]
+    speedup: float | None = None  # of bfloat16 over float32, the least over `BATCHES`
+    error: float | None = None  # most that bfloat16 moved a predictive mean
 
 
 class Sampler:
@@ -34,12 +53,9 @@ class Sampler:
     Sample t is the same thinned network for every image of a batch, so masks cost T x units and
     not T x batch x units; each image alone still meets T draws from the right distribution.
 
-    Args:
-        module: maps images [B, ...] to logits [B, C]; in eval mode, and left as it is: masks are
-            put into a copy in training mode. A sampler is made anew when weights change.
-        example: a batch [B, ...] to look at the module with.
-        precision: of the computation; "auto" takes bfloat16 where it is faster here and hardly
-            changes the answer (`dropserve.models.montecarlo.precision`).
+    The module maps images [B, ...] to logits [B, C]. It is in eval mode, and left as it is: masks
+    are put into a copy in training mode. `example` is a batch [B, ...] to try it on. Make a sampler
+    anew when weights change.
 
     Attributes:
         training_copy: what runs with masks on every path but "folded"; it shares the weights.
@@ -47,7 +63,7 @@ class Sampler:
         path: "folded" (sequential modules; the fastest), "vmap" (any other; like "folded" it runs
             once what comes before the first mask) or "loop" (a pass a sample, where the module
             cannot be vectorised).
-        precision: what was chosen, and why.
+        precision: what was chosen, and why (`choose_precision`).
         classes: C.
 
     Raises:
@@ -61,14 +77,16 @@ class Sampler:
         self._module = module
         self._parts = tuple(module.modules())
         self._require_eval_mode()
-        probe = _probe(example)
+        # Noise beside the first image: two images that no path may mix up.
+        noise = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0))
+        probe = torch.cat([example[:1], noise.to(example)])
         self._found = trace(module, probe)
         self.training_copy = self._found.training_copy
         self.sites: tuple[Site, ...] = self._found.sites
         self.classes = self._found.classes
         self._store = MaskStore(self.sites)
-        self._folded: Folded | None = None
         self._dtype = torch.float32
+        self._kernels: dict[torch.dtype, Kernels | None] = {}
         try:
             self._require_effect(probe)
             self._find_layout(probe)
@@ -79,27 +97,21 @@ class Sampler:
             raise UnsupportedModule(
                 f"the module's dropout calls depend on masks or on the images: {error}"
             ) from error
-        self.precision: Choice = choose(
-            precision, partial(self._at, probe), native=is_native(example.device)
+        self.precision = choose_precision(
+            precision,
+            lambda dtype, images: self._probe_mean(probe, dtype, images),
+            native=_multiplies_bfloat16(example.device),
         )
+        self._dtype = getattr(torch, self.precision.dtype)
+        self._kernels = {self._dtype: self._kernels.get(self._dtype)}
 
     def sample(
-        self, x: Tensor, samples: int = 100, seed: int = 0, masks: MaskKind = "stratified"
+        self, x: Tensor, samples: int = 100, seed: Seeds = 0, masks: MaskKind = "stratified"
     ) -> Tensor:
-        """Run `samples` thinned networks over a batch and keep what each one says.
+        """Run `samples` thinned networks over images [B, ...]: probabilities [T, B, C].
 
-        Args:
-            x: images [B, ...].
-            samples: T, at least 1.
-            seed: 0 to 2^63-1; the masks are a pure function of it.
-            masks: "stratified" or "independent" (see `dropserve.models.montecarlo.masks`).
-
-        Returns:
-            Probabilities [T, B, C].
-
-        Raises:
-            SamplingError: an argument is out of range, or the module's dropout calls are not those
-                that it made on the example.
+        The masks are a pure function of the seed, 0 to 2^63-1. Raises SamplingError if an argument
+        is out of range, or the module's dropout calls are not those that it made on the example.
         """
         chunks = list(self.chunks(x, samples, seed, masks))
         return (torch.cat(chunks, 2) if len(chunks) > 1 else chunks[0]).permute(2, 1, 0)
@@ -108,49 +120,60 @@ class Sampler:
         self,
         x: Tensor,
         samples: int = 100,
-        seed: int = 0,
+        seed: Seeds = 0,
         masks: MaskKind = "stratified",
         level: float = 0.9,
     ) -> Summary:
-        """Run `samples` thinned networks over a batch and keep what they say together.
-
-        Takes what `sample` takes, and the `level` of the interval.
-        """
+        """Summarise what `sample` returns, with an interval of that level."""
         statistics = Statistics(samples, masks, level)
         for chunk in self.chunks(x, samples, seed, masks):
             statistics.add(chunk)
         return statistics.summary()
 
     def chunks(
-        self, x: Tensor, samples: int = 100, seed: int = 0, masks: MaskKind = "stratified"
+        self, x: Tensor, samples: int = 100, seed: Seeds = 0, masks: MaskKind = "stratified"
     ) -> Iterator[Tensor]:
-        """Run thinned networks a few at a time, so that memory stays bounded for any T.
+        """Yield what `sample` returns as probabilities [C, B, t], for `Statistics.add`.
 
-        Takes what `sample` takes.
-
-        Yields:
-            Probabilities [C, B, t] of the next samples, for `Statistics.add`.
+        So memory stays bounded for any T.
         """
         self._require_eval_mode()
         if samples < 1:
             raise SamplingError(f"samples must be at least 1, not {samples}")
-        if not 0 <= seed <= MAX_SEED:
-            raise SamplingError(f"seed must be 0 to 2^63-1, not {seed}")
+        if isinstance(seed, int):
+            seeds = [(seed, len(x))]  # and of how many images each is
+        else:
+            seeds = [(each, len([*images])) for each, images in groupby(seed)] or [(0, 0)]
+        for each, _ in seeds:
+            if not 0 <= each <= MAX_SEED:
+                raise SamplingError(f"seed must be 0 to 2^63-1, not {each}")
         if masks not in MASK_KINDS:
             raise SamplingError(f"masks must be one of {', '.join(MASK_KINDS)}, not {masks!r}")
-        return self._chunks(x, samples, seed, masks)
+        if sum(images for _, images in seeds) != len(x):
+            raise SamplingError(f"{len(x)} images need one seed, or a seed each")
+        return self._chunks(x, samples, seeds, masks)
 
-    def _chunks(self, x: Tensor, samples: int, seed: int, masks: MaskKind) -> Iterator[Tensor]:
-        run = None
+    def _chunks(
+        self, x: Tensor, samples: int, seeds: Sequence[tuple[int, int]], masks: MaskKind
+    ) -> Iterator[Tensor]:
+        kernel: Kernel | None = None
         for start in range(0, samples, self._store.chunk):
+            chosen = range(start, min(start + self._store.chunk, samples))
             with torch.inference_mode():  # not across a yield: it belongs to the thread
-                run = run or self._prepared(x)
-                chosen = range(start, min(start + self._store.chunk, samples))
-                logits = run(self._store.get(masks, seed, chosen, x.device))
-                chunk = logits.float().permute(2, 0, 1).softmax(0)
+                if kernel is None:
+                    h, kernel = self._prepare(x)
+                logits, done = [], 0
+                for seed, images in seeds:
+                    some = h[done : done + images] if images < len(x) else h
+                    logits.append(kernel(some, self._store.get(masks, seed, chosen, x.device)))
+                    done += images
+                together = torch.cat(logits) if len(logits) > 1 else logits[0]
+                chunk = together.float().permute(2, 0, 1).softmax(0)
             yield chunk
 
-    def scales(self, masks: MaskKind, seed: int, chunk: range, device: torch.device) -> ScaledMasks:
+    def scaled_masks(
+        self, masks: MaskKind, seed: int, chunk: range, device: torch.device
+    ) -> ScaledMasks:
         """Return what the samples of a chunk multiply by."""
         return self._store.get(masks, seed, chunk, device)
 
@@ -158,97 +181,109 @@ class Sampler:
         """Draw the default seed's first masks, for good, and run them over `x` [B, ...]."""
         with torch.inference_mode():
             chosen = range(min(samples, self._store.chunk))
-            self._prepared(x)(self._store.get("stratified", 0, chosen, x.device, pin=True))
+            h, kernel = self._prepare(x)
+            kernel(h, self._store.get("stratified", 0, chosen, x.device, pin=True))
 
     def thinned(
         self, x: Tensor, seed: int, masks: MaskKind, sample: int, p: float | None = None
     ) -> Tensor:
-        """Run one thinned network by a plain forward pass: sample number `sample` of `sample()`.
+        """Run one thinned network, number `sample` of `sample()`, by a plain forward pass.
 
         With a `p`, every site drops at that rate, but for alpha dropout (see `Site.at`). It is
-        computed in float32, whatever the precision, like eval mode.
-
-        Returns:
-            Logits [B, C].
+        computed in float32, whatever the precision, like eval mode. Returns logits [B, C].
         """
         store = self._store if p is None else MaskStore([site.at(p) for site in self.sites])
-        scales = store.draw(masks, seed, range(sample, sample + 1), x.device)
-        return self._forward(x, tuple(factor[0] for factor in scales.factors), torch.float32)
+        drawn = store.draw(masks, seed, range(sample, sample + 1), x.device)
+        return self._forward(x, tuple(factor[0] for factor in drawn.factors), torch.float32)
 
     def _require_eval_mode(self) -> None:
         if any(child.training for child in self._parts):
             raise SamplingError("the module is in training mode: call module.eval() first")
 
-    def _prepared(self, x: Tensor) -> Callable[[ScaledMasks], Tensor]:
-        """Do what no mask changes, once; the rest maps masks to logits [B, T, C]."""
-        if self.path == "folded" and self._folded is not None:
-            return partial(self._folded.head, self._folded.prefix(x))
-        return partial(self._vectorised if self.path == "vmap" else self._loop, x)
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Kernel]:
+        """Do what no mask changes, once; return what the kernel maps with masks to logits."""
+        kernels = self._kernels[self._dtype]
+        if self.path == "folded" and kernels is not None:
+            return kernels.prefix(x), kernels.run
+        return x, self._vectorised if self.path == "vmap" else self._loop
 
-    def _vectorised(self, x: Tensor, scales: ScaledMasks) -> Tensor:
+    def _vectorised(self, x: Tensor, masks: ScaledMasks) -> Tensor:
         """Logits [B, T, C], the passes vectorised: what comes before the first mask runs once."""
         chunk = max(1, _CHUNK_ELEMENTS // max(1, len(x) * self._found.widest))
         return torch.vmap(
             lambda *one: self._forward(x, one, self._dtype),
             out_dims=1,
-            chunk_size=min(chunk, scales.samples),
-        )(*scales.factors)
+            chunk_size=min(chunk, masks.samples),
+        )(*masks.factors)
 
-    def _loop(self, x: Tensor, scales: ScaledMasks) -> Tensor:
+    def _loop(self, x: Tensor, masks: ScaledMasks) -> Tensor:
         """Logits [B, T, C], one plain pass after another."""
-        passes = [self._forward(x, one, self._dtype) for one in zip(*scales.factors, strict=True)]
+        passes = [self._forward(x, one, self._dtype) for one in zip(*masks.factors, strict=True)]
         return torch.stack(passes, 1)
 
     def _forward(self, x: Tensor, factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Logits [B, C] of the thinned network that `factors` [*template] describe."""
-        feed = _MaskIterator(self.sites, factors)
-        low = dtype != torch.float32
-        with torch.autocast(x.device.type, dtype, enabled=low):
-            logits: Tensor = Interception(feed).run(self.training_copy, x)
-        feed.finish()
+        called = 0
+
+        def next_mask(kind: Kind, p: float, shape: torch.Size) -> Tensor:
+            nonlocal called
+            if called >= len(self.sites):
+                raise SamplingError(f"the module called {kind} more often than on the example")
+            site, factor = self.sites[called], factors[called]
+            called += 1
+            scale = site.fit(factor, shape) if (kind, p) == (site.kind, site.p) else None
+            if scale is None:
+                raise SamplingError(
+                    f"{site.name}: expected {site.kind} with p={site.p} over "
+                    f"{list(site.template)} an image, as on the example; the module called {kind} "
+                    f"with p={p} over {list(shape)}"
+                )
+            return scale
+
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            logits: Tensor = Interception(next_mask).run(self.training_copy, x)
+        if called != len(self.sites):
+            missed = self.sites[called].name
+            raise SamplingError(f"the module did not call {missed}, as it did on the example")
         return logits
 
     @torch.inference_mode()
     def _choose_path(self, probe: Tensor) -> Path:
         """Take the fastest path that agrees with the plain loop."""
-        scales = self._store.draw("independent", 0, range(3), probe.device)
-        expected = self._loop(probe, scales)
-        try:
-            folded = Folded.of(self._module, self._found)
-            if folded is not None:
-                h = folded.prefix(probe)
-                for _, way in folded.ways(h, scales):
-                    require_close(way(h, scales), expected)
-                self._folded = folded
+        self._kernels = {torch.float32: None}
+        masks = self._store.draw("independent", 0, range(3), probe.device)
+        expected = self._loop(probe, masks)
+        with suppress(Exception):  # a module may fail in any way; the next path may do
+            kernels = Kernels.of(self._module, self._found)
+            if kernels is not None:
+                h = kernels.prefix(probe)
+                for _, kernel in kernels.choices(h, masks):
+                    require_close(kernel(h, masks), expected)
+                self._kernels = {torch.float32: kernels}
                 return "folded"
-        except Exception:  # noqa: S110  a module may fail in any way; the next path may do
-            pass
         try:
-            require_close(self._vectorised(probe, scales), expected)
+            require_close(self._vectorised(probe, masks), expected)
         except Exception as error:  # a module may fail under vmap in any way
-            _log.warning(f"Monte Carlo dropout runs one pass a sample: {_first_line(error)}")
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _log.warning(f"Monte Carlo dropout runs one pass a sample: {first_line}")
             return "loop"
         return "vmap"
 
-    def _at(self, probe: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """Compute in `dtype` from now on; return a call that gives a predictive mean [B, C]."""
+    def _probe_mean(self, probe: Tensor, dtype: torch.dtype, images: int) -> Tensor:
+        """Compute predictive means [B, C] in `dtype`, with masks that are kept as when serving."""
+        if dtype not in self._kernels:
+            folded = self.path == "folded"
+            self._kernels[dtype] = Kernels.of(self._module, self._found, dtype) if folded else None
         self._dtype = dtype
-        if self.path == "folded":
-            self._folded = Folded.of(self._module, self._found, dtype)
-        return lambda: self.summarize(probe, 2 * BLOCK).mean
+        self._store.get("stratified", 0, range(2 * BLOCK), probe.device, pin=True)
+        return self.summarize(probe[torch.arange(images) % 2], 2 * BLOCK).mean
 
     @torch.inference_mode()
     def _find_layout(self, probe: Tensor) -> None:
-        """Find where masks lie whose batch dimension holds several rows an image.
-
-        Raises:
-            UnsupportedModule: an image's logits depend on the others of its batch.
-        """
+        """Find where masks lie whose batch dimension holds several rows an image."""
         factors = self._store.draw("independent", 0, range(1), probe.device).factors
         one = tuple(factor[0] for factor in factors)
-        alone = torch.cat(
-            [self._forward(image, one, torch.float32) for image in torch.split(probe, 1)]
-        )
+        alone = torch.cat([self._forward(image, one, torch.float32) for image in probe[:, None]])
         for inside in (False, True):
             self.sites = tuple(replace(site, images_inside=inside) for site in self.sites)
             with suppress(AssertionError):
@@ -261,11 +296,14 @@ class Sampler:
     @torch.inference_mode()
     def _require_effect(self, probe: Tensor) -> None:
         """Refuse a module whose masks change nothing, as where in-place results are thrown away."""
-        (all_kept, all_dropped) = (
-            tuple(torch.full(site.template, value, device=probe.device) for site in self.sites)
+        kept, dropped = (
+            self._forward(
+                probe,
+                tuple(torch.full(site.template, value, device=probe.device) for site in self.sites),
+                torch.float32,
+            )
             for value in (1.0, 0.0)
         )
-        kept, dropped = (self._forward(probe, m, torch.float32) for m in (all_kept, all_dropped))
         if torch.equal(kept, dropped):
             raise UnsupportedModule(
                 "dropping every unit changes nothing: use the value that dropout returns, also "
@@ -273,41 +311,51 @@ class Sampler:
             )
 
 
-class _MaskIterator:
-    """Hands out the masks of one forward pass in the order of the sites."""
+def choose_precision(
+    asked: Precision,
+    run: Callable[[torch.dtype, int], Tensor],
+    *,
+    native: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Choice:
+    """Settle on a precision, for "auto" by timing both in turn.
 
-    def __init__(self, sites: tuple[Site, ...], factors: tuple[Tensor, ...]) -> None:
-        self._sites = sites
-        self._factors = factors
-        self._next = 0
-
-    def __call__(self, kind: Kind, p: float, shape: torch.Size) -> Tensor:
-        index, self._next = self._next, self._next + 1
-        if index >= len(self._sites):
-            raise SamplingError(f"the module called {kind} more often than on the example")
-        site = self._sites[index]
-        scale = None
-        if (kind, p) == (site.kind, site.p):
-            scale = site.fit(self._factors[index], shape)
-        if scale is None:
-            raise SamplingError(
-                f"{site.name}: expected {site.kind} with p={site.p} over {list(site.template)} an "
-                f"image, as on the example; the module called {kind} with p={p} over {list(shape)}"
-            )
-        return scale
-
-    def finish(self) -> None:
-        """Raise if the pass is over and masks are left."""
-        if self._next != len(self._sites):
-            missed = self._sites[self._next].name
-            raise SamplingError(f"the module did not call {missed}, as it did on the example")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    "auto" takes bfloat16 only where the device multiplies it itself, it is faster by `MIN_SPEEDUP`
+    at each of `BATCHES`, and no predictive mean moves by more than `MAX_ERROR`. `run` computes
+    predictive means of so many images; UnsupportedModule if bfloat16 was asked for and it fails.
+    """
+    if asked == "float32" or (asked == "auto" and not native):
+        return Choice("float32")
+    speedup, error = float("inf"), 0.0
+    for images in BATCHES:
+        try:
+            exact, rough = run(torch.float32, images), run(torch.bfloat16, images)
+        except Exception as failure:  # a module may fail in any way
+            if asked == "auto":
+                return Choice("float32")
+            advice = f"the module cannot compute in bfloat16: {failure}"
+            raise UnsupportedModule(advice) from failure
+        ratios = []
+        for _ in range(_ROUNDS):
+            times = [clock()]
+            for dtype in (torch.float32, torch.bfloat16):
+                run(dtype, images)
+                times.append(clock())
+            ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+        speedup = min(speedup, median(ratios))
+        error = float(np.maximum(error, float((exact - rough).abs().max())))  # NaN stays
+        if asked == "auto" and not (speedup >= MIN_SPEEDUP and error <= MAX_ERROR):
+            return Choice("float32", speedup, error)
+    return Choice("bfloat16", speedup, error)
 
 
-def _probe(example: Tensor) -> Tensor:
-    """Put noise beside the first image of `example`: two images that no path may mix up."""
-    noise = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0))
-    return torch.cat([example[:1], noise.to(example)])
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Say if a device multiplies bfloat16 so much faster that no chance of timing decides.
+
+    Of processors that is those with AMX. With avx512_bf16 alone the gain is near the margin for
+    some batches and a loss for others, so processes on one machine would choose differently.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    found: bool = torch.cpu._is_amx_tile_supported()  # noqa: SLF001  no public name
+    return found

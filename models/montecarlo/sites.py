@@ -1,22 +1,30 @@
-"""Where a network drops units: found by running a copy in training mode, and watching."""
+"""Where a network drops units: found by running a copy in training mode without noise."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import os
+import random
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FrameType
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropserve.models.errors import NoDropout, UnsupportedModule, unsupported_if_it_fails
-from dropserve.models.montecarlo.interception import Interception, Kind
-from dropserve.models.montecarlo.randomness import (
+from dropserve.models.montecarlo.interception import CHANNELWISE, Interception, Kind
+from dropserve.models.montecarlo.training_copy import (
     NumPyGenerator,
-    RefuseRandomness,
     numpy_generators,
+    share_parameters,
+    training_copy,
 )
-from dropserve.models.montecarlo.training_copy import share_parameters, training_copy
 
 _RESCALED = ("dropout", "spatial", "attention")
 """Kinds that divide what they keep by 1-p."""
@@ -29,10 +37,9 @@ class Site:
     Attributes:
         name: the module it was called in; `:kind` follows where that does more than drop, `[2]`
             where the same module drops a second time.
-        kind: which dropout.
         p: probability of dropping a unit.
         shape: the units that one image's mask covers; for spatial kinds the channels.
-        template: the mask's shape for a batch of one, as the call sees it.
+        template: the mask's shape for a batch of one, as the call gets it.
         batch_dim: the dimension of `template` that grows with the batch; None if none does.
         images_inside: whether that dimension, where it holds several rows an image, counts the
             images within a row, and not the rows within an image.
@@ -85,11 +92,10 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What one look at a module found.
+class Trace:
+    """What was found in a module.
 
     Attributes:
-        training_copy: of the module (`dropserve.models.montecarlo.training_copy`).
         sites: its dropout calls, in the order of a forward pass.
         widest: elements in the widest result of one image that depends on masks.
         classes: columns of its output.
@@ -101,72 +107,17 @@ class Survey:
     classes: int
 
 
-@dataclass
-class _Call:
+class _Call(NamedTuple):
     name: str
     kind: Kind
     p: float
     shape: torch.Size
 
 
-@dataclass
-class _Trace:
-    """What one pass did.
-
-    Attributes:
-        output: of the module.
-        calls: of dropout functions, in order.
-        widest: elements in the widest result that depends on masks.
-    """
-
+class _Pass(NamedTuple):
     output: Tensor
     calls: list[_Call]
     widest: int
-
-
-def trace(module: nn.Module, probe: Tensor) -> Survey:
-    """Copy a module into training mode, run the copy and note every dropout call.
-
-    It runs two images and three: the dimension of a mask that differs between the two is its batch
-    dimension, wherever the module put it. Without the noise of dropout it must compute what the
-    module does in eval mode.
-
-    Args:
-        module: in eval mode.
-        probe: two images [2, ...].
-
-    Raises:
-        NoDropout: it calls none.
-        UnsupportedModule: it has a dropout that no mask can reach, other randomness, an output that
-            is not logits [B, C], or another behaviour in training mode than dropout.
-    """
-    _refuse_unreachable(module)
-    expected, dropouts = _eval_mode(module, probe)  # it makes the parameters of lazy modules
-    before = _state(module)
-    copied = training_copy(module)
-    try:
-        two, three = _traces(copied, probe, expected)
-        share_parameters(copied, module)
-        logits, now = _eval_mode(module, probe)
-        _require_same(logits, expected, _MODULE_CHANGED)
-        _require((now, _state(module)) == (dropouts, before), _MODULE_CHANGED)
-    except UnsupportedModule:
-        copied.eval()  # what its train() has changed outside of it, code of its eval() may undo
-        raise
-    if not two.calls:
-        raise NoDropout(
-            "the module calls no dropout with p > 0 in training mode, so every Monte Carlo sample "
-            "would be the same: add dropout (models.dropout.InvertedDropout or torch.nn.Dropout) "
-            "and train"
-        )
-    if [(c.name, c.kind, c.p) for c in two.calls] != [(c.name, c.kind, c.p) for c in three.calls]:
-        raise UnsupportedModule(
-            "the module's dropout calls change with the size of the batch, or from pass to pass"
-        )
-    pairs = zip(two.calls, three.calls, strict=True)
-    sites = tuple(_site(call, other.shape) for call, other in pairs)
-    widest = max(two.widest, *(call.shape.numel() for call in two.calls))
-    return Survey(copied, sites, widest // 2, two.output.shape[1])
 
 
 _MODULE_CHANGED = (
@@ -178,17 +129,80 @@ _MORE_THAN_DROPOUT = (
     "eval mode: let nothing but dropout depend on self.training (no auxiliary heads, no statistics "
     "of the batch), and multiply by masks of bernoulli_ as floating-point numbers"
 )
-_NOT_REPEATED = (
-    "two passes in training mode over the same images, without dropout, differ: the module draws "
-    "random numbers that no mask can replace, or changes its buffers"
-)
 
 
-def _traces(copied: nn.Module, probe: Tensor, expected: Tensor) -> tuple[_Trace, _Trace]:
+def trace(module: nn.Module, probe: Tensor) -> Trace:
+    """Copy a module in eval mode into training mode, run the copy and note every dropout call.
+
+    It runs the two images of `probe` [2, ...] and three: the dimension of a mask that differs
+    between the two is its batch dimension, wherever the module put it. Without the noise of dropout
+    it must compute what the module does in eval mode.
+
+    Raises NoDropout if it calls none; UnsupportedModule if it has a dropout that no mask can reach,
+    other randomness, an output that is not logits [B, C], or another behaviour in training mode
+    than dropout.
+    """
+    _refuse_unreachable(module)
+    expected, dropouts = _run_in_eval_mode(module, probe)  # makes the parameters of lazy modules
+    before = _state(module)
+    copied = training_copy(module)
+    try:
+        two, three = _run_in_training_mode(copied, probe, expected)
+        share_parameters(copied, module)
+        logits, now = _run_in_eval_mode(module, probe)
+        _require_same(logits, expected, _MODULE_CHANGED)
+        if (now, _state(module)) != (dropouts, before):
+            raise UnsupportedModule(_MODULE_CHANGED)  # noqa: TRY301  its cleanup is below
+    except UnsupportedModule:
+        copied.eval()  # what its train() has changed outside of it, code of its eval() may undo
+        raise
+    if not two.calls:
+        raise NoDropout(
+            "the module calls no dropout with p > 0 in training mode, so every Monte Carlo sample "
+            "would be the same: add dropout (models.dropout.InvertedDropout or torch.nn.Dropout) "
+            "and train"
+        )
+    if [call[:3] for call in two.calls] != [call[:3] for call in three.calls]:
+        raise UnsupportedModule(
+            "the module's dropout calls change with the size of the batch, or from pass to pass"
+        )
+    pairs = zip(two.calls, three.calls, strict=True)
+    sites = tuple(_site(call, other.shape) for call, other in pairs)
+    widest = max(two.widest, *(call.shape.numel() for call in two.calls))
+    return Trace(copied, sites, widest // 2, two.output.shape[1])
+
+
+def _refuse_unreachable(module: nn.Module) -> None:
+    """Refuse dropout that cannot be intercepted."""
+    for name, child in module.named_modules():
+        where = name or "the module"
+        if isinstance(child, nn.RNNBase) and child.dropout > 0 and child.num_layers > 1:
+            raise UnsupportedModule(
+                f"{where}: no mask can reach the dropout between the layers of "
+                f"nn.{type(child).__name__}(num_layers={child.num_layers}, "
+                f"dropout={child.dropout}); stack single-layer ones with nn.Dropout between them"
+            )
+        if isinstance(child, torch.jit.ScriptModule):
+            raise UnsupportedModule(
+                f"{where}: no mask can reach dropout inside TorchScript; give the Python module"
+            )
+
+
+def _run_in_eval_mode(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Run a module in eval mode; switch off, and count, dropout that is on all the same."""
+    kinds: list[Kind] = []
+    interception = Interception(lambda kind, *_: kinds.append(kind), running_statistics=False)
+    with torch.no_grad():
+        return _logits(interception.run(module, x), "eval mode"), len(kinds)
+
+
+def _run_in_training_mode(
+    copied: nn.Module, probe: Tensor, expected: Tensor
+) -> tuple[_Pass, _Pass]:
     """Run a copy in training mode over two images and three; refuse what is more than dropout."""
-    before, generators = _digests(copied.named_parameters()), numpy_generators(copied)
-    trace = partial(_trace, copied, generators)
-    two, three = (trace(probe[[0, 1, 0][:images]]) for images in (2, 3))
+    before = _digests(copied.named_parameters())
+    run = partial(_run, copied, numpy_generators(copied))
+    two, three = (run(probe[[0, 1, 0][:images]]) for images in (2, 3))
     if two.output.dim() != 2 or len(two.output) != 2 or not two.output.is_floating_point():
         raise UnsupportedModule(
             f"the module must map a batch of B images to logits [B, C]; two images gave "
@@ -199,14 +213,53 @@ def _traces(copied: nn.Module, probe: Tensor, expected: Tensor) -> tuple[_Trace,
             raise UnsupportedModule(
                 f"in training mode a pass changes the parameter {name}: change it elsewhere"
             )
-    if not torch.equal(trace(probe).output, two.output):
-        raise UnsupportedModule(_NOT_REPEATED)
+    if not torch.equal(run(probe).output, two.output):
+        raise UnsupportedModule(
+            "two passes in training mode over the same images, without dropout, differ: the module "
+            "draws random numbers that no mask can replace, or changes its buffers"
+        )
     try:
         _require_same(two.output, expected, _MORE_THAN_DROPOUT)
     except UnsupportedModule:
         # A mask of bernoulli_ that is not scaled: then all kept is what eval mode computes.
-        _require_same(trace(probe, all_kept=True).output, expected, _MORE_THAN_DROPOUT)
+        _require_same(run(probe, all_kept=True).output, expected, _MORE_THAN_DROPOUT)
     return two, three
+
+
+def _run(
+    copied: nn.Module, generators: Sequence[NumPyGenerator], x: Tensor, *, all_kept: bool = False
+) -> _Pass:
+    """Run images through a copy in training mode without the noise of dropout.
+
+    Masks of `bernoulli_` are their mean, or all ones if `all_kept`.
+    """
+    calls: list[_Call] = []
+    uses: dict[str, int] = {}
+
+    def note(kind: Kind, p: float, shape: torch.Size) -> Tensor | None:
+        path, caller = randomness.running[-1]
+        if p >= 1:
+            raise UnsupportedModule(f"{path or 'the module'}: dropout with p={p} drops everything")
+        name = path or "root"
+        if [*caller.children(), *caller.parameters()]:  # then it does more than drop
+            name = f"{name}:{kind}"
+        uses[name] = uses.get(name, 0) + 1
+        if uses[name] > 1:
+            name = f"{name}[{uses[name]}]"
+        calls.append(_Call(name, kind, p, shape))
+        return torch.ones(shape, device=x.device) if all_kept and kind == "bernoulli" else None
+
+    interception = Interception(note)
+    with (
+        torch.no_grad(),
+        _RefuseRandomness(copied, generators) as randomness,
+        unsupported_if_it_fails(
+            "in training mode the module fails",
+            "; let nothing but dropout depend on self.training",
+        ),
+    ):
+        output = _logits(interception.run(copied, x), "training mode")
+    return _Pass(output, calls, interception.widest)
 
 
 def _site(call: _Call, three: torch.Size) -> Site:
@@ -223,48 +276,9 @@ def _site(call: _Call, three: torch.Size) -> Site:
     dim = grows[0]
     template = (*two[:dim], rows[0], *two[dim + 1 :])
     units = template if rows[0] > 1 else template[:dim] + template[dim + 1 :]
-    if call.kind in ("spatial", "feature_alpha"):
+    if call.kind in CHANNELWISE:
         units = units[:1]
     return Site(call.name, call.kind, call.p, tuple(units), template, dim)
-
-
-def _trace(
-    copied: nn.Module, generators: Sequence[NumPyGenerator], x: Tensor, *, all_kept: bool = False
-) -> _Trace:
-    """Run images through a copy in training mode without the noise of dropout, and watch.
-
-    Masks of `bernoulli_` are their mean, or all ones if `all_kept`.
-    """
-    calls: list[_Call] = []
-    stack: list[tuple[str, nn.Module]] = [("", copied)]
-    uses: dict[str, int] = {}
-
-    def note(kind: Kind, p: float, shape: torch.Size) -> Tensor | None:
-        path, caller = stack[-1]
-        if p >= 1:
-            raise UnsupportedModule(f"{path or 'the module'}: dropout with p={p} drops everything")
-        name = path or "root"
-        if [*caller.children(), *caller.parameters()]:  # then it does more than drop
-            name = f"{name}:{kind}"
-        uses[name] = uses.get(name, 0) + 1
-        if uses[name] > 1:
-            name = f"{name}[{uses[name]}]"
-        calls.append(_Call(name, kind, p, shape))
-        return torch.ones(shape, device=x.device) if all_kept and kind == "bernoulli" else None
-
-    interception = Interception(note)
-    randomness = RefuseRandomness(lambda: stack[-1][0], generators)
-    with (
-        _current_module(copied, stack, randomness.check_numpy),
-        torch.no_grad(),
-        randomness,
-        unsupported_if_it_fails(
-            "in training mode the module fails",
-            "; let nothing but dropout depend on self.training",
-        ),
-    ):
-        output = _logits(interception.run(copied, x), "training mode")
-    return _Trace(output, calls, interception.widest)
 
 
 def _state(module: nn.Module) -> object:
@@ -275,32 +289,16 @@ def _state(module: nn.Module) -> object:
 
 def _digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes]:
     """Return the SHA-256 of each tensor's bytes."""
-    return {name: hashlib.sha256(_bytes(tensor)).digest() for name, tensor in tensors}
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _eval_mode(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Run a module in eval mode; switch off, and count, dropout that is on all the same."""
-    kinds: list[Kind] = []
-    interception = Interception(lambda kind, *_: kinds.append(kind), running_statistics=False)
-    with torch.no_grad():
-        return _logits(interception.run(module, x), "eval mode"), len(kinds)
+    rows = ((name, tensor.detach().cpu().contiguous().flatten()) for name, tensor in tensors)
+    return {name: hashlib.sha256(row.view(torch.uint8).numpy().data).digest() for name, row in rows}
 
 
 def _logits(output: object, mode: str) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise UnsupportedModule(
-            f"the module must return one tensor of logits, not {type(output)} as in {mode}"
-        )
-    return output
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise UnsupportedModule(otherwise)
+    if isinstance(output, Tensor):
+        return output
+    raise UnsupportedModule(
+        f"the module must return one tensor of logits, not {type(output)} as in {mode}"
+    )
 
 
 def _require_same(got: Tensor, expected: Tensor, otherwise: str) -> None:
@@ -316,44 +314,107 @@ def require_close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=max(1e-3, coarse), atol=max(1e-4, coarse))
 
 
-@contextmanager
-def _current_module(
-    module: nn.Module, stack: list[tuple[str, nn.Module]], before_change: Callable[[], None]
-) -> Iterator[None]:
-    """Keep on `stack` the modules whose forward is running, innermost last."""
+class _RefuseRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch's is untyped
+    """Inside `with`, code of this thread that draws random numbers raises UnsupportedModule.
 
-    def enter_module(name: str, child: nn.Module) -> None:
-        before_change()
-        stack.append((name, child))
+    PyTorch's operations that draw are tagged, and dropout that is intercepted runs none. Python's
+    generators, of whatever instance, draw by functions in C, which a profile function sees. Of
+    NumPy's the global one and `generators` are checked, from one module of the network to the next.
+    `running` holds the names and modules whose forwards run, innermost last.
+    """
 
-    def leave_module() -> None:
-        before_change()
-        stack.pop()
+    def __init__(self, module: nn.Module, generators: Sequence[NumPyGenerator]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        self.running = [("", module)]
+        self._hooks = ExitStack()
+        self._generators = generators
+        self._drawn: list[UnsupportedModule] = []
+        self._numpy = self._numpy_states()
+        self._outer = sys.getprofile()
 
-    with ExitStack() as hooks:
-        for name, child in module.named_modules():
-            enter = child.register_forward_pre_hook(
-                lambda m, _args, name=name: enter_module(name, m)
-            )
-            leave = child.register_forward_hook(
-                lambda _m, _args, _output: leave_module(), always_call=True
-            )
-            hooks.callback(enter.remove)
-            hooks.callback(leave.remove)
-        yield
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave out a wrapper for `torch.compile`: its import takes a second and 30 MB."""
+        return False
+
+    def __enter__(self) -> Self:
+        for name, child in self.running[0][1].named_modules():
+            enter = child.register_forward_pre_hook(partial(self._enter_module, name))
+            self._hooks.callback(enter.remove)
+            leave = child.register_forward_hook(self._leave_module, always_call=True)
+            self._hooks.callback(leave.remove)
+        super().__enter__()  # type: ignore[no-untyped-call]  # likewise
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *error: Any) -> None:  # noqa: ANN401  as for every context manager
+        sys.setprofile(self._outer)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # likewise
+        self._hooks.close()
+        if self._drawn:
+            raise self._drawn[0]
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  whatever the operation returns
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names = [argument.name for argument in func._schema.arguments]  # noqa: SLF001  no public name
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            rates = [given.get(name, 0.0) for name in ("dropout_p", "dropout") if name in names]
+            if any(rates) or not rates:  # attention, say, without dropout draws nothing
+                raise self._refusal(f"PyTorch's {func}")
+        return func(*args, **kwargs)
+
+    def _enter_module(self, name: str, child: nn.Module, _args: object) -> None:
+        self._check_numpy()
+        self.running.append((name, child))
+
+    def _leave_module(self, *_: object) -> None:
+        self._check_numpy()
+        self.running.pop()
+
+    def _check_numpy(self) -> None:
+        states = self._numpy_states()
+        if states != self._numpy:
+            self._drawn.append(self._refusal("a generator of NumPy"))
+        self._numpy = states
+
+    def _numpy_states(self) -> list[object]:
+        states: list[object] = [np.random.get_state(legacy=False)]
+        for generator in self._generators:
+            if isinstance(generator, np.random.RandomState):
+                states.append(generator.get_state(legacy=False))
+            else:
+                states.append(generator.bit_generator.state)
+        return [_comparable(state) for state in states]
+
+    def _profile(self, frame: FrameType, event: str, function: object) -> None:
+        if event != "c_call":
+            return
+        own = isinstance(getattr(function, "__self__", None), random.Random)
+        if not own and function is not os.urandom:  # of SystemRandom, and the seed of new ones
+            return
+        caller: FrameType | None = frame
+        while caller is not None:
+            if caller.f_globals.get("__name__", "").startswith("torch._dynamo"):
+                return  # PyTorch's compiler draws for itself
+            caller = caller.f_back
+        self._drawn.append(self._refusal("a generator of Python's random"))
+
+    def _refusal(self, source: str) -> UnsupportedModule:
+        return UnsupportedModule(
+            f"{self.running[-1][0] or 'the module'}: draws from {source}, which no mask can "
+            f"replace: use dropout (torch.nn or torch.nn.functional), or multiply by a mask that a "
+            f"floating-point tensor draws by bernoulli_(keep_probability)"
+        )
 
 
-def _refuse_unreachable(module: nn.Module) -> None:
-    """Refuse what would drop units out of our sight."""
-    for name, child in module.named_modules():
-        where = name or "the module"
-        if isinstance(child, nn.RNNBase) and child.dropout > 0 and child.num_layers > 1:
-            raise UnsupportedModule(
-                f"{where}: no mask can reach the dropout between the layers of "
-                f"nn.{type(child).__name__}(num_layers={child.num_layers}, "
-                f"dropout={child.dropout}); stack single-layer ones with nn.Dropout between them"
-            )
-        if isinstance(child, torch.jit.ScriptModule):
-            raise UnsupportedModule(
-                f"{where}: no mask can reach dropout inside TorchScript; give the Python module"
-            )
+def _comparable(state: Any) -> object:  # noqa: ANN401  what a bit generator's state is made of
+    if isinstance(state, dict):
+        return [_comparable(part) for part in state.values()]
+    return state.tobytes() if isinstance(state, np.ndarray) else state

@@ -1,4 +1,4 @@
-"""What T thinned networks say together: mean, spread, and where the doubt comes from.
+"""What T thinned networks say together: mean, spread, and where the uncertainty comes from.
 
 p_tc is the probability of class c under thinned network t. Natural logarithms; sums in float64.
 Predictive entropy = expected entropy (the data's own ambiguity) + mutual information (the model's
@@ -10,6 +10,7 @@ about sum_c standard_error_c^2 / (2 mean_c), which for independent masks is
 (1/2T) sum_c variance_c / mean_c. So never compare mutual information across different T.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Summary:
         mean: [B, C], the average of probabilities, never of logits.
         variance: [B, C], with T-1; None for a single sample. Samples of stratified masks depend on
             each other: variance (T-1)/T + standard_error^2 is without bias for both kinds.
-        standard_error: [B, C], of the mean; None where it cannot be estimated (`mean_variance`).
+        standard_error: [B, C], of the mean; None where it cannot be estimated (`_mean_variance`).
         degrees_of_freedom: of the standard error (`degrees_of_freedom`); None likewise.
         predictive_entropy: [B], H[mean]: total uncertainty, in nats.
         expected_entropy: [B], mean of H[p_t]: aleatoric.
@@ -56,13 +57,7 @@ class Summary:
 
 
 def summarize(probabilities: Tensor, masks: MaskKind, level: float = 0.9) -> Summary:
-    """Summarise the answers of T thinned networks.
-
-    Args:
-        probabilities: [T, B, C], rows sum to one.
-        masks: the kind of masks that made them; decides how the standard error is estimated.
-        level: of the interval, in (0, 1).
-    """
+    """Summarise probabilities [T, B, C] of T thinned networks, made by masks of that kind."""
     statistics = Statistics(len(probabilities), masks, level)
     statistics.add(probabilities.permute(2, 1, 0).contiguous())
     return statistics.summary()
@@ -73,53 +68,19 @@ def degrees_of_freedom(masks: MaskKind, samples: int) -> int | None:
 
     With quantile t of Student's distribution of so many, mean +- t standard_error is a confidence
     interval of the mean over all masks: at nineteen degrees 95% lie within 2.09 standard errors, at
-    one within 12.7.
-
-    Args:
-        masks: independent samples are T-1 differences. Of stratified ones only whole blocks are
-            independent; the samples after the last of them are not counted.
-        samples: T.
+    one within 12.7. Independent samples are T-1 differences; of stratified ones only whole blocks
+    are independent, and the samples after the last of them are not counted.
     """
     found = samples if masks == "independent" else samples // BLOCK
     return found - 1 if found > 1 else None
 
 
-def mean_variance(masks: MaskKind, samples: Any, variance: Any, between: Any) -> Any:  # noqa: ANN401
-    """Estimate the variance of the mean over T samples, without bias for any function of the masks.
-
-    Independent masks: variance / T. Stratified masks: whole blocks are independent of each other,
-    and the samples within a block are exchangeable. With V the variance of a sample and W that of
-    the sum of a block of n = 10, any two samples of a block have covariance (W - nV) / (n(n-1)),
-    so the sum of the last m samples, a part of a block, has the variance
-    (m(n-m) V + m(m-1) W / n) / (n-1). V is estimated by variance (T-1)/T plus what is asked for,
-    because the samples' distances are taken from their own mean.
-
-    Args:
-        masks: their kind.
-        samples: T; a number, or an array of them.
-        variance: of the samples, with T-1; of any shape that goes with it.
-        between: W, of the sums of whole blocks, with one less than their number.
-    """
-    if masks == "independent":
-        return variance / samples
-    blocks, rest = samples // BLOCK, samples % BLOCK
-    of_blocks = blocks + rest * (rest - 1) / (BLOCK * (BLOCK - 1))
-    of_rest = rest * (BLOCK - rest) / (BLOCK - 1)
-    known = of_blocks * between + of_rest * variance * (samples - 1) / samples
-    return known / (samples**2 - of_rest)
-
-
 class Statistics:
-    """Takes in samples a chunk at a time and keeps sums, not samples.
+    """Takes in T samples a chunk at a time and keeps sums, not samples.
 
     Of the samples themselves it keeps what the interval is read from: the (1-level)/2 T smallest
     and largest of each class and image. NumPy does the work: on arrays as small as one answer's its
     calls cost a third of torch's, and its sort a twentieth.
-
-    Args:
-        samples: T, all that will come.
-        masks: their kind.
-        level: of the interval, in (0, 1).
     """
 
     def __init__(self, samples: int, masks: MaskKind, level: float = 0.9) -> None:
@@ -128,9 +89,8 @@ class Statistics:
         self._level = level
         self._tail = int((1 - level) / 2 * (samples - 1)) + 2
         self._count = 0
-        self._blocks = 0
         self._sums: dict[str, Array] = {}
-        self._ordered: Array | None = None
+        self._ordered: Array = np.empty(0)
 
     def add(self, probabilities: Tensor) -> None:
         """Take in probabilities [C, B, t]: the next samples, whole blocks until the last.
@@ -141,23 +101,28 @@ class Statistics:
         """
         p = probabilities.cpu().numpy()
         classes, images, count = p.shape
-        blocks = count // BLOCK
+        whole = count // BLOCK * BLOCK
         if not self._count:
-            self._sums["first"] = p[..., :1].astype(np.float64)
-        distance = p - self._sums["first"]
-        whole = distance[..., : blocks * BLOCK].reshape(classes, images, blocks, BLOCK)
-        by_block = whole @ np.ones(BLOCK)  # twice as fast as .sum(3)
+            self._sums["first"] = p[..., 0].astype(np.float64)
+        distance = p - self._sums["first"][..., None]
+        blocks = distance[..., :whole].reshape(classes, images, whole // BLOCK, BLOCK)
+        by_block = blocks @ np.ones(BLOCK)  # twice as fast as .sum(3)
         in_blocks = by_block.sum(2)
-        self._add("sum", in_blocks + distance[..., blocks * BLOCK :].sum(2))
+        self._add("sum", in_blocks + distance[..., whole:].sum(2))
         self._add("squares", np.einsum("cbt,cbt->cb", distance, distance))
         self._add("blocks", in_blocks)
         self._add("block_squares", np.einsum("cbk,cbk->cb", by_block, by_block))
-        smallest = np.finfo(p.dtype).tiny
-        self._add("entropy", -(p * np.log(np.maximum(p, smallest))).sum(0).sum(1, dtype=np.float64))
+        self._add("entropy", entropy(p).sum(1, dtype=np.float64))
         self._add("votes", _votes(p))
+        ordered = np.sort(np.concatenate([self._ordered, p], 2) if self._count else p, axis=2)
         self._count += count
-        self._blocks += blocks
-        self._order(p)
+        if ordered.shape[2] > 2 * self._tail:
+            tails = ordered[..., : self._tail], ordered[..., -self._tail :]
+            ordered = np.concatenate(tails, 2)
+        self._ordered = ordered
+
+    def _add(self, name: str, values: Array) -> None:
+        self._sums[name] = self._sums[name] + values if self._count else values
 
     @property
     def complete(self) -> bool:
@@ -165,58 +130,26 @@ class Statistics:
         return self._count >= self._total
 
     def summary(self) -> Summary:
-        """Say what the samples say together; all T of them must have come.
-
-        Raises:
-            SamplingError: they have not.
-        """
+        """Say what the samples say together; SamplingError unless all T of them came."""
         if self._count != self._total:
             raise SamplingError(f"{self._count} samples of {self._total} came")
-        total, sums = self._total, self._sums
-        mean = sums["first"][..., 0] + sums["sum"] / total
-        variance = None
-        if total > 1:
-            variance = variance_of_sums(sums["squares"], sums["sum"], total)
-        predictive = torch.special.entr(torch.from_numpy(mean)).sum(0)
-        expected = torch.from_numpy(sums["entropy"] / total)
-        return Summary(
-            mean=_images_first(mean),
-            variance=None if variance is None else _images_first(variance),
-            standard_error=self._standard_error(variance),
-            degrees_of_freedom=degrees_of_freedom(self._masks, total),
-            predictive_entropy=predictive,
-            expected_entropy=expected,
-            mutual_information=(predictive - expected).clamp_min(0),
-            variation_ratio=torch.from_numpy(1 - sums["votes"].max(0) / total),
-            lower=self._quantile((1 - self._level) / 2),
-            upper=self._quantile((1 + self._level) / 2),
-        )
+        total = self._total
+        found = figures(self._masks, self._sums, total, total // BLOCK)
+        found["variation_ratio"] = 1 - self._sums["votes"].max(0) / total
+        found["lower"] = self._quantile((1 - self._level) / 2)
+        found["upper"] = self._quantile((1 + self._level) / 2)
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(np.ascontiguousarray(values.T)) for name, values in found.items()
+        }
+        degrees = degrees_of_freedom(self._masks, total)
+        if total == 1:
+            tensors["variance"] = None
+        if degrees is None:
+            tensors["standard_error"] = None
+        return Summary(degrees_of_freedom=degrees, **tensors)
 
-    def _standard_error(self, variance: Array | None) -> Tensor | None:
-        """Estimate the standard error of the mean over T samples: [B, C]."""
-        if variance is None or degrees_of_freedom(self._masks, self._total) is None:
-            return None
-        squares, total = self._sums["block_squares"], self._sums["blocks"]
-        between: Array | float = 0.0
-        if self._blocks > 1:
-            between = variance_of_sums(squares, total, self._blocks)
-        return _images_first(np.sqrt(mean_variance(self._masks, self._total, variance, between)))
-
-    def _add(self, name: str, values: Array) -> None:
-        self._sums[name] = self._sums[name] + values if self._count else values
-
-    def _order(self, p: Array) -> None:
-        """Sort the new samples into the smallest and largest so far."""
-        found = p if self._ordered is None else np.concatenate([self._ordered, p], 2)
-        found = np.sort(found, axis=2)
-        if found.shape[2] > 2 * self._tail:
-            found = np.concatenate([found[..., : self._tail], found[..., -self._tail :]], 2)
-        self._ordered = found
-
-    def _quantile(self, level: float) -> Tensor:
-        """Interpolate linearly between order statistics, as `numpy.quantile` does: [B, C]."""
-        if self._ordered is None:
-            raise SamplingError("no samples came")
+    def _quantile(self, level: float) -> Array:
+        """Interpolate linearly between order statistics, as `numpy.quantile` does: [C, B]."""
         position = level * (self._total - 1)
         below = int(position)
         skipped = self._total - self._ordered.shape[2]  # from the middle
@@ -224,7 +157,69 @@ class Statistics:
             self._ordered[..., i if i < self._tail else i - skipped].astype(np.float64)
             for i in (below, min(below + 1, self._total - 1))
         )
-        return _images_first(low + (high - low) * (position - below))
+        quantile: Array = low + (high - low) * (position - below)
+        return quantile
+
+
+def figures(
+    masks: MaskKind,
+    sums: Mapping[str, Array],
+    samples: Any,  # noqa: ANN401  numbers, or arrays of them
+    blocks: Any,  # noqa: ANN401  likewise
+) -> dict[str, Array]:
+    """Turn sums [C, ...] over so many samples and whole blocks into what `Summary` says of them.
+
+    The numbers of samples and blocks may be arrays [...], as for the first sample, the first two
+    and so on. The variance is NaN where there are too few, and the standard error NaN or infinite.
+    """
+    mean = sums["first"] + sums["sum"] / samples
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = _variance(sums["squares"], sums["sum"], samples)
+        between = _variance(sums["block_squares"], sums["blocks"], blocks)
+        error = np.sqrt(_mean_variance(masks, samples, variance, between))
+    predictive, expected = entropy(mean), sums["entropy"] / samples
+    return {
+        "mean": mean,
+        "variance": variance,
+        "standard_error": error,
+        "predictive_entropy": predictive,
+        "expected_entropy": expected,
+        "mutual_information": np.maximum(predictive - expected, 0),
+    }
+
+
+def _variance(squares: Array, total: Array, count: Any) -> Array:  # noqa: ANN401  as of `figures`
+    """Variance with n-1 from sums of n numbers and of their squares."""
+    variance: Array = np.maximum(squares - total * total / count, 0) / (count - np.int64(1))
+    return variance
+
+
+def _mean_variance(masks: MaskKind, samples: Any, variance: Array, between: Array) -> Array:  # noqa: ANN401
+    """Estimate the variance of the mean over T samples, without bias for any function of the masks.
+
+    Independent masks: variance / T. Stratified masks: whole blocks are independent of each other,
+    and the samples within a block are exchangeable. With V the variance of a sample and W that of
+    the sum of a block of n = 10 (`between`), any two samples of a block have covariance
+    (W - nV) / (n(n-1)), so the sum of the last m samples, a part of a block, has the variance
+    (m(n-m) V + m(m-1) W / n) / (n-1). V is estimated by variance (T-1)/T plus what is asked for,
+    because the samples' distances are taken from their own mean.
+    """
+    estimate: Array
+    if masks == "independent":
+        estimate = variance / samples
+        return estimate
+    blocks, rest = samples // BLOCK, samples % BLOCK
+    of_blocks = blocks + rest * (rest - 1) / (BLOCK * (BLOCK - 1))
+    of_rest = rest * (BLOCK - rest) / (BLOCK - 1)
+    known = of_blocks * between + of_rest * variance * (samples - 1) / samples
+    estimate = known / (samples**2 - of_rest)
+    return estimate
+
+
+def entropy(p: Array) -> Array:
+    """Compute the entropy of probabilities [C, ...], in nats."""
+    found: Array = -(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))).sum(0)
+    return found
 
 
 def _votes(p: Array) -> Array:
@@ -234,13 +229,3 @@ def _votes(p: Array) -> Array:
     if votes.sum() != p[0].size:  # a tie: the first of the classes has the vote
         votes = (p.argmax(0) == np.arange(len(p))[:, None, None]).sum(2)
     return votes
-
-
-def variance_of_sums(squares: Array, total: Array, count: Array | int) -> Array:
-    """Variance with n-1 from sums of n numbers and of their squares; n is 2 at least."""
-    variance: Array = np.maximum(squares - total * total / count, 0) / (count - 1)
-    return variance
-
-
-def _images_first(values: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values.T))

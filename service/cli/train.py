@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.progress import TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dropserve.models import catalogue
+from dropserve.models import checkpoint
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.hyperparameters import Recipe, suggested
 from dropserve.service.cli import options, terminal
@@ -133,13 +133,12 @@ def train(
     given = locals()  # among them the fields of a recipe, under their names
     settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
     root, (parent, _, number) = settings.checkpoints, (start or "").partition("/")
-    name = name or parent or catalogue.default_name(dataset, network or "mlp")
-    if if_missing and (found := catalogue.versions(root, name)):
+    name = name or parent or checkpoint.default_name(dataset, network or "mlp")
+    if if_missing and (found := checkpoint.versions(root, name)):
         say(f"{name} has version {found[-1]} already: nothing to do")
         return
 
-    from dropserve.models import checkpoint, recipes, training
-    from dropserve.models.training_state import claimed, earlier_run
+    from dropserve.models import recipes, training
 
     options.allow_local_modules()
     if resume and restart:
@@ -158,7 +157,7 @@ def train(
             raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(wrong)}")
         if not (number or "1").isdecimal():
             raise Refused("--from: must be NAME or NAME/VERSION")
-        path = root / parent / str(catalogue.choose(root, parent, int(number) if number else None))
+        path = root / parent / str(checkpoint.choose(root, parent, int(number) if number else None))
         trusted = settings.factories
         plan = recipes.plan_from(path, trusted, dataset, settings.data_dir, **data_options)
     data, module, normalize = plan.data, plan.module, plan.data.preprocessing.normalize
@@ -167,8 +166,8 @@ def train(
     def hint() -> str:
         return "--resume continues" if state.exists() else "no epoch was finished"
 
-    with claimed(state.parent), terminal.interruptible(hint):
-        finished = earlier_run(state, resume=resume, restart=restart)
+    with training.claimed(state.parent), terminal.interruptible(hint):
+        finished = training.earlier_run(state, resume=resume, restart=restart)
         fabric = training.launch(accelerator, devices, precision)
         recipe = training.with_threads(plan.recipe, module, normalize(data.train.images[:1]))
         made_with = plan.description() | {"on": [precision, devices]}
@@ -212,7 +211,7 @@ def import_(
     data_dir: options.DataDir = None,
 ) -> None:
     """Save a network that was trained elsewhere as the next version of a model."""
-    from dropserve.models import checkpoint, recipes
+    from dropserve.models import recipes
     from dropserve.models.preprocessing import Preprocessing
 
     options.allow_local_modules()
@@ -242,11 +241,11 @@ def evaluate(
     as_json: options.AsJson = False,
 ) -> None:
     """Score a saved model on a dataset's test images."""
-    from dropserve.models import checkpoint, recipes
+    from dropserve.models import recipes
 
     options.allow_local_modules()
     settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
-    version = catalogue.choose(settings.checkpoints, name, version)
+    version = checkpoint.choose(settings.checkpoints, name, version)
     path = settings.checkpoints / name / str(version)
     module, metadata = checkpoint.load(path, settings.factories)
     data = recipes.evaluation_images(metadata, dataset, settings.data_dir, skip_broken=skip_broken)
@@ -315,7 +314,7 @@ def _say_saved(path: Path, metadata: "Metadata", checkpoints: Path | None) -> No
     where = f" --checkpoints {shlex.quote(str(checkpoints))}" if checkpoints else ""
     say(f"saved {path}", f"next: {trust}dropserve serve{where}")
     with suppress(CheckpointRefused):  # the service reports a damaged pin
-        if pinned := catalogue.pinned(path.parent.parent, metadata.name):
+        if pinned := checkpoint.pinned(path.parent.parent, metadata.name):
             follow = f"dropserve pin {metadata.name} latest{where}"
             say(f"version {pinned} is pinned: to let the new one answer, {follow}")
 

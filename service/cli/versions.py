@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dropserve.models import catalogue
+from dropserve.models import checkpoint
 from dropserve.models.errors import CheckpointRefused
 from dropserve.service.cli.options import Checkpoints, Opt, allow_local_modules, read_settings
 from dropserve.service.cli.terminal import Refused, say
@@ -23,12 +23,10 @@ def manifest(
     checkpoints: Checkpoints = None,
 ) -> None:
     """Verify a model's versions, all or one, and write the manifest of those that have none."""
-    from dropserve.models import checkpoint
-
     root = read_settings(checkpoints=checkpoints).checkpoints
-    chosen = catalogue.choose(root, name, version)
+    chosen = checkpoint.choose(root, name, version)
     refused = []
-    for number in [chosen] if version else catalogue.versions(root, name):
+    for number in [chosen] if version else checkpoint.versions(root, name):
         try:
             found, done = checkpoint.read(root / name / str(number)), "verified"
             if found.manifest_sha256 is None:
@@ -50,10 +48,8 @@ def pin(
         raise Refused("give the number of a version, or latest")
     settings = read_settings(checkpoints=checkpoints)
     number = None if version == "latest" else int(version)
-    catalogue.choose(settings.checkpoints, name, number)
+    checkpoint.choose(settings.checkpoints, name, number)
     if number is not None:
-        from dropserve.models import checkpoint
-
         checkpoint.read(settings.checkpoints / name / str(number))  # for its errors
     _pin(settings, name, number)
 
@@ -62,7 +58,7 @@ def rollback(name: Name, checkpoints: Checkpoints = None) -> None:
     """Pin the last version before the one that answers now that can be served."""
     settings = read_settings(checkpoints=checkpoints)
     now = _answering(settings, name)
-    older = [v for v in catalogue.versions(settings.checkpoints, name) if v < now]
+    older = [v for v in checkpoint.versions(settings.checkpoints, name) if v < now]
     before = _first_that_loads(settings, name, reversed(older))
     if before is None:
         raise Refused(f"{name}: version {now} answers, and none before it can be served")
@@ -79,13 +75,13 @@ def prune(
     """Remove a model's old versions; never the one that answers, nor one that is pinned."""
     settings = read_settings(checkpoints=checkpoints)
     root = settings.checkpoints
-    catalogue.choose(root, name)
-    there = catalogue.versions(root, name)
-    kept = {*there[-keep:], catalogue.pinned(root, name), _fixed(settings, name)}
+    checkpoint.choose(root, name)
+    there = checkpoint.versions(root, name)
+    kept = {*there[-keep:], checkpoint.pinned(root, name), _fixed(settings, name)}
     if not kept.issuperset(there):
         kept.add(_answering(settings, name))
     for version in sorted({*there} - kept):
-        if dry_run or catalogue.remove(root, name, version):
+        if dry_run or checkpoint.remove(root, name, version):
             say(f"{'would remove' if dry_run else 'removed'} {root / name / str(version)}")
             there.remove(version)
     say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, there))}")
@@ -94,7 +90,7 @@ def prune(
 def _pin(settings: Settings, name: str, version: int | None) -> None:
     if (fixed := _fixed(settings, name)) is not None:
         raise Refused(f"DROPSERVE_DEFAULT_VERSION is {fixed} and wins over a pin: change that")
-    catalogue.pin(settings.checkpoints, name, version)
+    checkpoint.pin(settings.checkpoints, name, version)
     what = "no version is pinned" if version is None else f"version {version} is pinned"
     when = f"at their next poll, within {settings.poll_seconds:g} s"
     say(f"{name}: {what}; services that read {settings.checkpoints} follow {when}")
@@ -109,9 +105,9 @@ def _fixed(settings: Settings, name: str) -> int | None:
 
 def _answering(settings: Settings, name: str) -> int:
     """Return the version that a service would answer with."""
-    catalogue.choose(settings.checkpoints, name)
-    wanted = _fixed(settings, name) or catalogue.pinned(settings.checkpoints, name)
-    there = catalogue.versions(settings.checkpoints, name)
+    checkpoint.choose(settings.checkpoints, name)
+    wanted = _fixed(settings, name) or checkpoint.pinned(settings.checkpoints, name)
+    there = checkpoint.versions(settings.checkpoints, name)
     found = _first_that_loads(settings, name, sorted(there, key=lambda v: (v != wanted, -v)))
     if found is None:
         raise Refused(f"{name}: no version can be served; nothing was changed")

@@ -17,7 +17,14 @@ from torch import Tensor
 from dropserve.models import checkpoint
 from dropserve.models.comparison import Layer, Moments, compare
 from dropserve.models.examples import Example
-from dropserve.models.montecarlo import Precision, Sample, Sampler, Statistics, Summary, watch
+from dropserve.models.montecarlo import (
+    Precision,
+    Sample,
+    Sampler,
+    Statistics,
+    Summary,
+    stream_samples,
+)
 from dropserve.models.sequential import compile_for_inference, convert_memory_format
 from dropserve.service.errors import ServerError
 from dropserve.service.http.decoding import Pixels
@@ -134,7 +141,9 @@ class Classifier:
         x = self._input(pixels)
         yield {"start": [self._start(task, pixels[0], x)]}
         statistics = Statistics(task.samples, task.masks, task.level)
-        for some in watch(self._sampler, x, task.samples, task.seed, task.masks, statistics):
+        for some in stream_samples(
+            self._sampler, x, task.samples, task.seed, task.masks, statistics
+        ):
             yield {"sample": [_sample(sample) for sample in some]}
         yield {"end": [{"predictions": self._answers(task, statistics.summary(), [])}]}
 

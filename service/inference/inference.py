@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from dropserve.models import catalogue
+from dropserve.models import checkpoint
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded
 from dropserve.service.http.decoding import Decoder, Pixels, Steps
@@ -52,18 +52,18 @@ def checkpoints(settings: Settings) -> Folder[Classifier]:
 
     def find() -> dict[str, list[int]]:
         found = {}
-        for name in catalogue.names(root):
+        for name in checkpoint.names(root):
             try:
-                found[name] = catalogue.versions(root, name)
+                found[name] = checkpoint.versions(root, name)
             except OSError as error:
                 _log.warning(f"a model cannot be looked at: {error}")
         return found
 
     return Folder(
         find=find,
-        mark=lambda name, version: catalogue.mark(root / name / str(version)),
+        mark=lambda name, version: checkpoint.mark(root / name / str(version)),
         load=load,
-        pinned=lambda name: catalogue.pinned(root, name),
+        pinned=lambda name: checkpoint.pinned(root, name),
     )
 
 

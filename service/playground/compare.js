@@ -1,7 +1,7 @@
 // Train mode beside eval mode: each twice, layer by layer, and what turning p does.
 
 import { ask, route } from "./api.js";
-import { $, brief, figure, make, paint, percent, points, release, settled } from "./dom.js";
+import { $, rounded, figure, make, paint, percent, points, release, settled } from "./dom.js";
 
 const PASSES = 32; // for the layers' moments; the first two are shown
 const UNITS = 24;
@@ -49,7 +49,7 @@ export class Modes {
     $("p").value = p;
     $("p").setAttribute("aria-valuetext", this.p === null ? "the model’s own" : String(p));
     $("p-text").textContent = this.p === null
-      ? [...new Set(this.sites?.map((site) => brief(site.p)))].join(" and ") || "–" : brief(p);
+      ? [...new Set(this.sites?.map((site) => rounded(site.p)))].join(" and ") || "–" : rounded(p);
     $("p-own").setAttribute("aria-pressed", String(this.p === null));
     units(p);
   }
@@ -65,7 +65,7 @@ export class Modes {
     $("layers").replaceChildren(...layers.map((layer) => this.#layer(layer)));
     const best = plain[0].indexOf(Math.max(...plain[0]));
     $("modes-text").textContent =
-      `${PASSES} train-mode passes${this.p === null ? "" : ` at p = ${brief(this.p)}`}; the first two ` +
+      `${PASSES} train-mode passes${this.p === null ? "" : ` at p = ${rounded(this.p)}`}; the first two ` +
       `are ${points(gap)} apart. Eval mode says ${this.classes[best]} with ${percent(plain[0][best])}, whatever p is.`;
   }
 
@@ -83,7 +83,7 @@ export class Modes {
 
   #layer({ name, kind, p, eval: plain, train }) {
     const rate = p === null ? null : this.p ?? p;
-    const note = rate === null ? kind : `p = ${brief(rate)}, kept × ${brief(1 / (1 - rate))}`;
+    const note = rate === null ? kind : `p = ${rounded(rate)}, kept × ${rounded(1 / (1 - rate))}`;
     const cell = (a, b) => {
       const canvas = make("canvas", { class: "two", "aria-hidden": "true" });
       paint(canvas, (context, width, height, ink) => twoBars(context, width, height, ink, a, b));
@@ -121,8 +121,8 @@ function units(p) {
   const after = height.map((h, i) => (kept[i] ? h / (1 - p) : 0));
   const mean = (values) => values.reduce((a, b) => a + b) / UNITS;
   const left = kept.filter(Boolean).length;
-  const text = `${left} of ${UNITS} units ${left === 1 ? "stays" : "stay"}, each × 1/(1−${brief(p)}) = ` +
-    `${brief(1 / (1 - p))}; hollow ones are dropped. Mean before ${figure(mean(height))}, after ${figure(mean(after))} (dashed).`;
+  const text = `${left} of ${UNITS} units ${left === 1 ? "stays" : "stay"}, each × 1/(1−${rounded(p)}) = ` +
+    `${rounded(1 / (1 - p))}; hollow ones are dropped. Mean before ${figure(mean(height))}, after ${figure(mean(after))} (dashed).`;
   $("units-text").textContent = text;
   $("units").setAttribute("aria-label", text);
   paint($("units"), (context, width, tall, ink) => {

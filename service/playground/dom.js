@@ -24,7 +24,7 @@ export function percent(p) {
 export const spoken = (p) => percent(p).replace("<", "less than ").replace(">", "more than ");
 
 /** Write a rate or a factor: no more than two decimals, and none that say nothing. */
-export const brief = (x) => String(Number(x.toFixed(2)));
+export const rounded = (x) => String(Number(x.toFixed(2)));
 
 /** Write how many: `many(1, "network")`, `many(2, "network")`. */
 export const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;

@@ -208,7 +208,7 @@ function verdict(now, t) {
 /** Write the verdict, and once more below the pad, where a phone shows it. */
 function say(parts) {
   $("verdict").replaceChildren(...parts);
-  $("brief-verdict").replaceChildren(...$("verdict").cloneNode(true).childNodes);
+  $("short-verdict").replaceChildren(...$("verdict").cloneNode(true).childNodes);
 }
 
 function controls({ playing, total, done }) {

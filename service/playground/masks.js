@@ -1,6 +1,6 @@
 // The masks of one thinned network: a grid a dropout site, a square a unit, filled where it is kept.
 
-import { brief, make, paint, release } from "./dom.js";
+import { rounded, make, paint, release } from "./dom.js";
 
 export class Masks {
   constructor(box) {
@@ -15,7 +15,7 @@ export class Masks {
       const columns = width(site.units);
       canvas.style.aspectRatio = `${columns} / ${Math.ceil(site.units / columns)}`;
       const text = make("p", { class: "small" });
-      const title = make("p", { class: "site" }, make("b", {}, site.name), ` p = ${brief(site.p)}`);
+      const title = make("p", { class: "site" }, make("b", {}, site.name), ` p = ${rounded(site.p)}`);
       return { site, canvas, text, box: make("div", {}, title, canvas, text) };
     });
     this.box.replaceChildren(...this.grids.map(({ box }) => box));

@@ -1,7 +1,7 @@
 // The picture beside ones that the model was not made for: what eval mode says, and the doubt.
 
 import { askAll, route } from "./api.js";
-import { $, brief, figure, make, nats, percent, release } from "./dom.js";
+import { $, rounded, figure, make, nats, percent, release } from "./dom.js";
 import { doubtBar } from "./doubt.js";
 import { imageData, toPng } from "./pixels.js";
 
@@ -71,7 +71,7 @@ function summary(kinds, plain, doubt) {
   if (k === 0) return `It doubts yours most. Start from a clearer picture.${caveat}`;
   const rise = total[k] - total[0];
   const part = (doubt[k].mutual_information - doubt[0].mutual_information) / rise;
-  const times = brief(Number((total[k] / total[0]).toPrecision(2)));
+  const times = rounded(Number((total[k] / total[0]).toPrecision(2)));
   const more = total[0] <= 0.05 ? "" : times === "1" ? ", hardly more than yours" : `, ${times} times as much as yours`;
   const source = part > 0.02
     ? `${Math.min(100, Math.round(100 * part))}% of the rise is disagreement between networks.`

@@ -1,25 +1,26 @@
 """A version is there whole or not at all: through kills, full disks and rivals."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from dropserve.models.catalogue import versions
-from dropserve.models.checkpoint import METADATA, WEIGHTS, Metadata, load, save
+from dropserve.models.checkpoint import MANIFEST, METADATA, WEIGHTS, Metadata, load, save, versions
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 
 # One process imports torch once, and forks for each script it is sent.
 FORKER = """
-import itertools, json, os, pathlib, random, resource, signal, sys, time
+import itertools, json, os, pathlib, resource, signal, sys
 import torch
-from dropserve.models.catalogue import versions
-from dropserve.models.checkpoint import Metadata, load, save
+from dropserve.models.checkpoint import Metadata, load, save, versions
 from dropserve.models.errors import CheckpointError, CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
@@ -60,22 +61,6 @@ for moment in itertools.count():
     if status == 0:
         break
     assert status == signal.SIGKILL
-"""
-
-KILLED_AT_RANDOM = """
-random.seed(1)
-begun = time.monotonic()
-save(root, module, about)
-took = time.monotonic() - begun
-for _ in range(25):
-    saver = os.fork()
-    if saver == 0:
-        while True:
-            save(root, module, about)
-    time.sleep(random.uniform(0.0, 2 * took))
-    os.kill(saver, signal.SIGKILL)
-    os.waitpid(saver, 0)
-save(root, module, about)
 """
 
 FULL_DISK = """
@@ -139,16 +124,11 @@ def test_a_saver_killed_at_any_moment_leaves_a_whole_version_or_none(forker, tmp
     forker(KILLED_EVERYWHERE, tmp_path)
     roots = sorted(tmp_path.iterdir(), key=lambda root: int(root.name))
     found = [assert_all_whole(root) for root in roots]
+    assert list((roots[0].parent).glob("*/net/.new-*"))
     assert found == sorted(found)  # none, up to the rename; one from there on
     assert (found[0], found[-1]) == (0, 1)
     assert found.count(0) > 20
     assert found.count(1) > 3
-
-
-def test_a_saver_killed_at_random_moments_leaves_whole_versions_only(forker, tmp_path):
-    forker(KILLED_AT_RANDOM, tmp_path)
-    assert assert_all_whole(tmp_path) > 2
-    assert list((tmp_path / "net").glob(".new-*")), "no kill came in the middle of a save"
 
 
 def test_no_space_is_an_error_that_leaves_nothing_behind(forker, tmp_path):
@@ -185,6 +165,21 @@ def test_a_name_taken_by_something_else_is_passed_over(tmp_path):
     save(tmp_path, module, about)
     (tmp_path / "net" / "2").write_text("a file in the way")
     assert save(tmp_path, module, about).name == "3"
+
+
+def test_a_version_is_flushed_to_disk_before_and_after_its_name_is(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def record(descriptor):
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path)
+        flushed.append(re.sub(r"\.new-\w+", "new", path.as_posix()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    path = save(tmp_path, *small())
+    files = [f"net/new/{name}" for name in (WEIGHTS, METADATA, MANIFEST)]
+    assert flushed == [".", *files, "net/new", "net"]
+    assert path.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, METADATA])

@@ -1,10 +1,12 @@
-"""Datasets: sizes, labels and digests; damaged files are refused; nothing here uses a network."""
+"""Datasets and their augmentation; damaged files are refused; nothing here uses a network."""
 
 import gzip
 import hashlib
 import http.client
+import io
 import os
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dropserve.models.data import Split, download, load_dataset, read_idx
+from dropserve.models.data import Split, augment, download, load_dataset, read_idx
 from dropserve.models.errors import DataError
 from dropserve.models.preprocessing import Preprocessing
 
@@ -68,19 +70,21 @@ def test_digest_sees_any_pixel_and_any_label(digits):
     assert len(digests) == 3
 
 
-def test_the_origin_of_a_dataset_is_its_name_digest_and_sizes(digits):
+def test_a_dataset_is_described_by_its_name_digest_and_sizes(digits):
     expected = {"name": "digits", "digest": digits.digest(), "train": 1437, "test": 360}
     assert digits.origin() == expected
+    summary = "digits: 1,437 images to train on, 360 to test on; 10 classes; 8x8 pixels"
+    assert digits.summary() == summary
     assert digits.train.digest() != digits.test.digest()
 
 
-def test_a_size_is_refused_where_the_dataset_has_its_own(tmp_path):
+def test_options_of_a_named_dataset_go_into_the_preprocessing_and_it_has_its_own_size(tmp_path):
+    with pytest.raises(DataError, match="no dataset 'imagenet': give digits, fashion-mnist, mnist"):
+        load_dataset("imagenet", tmp_path)
     with pytest.raises(DataError, match="digits has a size of its own"):
         load_dataset("digits", tmp_path, size=(16, 16))
-
-
-def test_invert_goes_into_the_preprocessing(tmp_path):
-    assert load_dataset("digits", tmp_path, invert=True).preprocessing.invert
+    found = load_dataset("digits", tmp_path, invert=True, fit="pad").preprocessing
+    assert (found.invert, found.fit, found.draft) == (True, "pad", False)
 
 
 @pytest.mark.parametrize("raw", [GOOD, GZIPPED], ids=["plain", "gzipped"])
@@ -89,15 +93,10 @@ def test_an_idx_file_is_read(tmp_path, raw):
     assert torch.equal(read_idx(tmp_path / "file"), torch.from_numpy(ARRAY))
 
 
-def broken_deflate():
-    raw = bytearray(GZIPPED)
-    raw[10] |= 0b110  # block type 3 does not exist
-    return bytes(raw)
-
-
 @pytest.mark.parametrize(
     "raw",
     [
+        pytest.param(None, id="missing"),
         pytest.param(b"", id="empty"),
         pytest.param(GOOD[:-1], id="cut short"),
         pytest.param(GOOD[:9], id="cut in the sizes"),
@@ -108,7 +107,7 @@ def broken_deflate():
         pytest.param(idx(np.zeros((0, 2, 2))), id="no images"),
         pytest.param(GZIPPED[:-9], id="gzip cut short"),
         pytest.param(GZIPPED[:-8] + b"\0" * 8, id="gzip checksum"),
-        pytest.param(broken_deflate(), id="gzip damaged"),
+        pytest.param(GZIPPED[:10] + b"\xff" + GZIPPED[11:], id="gzip damaged"),
         pytest.param(
             bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2**31, 2**31, 4)),
             id="sizes that overflow",
@@ -116,14 +115,10 @@ def broken_deflate():
     ],
 )
 def test_a_damaged_idx_file_is_refused_by_name(tmp_path, raw):
-    (tmp_path / "some-file").write_bytes(raw)
+    if raw is not None:
+        (tmp_path / "some-file").write_bytes(raw)
     with pytest.raises(DataError, match="some-file"):
         read_idx(tmp_path / "some-file")
-
-
-def test_a_missing_idx_file_is_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match="nowhere"):
-        read_idx(tmp_path / "nowhere")
 
 
 def write_mnist(folder, train=12, test=5, labels=None):
@@ -164,17 +159,17 @@ def test_fashion_mnist_is_whole_and_has_its_published_mean_and_std():
 
 def test_a_download_is_checked_and_put_in_place(tmp_path):
     path = tmp_path / "new" / "file.gz"
-    asked = []
     md5 = hashlib.md5(b"payload", usedforsecurity=False).hexdigest()
-    download("http://x/file.gz", path, md5, lambda url: asked.append(url) or b"payload")
-    assert asked == ["http://x/file.gz"]
+    source = tmp_path / "source"
+    source.write_bytes(b"payload")
+    download(source.as_uri(), path, md5)
     assert path.read_bytes() == b"payload"
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_download_with_another_md5_writes_nothing(tmp_path):
     with pytest.raises(DataError, match=r"MD5 is [0-9a-f]{32}, published is 123; nothing"):
-        download("http://x/f", tmp_path / "new" / "f", "123", lambda _url: b"tampered")
+        download("http://x/f", tmp_path / "new" / "f", "123", lambda *_, **__: io.BytesIO(b"x"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,11 +179,12 @@ def test_a_download_with_another_md5_writes_nothing(tmp_path):
     ids=lambda e: type(e).__name__,
 )
 def test_a_download_that_fails_says_what_to_do(tmp_path, error):
-    def fetch(_url):
+    def urlopen(_url, timeout):
+        assert timeout
         raise error
 
     with pytest.raises(DataError, match=r"cannot be fetched .*put the file there.*--data-dir"):
-        download("http://x/f", tmp_path / "f", "123", fetch)
+        download("http://x/f", tmp_path / "f", "123", urlopen)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,7 +210,7 @@ def test_a_folder_with_train_and_test_is_read_as_it_is(tmp_path):
 def test_a_folder_without_a_split_holds_the_same_images_out_whenever_it_grows(tmp_path):
     def split(count):
         for i in range(count):
-            paint(tmp_path / ("even" if i % 2 == 0 else "odd") / f"{i}.png", i)
+            paint(tmp_path / ("odd" if i % 2 else "train") / f"{i}.png", i)
         data = load_dataset(str(tmp_path), tmp_path, size=(4, 4))
         return [set(s.images[:, 0, 0, 0].tolist()) for s in (data.train, data.test)]
 
@@ -288,7 +284,7 @@ def test_all_broken_images_are_listed_at_once_and_can_be_left_out(tmp_path):
         load_dataset(str(tmp_path), tmp_path)
     assert it.value.__notes__ == [
         f"{tmp_path}/train/cat/text.png: not a PNG, JPEG or WebP image",
-        f"{tmp_path}/test/dog/deep.png: 16 bits a channel, which would be clipped: save it with 8",
+        f"{tmp_path}/test/dog/deep.png: 16 bits a channel: save it with 8",
     ]
     data = load_dataset(str(tmp_path), tmp_path, size=(5, 7), fit="crop", skip_broken=True)
     assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 100, 100, 100]
@@ -300,12 +296,6 @@ def test_all_broken_images_are_listed_at_once_and_can_be_left_out(tmp_path):
         path.write_bytes(b"cut")
     with pytest.raises(DataError, match=r"test/cat: no image in it can be read"):
         load_dataset(str(tmp_path), tmp_path, skip_broken=True)
-
-
-def test_a_named_set_is_summed_up_in_a_line(digits):
-    assert digits.summary() == (
-        "digits: 1,437 images to train on, 360 to test on; 10 classes; 8x8 pixels"
-    )
 
 
 def test_a_model_s_preprocessing_and_order_of_classes_are_taken(tmp_path):
@@ -328,9 +318,26 @@ def test_a_model_s_preprocessing_and_order_of_classes_are_taken(tmp_path):
         load_dataset("digits", tmp_path, preprocessing=wanted)
 
 
-def test_an_unknown_dataset_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no dataset 'imagenet': give digits, fashion-mnist, mnist"):
-        load_dataset("imagenet", tmp_path)
+def test_photos_are_decoded_at_a_smaller_scale_unless_the_model_s_were_not(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 96, 128, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paths = [tmp_path / name for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")]
+    for path, pixels in zip(paths, noise, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path, exif=exif)
+    data = load_dataset(str(tmp_path), tmp_path, size=(16, 12), fit="pad")
+    assert data.found.sizes == {(96, 128)}
+    for draft, size in ((True, (32, 24)), (False, (128, 96))):  # twice 12 x 16, turned
+        images = [Image.open(path) for path in paths]
+        how = replace(data.preprocessing, draft=draft)
+        for image in images:
+            how.set_scale(image)
+        pixels = torch.from_numpy(np.stack([how.prepare(image) for image in images]))
+        got = load_dataset(str(tmp_path), tmp_path, preprocessing=how, whole=True).test.images
+        assert torch.equal(got, pixels)
+        assert {image.size for image in images} == {size}
+        assert all((pixels == x).flatten(1).all(1).any() for x in data.train.images) == draft
 
 
 def test_a_split_is_taken_and_batched_in_order(digits):
@@ -339,3 +346,49 @@ def test_a_split_is_taken_and_batched_in_order(digits):
     batches = list(digits.test.batches(150))
     assert [len(b) for b in batches] == [150, 150, 60]
     assert torch.equal(torch.cat([b.labels for b in batches]), digits.test.labels)
+
+
+IMAGES = torch.arange(1, 25, dtype=torch.uint8).view(1, 2, 3, 4)
+
+
+def moved(image, down, right):
+    """Shift [C, H, W] by hand, pixel by pixel; black comes in."""
+    out = torch.zeros_like(image)
+    _, height, width = image.shape
+    for row in range(height):
+        for column in range(width):
+            if 0 <= row - down < height and 0 <= column - right < width:
+                out[:, row, column] = image[:, row - down, column - right]
+    return out
+
+
+def test_every_shift_comes_about_as_often_as_every_other():
+    draws = 2500
+    shifted = augment(IMAGES.expand(draws, -1, -1, -1), shift=2, flip=False)
+    assert shifted.dtype == torch.uint8
+    allowed = [moved(IMAGES[0], d, r) for d in range(-2, 3) for r in range(-2, 3)]
+    counts = torch.tensor([(shifted == one).flatten(1).all(1).sum() for one in allowed])
+    assert counts.sum() == draws  # no image is anything else
+    assert ((counts - 100).abs() <= 5 * sqrt(100)).all()
+
+
+def test_about_half_of_the_images_are_mirrored():
+    draws = 2000
+    got = augment(IMAGES.expand(draws, -1, -1, -1), shift=0, flip=True)
+    mirrored = (got == IMAGES.flip(-1)).flatten(1).all(1)
+    assert torch.equal(got[~mirrored], IMAGES.expand(draws, -1, -1, -1)[~mirrored])
+    assert abs(mirrored.sum() - draws / 2) <= 5 * sqrt(draws / 4)
+
+
+def test_nothing_asked_changes_nothing():
+    assert augment(IMAGES, 0, flip=False) is IMAGES
+
+
+@pytest.mark.parametrize(("shift", "flip"), [(1, False), (0, True), (3, True)])
+def test_the_global_generator_decides(shift, flip):
+    images = IMAGES.expand(50, -1, -1, -1)
+    torch.manual_seed(1)
+    first, other = augment(images, shift, flip), augment(images, shift, flip)
+    torch.manual_seed(1)
+    assert torch.equal(augment(images, shift, flip), first)
+    assert not torch.equal(first, other)

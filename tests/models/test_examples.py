@@ -36,7 +36,7 @@ def opened(example):
 
 @pytest.mark.parametrize("invert", [False, True])
 @pytest.mark.parametrize("preprocessing", [GREY, COLOUR], ids=["grey", "colour"])
-def test_a_picture_becomes_the_pixels_that_it_was_made_from(preprocessing, invert):
+def test_an_image_becomes_the_pixels_that_it_was_made_from(preprocessing, invert):
     preprocessing = replace(preprocessing, invert=invert)
     test = split(preprocessing, [0, 1, 2] * 10)
     chosen = choose(test, 3, preprocessing)
@@ -61,7 +61,7 @@ def test_classes_take_turns_and_have_as_many_each(labels, classes, expected):
     assert [e.index for e in choose(split(GREY, labels), classes, GREY)] == expected
 
 
-def test_large_pictures_are_fewer_and_the_description_stays_short(tmp_path):
+def test_large_images_are_fewer_and_the_description_stays_short(tmp_path):
     large = Preprocessing((224, 224), 3, (0.5,) * 3, (0.25,) * 3)
     few = choose(split(large, [0, 1, 2] * 8), 3, large)
     assert [e.index for e in few] == [0, 1]
@@ -125,7 +125,7 @@ BAD_PNGS = {
 
 
 @pytest.mark.parametrize("name", BAD_PNGS)
-def test_a_file_that_is_no_such_picture_is_refused(name, path):
+def test_a_file_that_is_no_such_image_is_refused(name, path):
     def edit(values):
         values["examples"][1]["png"] = base64.b64encode(BAD_PNGS[name]).decode()
 

@@ -1,6 +1,7 @@
-"""Networks: the description makes the round trip, the module is what it describes."""
+"""Networks: they are what their description says, and whose code a factory runs."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from dropserve.models.dropout import InvertedDropout, SpatialDropout
 from dropserve.models.errors import ConfigError
-from dropserve.models.networks import NetworkConfig, default_config
+from dropserve.models.networks import NetworkConfig, call_factory, default_config, trusted
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10)
 CNN = NetworkConfig("cnn", (3, 28, 20), 7, (64,), (0.3,), (8, 16), 0.1)
@@ -121,18 +122,18 @@ def test_json_with_a_missing_value_is_refused_by_name(name):
         NetworkConfig.from_json(values)
 
 
-@pytest.mark.parametrize("trusted", [None, {"torch.nn:Linear"}], ids=["any", "named"])
-def test_a_trusted_factory_makes_the_module(trusted):
-    module = FACTORY.build(trusted)
+@pytest.mark.parametrize("allowed", [None, {"torch.nn:Linear"}], ids=["any", "named"])
+def test_a_trusted_factory_makes_the_module(allowed):
+    module = FACTORY.build(allowed)
     assert isinstance(module, nn.Linear)
     assert (module.in_features, module.out_features) == (4, 3)
 
 
-@pytest.mark.parametrize("trusted", [(), {"torch.nn:Conv2d"}])
-def test_a_factory_that_is_not_trusted_is_not_called(trusted):
+@pytest.mark.parametrize("allowed", [(), {"torch.nn:Conv2d"}])
+def test_a_factory_that_is_not_trusted_is_not_called(allowed):
     config = replace(FACTORY, kind="builtins:print", arguments={"nonsense": 1})
     with pytest.raises(ConfigError, match=r"'builtins:print' is not trusted.*DROPSERVE_FACTORIES"):
-        config.build(trusted)
+        config.build(allowed)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +149,94 @@ def test_a_factory_that_is_not_trusted_is_not_called(trusted):
 def test_a_broken_factory_is_refused_with_its_error(kind, reason):
     with pytest.raises(ConfigError, match=reason):
         replace(FACTORY, kind=kind).build()
+
+
+NETS = """
+from torch import nn
+import blocks
+from .blocks import width
+def make(extra=0):
+    return nn.Linear(blocks.width(), width() + extra)
+"""
+
+
+def write(folder, width, name="nets.py"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(NETS)
+    (folder / "blocks.py").write_text(f"def width():\n    return {width}\n")
+    return folder / name
+
+
+def test_files_and_neighbours_of_one_name_are_different_modules(tmp_path):
+    before = set(sys.modules), list(sys.path)
+    for width in (3, 4):
+        module = call_factory(f"{write(tmp_path / str(width), width)}:make", {"extra": 1})
+        assert isinstance(module, nn.Linear)
+        assert (module.in_features, module.out_features) == (width, width + 1)
+    assert sys.path == before[1]
+    assert {
+        name for name in set(sys.modules) - before[0] if not name.startswith("_factory_")
+    } == set()
+
+
+def test_a_file_that_was_edited_is_run_anew_with_its_neighbours(tmp_path):
+    file = write(tmp_path / "a", 3)
+    assert call_factory(f"{file}:make", {}).in_features == 3
+    write(tmp_path / "a", 1234)  # of another length, so that no cached byte code is taken for it
+    module = call_factory(f"{file}:make", {})
+    assert (module.in_features, module.out_features) == (1234, 1234)
+
+
+def test_a_relative_path_starts_in_the_working_directory(tmp_path, monkeypatch):
+    write(tmp_path / "a:b", 5, name="my nets.v2.py")
+    monkeypatch.chdir(tmp_path)
+    assert call_factory("a:b/my nets.v2.py:make", {}).in_features == 5
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "reason"),
+    [
+        ("def make(:", "make", r"bad\.py:make: SyntaxError: .*bad\.py, line 1"),
+        ("import sys; sys.exit(3)", "make", r"bad\.py:make: SystemExit: 3"),
+        ("", "make", r"bad\.py:make: AttributeError: .*no attribute 'make'"),
+        ("def make():\n    raise OSError('no')", "make", r"bad\.py:make: OSError: no"),
+        (None, "make", r"bad\.py:make: FileNotFoundError"),
+    ],
+    ids=["syntax", "exit", "missing", "failing", "no file"],
+)
+def test_a_file_that_fails_is_named(tmp_path, code, name, reason):
+    if code is not None:
+        (tmp_path / "bad.py").write_text(code)
+    path = list(sys.path)
+    with pytest.raises(ConfigError, match=reason):
+        call_factory(f"{tmp_path / 'bad.py'}:{name}", {})
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "meant"),
+    [
+        ("a.b:f", ["a.b:f"], "a.b:f"),
+        ("x/nets.py:f", ["x/nets.py:f", "y/nets.py:f"], "x/nets.py:f"),
+        ("./x//nets.py:f", ["x/nets.py:f", "y/nets.py:f"], "x/nets.py:f"),
+        ("/home/me/nets.py:f", ["/srv/nets.py:f", "/srv/nets.py:g"], "/srv/nets.py:f"),
+    ],
+)
+def test_a_file_is_known_by_its_path_or_else_its_name(name, allowed, meant):
+    assert trusted(name, allowed) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "reason"),
+    [
+        ("os:system", ["a.b:system", "/x/nets.py:g"], r"named there: a.b:system, nets.py:g$"),
+        ("nets.py:g", ["nets.py:f"], "not trusted"),
+        ("evil/blocks.py:f", ["nets.py:f"], "not trusted"),
+        ("nets:f", ["nets.py:f"], "not trusted"),
+        ("a.nets:f", ["b.nets:f"], "not trusted"),
+        ("z/nets.py:f", ["x/nets.py:f", "y/nets.py:f"], "x/nets.py:f or y/nets.py:f"),
+    ],
+)
+def test_what_is_not_allowed_or_not_clear_is_refused(name, allowed, reason):
+    with pytest.raises(ConfigError, match=reason):
+        trusted(name, allowed)

@@ -78,7 +78,7 @@ def test_colour_becomes_grey_by_luma():
     np.testing.assert_allclose(got[0], PIXELS @ [0.299, 0.587, 0.114], atol=1)
 
 
-def test_black_and_white_and_cmyk_pictures_are_read():
+def test_black_and_white_and_cmyk_images_are_read():
     assert GREY.prepare(Image.new("1", (3, 2), 1)).tolist() == [[[255] * 3] * 2]
     assert COLOUR.prepare(Image.new("CMYK", (3, 2))).tolist() == [[[255] * 3] * 2] * 3
 
@@ -133,10 +133,34 @@ def test_an_image_of_one_colour_stays_so_however_it_is_fitted(width, height, w, 
     assert right - left + 1 == w or bottom - top + 1 == h
 
 
-def test_metadata_of_earlier_releases_stretch():
-    values = GREY.to_json()
-    del values["fit"]
-    assert Preprocessing.from_json(values).fit == "stretch"
+def jpeg(width, height, orientation=1):
+    """A JPEG of noise, width x height as it is stored."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise).save(file, "JPEG", exif=exif)
+    return file
+
+
+@given(*[st.integers(1, 400)] * 2, *[st.integers(1, 40)] * 2, st.integers(1, 8))
+def test_a_jpeg_is_decoded_at_the_smallest_scale_of_twice_the_size(w, h, width, height, turned):
+    image = Image.open(jpeg(*((h, w) if turned >= 5 else (w, h)), turned))  # upright, w x h
+    replace(COLOUR, size=(height, width), draft=True).set_scale(image)
+    image.load()
+    found = image.size[::-1] if turned >= 5 else image.size
+    scales = [s for s in (8, 4, 2) if w >= 2 * width * s and h >= 2 * height * s]
+    assert found == tuple(-(-side // max([1, *scales])) for side in (w, h))
+
+
+def test_metadata_of_earlier_releases_stretch_and_decode_in_full():
+    values = replace(GREY, fit="crop", draft=True).to_json()
+    del values["fit"], values["draft"]
+    old = Preprocessing.from_json(values)
+    assert (old.fit, old.draft, old.draft_size) == ("stretch", False, None)
+    image = Image.open(jpeg(64, 48))
+    old.set_scale(image)
+    np.testing.assert_array_equal(old.prepare(image), GREY.prepare(Image.open(jpeg(64, 48))))
+    assert image.size == (64, 48)
 
 
 @pytest.mark.parametrize("preprocessing", [GREY, COLOUR])
@@ -173,6 +197,7 @@ preprocessings = st.integers(1, 4096).flatmap(
         std=st.tuples(*[st.floats(1e-3, 10)] * 3),
         invert=st.booleans(),
         fit=st.sampled_from(["stretch", "crop", "pad"]),
+        draft=st.booleans(),
     )
 )
 
@@ -205,7 +230,7 @@ def test_values_that_make_no_sense_are_refused(change, reason):
     "change",
     [
         {"size": [8]}, {"size": 8}, {"channels": None}, {"mean": "x"}, {"std": [[1]]},
-        {"channels": float("inf")}, {"invert": "false"},
+        {"channels": float("inf")}, {"invert": "false"}, {"invert": 1}, {"draft": None},
         {"fit": ["crop"]},
     ],
     ids=repr,

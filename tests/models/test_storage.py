@@ -1,4 +1,4 @@
-"""Storage: what is not sound is refused with its reason, whatever the bytes."""
+"""Storage: invalid files are refused with its reason, whatever the bytes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from dropserve.models.storage import (
 )
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([7, -8])}
-SOUND = safetensors.torch.save(TENSORS)
+VALID = safetensors.torch.save(TENSORS)
 
 
 def pack(header, data=b""):
@@ -46,44 +46,44 @@ DUPLICATE = pack(
     b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
     bytes(8),
 )
-UNSOUND = {
+INVALID = {
     "nothing": (b"", "not safetensors"),
-    "seven bytes": (SOUND[:7], "not safetensors"),
-    "cut in the header": (SOUND[:40], "truncated in its header"),
-    "cut in the data": (SOUND[:-1], "not sound safetensors"),
-    "a trailing byte": (SOUND + b"\0", "not sound safetensors"),
-    "a header of 2^63 bytes": ((2**63).to_bytes(8, "little") + SOUND[8:], "a header of 92233720"),
+    "seven bytes": (VALID[:7], "not safetensors"),
+    "cut in the header": (VALID[:-41], "truncated in its header"),  # of its data and a byte
+    "cut in the data": (VALID[:-1], "invalid safetensors"),
+    "a trailing byte": (VALID + b"\0", "invalid safetensors"),
+    "a header of 2^63 bytes": ((2**63).to_bytes(8, "little") + VALID[8:], "a header of 92233720"),
     "a header over the limit": (pack(b" " * (MAX_HEADER_BYTES + 1)), "a header of 1000001 bytes"),
     "200,000 empty tensors": (pack(empty_tensors(200_000)), "not safetensors: a header of"),
     "too many tensors": (pack(empty_tensors(MAX_TENSORS + 2)), "10002 tensors, more than 10000"),
-    "a duplicate name": (DUPLICATE, "a name stands twice"),
-    "a hole": (pack({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "not sound safetensors"),
-    "an overlap": (pack({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "not sound"),
-    "offsets past the end": (pack({"a": entry(0, 4000)}, bytes(4)), "not sound safetensors"),
-    "offsets backwards": (pack({"a": entry(4, 0, [1])}, bytes(4)), "not sound safetensors"),
-    "a shape of other size": (pack({"a": entry(0, 4, [2])}, bytes(4)), "not sound safetensors"),
-    "a shape that overflows": (pack({"a": entry(0, 4, [2**62, 4, 1])}, bytes(4)), "not sound"),
-    "a negative shape": (pack({"a": entry(0, 4, [-1])}, bytes(4)), "not sound safetensors"),
-    "an unknown dtype": (pack({"a": entry(0, 4, [1], "F31")}, bytes(4)), "not sound safetensors"),
-    "a missing field": (pack({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "not sound"),
+    "a duplicate name": (DUPLICATE, "duplicate name"),
+    "a hole": (pack({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "invalid safetensors"),
+    "an overlap": (pack({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "invalid"),
+    "offsets past the end": (pack({"a": entry(0, 4000)}, bytes(4)), "invalid safetensors"),
+    "offsets backwards": (pack({"a": entry(4, 0, [1])}, bytes(4)), "invalid safetensors"),
+    "a shape of other size": (pack({"a": entry(0, 4, [2])}, bytes(4)), "invalid safetensors"),
+    "a shape that overflows": (pack({"a": entry(0, 4, [2**62, 4, 1])}, bytes(4)), "invalid"),
+    "a negative shape": (pack({"a": entry(0, 4, [-1])}, bytes(4)), "invalid safetensors"),
+    "an unknown dtype": (pack({"a": entry(0, 4, [1], "F31")}, bytes(4)), "invalid safetensors"),
+    "a missing field": (pack({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "invalid"),
     "a header that is a list": (pack([1, 2]), "not a JSON object"),
-    "a header that is not JSON": (pack(b"{'a': 1}"), "not sound JSON"),
-    "a header in no encoding": (pack(b'{"\xff": 1}'), "not sound JSON"),
-    "a header nested deep": (pack(b'{"a":' * 100_000 + b"}" * 100_000), "not sound JSON"),
+    "a header that is not JSON": (pack(b"{'a': 1}"), "invalid JSON"),
+    "a header in no encoding": (pack(b'{"\xff": 1}'), "invalid JSON"),
+    "a header nested deep": (pack(b'{"a":' * 100_000 + b"}" * 100_000), "invalid JSON"),
     "a pickle": (b"\x80\x04\x95" + bytes(100), "not safetensors"),
     "a zip": (b"PK\x03\x04" + bytes(100), "not safetensors"),
 }
 
 
-def test_a_sound_file_is_read(tmp_path):
-    got = parse_tensors(tmp_path, SOUND)
+def test_a_valid_file_is_read(tmp_path):
+    got = parse_tensors(tmp_path, VALID)
     assert got.keys() == TENSORS.keys()
     assert all(torch.equal(got[name], TENSORS[name]) for name in TENSORS)
 
 
-@pytest.mark.parametrize("case", UNSOUND)
-def test_unsound_tensors_are_refused_with_their_reason(tmp_path, case):
-    raw, reason = UNSOUND[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_tensors_are_refused_with_their_reason(tmp_path, case):
+    raw, reason = INVALID[case]
     with pytest.raises(CheckpointRefused, match=re.escape(reason)) as caught:
         parse_tensors(tmp_path / "file", raw)
     assert caught.value.path == tmp_path / "file"
@@ -93,7 +93,7 @@ def test_unsound_tensors_are_refused_with_their_reason(tmp_path, case):
 @settings(max_examples=400)
 @given(st.data())
 def test_a_changed_byte_is_refused_or_gives_tensors_that_fit_the_bytes(tmp_path_factory, data):
-    raw = bytearray(SOUND)
+    raw = bytearray(VALID)
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -106,23 +106,23 @@ def test_a_changed_byte_is_refused_or_gives_tensors_that_fit_the_bytes(tmp_path_
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"", "not sound JSON"),
+        (b"", "invalid JSON"),
         (b"[1]", "not a JSON object"),
-        (b'{"a": {"b": 1, "b": 1}}', "a name stands twice"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not sound JSON"),
-        (b'{"a": 99999999999999999999}', "not sound JSON: Integer exceeds 64-bit range"),
-        (b'{"a": "\\ud83d"}', "not sound JSON: .*surrogates not allowed"),
-        (b'{"\\ud800": 1}', "not sound JSON: .*surrogates not allowed"),
-        (b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}", "not sound JSON: Recursion limit"),
-        (b"[" * 100_000, "not sound JSON"),
-        ('{"a": 1}'.encode("utf-16"), "not sound JSON"),
+        (b'{"a": {"b": 1, "b": 1}}', "duplicate name"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "invalid JSON"),
+        (b'{"a": 99999999999999999999}', "invalid JSON: Integer exceeds 64-bit range"),
+        (b'{"a": "\\ud83d"}', "invalid JSON: .*surrogates not allowed"),
+        (b'{"\\ud800": 1}', "invalid JSON: .*surrogates not allowed"),
+        (b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}", "invalid JSON: Recursion limit"),
+        (b"[" * 100_000, "invalid JSON"),
+        ('{"a": 1}'.encode("utf-16"), "invalid JSON"),
     ],
     ids=[
         *("nothing", "a list", "a duplicate name", "5,000 digits", "65 bits", "half a pair"),
         *("half a pair in a name", "300 deep", "100,000 deep", "UTF-16"),
     ],
 )
-def test_unsound_json_is_refused_with_its_reason(tmp_path, raw, reason):
+def test_invalid_json_is_refused_with_its_reason(tmp_path, raw, reason):
     with pytest.raises(CheckpointRefused, match=reason):
         parse_json(tmp_path, raw)
 
@@ -141,7 +141,7 @@ def link(path):
     ("make", "reason"),
     [
         (fifo, "not a plain file"),
-        (lambda path: path.mkdir(), "not a plain file"),
+        (lambda path: path.mkdir(), "cannot be opened: Is a directory"),
         (link, "cannot be opened: a symbolic link: put the file itself there"),
         (lambda path: path.symlink_to("nowhere"), "cannot be opened: a symbolic link"),
         (lambda _path: None, "cannot be opened: No such file"),

@@ -1,11 +1,13 @@
 """Training: it learns, it repeats itself to the bit, and it stops when told."""
 
+import itertools
 import math
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from dropserve.models.data import Split
@@ -185,21 +187,43 @@ def test_the_best_weights_are_kept_and_not_the_last(digits):
     ]
 
 
-def test_the_held_out_images_are_not_trained_on():
-    seen = []
+class Process(Fabric):
+    """One of several processes, without the others."""
+
+    def __init__(self, rank=0, world_size=1):
+        super().__init__(accelerator="cpu", devices=1)
+        self.place = rank, world_size
+
+    global_rank = property(lambda self: self.place[0])
+    world_size = property(lambda self: self.place[1])
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_share_the_images_of_an_epoch_and_hold_the_same_ones_out(processes):
     data = Split(torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1), torch.arange(100) % 2)
-    module = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    trained, validated = [], []
 
     def normalize(pixels):
-        seen.append((module.training, set(pixels.flatten().tolist())))
+        (trained if module.training else validated).append(pixels.flatten().tolist())
         return pixels.float()
 
-    list(fit(module, data, normalize, Recipe(epochs=2, batch_size=30), fabric=launch("cpu")))
-    trained = set().union(*(s for training, s in seen if training))
-    validated = set().union(*(s for training, s in seen if not training))
-    assert len(validated) == 10
-    assert trained | validated == set(range(100))
-    assert not trained & validated
+    for rank in range(processes):
+        module = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+        recipe = Recipe(epochs=2, batch_size=30)
+        list(fit(module, data, normalize, recipe, fabric=Process(rank, processes)))
+    assert {len(share) for share in trained} == {30 // processes}
+    assert len(trained) == 2 * 3 * processes
+    assert len({tuple(held_out) for held_out in validated}) == 1
+    assert not set(validated[0]) & {image for share in trained for image in share}
+    for epoch in (0, 1):  # each image once
+        of_epoch = [share for i, share in enumerate(trained) if i // 3 % 2 == epoch]
+        assert sorted(itertools.chain(*of_epoch, validated[0])) == list(range(100))
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(digits):
+    run = fit(build(MLP), digits.train, digits.preprocessing.normalize, SHORT, fabric=Process(0, 3))
+    with pytest.raises(ConfigError, match="batch_size must be a multiple of 3, the processes"):
+        next(run)
 
 
 def test_progress_counts_the_images_of_an_epoch(digits):

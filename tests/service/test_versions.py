@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from dropserve.models import catalogue, checkpoint
+from dropserve.models import checkpoint
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.cli.main import app as command_line
@@ -348,9 +348,9 @@ def test_pins_rollbacks_and_prunes_reach_all_workers_and_fail_no_request(running
         dropserve("rollback", "m", root=root)
         answers(last)
         dropserve("prune", "m", "--keep", 1, root=root)
-        assert catalogue.versions(root, "m") == [last, newest]
+        assert checkpoint.versions(root, "m") == [last, newest]
         time.sleep(2 * POLL)
-        catalogue.pin(root, "m", first)  # which is there no more
+        checkpoint.pin(root, "m", first)  # which is there no more
         wait_for(server.lines, "pin not followed", newest, 2)
         moments.append((time.monotonic(), newest))
         state = ask(server, "/readyz")["models"]["m"]
@@ -401,7 +401,7 @@ def kill_a_worker(server):
 def test_a_worker_that_takes_a_dead_ones_place_serves_what_is_good(publisher, make_server):
     token = "a-token-of-an-operator"  # noqa: S105  of this test
     publisher.publish(2)
-    catalogue.pin(publisher.root, "m", 1)
+    checkpoint.pin(publisher.root, "m", 1)
     server = make_server(
         publisher.root, workers=2, poll_seconds=POLL, default_model=None, admin_token=token
     ).start()

@@ -1,5 +1,6 @@
-"""What stands for attention, with every mask open, is PyTorch's attention without dropout."""
+"""What stands for attention is attention, with the given masks on its weights."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -30,19 +31,34 @@ def attentions(draw):
     return (query, key, value), given
 
 
+def oracle(query, key, value, keep, attn_mask=None, is_causal=False, scale=None, **_):
+    """Attention in NumPy, one query at a time; `keep` multiplies its weights."""
+    query, key, value, keep = (t.double().numpy() for t in (query, key, value, keep))
+    result = np.zeros((*query.shape[:3], value.shape[-1]))
+    for b, h, i in np.ndindex(query.shape[:3]):
+        shared = h * key.shape[1] // query.shape[1]
+        scores = key[b, shared] @ query[b, h, i] * (0.5 if scale is None else scale)
+        if is_causal:
+            scores[i + 1 :] = -np.inf
+        elif attn_mask is not None:
+            row = attn_mask[i].numpy()
+            scores = np.where(row, scores, -np.inf) if row.dtype == bool else scores + row
+        if scores.max() > -np.inf:
+            weights = np.exp(scores - scores.max())
+            result[b, h, i] = weights / weights.sum() * keep[b, h, i] @ value[b, shared]
+    return torch.from_numpy(result).float()
+
+
 @settings(max_examples=150)
-@given(attentions())
-def test_attention_with_all_kept_is_attention(arguments):
+@given(attentions(), st.sampled_from([0.0, 0.25]))
+def test_attention_is_the_oracles_under_a_mask_and_without_dropout(arguments, p):
     tensors, given = arguments
-    shapes = []
-
-    def all_kept(kind, p, shape):
-        shapes.append((kind, p, shape))
-        return torch.ones(shape)
-
-    with Interception(all_kept):
-        got = F.scaled_dot_product_attention(*tensors, dropout_p=0.25, **given)
-    expected = F.scaled_dot_product_attention(*tensors, **given)
-    torch.testing.assert_close(got, expected)
     query, key, _ = tensors
-    assert shapes == [("attention", 0.25, (*query.shape[:3], key.shape[2]))]
+    shape = (*query.shape[:3], key.shape[2])
+    keep = (torch.rand(shape) < 0.75) / 0.75 if p else torch.ones(shape)
+    calls = []
+
+    with Interception(lambda *call: calls.append(call) or keep):
+        got = F.scaled_dot_product_attention(*tensors, dropout_p=p, **given)
+    torch.testing.assert_close(got, oracle(*tensors, keep, **given))
+    assert calls == ([("attention", p, shape)] if p else [])

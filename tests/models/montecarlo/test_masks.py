@@ -98,16 +98,6 @@ def test_every_sample_drops_each_unit_at_rate_p(kind, p):
     assert (np.abs((~keep).mean(1) - p) <= tolerance).all()
 
 
-@pytest.mark.parametrize("p", RATES)
-def test_the_expected_share_over_stratified_blocks_is_ten_p(p):
-    blocks = 5000
-    keep = draw("stratified", 2, 0, 8, p, range(blocks * BLOCK))
-    per_block = (~keep).reshape(blocks, BLOCK, 8).sum(1)
-    share = 10 * p % 1  # a block drops one more with this probability
-    tolerance = SIGMAS * sqrt(share * (1 - share) / blocks) + 1e-9
-    assert (np.abs(per_block.mean(0) - 10 * p) <= tolerance).all()
-
-
 def test_every_subset_of_a_stratified_block_is_equally_likely():
     width = 45_000
     keep = draw("stratified", 1, 0, width, 0.2, range(BLOCK))
@@ -126,12 +116,6 @@ def test_units_are_independent_of_each_other_within_a_sample(kind, p):
     pairs = np.corrcoef(keep.T)[np.triu_indices(count, 1)]
     assert np.abs(pairs).max() <= SIGMAS / sqrt(samples)
     assert (pairs**2).mean() * samples == pytest.approx(1, abs=SIGMAS * sqrt(2 / len(pairs)))
-
-
-def test_sites_are_independent_of_each_other():
-    samples, count = 200, 500
-    one, other = (draw("stratified", 0, site, count, 0.5, range(samples)) for site in (0, 1))
-    assert abs((one == other).mean() - 0.5) <= SIGMAS * 0.5 / sqrt(samples * count)
 
 
 @pytest.mark.parametrize("p", RATES)

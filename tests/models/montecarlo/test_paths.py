@@ -1,4 +1,4 @@
-"""Every path and every way of the folded one: the same figures, for any small architecture."""
+"""Every path and every kernel of the folded one: the same figures, for any small architecture."""
 
 import copy
 from itertools import count
@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 @st.composite
 def networks(draw):
-    """Make a network in eval mode with a dropout at least, and say what its input looks like."""
+    """Make a network in eval mode with a dropout at least, and give the shape of its input."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     layers, shape = [], (draw(WIDTHS),)
     if draw(st.booleans()):
@@ -107,7 +107,7 @@ def test_the_oracle_without_a_dropout_is_the_module():
     st.sampled_from(MASK_KINDS),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Monte Carlo dropout runs one pass")
-def test_all_paths_and_ways_agree_with_the_oracle(network, images, samples, seed, masks):
+def test_all_paths_and_kernels_agree_with_the_oracle(network, images, samples, seed, masks):
     module, shape = network
     by_hand = oracle(module, seed, masks)
     x = torch.randn(images, *shape)
@@ -125,7 +125,7 @@ def test_all_paths_and_ways_agree_with_the_oracle(network, images, samples, seed
         torch.testing.assert_close(first[t], plain, rtol=0, atol=1e-5)
     for start in range(0, samples, 100):
         chunk = range(start, min(start + 100, samples))
-        assert_ways_give(first[start : start + 100], sampler, x, (masks, seed, chunk))
+        assert_kernels_give(first[start : start + 100], sampler, x, (masks, seed, chunk))
     for path, some in (("vmap", samples), ("loop", min(samples, 12))):
         sampler.path = path
         got = sampler.sample(x, some, seed, masks)
@@ -133,13 +133,13 @@ def test_all_paths_and_ways_agree_with_the_oracle(network, images, samples, seed
 
 
 @torch.inference_mode()
-def assert_ways_give(expected, sampler, x, which):
-    """Hold each way of the folded path, if that is the sampler's, against [t, B, C]."""
-    if sampler._folded is None:
+def assert_kernels_give(expected, sampler, x, which):
+    """Hold each kernel of the folded path, if that is the sampler's, against [t, B, C]."""
+    if sampler._kernels[torch.float32] is None:
         return
-    h, scales = sampler._folded.prefix(x), sampler._store.get(*which, x.device)
-    for _, way in sampler._folded.ways(h, scales):
-        got = way(h, scales).softmax(-1).transpose(0, 1)
+    h, masks = sampler._kernels[torch.float32].prefix(x), sampler._store.get(*which, x.device)
+    for _, kernel in sampler._kernels[torch.float32].choices(h, masks):
+        got = kernel(h, masks).softmax(-1).transpose(0, 1)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
@@ -183,7 +183,7 @@ def test_odd_sequences_are_folded_too(case):
     expected = torch.stack([by_hand(x, t) for t in range(25)]).softmax(-1).float()
     for images in (7, 1):
         mine = expected[:, :images]
-        assert_ways_give(mine, sampler, x[:images], ("stratified", 4, range(25)))
+        assert_kernels_give(mine, sampler, x[:images], ("stratified", 4, range(25)))
         for path in ("folded", "vmap", "loop"):
             sampler.path = path
             got = sampler.sample(x[:images], 25, 4)
@@ -260,6 +260,10 @@ def test_batch_normalisation_that_does_not_go_into_a_linear_layer_stays(norm, sh
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
     module(x)
+    assert_folded_as_plain_passes(module, x)
+
+
+def assert_folded_as_plain_passes(module, x):
     sampler = Sampler(module, x)
     assert sampler.path == "folded"
     got = sampler.sample(x, 12)
@@ -270,15 +274,17 @@ def test_batch_normalisation_that_does_not_go_into_a_linear_layer_stays(norm, sh
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_a_picture_in_which_nothing_is_active_has_an_answer(images):
+def test_an_image_in_which_nothing_is_active_has_an_answer(images):
     module = nn.Sequential(nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
     black = torch.zeros(images, 256)
     sampler = Sampler(module.eval(), torch.randn(2, 256))
+    masks = sampler._store.draw("stratified", 0, range(9), black.device)
+    assert len(sampler._kernels[torch.float32].choices(black, masks)) == 3
     sampler.warm_up(black[:1])
     got = sampler.sample(black, 100)
     expected = module(black).softmax(-1).detach().expand_as(got)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-    assert_ways_give(expected, sampler, black, ("stratified", 0, range(100)))
+    assert_kernels_give(expected, sampler, black, ("stratified", 0, range(100)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -296,32 +302,7 @@ def test_a_streamlined_network_computes_what_its_module_does(network, images):
             torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("masks", MASK_KINDS)
-def test_every_way_computes_the_oracle(masks):
-    torch.manual_seed(0)
-    rates, widths = (0.2, 0.5), (40, 30)
-    module = nn.Sequential(
-        nn.Dropout(rates[0]), nn.Linear(40, 30), nn.ReLU(), nn.Dropout(rates[1]), nn.Linear(30, 4)
-    ).eval()
-    (w1, b1), (w2, b2) = (
-        (m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in module[1::3]
-    )
-    x = torch.randn(37, 40).relu()
-    sampler = Sampler(module, x)
-    scales = sampler._store.get(masks, 5, range(43), x.device)
-    keep = [draw(masks, 5, i, widths[i], rates[i], range(43)) for i in (0, 1)]
-    h = x.double().numpy() * keep[0][:, None] / (1 - rates[0])
-    h = np.maximum(h @ w1.T + b1, 0) * keep[1][:, None] / (1 - rates[1])
-    with torch.inference_mode():
-        ways = sampler._folded.ways(x, scales)
-        assert len(ways) == 3
-        for _, way in ways:
-            np.testing.assert_allclose(
-                way(x, scales).transpose(0, 1), h @ w2.T + b2, rtol=1e-4, atol=1e-5
-            )
-
-
-def test_a_part_of_the_pinned_masks_shares_what_was_cut_from_them():
+def test_the_first_of_the_pinned_masks_share_the_networks_gathered_for_all():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(50, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
     x = torch.randn(64, 50)
@@ -330,11 +311,9 @@ def test_a_part_of_the_pinned_masks_shares_what_was_cut_from_them():
     whole = sampler.sample(x, 100)
     for samples in (20, 33, 99):
         part = sampler._store.get("stratified", 0, range(samples), x.device)
-        assert part.whole.pinned
-        groups = part.whole.thinned._groups
-        tensors = [t for group in groups for t in (group.inputs, group.outputs)]
-        tensors += [t for group in groups for c in group.cuts for t in (c.weight, c.bias)]
-        assert part.whole.thinned.nbytes == sum(tensor.nbytes for tensor in tensors) > 0
+        assert part.parent.pinned
+        assert len(part.parent.thinned) == 5
+        assert part.thinned == []
         torch.testing.assert_close(sampler.sample(x, samples), whole[:samples], rtol=0, atol=1e-6)
 
 
@@ -372,7 +351,7 @@ def test_masks_of_many_seeds_are_not_all_kept():
     kept = sampler._store._kept
     assert ("stratified", 0, 0, x.device) in kept
     assert 2 < len(kept) < 150
-    assert sum(scales.nbytes for scales in kept.values()) < 2**27
+    assert sum(masks.nbytes for masks in kept.values()) < 2**27
 
 
 def test_what_a_hook_sees_or_gives_is_not_overwritten():
@@ -386,7 +365,7 @@ def test_what_a_hook_sees_or_gives_is_not_overwritten():
     assert torch.equal(mine, before)
 
 
-class Watch(nn.Module):
+class Largest(nn.Module):
     """Notes how large a tensor ever came through."""
 
     largest = 0
@@ -397,22 +376,21 @@ class Watch(nn.Module):
 
 
 def test_a_head_that_widens_is_run_a_few_samples_at_a_time():
-    watch = Watch().eval()
-    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1024), watch, nn.Linear(1024, 3)).eval()
+    noted = Largest().eval()
+    module = nn.Sequential(
+        nn.Dropout(0.5), nn.Linear(4, 1024), noted, nn.Dropout(0.2), nn.Linear(1024, 3)
+    ).eval()
     x = torch.randn(200, 4)
     sampler = Sampler(module, x)
     assert sampler.path == "folded"
-    sampler.sample(x, 100)
-    assert 200 * 1024 <= watch.largest <= 2**20
+    got = sampler.sample(x, 23)
+    assert 200 * 1024 <= noted.largest <= 2**20
+    by_hand = oracle(module, 0, "stratified")
+    expected = torch.stack([by_hand(x, t) for t in range(23)]).softmax(-1).float()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_hooks_on_a_layer_are_run():
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
     module[1].register_forward_hook(lambda _m, _args, output: output * 3)
-    x = torch.randn(5, 6)
-    sampler = Sampler(module, x)
-    got = sampler.sample(x, 12)
-    for t in range(12):
-        plain = sampler.thinned(x, 0, "stratified", t).softmax(-1)
-        torch.testing.assert_close(got[t], plain, rtol=0, atol=1e-6)
-    torch.testing.assert_close(compile_for_inference(module, x)(x), module(x))
+    assert_folded_as_plain_passes(module, torch.randn(5, 6))

@@ -1,6 +1,5 @@
 """float32 or bfloat16: what is taken, and that it computes what it says."""
 
-import time
 from functools import partial
 
 import pytest
@@ -8,53 +7,87 @@ import torch
 from torch import nn
 
 from dropserve.models.dropout import SpatialDropout
+from dropserve.models.errors import UnsupportedModule
 from dropserve.models.montecarlo import Sampler
-from dropserve.models.montecarlo.precision import MAX_ERROR, Choice, choose
+from dropserve.models.montecarlo.sampler import (
+    BATCHES,
+    MAX_ERROR,
+    MIN_SPEEDUP,
+    Choice,
+    choose_precision,
+)
 
 EXACT = torch.full((2, 3), 1 / 3)
 
 
-def fake(slow, off):
-    """Return an `at` whose bfloat16 takes `slow` times as long and is `off`, and its switches."""
-    chosen = []
+class Machine:
+    """Computes in both precisions by a clock of its own."""
 
-    def at(dtype):
-        chosen.append(dtype)
+    def __init__(self, speedups, off=0.0):
+        self.speedups, self.off, self.now, self.runs = speedups, off, 0.0, []
+
+    def run(self, dtype, images):
+        self.runs.append((dtype, images))
         low = dtype == torch.bfloat16
+        self.now += 1 / self.speedups[images] if low else 1.0
+        return EXACT + self.off if low else EXACT
 
-        def run():
-            time.sleep(0.002 * (slow if low else 1))
-            return EXACT + off if low else EXACT
-
-        return run
-
-    return at, chosen
+    def choose(self, asked):
+        return choose_precision(asked, self.run, native=True, clock=lambda: self.now)
 
 
 @pytest.mark.parametrize(
-    ("asked", "slow", "off", "expected"),
+    ("asked", "speedups", "off", "expected"),
     [
-        ("auto", 0.2, MAX_ERROR / 2, "bfloat16"),
-        ("auto", 0.2, MAX_ERROR * 2, "float32"),
-        ("auto", 3.0, 0.0, "float32"),
-        ("auto", 3.0, MAX_ERROR * 2, "float32"),
-        ("auto", 0.2, float("nan"), "float32"),
-        ("bfloat16", 3.0, 0.1, "bfloat16"),
+        ("auto", (3.0, 2.0, 5.0), MAX_ERROR / 2, "bfloat16"),
+        ("auto", (3.0, 3.0, MIN_SPEEDUP + 0.01), 0.0, "bfloat16"),
+        ("auto", (3.0, 3.0, MIN_SPEEDUP - 0.01), 0.0, "float32"),
+        ("auto", (3.0, 1.0, 3.0), 0.0, "float32"),
+        ("auto", (0.5, 3.0, 3.0), 0.0, "float32"),
+        ("auto", (3.0, 3.0, 3.0), MAX_ERROR * 2, "float32"),
+        ("auto", (3.0, 3.0, 3.0), float("nan"), "float32"),
+        ("bfloat16", (0.5, 0.4, 0.6), 0.1, "bfloat16"),
+        ("bfloat16", (3.0, 3.0, 3.0), float("nan"), "bfloat16"),
     ],
 )
-def test_bfloat16_is_taken_if_it_pays_or_is_asked_for(asked, slow, off, expected):
-    at, chosen = fake(slow, off)
-    choice = choose(asked, at, native=True)
+def test_bfloat16_is_taken_if_it_pays_at_every_batch_or_is_asked_for(
+    asked, speedups, off, expected
+):
+    machine = Machine(dict(zip(BATCHES, speedups, strict=True)), off)
+    choice = machine.choose(asked)
     assert choice.dtype == expected
-    assert chosen[-1] == getattr(torch, expected)
+    tried = {images for _, images in machine.runs}
+    assert choice.speedup == pytest.approx(min(machine.speedups[images] for images in tried))
     assert choice.error == pytest.approx(off, abs=1e-6, nan_ok=True)
-    assert (choice.speedup > 1) == (slow < 1)
+    if expected == "bfloat16":
+        assert tried == set(BATCHES)
+
+
+@pytest.mark.parametrize("slow", range(12))
+def test_one_slow_run_decides_nothing_because_the_precisions_take_turns(slow):
+    machine = Machine(dict.fromkeys(BATCHES, 1.0))
+    run = machine.run
+
+    def run_with_a_pause(dtype, images):
+        machine.now += 50.0 * (len(machine.runs) == slow)
+        return run(dtype, images)
+
+    machine.run = run_with_a_pause
+    assert machine.choose("auto").dtype == "float32"
+    turns = [dtype for dtype, _ in machine.runs]
+    assert turns == [torch.float32, torch.bfloat16] * (len(turns) // 2)
 
 
 @pytest.mark.parametrize(("asked", "native"), [("float32", True), ("auto", False)])
 def test_nothing_is_measured_for_float32_or_where_bfloat16_cannot_pay(asked, native):
-    choice = choose(asked, lambda _: pytest.fail("measured"), native=native)
+    choice = choose_precision(asked, lambda *_: pytest.fail("measured"), native=native)
     assert choice == Choice("float32", None, None)
+
+
+def test_auto_never_measures_on_a_processor_without_amx(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    module, x = NETWORKS["mlp"]().eval(), torch.randn(6, 1, 8, 8)
+    assert Sampler(module, x, "auto").precision == Choice("float32")
 
 
 NETWORKS = {
@@ -105,7 +138,11 @@ def test_auto_takes_float32_where_a_module_cannot_compute_in_bfloat16():
     x = torch.randn(4, 6)
     sampler = Sampler(module, x)
     exact = sampler.sample(x, 5)
-    assert choose("auto", partial(sampler._at, x), native=True).dtype == "float32"
+    run = partial(sampler._probe_mean, x)
+    assert choose_precision("auto", run, native=True) == Choice("float32")
+    with pytest.raises(UnsupportedModule, match="cannot compute in bfloat16"):
+        choose_precision("bfloat16", run, native=True)
+    sampler._dtype = torch.float32
     assert torch.equal(sampler.sample(x, 5), exact)
 
 

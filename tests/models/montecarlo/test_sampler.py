@@ -167,6 +167,18 @@ def test_an_image_gets_the_same_answer_alone_and_in_a_batch(masks, path):
 
 @either_kind
 @any_path
+def test_each_image_may_have_a_seed_of_its_own(masks, path):
+    sampler, batch = on(path), torch.randn(5, 3)
+    seeds = [7, 7, 0, 2**62, 7]
+    got = sampler.sample(batch, 120, seeds, masks)
+    for i, seed in enumerate(seeds):
+        alone = sampler.sample(batch[i : i + 1], 120, seed, masks)
+        torch.testing.assert_close(alone[:, 0], got[:, i], rtol=1e-5, atol=1e-6)
+    assert sampler.sample(batch[:0], 20, []).shape == (20, 0, 3)
+
+
+@either_kind
+@any_path
 def test_samples_taken_at_once_are_those_taken_one_chunk_after_another(masks, path):
     _, x, _ = tiny()
     sampler = on(path)
@@ -210,6 +222,8 @@ def test_an_empty_batch_has_empty_answers(path):
         ({"samples": -3}, "at least 1, not -3"),
         ({"seed": -1}, "0 to 2.63-1, not -1"),
         ({"seed": 2**63}, "0 to 2.63-1"),
+        ({"seed": [0, -1, 0]}, "0 to 2.63-1, not -1"),
+        ({"seed": [0, 1]}, "3 images need one seed, or a seed each"),
         ({"masks": "antithetic"}, "stratified, independent, not 'antithetic'"),
     ],
     ids=repr,

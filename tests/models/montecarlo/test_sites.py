@@ -126,9 +126,10 @@ class PerBatch(nn.Module):
         (nn.Sequential(nn.Dropout(P), nn.Flatten(0)), r"logits \[B, C\]"),
         (nn.Sequential(nn.Dropout(P), nn.LSTMCell(6, 3)), "one tensor of logits"),
         (PerBatch(), "change with the size of the batch"),
+        (Calls(lambda x: F.dropout(x @ x.T, P) @ x), r"mask of shape \[2, 2\] .* \[3, 3\]"),
     ],
     ids=["none", "rate 0", "rate 1", "gru", "lstm", "three dimensions", "one dimension", "a pair",
-        "by batch",
+        "by batch", "batch twice",
     ],
 )  # fmt: skip
 def test_a_module_that_cannot_be_sampled_is_refused_with_advice(module, advice):
@@ -172,7 +173,7 @@ def test_a_module_that_cannot_be_vectorised_logs_it_and_runs_one_pass_a_sample(c
 
 
 class Moody(nn.Module):
-    """Changes its dropout calls after it was looked at."""
+    """Changes its dropout calls after it was traced."""
 
     def __init__(self):
         super().__init__()

@@ -50,21 +50,13 @@ def test_every_figure_equals_numpy(samples, level):
         "mutual_information": entropies(p.mean(0)) - entropies(p).mean(0),
         "lower": np.quantile(p, tail, axis=0),
         "upper": np.quantile(p, 1 - tail, axis=0),
+        "variation_ratio": votes_against_the_mode(p),
     }
-    told_elsewhere = {"variation_ratio", "degrees_of_freedom"}
-    assert expected.keys() | told_elsewhere == {f.name for f in fields(got)}
+    assert expected.keys() | {"degrees_of_freedom"} == {f.name for f in fields(got)}
     for name, value in expected.items():
         tensor = getattr(got, name)
         assert tensor.dtype == torch.float64, name
         np.testing.assert_allclose(tensor, value, rtol=1e-12, atol=1e-14, err_msg=name)
-
-
-@pytest.mark.parametrize("samples", [1, 7, 100])
-def test_the_variation_ratio_counts_votes(samples):
-    p = draws(samples)
-    got = summarize(torch.from_numpy(p), "independent").variation_ratio
-    np.testing.assert_allclose(got, votes_against_the_mode(p), rtol=1e-12)
-    assert got.dtype == torch.float64
 
 
 def test_float32_probabilities_are_summed_in_float64():
@@ -104,13 +96,6 @@ def test_degrees_of_freedom_are_there_where_a_standard_error_is(masks):
         assert known == (differences > 0)
 
 
-@pytest.mark.parametrize("samples", [2, 9, 10, 19])
-def test_fewer_than_two_stratified_blocks_give_no_standard_error(samples):
-    got = summarize(torch.from_numpy(draws(samples)), "stratified")
-    assert got.standard_error is None
-    assert got.variance is not None
-
-
 @pytest.mark.parametrize("masks", ["stratified", "independent"])
 def test_a_single_sample_has_no_variance_and_no_standard_error(masks):
     p = torch.from_numpy(draws(1))
@@ -133,7 +118,7 @@ def test_certain_samples_that_contradict_each_other_are_all_mutual_information()
 
 
 @pytest.mark.parametrize("masks", ["stratified", "independent"])
-def test_equal_samples_leave_no_doubt_about_the_model(masks):
+def test_equal_samples_leave_no_mutual_information(masks):
     p = torch.tensor([[[0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]]).expand(30, 2, 3)
     got = summarize(p, masks)
     assert got.mutual_information.tolist() == pytest.approx([0, 0], abs=1e-15)
@@ -155,7 +140,7 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(2, 6))
 
 @settings(max_examples=60)
 @given(sizes, st.integers(0, 10**6), st.floats(0, 200), st.floats(0.01, 0.99))
-def test_doubt_adds_up_and_intervals_are_in_order(size, seed, sharpness, level):
+def test_entropies_add_up_and_intervals_are_in_order(size, seed, sharpness, level):
     p = torch.from_numpy(draws(*size, seed=seed, sharpness=sharpness))
     got = summarize(p, "stratified", level)
     assert (got.mutual_information >= 0).all()

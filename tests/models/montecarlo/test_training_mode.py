@@ -1,4 +1,4 @@
-"""Noise that a module switches by `self.training`: found, sampled, and told from all else."""
+"""Noise that a module switches by `self.training`: found, sampled, and told apart."""
 
 import ctypes
 import random

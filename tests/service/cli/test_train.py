@@ -13,7 +13,7 @@ import pytest
 import torch
 import typer.main
 
-from dropserve.models import catalogue, checkpoint, recipes
+from dropserve.models import checkpoint, recipes
 from dropserve.models.data import load_dataset
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.training import fit, with_threads
@@ -88,7 +88,7 @@ def test_if_missing_does_nothing_where_there_is_a_version(train, trained):
     result = train(trained[0], "--if-missing")
     assert result.exit_code == 0
     assert result.stdout == "digits-mlp has version 1 already: nothing to do\n"
-    assert catalogue.versions(trained[0], "digits-mlp") == [1]
+    assert checkpoint.versions(trained[0], "digits-mlp") == [1]
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +148,13 @@ def test_resuming_with_other_options_is_refused(train, stopped):
 
 def test_resuming_where_nothing_was_interrupted_says_so_and_trains(train, tmp_path):
     (tmp_path / "fresh").mkdir()
-    catalogue.pin(tmp_path, "fresh", 7)
+    checkpoint.pin(tmp_path, "fresh", 7)
     result = train(tmp_path, "--resume", "--name", "fresh", "--epochs", 1)
     assert result.exit_code == 0, result.output
     assert "no interrupted run of fresh to resume: a new one begins\n" in result.stdout
     assert "epochs done before" not in result.stdout
     assert "1,437 images to train on, 360 to test on" in result.stdout
-    assert catalogue.versions(tmp_path, "fresh") == [1]
+    assert checkpoint.versions(tmp_path, "fresh") == [1]
     assert "version 7 is pinned: to let the new one answer, dropserve pin fresh" in result.stdout
 
 
@@ -183,7 +183,7 @@ def test_a_state_with_a_flipped_bit_is_refused_and_nothing_is_published(train, s
     assert result.exit_code == 2
     assert "state.safetensors: damaged: its SHA-256 is" in result.stderr
     assert "--restart" in result.stderr
-    assert catalogue.versions(stopped, "digits-mlp") == []
+    assert checkpoint.versions(stopped, "digits-mlp") == []
 
 
 @pytest.mark.parametrize(

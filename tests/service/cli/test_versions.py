@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dropserve.models import catalogue, checkpoint
+from dropserve.models import checkpoint
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.cli.main import app
@@ -64,18 +64,18 @@ def test_manifests_are_written_where_none_is_and_verified_where_one_is(root):
         "m 1: manifest written", "m 2: verified", "m 4: verified", "m 5: verified"
     ]  # fmt: skip
     assert result.exit_code == 2
-    assert "3/model.safetensors: not sound safetensors" in result.stderr
+    assert "3/model.safetensors: invalid safetensors" in result.stderr
     assert not manifests[3].exists()
     assert "m 2: verified" in done(root, "manifest", "m", "--version", 2)
 
 
 def test_a_pin_is_a_small_file_that_the_next_one_replaces(root):
     assert "version 2 is pinned" in done(root, "pin", "m", 2)
-    assert json.loads((root / "m" / catalogue.PIN).read_text()) == {"version": 2}
+    assert json.loads((root / "m" / checkpoint.PIN).read_text()) == {"version": 2}
     done(root, "pin", "m", 4)
-    assert catalogue.pinned(root, "m") == 4
+    assert checkpoint.pinned(root, "m") == 4
     assert "no version is pinned" in done(root, "pin", "m", "latest")
-    assert catalogue.pinned(root, "m") is None
+    assert checkpoint.pinned(root, "m") is None
     assert {path.name for path in (root / "m").iterdir()} == set("12345")
     done(root, "pin", "m", "latest")
 
@@ -91,17 +91,17 @@ def test_a_pin_is_a_small_file_that_the_next_one_replaces(root):
 )
 def test_a_version_that_could_not_answer_is_not_pinned(root, version, reason):
     assert reason in refused(root, "pin", "m", version)
-    assert catalogue.pinned(root, "m") is None
+    assert checkpoint.pinned(root, "m") is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[2]", "{}", '{"version": true}', '{"version": "2"}'])
 def test_a_damaged_pin_is_refused_and_can_be_replaced(root, content):
-    (root / "m" / catalogue.PIN).write_text(content)
+    (root / "m" / checkpoint.PIN).write_text(content)
     for command in (["rollback", "m"], ["prune", "m", "--keep", 1]):
         assert "m/pin.json: " in refused(root, *command)
-    assert catalogue.versions(root, "m") == [1, 2, 3, 4, 5]
+    assert checkpoint.versions(root, "m") == [1, 2, 3, 4, 5]
     done(root, "pin", "m", 2)
-    assert catalogue.pinned(root, "m") == 2
+    assert checkpoint.pinned(root, "m") == 2
 
 
 def test_a_rollback_goes_to_the_version_before_that_can_be_served(root):
@@ -111,18 +111,18 @@ def test_a_rollback_goes_to_the_version_before_that_can_be_served(root):
     assert "version 3 is not served" in result.stderr
     assert result.stdout.startswith("m: version 2 is pinned; services that read ")
     assert result.stdout.endswith("version 4 answered until now\n")
-    assert catalogue.pinned(root, "m") == 2
+    assert checkpoint.pinned(root, "m") == 2
     done(root, "rollback", "m")
-    assert catalogue.pinned(root, "m") == 1
+    assert checkpoint.pinned(root, "m") == 1
     assert "version 1 answers, and none before it" in refused(root, "rollback", "m")
-    assert catalogue.pinned(root, "m") == 1
+    assert checkpoint.pinned(root, "m") == 1
 
 
 def test_a_pin_that_a_setting_would_undo_is_refused(root, monkeypatch):
     monkeypatch.setenv(environment_name("default_version"), "5")
     for command in (["rollback", "m"], ["pin", "m", 1]):
         assert "DROPSERVE_DEFAULT_VERSION is 5 and wins over a pin" in refused(root, *command)
-    assert catalogue.pinned(root, "m") is None
+    assert checkpoint.pinned(root, "m") is None
     monkeypatch.setenv(environment_name("default_version"), "3")  # which is damaged: 5 answers
     assert "m: would keep 3, 5" in done(root, "prune", "m", "--keep", 1, "--dry-run")
     monkeypatch.setenv(environment_name("default_model"), "other")
@@ -135,7 +135,7 @@ def test_old_versions_are_pruned_but_none_that_answers_is_pinned_or_the_newest(r
     assert dry.splitlines() == [
         f"would remove {root}/m/2", f"would remove {root}/m/3", "m: would keep 1, 4, 5"
     ]  # fmt: skip
-    assert catalogue.versions(root, "m") == [1, 2, 3, 4, 5]
+    assert checkpoint.versions(root, "m") == [1, 2, 3, 4, 5]
     (root / "m" / ".removed-0").mkdir()  # left by a prune that was killed
     moved = (root / "m" / "2").rename(root / "elsewhere")
     (root / "m" / "2").symlink_to(moved)
@@ -154,14 +154,14 @@ def test_nothing_is_pruned_where_it_is_not_known_which_version_answers(root):
     assert "no version can be served; nothing was changed" in refused(
         root, "prune", "m", "--keep", 1
     )
-    assert catalogue.versions(root, "m") == [1, 2, 3, 4, 5]
+    assert checkpoint.versions(root, "m") == [1, 2, 3, 4, 5]
 
 
 def test_a_version_that_is_pinned_at_the_last_moment_is_not_removed(root):
-    catalogue.pin(root, "m", 1)
-    assert not catalogue.remove(root, "m", 1)
-    assert catalogue.remove(root, "m", 2)
-    assert catalogue.versions(root, "m") == [1, 3, 4, 5]
+    checkpoint.pin(root, "m", 1)
+    assert not checkpoint.remove(root, "m", 1)
+    assert checkpoint.remove(root, "m", 2)
+    assert checkpoint.versions(root, "m") == [1, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

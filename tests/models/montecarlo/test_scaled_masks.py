@@ -1,4 +1,4 @@
-"""The store of masks: what it draws, what it keeps and what it lets go."""
+"""The store of masks: what it draws, keeps and releases."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw
-from dropserve.models.montecarlo.scales import CHUNK, MaskStore
+from dropserve.models.montecarlo.scaled_masks import CHUNK, MaskStore
 from dropserve.models.montecarlo.sites import Site
 
 CPU = torch.device("cpu")
@@ -26,50 +26,39 @@ def wide(units):
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_factors_are_the_drawn_masks_times_what_a_survivor_is_multiplied_by(kind):
-    scales = MaskStore(SITES).get(kind, 9, range(20, 43), CPU)
-    assert scales.samples == 23
-    for index, (site, factor) in enumerate(zip(SITES, scales.factors, strict=True)):
+    drawn = MaskStore(SITES).get(kind, 9, range(20, 43), CPU)
+    assert drawn.samples == 23
+    for index, (site, factor) in enumerate(zip(SITES, drawn.factors, strict=True)):
         keep = draw(kind, 9, index, site.units, site.p, range(20, 43))
         survivor = 1.0 if site.kind == "vanilla" else 1 / (1 - site.p)
         assert factor.shape == (23, *site.template)
         assert factor.dtype == torch.float32
         np.testing.assert_allclose(factor.flatten(1), keep * survivor, rtol=1e-7)
-    first = scales.factors[0].flatten(1)
-    assert torch.equal(scales.by_unit, first.t())
-    assert torch.equal(scales.by_row[1], scales.factors[1][:, 0])
 
 
 def test_the_same_masks_are_drawn_once():
     store = MaskStore(SITES)
-    scales = store.get("stratified", 3, range(30), CPU)
-    assert store.get("stratified", 3, range(30), CPU) is scales
+    first = store.get("stratified", 3, range(30), CPU)
     others = [("independent", 3, range(30)), ("stratified", 4, range(30))]
     for kind, seed, samples in [*others, ("stratified", 3, range(100, 130))]:
         other = store.get(kind, seed, samples, CPU)
-        assert other is not scales
-        assert not torch.equal(other.factors[0], scales.factors[0])
-    assert store.get("stratified", 3, range(30), CPU) is scales
+        assert other is not first
+        assert not torch.equal(other.factors[0], first.factors[0])
+    assert store.get("stratified", 3, range(30), CPU) is first
 
 
-def test_fewer_samples_than_are_kept_are_the_first_of_them():
+def test_fewer_samples_than_are_kept_are_the_first_of_them_and_more_begin_with_them():
     store = MaskStore(SITES)
-    whole = store.get("stratified", 3, range(50), CPU)
+    parent = store.get("stratified", 3, range(50), CPU)
     for samples in (1, 13, 20):
         part = store.get("stratified", 3, range(samples), CPU)
-        assert part is store.get("stratified", 3, range(samples), CPU)
-        assert (part.samples, part.whole) == (samples, whole)
-        assert torch.equal(part.by_unit, whole.by_unit[:, :samples])
-        for few, all_of_them in zip(part.factors, whole.factors, strict=True):
+        assert (part.samples, part.parent) == (samples, parent)
+        for few, all_of_them in zip(part.factors, parent.factors, strict=True):
             assert few.data_ptr() == all_of_them.data_ptr()
             assert torch.equal(few, all_of_them[:samples])
-
-
-def test_more_samples_than_are_kept_begin_with_those():
-    store = MaskStore(SITES)
-    few = store.get("stratified", 3, range(13), CPU)
-    more = store.get("stratified", 3, range(40), CPU)
-    assert (more.samples, len(store._kept)) == (40, 1)
-    assert torch.equal(more.factors[0][:13], few.factors[0])
+    more = store.get("stratified", 3, range(60), CPU)
+    assert (more.samples, more.parent, len(store._kept)) == (60, more, 1)
+    assert torch.equal(more.factors[0][:50], parent.factors[0])
 
 
 def test_the_masks_used_last_stay_and_the_rest_go():
@@ -78,29 +67,23 @@ def test_the_masks_used_last_stay_and_the_rest_go():
     for seed in range(1, 40):
         store.get("independent", seed, range(100), CPU)
         assert store.get("independent", 0, range(100), CPU) is often
-        assert sum(scales.nbytes for scales in store._kept.values()) <= 2**26 + 8 * 10**6
-    seeds = [seed for _, seed, _, _ in store._kept]
-    assert len(seeds) == 9
-    assert seeds == [*range(32, 40), 0]
+        assert sum(masks.nbytes for masks in store._kept.values()) <= 2**26 + 8 * 10**6
+    assert {seed for _, seed, _, _ in store._kept} == {0, *range(32, 40)}
 
 
-def test_pinned_masks_stay_whatever_comes():
+@pytest.mark.parametrize("first", [20, 100])
+def test_pinned_masks_stay_whatever_comes_also_where_more_of_them_are_drawn(first):
     store = wide(20_000)
-    pinned = store.get("stratified", 0, range(100), CPU, pin=True)
+    store.get("stratified", 0, range(first), CPU, pin=True)
+    pinned = store.get("stratified", 0, range(100), CPU)
     for seed in range(1, 30):
-        store.get("stratified", seed, range(100), CPU)
+        assert not store.get("stratified", seed, range(100), CPU).pinned
     assert store.get("stratified", 0, range(100), CPU) is pinned
     assert pinned.pinned
 
 
-def test_masks_stay_pinned_where_more_of_them_are_drawn():
-    store = MaskStore(SITES)
-    store.get("stratified", 0, range(20), CPU, pin=True)
-    assert store.get("stratified", 0, range(100), CPU).pinned
-
-
 @pytest.mark.parametrize("parts", [(), (20, 7)])
-def test_masks_that_are_let_go_are_freed_at_once(parts):
+def test_masks_that_are_released_are_freed_at_once(parts):
     gc.collect()
     gc.disable()
     try:
@@ -120,30 +103,21 @@ def test_masks_that_are_let_go_are_freed_at_once(parts):
         gc.enable()
 
 
-def test_what_is_made_of_masks_later_is_bounded_too():
-    store = wide(20_000)  # 8 MB a seed, and as much again by unit
+def test_what_is_made_of_masks_later_counts_as_memory_too():
+    store = wide(20_000)  # 8 MB a seed, and as much again made of it
     for seed in range(7):
         store.get("independent", seed, range(100), CPU)
     for seed in range(7):
-        _ = store.get("independent", seed, range(100), CPU).by_unit
-        held = sum(scales.nbytes for scales in store._kept.values())
-        assert held <= 2**26 + 16 * 10**6
+        masks = store.get("independent", seed, range(100), CPU)
+        before = masks.nbytes
+        masks.thinned.append((torch.zeros(10**6), torch.zeros(10**6)))
+        assert masks.nbytes == before + 8 * 10**6
+        assert sum(masks.nbytes for masks in store._kept.values()) <= 2**26 + 16 * 10**6
 
 
-def test_what_was_made_of_masks_counts_as_memory():
-    scales = wide(1000).get("stratified", 0, range(100), CPU)
-    before = scales.nbytes
-    made = scales.by_unit.nbytes
-    assert scales.nbytes == before + made
-
-
-@pytest.mark.parametrize("units", [1, 4000, 41_943, 100_000, 419_430])
+@pytest.mark.parametrize("units", [1, 4000, 41_943, 100_000, 419_430, 450_000])
 def test_a_chunk_is_whole_blocks_and_not_too_large(units):
     chunk = wide(units).chunk
     assert chunk % BLOCK == 0
     assert 0 < chunk <= CHUNK
-    assert chunk * units <= 2**22
-
-
-def test_a_chunk_is_a_whole_block_however_many_units_there_are():
-    assert wide(450_000).chunk % BLOCK == 0
+    assert chunk == BLOCK or chunk * units <= 2**22

@@ -1,0 +1,99 @@
+"""Masks as tensors, drawn when they are first needed and kept for the seeds used last."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dropserve.models.montecarlo import masks
+from dropserve.models.montecarlo.masks import MaskKind
+from dropserve.models.montecarlo.sites import Site
+
+CHUNK = 100
+"""Most samples run at once: whole blocks, a few milliseconds' work for a small network."""
+_MAX_ELEMENTS = 2**22  # units of one chunk of samples: 16 MiB of float32
+_MAX_BYTES = 64 * 2**20  # kept of masks, besides those that are pinned and those in use
+
+_Key = tuple[MaskKind, int, int, torch.device]
+
+
+class ScaledMasks:
+    """What T thinned networks multiply by: for each site [T, *template], zero for a dropped unit.
+
+    If they are `pinned` they are kept for good, so that what is made of them is made only once:
+    groups of `thinned` networks, as `Kernels` gathers them.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], parent: "ScaledMasks | None" = None) -> None:
+        self.factors = tuple(factors)
+        self.samples = factors[0].shape[0]
+        self._parent = parent  # not itself: a reference cycle would delay the freeing of memory
+        self.pinned = False
+        self.thinned: list[tuple[Tensor, ...]] = []
+
+    @property
+    def parent(self) -> "ScaledMasks":
+        """The masks that these are the first of, or these: it keeps what is made of them."""
+        return self._parent or self
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take, with what was made of them."""
+        made = sum(tensor.nbytes for group in self.thinned for tensor in group)
+        return made + sum(factor.nbytes for factor in self.factors)
+
+    def first(self, samples: int) -> "ScaledMasks":
+        """Return those of the first samples, in the same memory."""
+        if samples == self.samples:
+            return self
+        return ScaledMasks([factor[:samples] for factor in self.factors], self.parent)
+
+
+class MaskStore:
+    """Draws masks of some sites, and keeps the latest.
+
+    `chunk` is the most samples of one call of `get`: whole blocks, as `Statistics` wants them.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._sites = sites
+        self._kept: dict[_Key, ScaledMasks] = {}
+        self._bytes: dict[_Key, int] = {}  # of what may go, in the order of last use
+        self._latest: _Key | None = None
+        self._lock = threading.Lock()
+        blocks = min(CHUNK, _MAX_ELEMENTS // sum(site.units for site in sites)) // masks.BLOCK
+        self.chunk = max(1, blocks) * masks.BLOCK
+
+    def get(
+        self, kind: MaskKind, seed: int, samples: range, device: torch.device, pin: bool = False
+    ) -> ScaledMasks:
+        """Return the masks of a chunk of samples; `pin` keeps them for good."""
+        key = (kind, seed, samples.start, device)
+        with self._lock:
+            if self._latest is not None and not self._kept[self._latest].pinned:
+                # what was in use until now: kernels have made something of it since
+                self._bytes[self._latest] = self._kept[self._latest].nbytes
+            self._bytes.pop(key, None)
+            kept = self._kept.get(key)
+            if kept is None or kept.samples < len(samples):
+                pin |= kept is not None and kept.pinned
+                kept = self._kept[key] = self.draw(kind, seed, samples, device)
+            kept.pinned |= pin
+            self._latest = key
+            while sum(self._bytes.values()) > _MAX_BYTES:
+                oldest = next(iter(self._bytes))
+                del self._bytes[oldest], self._kept[oldest]
+        return kept.first(len(samples))
+
+    def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> ScaledMasks:
+        """Draw masks and keep nothing."""
+        factors = []
+        for index, site in enumerate(self._sites):
+            keep = masks.draw(kind, seed, index, site.units, site.p, samples)
+            # NumPy multiplies bools by a number three times as fast as torch converts them
+            factor = np.multiply(keep, np.float32(site.survivor), dtype=np.float32)
+            shaped = torch.from_numpy(factor).view(len(samples), *site.template)
+            factors.append(shaped.to(device))
+        return ScaledMasks(factors)

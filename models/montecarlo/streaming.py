@@ -1,0 +1,102 @@
+"""Monte Carlo dropout as it happens: one image, what is known after each sample, and its masks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from dropserve.models.montecarlo.masks import BLOCK, MaskKind
+from dropserve.models.montecarlo.sampler import Sampler
+from dropserve.models.montecarlo.statistics import (
+    Array,
+    Statistics,
+    degrees_of_freedom,
+    entropy,
+    figures,
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Thinned network number t, and what it and those before it say together of one image.
+
+    All float32. Figures of the first t samples are those of `Summary`.
+
+    Attributes:
+        t: its number, from 1.
+        probabilities: [C], of this network alone.
+        mean: [C], of the first t, like all that follow.
+        standard_error: [C]; None where it cannot be estimated, like its degrees of freedom.
+        kept: this network's mask at each site: a bit a unit, in the order of the site's template,
+            the most significant bit of a byte first; 1 where the unit is kept.
+    """
+
+    t: int
+    probabilities: Array
+    mean: Array
+    standard_error: Array | None
+    degrees_of_freedom: int | None
+    predictive_entropy: np.float32
+    expected_entropy: np.float32
+    mutual_information: np.float32
+    kept: tuple[npt.NDArray[np.uint8], ...]
+
+
+def stream_samples(
+    sampler: Sampler, x: Tensor, samples: int, seed: int, masks: MaskKind, statistics: Statistics
+) -> Iterator[list[Sample]]:
+    """Sample one image [1, ...] as `Sampler.summarize` does, to the bit; yield ten at a time.
+
+    Samples are run in the same chunks, and other work can run in between. `statistics`, made for
+    these samples, takes them in.
+    """
+    done, sums = 0, dict[str, Array]()
+    for chunk in sampler.chunks(x, samples, seed, masks):
+        statistics.add(chunk)
+        count = chunk.shape[2]
+        scaled = sampler.scaled_masks(masks, seed, range(done, done + count), x.device)
+        kept = [np.packbits((f != 0).flatten(1).cpu().numpy(), 1) for f in scaled.factors]
+        del scaled  # 32 times as large, and it may be long before the next is asked for
+        p = chunk[:, 0].cpu().numpy()
+        for start in range(0, count, BLOCK):
+            some = slice(start, start + BLOCK)
+            t = np.arange(done + start, done + min(start + BLOCK, count)) + 1
+            sums = _running_sums(p[:, some].astype(np.float64), t, sums)
+            found = {"probabilities": p[:, some], **figures(masks, sums, t, t // BLOCK)}
+            del found["variance"]
+            yield _samples(masks, t, found, [bits[some] for bits in kept])
+        done += count
+
+
+def _running_sums(p: Array, t: Array, before: dict[str, Array]) -> dict[str, Array]:
+    """Sum over the samples up to each of some, numbers `t`, the next block: [C, t]."""
+    first = before.get("first", p[:, :1])
+    distance = p - first
+    by_block = np.where(t % BLOCK == 0, distance.sum(1, keepdims=True), 0)
+    new = {
+        "sum": distance.cumsum(1),
+        "squares": (distance**2).cumsum(1),
+        "blocks": by_block,
+        "block_squares": by_block**2,
+        "entropy": entropy(p).cumsum(),
+    }
+    sums = {name: before[name][..., -1:] + new[name] if before else new[name] for name in new}
+    return {"first": first, **sums}
+
+
+def _samples(
+    masks: MaskKind, t: Array, found: dict[str, Array], kept: list[npt.NDArray[np.uint8]]
+) -> list[Sample]:
+    rows = {name: np.ascontiguousarray(v.T, np.float32) for name, v in found.items()}
+    samples = []
+    for i, number in enumerate(t.tolist()):
+        row: dict[str, Any] = {name: values[i] for name, values in rows.items()}
+        degrees = degrees_of_freedom(masks, number)
+        if degrees is None:
+            row["standard_error"] = None
+        bits = tuple(each[i] for each in kept)
+        samples.append(Sample(number, degrees_of_freedom=degrees, kept=bits, **row))
+    return samples
