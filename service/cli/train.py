@@ -139,7 +139,6 @@ def train(
         return
 
     from dropserve.models import recipes, training
-    from dropserve.models.training import claimed, earlier_run
 
     options.allow_local_modules()
     if resume and restart:
@@ -167,8 +166,8 @@ def train(
     def hint() -> str:
         return "--resume continues" if state.exists() else "no epoch was finished"
 
-    with claimed(state.parent), terminal.interruptible(hint):
-        finished = earlier_run(state, resume=resume, restart=restart)
+    with training.claimed(state.parent), terminal.interruptible(hint):
+        finished = training.earlier_run(state, resume=resume, restart=restart)
         fabric = training.launch(accelerator, devices, precision)
         recipe = training.with_threads(plan.recipe, module, normalize(data.train.images[:1]))
         made_with = plan.description() | {"on": [precision, devices]}

@@ -19,7 +19,6 @@ from dropserve.service.cli.options import Opt, Port, Url, find_service
 from dropserve.service.cli.terminal import console, say
 from dropserve.service.client import DropserveClient
 from dropserve.service.errors import DropserveError, Overloaded, ServerError, Unreachable
-from dropserve.service.http.keys import OPERATIONS
 from dropserve.service.schemas import Readiness
 
 if TYPE_CHECKING:
@@ -92,6 +91,8 @@ class Snapshot:
     """The metrics at one moment, parsed or a ValueError, without those of probes and scrapes."""
 
     def __init__(self, text: str, readiness: Readiness, time: float) -> None:
+        from dropserve.service.http.keys import OPERATIONS  # loads Starlette
+
         self.readiness, self.time = readiness, time
         self.samples: dict[str, list[Sample]] = defaultdict(list)
         for family in text_string_to_metric_families(text):
