@@ -137,7 +137,7 @@ def test_versions_are_numbers_in_numerical_order(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / ".hidden" / "1").mkdir(parents=True)
     assert versions(tmp_path, "net") == [2, 9, 10]
-    assert versions(tmp_path, "..") == []
+    assert versions(tmp_path / "net", "../net") == []
     assert names(tmp_path) == ["empty", "net"]
     assert names(tmp_path / "nowhere") == []
 
@@ -486,12 +486,12 @@ def test_the_latest_version_is_chosen_or_the_one_asked_for_or_the_error_says_wha
 ):
     with pytest.raises(CheckpointNotFound, match=r"no model 'net' in .*: there is none$"):
         choose(tmp_path, "net")
-    for name in ("net/2", "net/10", "other/1", "empty", "none/x"):
+    for name in ("net/2", "net/10", "nest/1", "empty", "none/x"):
         (tmp_path / name).mkdir(parents=True)
     assert (choose(tmp_path, "net"), choose(tmp_path, "net", 2)) == (10, 2)
     with pytest.raises(CheckpointNotFound, match=r"no version 3 of 'net' in .*: there are 2, 10$"):
         choose(tmp_path, "net", 3)
-    known = r"no model 'nets' in .*: there are net, other; did you mean net\?$"
+    known = r"no model 'nets' in .*: there are nest, net; did you mean net\?$"
     with pytest.raises(CheckpointNotFound, match=known):
         choose(tmp_path, "nets")
 

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dropserve.models.checkpoint import MANIFEST, METADATA, WEIGHTS, Metadata, load, save, versions
+from dropserve.models.checkpoint import (
+    MANIFEST,
+    METADATA,
+    WEIGHTS,
+    Metadata,
+    load,
+    pin,
+    remove,
+    save,
+    versions,
+)
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
@@ -180,6 +190,10 @@ def test_a_version_is_flushed_to_disk_before_and_after_its_name_is(tmp_path, mon
     files = [f"net/new/{name}" for name in (WEIGHTS, METADATA, MANIFEST)]
     assert flushed == [".", *files, "net/new", "net"]
     assert path.stat().st_mode & 0o777 == 0o755
+    for version in (1, None):
+        pin(tmp_path, "net", version)
+    assert remove(tmp_path, "net", 1)
+    assert flushed[6:] == ["net/pin.json.part", "net", "net", "net"]
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, METADATA])
