@@ -170,11 +170,18 @@ def small():
     return network.build(), about
 
 
-def test_a_name_taken_by_something_else_is_passed_over(tmp_path):
-    module, about = small()
-    save(tmp_path, module, about)
+def test_a_number_that_is_taken_or_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def rename_late(temporary, target):
+        monkeypatch.undo()
+        (target / "of a rival").mkdir(parents=True)
+        return rename(temporary, target)
+
+    save(tmp_path, *small())
     (tmp_path / "net" / "2").write_text("a file in the way")
-    assert save(tmp_path, module, about).name == "3"
+    monkeypatch.setattr(Path, "rename", rename_late)
+    assert save(tmp_path, *small()).name == "4"
 
 
 def test_a_version_is_flushed_to_disk_before_and_after_its_name_is(tmp_path, monkeypatch):
