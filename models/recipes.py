@@ -99,7 +99,7 @@ def imported(
     if len(set(classes)) < len(classes) or not all(classes):
         raise ConfigError("classes need names, each another one")
     if not all(0 <= m <= 1 for m in preprocessing.mean) or max(preprocessing.std) > 1:
-        raise ConfigError("mean and std are of pixels 0 to 1: divide those of 0 to 255 by 255")
+        raise ConfigError("mean and std are of pixels 0 to 1: divide those of pixels to 255 by 255")
     config = _config(network, preprocessing, len(classes), asked)
     blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
     module = build_checked(config, preprocessing.normalize(blank), seed=0)

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dropserve.models.checkpoint import MANIFEST, METADATA, WEIGHTS, Metadata, load, save, versions
+from dropserve.models.checkpoint import (
+    MANIFEST,
+    METADATA,
+    WEIGHTS,
+    Metadata,
+    load,
+    pin,
+    remove,
+    save,
+    versions,
+)
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
@@ -160,11 +170,18 @@ def small():
     return network.build(), about
 
 
-def test_a_name_taken_by_something_else_is_passed_over(tmp_path):
-    module, about = small()
-    save(tmp_path, module, about)
+def test_a_number_that_is_taken_or_is_taken_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def rename_late(temporary, target):
+        monkeypatch.undo()
+        (target / "of a rival").mkdir(parents=True)
+        return rename(temporary, target)
+
+    save(tmp_path, *small())
     (tmp_path / "net" / "2").write_text("a file in the way")
-    assert save(tmp_path, module, about).name == "3"
+    monkeypatch.setattr(Path, "rename", rename_late)
+    assert save(tmp_path, *small()).name == "4"
 
 
 def test_a_version_is_flushed_to_disk_before_and_after_its_name_is(tmp_path, monkeypatch):
@@ -180,6 +197,10 @@ def test_a_version_is_flushed_to_disk_before_and_after_its_name_is(tmp_path, mon
     files = [f"net/new/{name}" for name in (WEIGHTS, METADATA, MANIFEST)]
     assert flushed == [".", *files, "net/new", "net"]
     assert path.stat().st_mode & 0o777 == 0o755
+    for version in (1, None):
+        pin(tmp_path, "net", version)
+    assert remove(tmp_path, "net", 1)
+    assert flushed[6:] == ["net/pin.json.part", "net", "net", "net"]
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, METADATA])

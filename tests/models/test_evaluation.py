@@ -77,14 +77,11 @@ def test_evaluate_scores_the_eval_mode_and_the_mean_of_thinned_networks():
     assert json.loads(json.dumps(got)) == got
 
 
-def test_evaluate_leaves_dropout_out_where_no_samples_are_asked():
-    module = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    assert set(evaluate(module, data(50), normalize, samples=0)) == {"images", "eval"}
-
-
-def test_evaluate_scores_a_module_without_dropout_in_eval_mode_only():
-    module = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    assert set(evaluate(module, data(50), normalize)) == {"images", "eval"}
+@pytest.mark.parametrize(("p", "samples"), [(0.5, 0), (0.0, 100)])
+def test_without_samples_or_without_dropout_eval_mode_alone_is_scored(p, samples):
+    layers = [nn.Flatten(), nn.Linear(4, 3), *([InvertedDropout(p)] if p else [])]
+    got = evaluate(nn.Sequential(*layers), data(50), normalize, samples)
+    assert set(got) == {"images", "eval"}
 
 
 def test_confusion_counts_a_row_a_label_and_a_column_an_answer():

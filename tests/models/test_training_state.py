@@ -49,15 +49,18 @@ def test_a_state_of_another_recipe_is_refused_by_the_field_that_differs(digits, 
         next(start(digits, path, recipe=replace(RECIPE, **change)))
 
 
-def test_a_state_of_other_data_is_refused(digits, path):
-    with pytest.raises(ConfigError, match=r"another network, recipe or data \(another data\)"):
-        next(start(digits, path, images=210))
-
-
-@pytest.mark.parametrize("change", [{"hidden": (17,)}, {"dropout": (0.4,)}], ids=repr)
-def test_a_state_of_another_network_is_refused(digits, path, change):
-    with pytest.raises(ConfigError, match=r"another network, recipe or data \(another network\)"):
-        next(start(digits, path, config=replace(MLP, **change)))
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"images": 210}, "another data"),
+        ({"config": replace(MLP, hidden=(17,))}, "another network"),
+        ({"config": replace(MLP, dropout=(0.4,))}, "another network"),
+    ],
+    ids=["data", "width", "rate"],
+)
+def test_a_state_of_other_data_or_another_network_is_refused(digits, path, change, differs):
+    with pytest.raises(ConfigError, match=rf"another network, recipe or data \({differs}\)"):
+        next(start(digits, path, **change))
 
 
 def stepped():
