@@ -3,7 +3,6 @@
 import copy
 from itertools import count
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, reject, settings
