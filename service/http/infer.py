@@ -1,31 +1,28 @@
 """Infer, of the Open Inference Protocol: the same tasks as predict and uncertainty, as tensors."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 from pydantic import ValidationError
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import Response
 
 from dropserve.service.errors import InvalidRequest, UnsupportedMediaType
-from dropserve.service.http.body import BodyLimits, BodyReader, json_memory, load_json
-from dropserve.service.http.decoding import Pixels, Steps, finish, prepared
-from dropserve.service.http.front import Front, invalid
-from dropserve.service.http.images import SMALL_PNG_BYTES, is_small_png
-from dropserve.service.http.orders import held_to
+from dropserve.service.http.body import BodyLimits, json_memory, load_json
+from dropserve.service.http.decoding import Pixels, Steps, finish
+from dropserve.service.http.images import SMALL_PNG_BYTES, is_small_png, prepared
+from dropserve.service.http.options import invalid, limit_samples
 from dropserve.service.http.protocol import INTEGERS, PLAIN, SAMPLED, InferRequest
+from dropserve.service.http.routes import find_model, inference_of, to_json, while_connected
 from dropserve.service.http.tensors import Pictures, Values, pictures, read, split, write
-from dropserve.service.http.waiting import WhileConnected
 from dropserve.service.inference.classifier import Answer, Classifier
 from dropserve.service.inference.tasks import Predict, Task, Uncertainty
 from dropserve.service.schemas import PredictOptions, SamplingOptions
-from dropserve.service.settings import Settings
 
 if TYPE_CHECKING:
-    from dropserve.service.inference.inference import Inference, Read
+    from dropserve.service.inference.inference import Read
 
 _LENGTH = b"inference-header-content-length"
 _OUTPUTS = {*PLAIN, *SAMPLED}
@@ -102,66 +99,45 @@ def _columns(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
     return columns
 
 
-class InferRoutes(Front):
-    """ASGI application: answers what asks for inference, and leaves the rest to another one.
+async def answer(request: Request) -> Response:
+    """Find the model, read the tensor, run what the outputs need, write them."""
+    model = find_model(request, log=True)
+    inference, reader = inference_of(request), request.app.state.reader
+    log, max_samples = request.state.log, request.app.state.settings.max_samples
+    _check_media_type(request.headers.get("content-type", "").encode("latin-1"))
+    lengths = [value for name, value in request.scope["headers"] if name == _LENGTH]
+    sent = await reader.read(request)
+    size = len(sent)
+    try:
 
-    Args:
-        behind: gets every other path and method.
-        settings: for the most samples.
-        reader: of bodies.
-    """
+        def order() -> Steps[_ParsedInfer]:
+            nonlocal sent
+            limits, most = reader.limits, max_samples
+            found = yield from _parse(sent, lengths, model, limits, most)
+            sent = b""
+            return found
 
-    paths = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+        def prepare() -> Steps[Pixels]:
+            found = pictures(asked.found, reader.limits)
+            return (yield from prepared(found, model.prepare))
 
-    def __init__(self, behind: ASGIApp, settings: Settings, reader: BodyReader) -> None:
-        super().__init__(behind)
-        self._max_samples = settings.max_samples
-        self._reader = reader
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Find the model, read the tensor, run what the outputs need, write them."""
-        name, version = scope["path_params"].values()
-        log = scope["state"]["log"]
-        log["route"] = "/v2/models/{name}" + ("/versions/{version}" if version else "") + "/infer"
-        inference: Inference = scope["app"].state.inference
-        model = inference.registry.find(name, version)
-        log.update(model=model.name, version=model.version)
-        given = dict(reversed(scope["headers"]))  # the first of a name counts
-        _check_media_type(given.get(b"content-type", b""))
-        lengths = [value for name, value in scope["headers"] if name == _LENGTH]
-        sent = await self._reader.read(given, receive)
-        size = len(sent)
-        try:
-
-            def order() -> Steps[_ParsedInfer]:
-                nonlocal sent
-                limits, most = self._reader.limits, self._max_samples
-                found = yield from _parse(sent, lengths, model, limits, most)
-                sent = b""
-                return found
-
-            def prepare() -> Steps[Pixels]:
-                found = pictures(asked.found, self._reader.limits)
-                return (yield from prepared(found, model.prepare))
-
-            with WhileConnected(receive):
-                small = size <= SMALL_PNG_BYTES
-                asked = finish(order()) if small else await inference.decode(order())
-                log["images"] = images = len(asked.found)
-                pixels: Pixels | Read
-                if small and asked.is_small_png:
-                    pixels = lambda: finish(prepare())  # noqa: E731  a name for both ways
-                else:
-                    pixels = await inference.decode(prepare())
-                timeout = asked.request.parameters.timeout / 1e6
-                answers = [
-                    await inference.run(model, task, pixels, images, timeout)
-                    for task in asked.tasks
-                ]
-        finally:
-            self._reader.release(size)
-        head = {"model_name": model.name, "model_version": str(model.version)}
-        await _send(send, head | asked.head, list(asked.write(answers)))
+        async with while_connected(request.receive):
+            small = size <= SMALL_PNG_BYTES
+            asked = finish(order()) if small else await inference.decode(order())
+            log["images"] = images = len(asked.found)
+            pixels: Pixels | Read
+            if small and asked.is_small_png:
+                pixels = lambda: finish(prepare())  # noqa: E731  a name for both ways
+            else:
+                pixels = await inference.decode(prepare())
+            timeout = asked.request.parameters.timeout / 1e6
+            answers = [
+                await inference.run(model, task, pixels, images, timeout) for task in asked.tasks
+            ]
+    finally:
+        reader.release(size)
+    head = {"model_name": model.name, "model_version": str(model.version)}
+    return _write(head | asked.head, list(asked.write(answers)))
 
 
 def _check_media_type(value: bytes) -> None:
@@ -193,7 +169,7 @@ def _parse(
     sampling = None
     if not outputs.keys().isdisjoint(SAMPLED):
         options = parameters.model_dump(include=_OPTIONS)
-        sampling = Uncertainty(**options | {"samples": held_to(max_samples, parameters)})
+        sampling = Uncertainty(**options | {"samples": limit_samples(parameters, max_samples)})
     return _ParsedInfer(request, found, outputs, sampling)
 
 
@@ -228,17 +204,11 @@ def _outputs(request: InferRequest) -> dict[str, bool]:
     return asked or dict.fromkeys(every, usual)
 
 
-async def _send(
-    send: Send, head: Mapping[str, Any], outputs: Sequence[tuple[dict[str, Any], bytes]]
-) -> None:
+def _write(head: Mapping[str, Any], outputs: Sequence[tuple[dict[str, Any], bytes]]) -> Response:
     """Write the answer: JSON, and binary data after it if an output has any."""
-    message = {**head, "outputs": [tensor for tensor, _ in outputs]}
-    body = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
-    headers = [(b"content-type", b"application/json")]
-    if any("parameters" in tensor for tensor, _ in outputs):
-        length = b"%d" % len(body)
-        headers = [(b"content-type", b"application/octet-stream"), (_LENGTH, length)]
-        body = b"".join([body, *(data for _, data in outputs)])
-    headers.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    body = to_json({**head, "outputs": [tensor for tensor, _ in outputs]})
+    if not any("parameters" in tensor for tensor, _ in outputs):
+        return Response(body, media_type="application/json")
+    headers = {_LENGTH.decode(): str(len(body))}
+    body = b"".join([body, *(data for _, data in outputs)])
+    return Response(body, headers=headers, media_type="application/octet-stream")

@@ -3,15 +3,15 @@
 import hmac
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from dropserve.service.errors import Forbidden, Overloaded, Unauthorized
 from dropserve.service.http.body import BodyReader, load_json
-from dropserve.service.http.front import invalid
-from dropserve.service.http.native import Find, errors, inference_of, named_model, versioned_model
+from dropserve.service.http.infer import answer
+from dropserve.service.http.options import invalid
 from dropserve.service.http.protocol import (
     INTEGERS,
     PLAIN,
@@ -19,7 +19,6 @@ from dropserve.service.http.protocol import (
     SAMPLED,
     IndexEntry,
     IndexRequest,
-    InferRequest,
     InferResponse,
     Live,
     LoadRequest,
@@ -29,6 +28,13 @@ from dropserve.service.http.protocol import (
     ServerMetadata,
     TensorMetadata,
     UnloadRequest,
+)
+from dropserve.service.http.routes import (
+    TASK_ERRORS,
+    described,
+    errors,
+    find_model,
+    inference_of,
 )
 from dropserve.service.inference.classifier import Classifier
 
@@ -60,38 +66,37 @@ async def live() -> Live:
 async def ready(request: Request) -> Ready:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
     if not any(inference_of(request).registry):
-        raise Overloaded("no model is served")
+        raise Overloaded("no model is served", "no_model")
     return Ready(ready=True)
 
 
-def _add_model(prefix: str, find: Find) -> None:
-    """Declare a model's routes under a prefix that says which one."""
-    Model = Annotated[Classifier, Depends(find)]  # noqa: N806  a type
-
-    @router.get(prefix, responses=errors(404))
-    async def metadata(request: Request, model: Model) -> ModelMetadata:
-        """Name a model's versions and tensors."""
-        return _describe(model, list(inference_of(request).registry.versions(model.name)))
-
-    @router.get(prefix + "/ready", responses=errors(404))
-    async def model_ready(model: Model) -> ModelReady:
-        """Say that a model may be asked."""
-        return ModelReady(name=model.name, ready=True)
-
-    @router.post(prefix + "/infer", responses=errors(400, 404, 408, 413, 415, 422, 503))
-    async def infer(model: Model, body: InferRequest) -> InferResponse:
-        """Classify pictures: in eval mode, by Monte Carlo dropout, or both.
-
-        For the document, and for 405 on other methods; `infer.py` answers.
-        """
-        raise NotImplementedError
+async def metadata(request: Request) -> ModelMetadata:
+    """Name a model's versions and tensors."""
+    model = find_model(request)
+    return _describe(model, list(inference_of(request).registry.versions(model.name)))
 
 
-for _prefix, _find in (
-    ("/models/{name}", named_model),
-    ("/models/{name}/versions/{version}", versioned_model),
-):
-    _add_model(_prefix, _find)
+async def model_ready(request: Request) -> ModelReady:
+    """Say that a model may be asked."""
+    return ModelReady(name=find_model(request).name, ready=True)
+
+
+async def infer(request: Request) -> Response:
+    """Classify images: in eval mode, by Monte Carlo dropout, or both."""
+    return await answer(request)
+
+
+_INFER = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}}
+for _prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
+    _how: dict[str, Any] = {"responses": errors(404), "openapi_extra": described(_prefix)}
+    router.get(_prefix, **_how)(metadata)
+    router.get(_prefix + "/ready", **_how)(model_ready)
+    router.post(
+        _prefix + "/infer",
+        response_model=InferResponse,
+        responses=errors(*TASK_ERRORS),
+        openapi_extra=described(_prefix, body={"required": True, "content": _INFER}),
+    )(infer)
 
 
 def _describe(model: Classifier, versions: Sequence[int]) -> ModelMetadata:
@@ -172,7 +177,7 @@ async def unload(request: Request, name: str) -> dict[str, str]:
 async def _read(request: Request, kind: type[Sent]) -> Sent:
     """Read a body that may be left out."""
     reader: BodyReader = request.app.state.reader
-    sent = await reader.read(dict(reversed(request.scope["headers"])), request.receive)
+    sent = await reader.read(request)
     try:
         return kind.model_validate(load_json(sent) if sent else {})
     except ValidationError as error:
