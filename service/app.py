@@ -18,7 +18,6 @@ from dropserve.service.fastpath.request import FastPath
 from dropserve.service.http import examples, native, oip, operations, playground
 from dropserve.service.http.body import BodyLimits, BodyReader
 from dropserve.service.http.images import ImageLimits
-from dropserve.service.http.infer import InferRoutes
 from dropserve.service.http.keys import KeyCheck, Keys
 from dropserve.service.http.openapi import complete_document
 from dropserve.service.http.request_log import RequestLog
@@ -105,8 +104,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
     express = FastPath(app.state, settings, reader, keys)
-    infer = InferRoutes(app.build_middleware_stack(), settings, reader)
-    app.middleware_stack = TaskRoutes(infer, settings, reader)
+    app.middleware_stack = TaskRoutes(app.build_middleware_stack(), settings, reader)
     if tracing is not None:
         app.middleware_stack = tracing.of_requests(app.middleware_stack)
     if keys is not None:

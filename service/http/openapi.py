@@ -23,8 +23,14 @@ from dropserve.service.events import EVENTS
 from dropserve.service.http.images import FORMATS
 from dropserve.service.http.keys import OPEN
 from dropserve.service.http.orders import PATHS
-from dropserve.service.http.protocol import IndexRequest, LoadRequest, ProtocolError, UnloadRequest
-from dropserve.service.http.tensors import HEADER
+from dropserve.service.http.tensors import (
+    HEADER,
+    IndexRequest,
+    InferRequest,
+    LoadRequest,
+    ProtocolError,
+    UnloadRequest,
+)
 from dropserve.service.schemas import SCALES, Problem
 from dropserve.service.settings import Settings
 
@@ -36,7 +42,7 @@ _DERIVED = ("HTTPValidationError", "ValidationError")
 """What the framework believes to answer to a bad request."""
 _SERVER = {"url": "."}
 """Relative to the document's own URL: right behind a proxy that adds a prefix, too."""
-_UNDERIVED = (Problem, ProtocolError, IndexRequest, LoadRequest, UnloadRequest)
+_UNDERIVED = (Problem, ProtocolError, InferRequest, IndexRequest, LoadRequest, UnloadRequest)
 """What it does not see, because it neither reads nor writes it."""
 _KEYS = {
     "keyAsBearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
