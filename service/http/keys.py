@@ -18,7 +18,6 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dropserve.service.errors import Unauthorized
-from dropserve.service.http.request_log import RequestLog
 from dropserve.service.observability.logs import FIELDS
 
 OPEN = {"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"}
@@ -107,33 +106,29 @@ class Keys:
 
 
 class KeyCheck:
-    """ASGI middleware: before anything is read, refuses with 401 who brings no key.
+    """ASGI middleware: refuses with 401, before anything is read, a request without a key.
 
     Args:
-        app: what the key opens.
-        keys: any of them does.
+        app: answers requests with a key.
+        keys: any of them is enough.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
         self._keys = keys
-        self._refusal = RequestLog(_refuse)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         checked = scope["type"] == "http" and scope["path"] not in OPEN
-        admitted = not checked or self._keys.admit(scope["headers"])
-        await (self._app if admitted else self._refusal)(scope, receive, send)
-
-
-async def _refuse(scope: Scope, _receive: Receive, _send: Send) -> None:
-    headers = {"WWW-Authenticate": _CHALLENGE}
-    if any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]):
-        headers["Connection"] = "close"  # who has no key may not go on sending a body
-    raise Unauthorized(
-        "an API key is needed: as Authorization: Bearer, as X-API-Key or as the password",
-        headers=headers,
-    )
+        if checked and not self._keys.admit(scope["headers"]):
+            headers = {"WWW-Authenticate": _CHALLENGE}
+            if any(n in (b"content-length", b"transfer-encoding") for n, _ in scope["headers"]):
+                headers["Connection"] = "close"  # its body is not read
+            raise Unauthorized(
+                "an API key is needed: as Authorization: Bearer, as X-API-Key or as the password",
+                headers=headers,
+            )
+        await self._app(scope, receive, send)
 
 
 def _offered(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:

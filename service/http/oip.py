@@ -1,7 +1,7 @@
-"""Routes of the Open Inference Protocol, version 2; the messages and tensors are in `tensors.py`."""
+"""Routes of the Open Inference Protocol, version 2; its messages and tensors are in `tensors.py`."""
 
 import hmac
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,11 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dropserve.service import errors
-from dropserve.service.http import body as bodies
 from dropserve.service.http import routes, tensors
-from dropserve.service.http.decoding import Pixels, Steps, finish, prepared
-from dropserve.service.http.images import SMALL_PNG_BYTES, ImageSource, encoded, is_small_png
+from dropserve.service.http.body import BodyLimits, from_pixels, json_memory, load_json, read_each
+from dropserve.service.http.decoding import Pixels, Steps, finish
+from dropserve.service.http.images import (
+    SMALL_PNG_BYTES,
+    ImageSource,
+    encoded,
+    is_small_png,
+    prepared,
+)
 from dropserve.service.http.options import invalid, limit_samples
+from dropserve.service.http.tensors import PLAIN, SAMPLED, InferRequest
 from dropserve.service.inference.classifier import Answer, Classifier
 from dropserve.service.inference.tasks import Predict, Task, Uncertainty
 
@@ -26,7 +33,6 @@ if TYPE_CHECKING:
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 Message = TypeVar("Message", bound=BaseModel)
-PLAIN, SAMPLED = tensors.PLAIN, tensors.SAMPLED
 _SAMPLING = ("samples", "seed", "masks", "level")
 
 
@@ -58,17 +64,18 @@ async def model_ready(request: Request) -> dict[str, str | bool]:
     return {"name": routes.find_model(request).name, "ready": True}
 
 
-async def metadata(request: Request) -> dict[str, Any]:
+async def metadata(request: Request) -> Response:
     """Name a model's versions and tensors."""
     model = routes.find_model(request)
     image = [-1, -1, -1, model.details()["input"]["channels"]]
-    return {
+    content = {
         "name": model.name,
         "versions": [str(n) for n in routes.inference_of(request).registry.versions(model.name)],
         "platform": "pytorch",
         "inputs": [{"name": "image", "datatype": "UINT8", "shape": image}],
         "outputs": [tensors.describe(name, len(model.classes)) for name in PLAIN + SAMPLED],
     }
+    return routes.JsonResponse(content)
 
 
 async def infer(request: Request) -> Response:
@@ -76,13 +83,10 @@ async def infer(request: Request) -> Response:
     inference, model = routes.inference_of(request), routes.find_model(request, log=True)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in ("", "application/json", "application/octet-stream"):  # Triton's has none
-        raise errors.UnsupportedMediaType(
-            "send application/json, or application/octet-stream with binary data"
-        )
-    lengths, settings = request.headers.getlist(tensors.HEADER), request.app.state.settings
-    reader: bodies.BodyReader = request.app.state.reader
-    body = await reader.read(request)
-    size, parsing = len(body), _parse(body, lengths, model, reader.limits)
+        raise errors.UnsupportedMediaType("send application/json or application/octet-stream")
+    lengths, state = request.headers.getlist(tensors.HEADER), request.app.state
+    body = await state.reader.read(request)
+    size, parsing = len(body), _parse(body, lengths, model, state.reader.limits)
     del body  # its memory is free as soon as it is parsed
     try:
         async with routes.while_connected(request.receive):
@@ -90,120 +94,115 @@ async def infer(request: Request) -> Response:
             parsed = finish(parsing) if small else await inference.decode(parsing)
             sent, images, quick = parsed
             request.state.log["images"] = len(images)
-            outputs, tasks = _plan(sent, settings.max_samples)
-            decoding, timeout = prepared(images, model.prepare), sent.parameters.timeout / 1e6
+            outputs, tasks = _plan(sent, state.settings.max_samples)
+            decoding = prepared(images, model.prepare, model.draft_size)
             pixels: Pixels | Read
             if small and quick:  # the first task decodes, for both
                 pixels = cache(lambda: finish(decoding))
             else:
                 pixels = await inference.decode(decoding)
+            max_wait = sent.parameters.timeout / 1e6
             answers = [
-                await inference.run(model, task, pixels, len(images), timeout) for task in tasks
+                await inference.run(model, task, pixels, len(images), max_wait) for task in tasks
             ]
     finally:
-        reader.release(size)
-    head = {"model_name": model.name, "model_version": str(model.version)}
+        state.reader.release(size)
+    written = _write(sent, outputs, answers)
+    content: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
     if sent.id is not None:
-        head["id"] = sent.id
-    for task in tasks:
-        if isinstance(task, Uncertainty):
-            head["parameters"] = {name: getattr(task, name) for name in _SAMPLING}
-            head["parameters"] |= {"method": "dropout", "log_base": "e"}
-    return _respond(head, outputs, answers, named=bool(sent.outputs))
+        content["id"] = sent.id
+    if isinstance(tasks[-1], Uncertainty):
+        used = {name: getattr(tasks[-1], name) for name in _SAMPLING}
+        content["parameters"] = {"method": "dropout", "log_base": "e", **used}
+    head = routes.to_json({**content, "outputs": [tensor for tensor, _ in written]})
+    if not any("parameters" in tensor for tensor, _ in written):
+        return Response(head, media_type="application/json")
+    binary = b"".join([head, *(data for _, data in written)])
+    return Response(binary, 200, {tensors.HEADER: str(len(head))}, "application/octet-stream")
 
 
 def _parse(
-    body: bytes, lengths: Sequence[str], model: Classifier, limits: bodies.BodyLimits
-) -> Steps[tuple[tensors.InferRequest, list[ImageSource], bool]]:
+    body: bytes, lengths: Sequence[str], model: Classifier, limits: BodyLimits
+) -> Steps[tuple[InferRequest, list[ImageSource], bool]]:
     """Read a request and its images, and say whether decoding them takes next to no time."""
     head, binary = tensors.split(body, lengths)
-    yield bodies.json_memory(head) + 3 * len(body)
+    yield json_memory(head) + 3 * len(body)
     try:
-        request = tensors.InferRequest.model_validate(bodies.load_json(head))
+        request = InferRequest.model_validate(load_json(head))
     except ValidationError as error:
         raise invalid(error) from None
     if request.model_name not in (None, "", model.name):
         raise errors.InvalidRequest("model_name: is not the model of the path: leave it out")
     if request.model_version not in (None, "", str(model.version)):
         raise errors.InvalidRequest(
-            "model_version: is not the version that answers: ask for it in the path, "
-            "/v2/models/.../versions/.../infer"
+            "model_version: is not the version that answers: ask for it in the path"
         )
     data = tensors.read(request.inputs[0], binary, limits, request.parameters.scale)
     if isinstance(data, np.ndarray):
-        return request, bodies.from_pixels(data), True
-    images = bodies.read_each(data, lambda image: encoded(image, None, limits.image))
+        return request, from_pixels(data), True
+    images = read_each(data, lambda image: encoded(image, None, limits.image))
     return request, images, len(data) == 1 and is_small_png(data[0], "image/png")
 
 
-def _plan(request: tensors.InferRequest, max_samples: int) -> tuple[dict[str, bool], list[Task]]:
-    """Return the outputs to send, and whether as binary data; and the tasks that they need."""
-    parameters, wishes = request.parameters, {o.name: o.parameters for o in request.outputs}
-    if len(wishes) < len(request.outputs):
+def _plan(request: InferRequest, max_samples: int) -> tuple[dict[str, bool], list[Task]]:
+    """Return the outputs to send, each with whether as binary data, and the tasks they need."""
+    parameters, binary = request.parameters, request.parameters.binary_data_output
+    outputs: dict[str, bool] = {}
+    for output in request.outputs:
+        wish = output.parameters.binary_data
+        outputs[output.name] = binary if wish is None else wish
+    if len(outputs) < len(request.outputs):
         raise errors.InvalidRequest("outputs: one is there twice")
-    sampled = not wishes.keys().isdisjoint(SAMPLED)
+    sampled = not outputs.keys().isdisjoint(SAMPLED)
     uncertainty = sampled if parameters.mode is None else parameters.mode == "uncertainty"
     if sampled and not uncertainty:
         raise errors.InvalidRequest('outputs: one needs the mode "uncertainty"')
     if not uncertainty and not parameters.model_fields_set.isdisjoint(_SAMPLING):
         raise errors.InvalidRequest('parameters: one needs the mode "uncertainty"')
-    usual = parameters.binary_data_output
-    outputs = {n: usual if w.binary_data is None else w.binary_data for n, w in wishes.items()}
-    outputs = outputs or dict.fromkeys(PLAIN + SAMPLED if uncertainty else PLAIN, usual)
+    outputs = outputs or dict.fromkeys(PLAIN + SAMPLED if uncertainty else PLAIN, binary)
     tasks: list[Task] = [] if outputs.keys().isdisjoint(PLAIN) else [Predict()]
     if not outputs.keys().isdisjoint(SAMPLED):
-        options = parameters.model_dump(include=set(_SAMPLING))
-        options["samples"] = limit_samples(parameters, max_samples)
-        tasks.append(Uncertainty(**options))
+        samples = limit_samples(parameters, max_samples)
+        tasks.append(Uncertainty(samples, parameters.seed, parameters.masks, parameters.level))
     return outputs, tasks
 
 
-def _respond(
-    head: Mapping[str, Any], outputs: Mapping[str, bool], answers: Sequence[Answer], *, named: bool
-) -> Response:
-    """Write the outputs: JSON, and binary data after it if an output has any.
-
-    Raises:
-        InvalidRequest: an output that was asked for by name cannot be estimated.
-    """
+def _write(
+    request: InferRequest, outputs: dict[str, bool], answers: Sequence[Answer]
+) -> list[tuple[dict[str, Any], bytes]]:
+    """Write the outputs; one that cannot be estimated is left out, or refused if asked for."""
     rows: list[dict[str, Any]] = [{} for _ in answers[0]["predictions"]]
     for answer in reversed(answers):  # label and index are those of the prediction, the first
         for row, prediction in zip(rows, answer["predictions"], strict=True):
             row |= {**prediction, **prediction.get("interval", {})}
     missing = [name for name in outputs if rows[0][name] is None]
-    if missing and named:
+    if missing and request.outputs:
         raise errors.InvalidRequest(f"{missing[0]} needs more samples")
-    written = [
+    return [
         tensors.write(name, [row[name] for row in rows], binary=binary)
         for name, binary in outputs.items()
         if name not in missing
     ]
-    content = routes.to_json({**head, "outputs": [tensor for tensor, _ in written]})
-    if not any("parameters" in tensor for tensor, _ in written):
-        return Response(content, media_type="application/json")
-    headers = {tensors.HEADER: str(len(content))}
-    content = b"".join([content, *(data for _, data in written)])
-    return Response(content, 200, headers, "application/octet-stream")
 
 
 def _describe(path: str, body: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-    content = {"application/json": {"schema": schema}}
-    return routes.described(path, body={"required": required, "content": content})
+    schema = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
+    body = {"required": required, "content": {"application/json": schema}}
+    return routes.described(path, body=body)
 
 
 for _path in ("/models/{name}", "/models/{name}/versions/{version}"):
-    _about: dict[str, Any] = {
+    _model: dict[str, Any] = {
         "responses": routes.errors(404),
         "openapi_extra": routes.described(_path),
     }
-    router.get(_path, response_model=tensors.ModelMetadata, **_about)(metadata)
-    router.get(_path + "/ready", **_about)(model_ready)
+    router.get(_path, response_model=tensors.ModelMetadata, **_model)(metadata)
+    router.get(_path + "/ready", **_model)(model_ready)
     router.post(
         _path + "/infer",
         response_model=tensors.InferResponse,
         responses=routes.errors(*routes.TASK_ERRORS),
-        openapi_extra=_describe(_path, tensors.InferRequest, required=True),
+        openapi_extra=_describe(_path, InferRequest, required=True),
     )(infer)
 
 
@@ -249,10 +248,10 @@ async def _read(request: Request, kind: type[Message]) -> Message:
     right = hmac.compare_digest(given.strip().encode("latin-1"), token.get_secret_value().encode())
     if scheme.lower() != "bearer" or not right:
         raise errors.Unauthorized("the admin token is needed: Authorization: Bearer ...")
-    reader: bodies.BodyReader = request.app.state.reader
+    reader = request.app.state.reader
     body = await reader.read(request)
     try:
-        return kind.model_validate(bodies.load_json(body) if body else {})
+        return kind.model_validate(load_json(body) if body else {})
     except ValidationError as error:
         raise invalid(error) from None
     finally:

@@ -18,11 +18,10 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from dropserve.service.errors import error_for, written
-from dropserve.service.events import EVENTS
+from dropserve.service.errors import error_for
 from dropserve.service.http.images import FORMATS
 from dropserve.service.http.keys import OPEN
-from dropserve.service.http.orders import PATHS
+from dropserve.service.http.request_log import is_protocol
 from dropserve.service.http.tensors import (
     HEADER,
     IndexRequest,
@@ -31,7 +30,7 @@ from dropserve.service.http.tensors import (
     ProtocolError,
     UnloadRequest,
 )
-from dropserve.service.schemas import SCALES, Problem
+from dropserve.service.schemas import EVENTS, SCALES, Problem
 from dropserve.service.settings import Settings
 
 _EXAMPLES = Path(__file__).with_name("examples.json")
@@ -42,7 +41,10 @@ _DERIVED = ("HTTPValidationError", "ValidationError")
 """What the framework believes to answer to a bad request."""
 _SERVER = {"url": "."}
 """Relative to the document's own URL: right behind a proxy that adds a prefix, too."""
-_UNDERIVED = (Problem, ProtocolError, InferRequest, IndexRequest, LoadRequest, UnloadRequest)
+_UNDERIVED: tuple[type[BaseModel], ...] = (
+    *(Problem, *EVENTS.values()),
+    *(ProtocolError, InferRequest, IndexRequest, LoadRequest, UnloadRequest),
+)
 """What it does not see, because it neither reads nor writes it."""
 _KEYS = {
     "keyAsBearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
@@ -107,6 +109,12 @@ def _complete(document: dict[str, Any], settings: Settings) -> None:
     keys, admin = settings.api_keys_file is not None, settings.admin_token is not None
     if keys or admin:
         components["securitySchemes"] = {**(_KEYS if keys else {}), **(_ADMIN if admin else {})}
+    components["requestBodies"] = {
+        "Image": _images_body(1),
+        "Images": _images_body(settings.max_images),
+    }
+    for body in components["requestBodies"].values():
+        _show(body, examples()["POST /predict"]["sent"])
     for path, item in document["paths"].items():
         for method, operation in item.items():
             _complete_operation(method, path, operation, settings)
@@ -128,18 +136,14 @@ def _complete_operation(
     for parameter in operation.get("parameters", ()):
         if parameter["name"] == "samples":
             _limit(parameter["schema"], settings.max_samples)
-    if method == "post" and PATHS.fullmatch(path):
-        most = 1 if path.endswith("/stream") else settings.max_images
-        operation["requestBody"] = _pictures(most)
     if path.endswith("/infer"):
         _add_binary(operation)
     example = examples().get(f"{method.upper()} {common(path)}", {})
     _show(operation.get("requestBody", {}), example.get("sent"))
     for response in success.values():
-        stream = response["content"].get("text/event-stream")
-        if stream is not None:
+        if "text/event-stream" in response["content"]:
             # a field of OpenAPI 3.2, which tools for 3.1 ignore
-            stream["itemSchema"] = _events(stream.pop("schema")["anyOf"])
+            response["content"]["text/event-stream"]["itemSchema"] = _events()
         _show(response, example.get("answer"))
 
 
@@ -147,8 +151,8 @@ def _limit(schema: dict[str, Any], most: int) -> None:
     schema |= {"maximum": most, "default": min(schema["default"], most)}
 
 
-def _pictures(most: int) -> dict[str, Any]:
-    """Describe the bodies that so many pictures come in, as `bodies.py` reads them."""
+def _images_body(most: int) -> dict[str, Any]:
+    """Describe the bodies that so many images come in, as `body.py` reads them."""
     file = {"schema": {"type": "string", "format": "binary"}}
     count = {"minItems": 1, "maxItems": most}
     scale = {"type": "integer", "enum": list(SCALES), "description": "As in the query."}
@@ -201,9 +205,9 @@ def _add_binary(operation: dict[str, Any]) -> None:
     response["headers"] = {HEADER: length}
 
 
-def _events(kinds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _events() -> dict[str, Any]:
     """Describe each event of a stream by its name and its data, as OpenAPI 3.2 has it."""
-    data = {**dict(zip(EVENTS, kinds, strict=True)), "error": _reference(Problem)}
+    data = {event: _reference(kind) for event, kind in {**EVENTS, "error": Problem}.items()}
     return {
         "oneOf": [
             {
@@ -236,9 +240,9 @@ def _declared(responses: Mapping[str, Any]) -> Iterable[int]:
 
 def _errors(path: str, statuses: Iterable[int]) -> dict[str, Any]:
     """Describe a route's errors."""
-    media_type = written(path, 500, "", "")[1]
-    kind = Problem if media_type == "application/problem+json" else ProtocolError
-    content = {media_type: {"schema": _reference(kind)}}
+    content: dict[str, Any] = {"application/problem+json": {"schema": _reference(Problem)}}
+    if is_protocol(path):
+        content = {"application/json": {"schema": _reference(ProtocolError)}}
     return {
         str(status): {"description": _meaning(status), "content": content}
         for status in sorted(statuses)

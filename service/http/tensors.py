@@ -246,7 +246,10 @@ def write(name: str, values: Sequence[Any], *, binary: bool) -> tuple[dict[str, 
     """Return an output's part of the JSON, and its binary data: none unless `binary`."""
     datatype = DATATYPES.get(name, "FP32")
     if datatype == "BYTES":
-        shape, data = [len(values)], b"".join(struct.pack("<I", len(t)) + t for t in map(str.encode, values))
+        shape, data = (
+            [len(values)],
+            b"".join(struct.pack("<I", len(t)) + t for t in map(str.encode, values)),
+        )
     else:
         array = np.array(values, "<i8" if datatype == "INT64" else "<f4")
         shape, values, data = list(array.shape), array.ravel(), array.tobytes()

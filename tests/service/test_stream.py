@@ -12,18 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from dropserve.service.http.tasks import EventStream
 from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from dropserve.models import checkpoint
 from dropserve.service.app import create_app
 from dropserve.service.errors import InvalidRequest, Overloaded
-from dropserve.service.events import StreamEnd, StreamSample, StreamStart
-from dropserve.service.http.stream import send_events
 from dropserve.service.inference.inference import MAX_STREAMS, Inference
 from dropserve.service.inference.tasks import Predict, Stream
 from dropserve.service.observability.logs import FIELDS
-from dropserve.service.schemas import Problem
+from dropserve.service.schemas import Problem, StreamEnd, StreamSample, StreamStart
 from dropserve.service.settings import Settings
 
 MLP, CNN = "/v1/models/digits-mlp", "/v1/models/colour-cnn"
