@@ -1,39 +1,178 @@
-"""Routes of the Open Inference Protocol, version 2; its messages and tensors are in `tensors.py`."""
+"""Open Inference Protocol, version 2: messages, routes, and tensors from and to arrays.
+
+https://github.com/kserve/open-inference-protocol, with Triton's extensions for model repositories
+and binary data, which follows the JSON of a message: numbers are little-endian, an element of BYTES
+is its length (4 bytes) and then its bytes.
+"""
 
 import hmac
+import math
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from dropserve.service import errors
-from dropserve.service.http import routes, tensors
-from dropserve.service.http.body import BodyLimits, from_pixels, json_memory, load_json, read_each
+from dropserve.service.http import body as bodies
+from dropserve.service.http import images, routes
 from dropserve.service.http.decoding import Pixels, Steps, finish
-from dropserve.service.http.images import (
-    SMALL_PNG_BYTES,
-    ImageSource,
-    encoded,
-    is_small_png,
-    prepared,
-)
 from dropserve.service.http.options import invalid, limit_samples
-from dropserve.service.http.tensors import PLAIN, SAMPLED, InferRequest
 from dropserve.service.inference.classifier import Answer, Classifier
 from dropserve.service.inference.tasks import Predict, Task, Uncertainty
+from dropserve.service.schemas import SamplingOptions, Sent
 
-if TYPE_CHECKING:
-    from dropserve.service.inference.inference import Read
-
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-Message = TypeVar("Message", bound=BaseModel)
+HEADER = "Inference-Header-Content-Length"
+Output = StrEnum(
+    "Output",
+    "probabilities index label mean variance standard_error degrees_of_freedom predictive_entropy "
+    "expected_entropy mutual_information variation_ratio lower upper",
+)
+PLAIN, SAMPLED = (*Output,)[:3], (*Output,)[3:]
+"""Outputs of eval mode, and of Monte Carlo dropout; `lower` and `upper` bound the interval."""
+ROWS = ("probabilities", "mean", "variance", "standard_error", "lower", "upper")
+"""Outputs with one number per class."""
+DATATYPES = {"index": "INT64", "degrees_of_freedom": "INT64", "label": "BYTES"}
+"""Datatypes of outputs; the others are FP32."""
+Ignored = str | int | float | bool | None
 _SAMPLING = ("samples", "seed", "masks", "level")
+Message = TypeVar("Message", bound=BaseModel)
+router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Say in a schema that null stands for a member that is left out."""
+    for name, member in schema["properties"].items():
+        if name not in schema.get("required", ()) and "null" not in str(member):
+            about = {k: member.pop(k) for k in ("title", "description", "default") if k in member}
+            schema["properties"][name] = {"anyOf": [member, {"type": "null"}], **about}
+
+
+class Strict(Sent):
+    """Part of a message: an unknown name is refused, and no type is converted."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra=_allow_null)
+
+
+class InferParameters(Strict, SamplingOptions):
+    """How to answer: uncertainty adds Monte Carlo dropout; from `priority` on, all is ignored."""
+
+    mode: Literal["predict", "uncertainty"] | None = None
+    binary_data_output: bool = Field(False, description="All outputs as binary data.")
+    timeout: int = Field(0, ge=0, lt=2**63, description="Microseconds in the queue; 0: no limit.")
+    priority: Ignored = None
+    content_type: Ignored = None
+    sequence_id: Ignored = None
+    sequence_start: Ignored = None
+    sequence_end: Ignored = None
+
+
+class InputParameters(Strict):
+    """Parameters of the input; `content_type` is ignored."""
+
+    binary_data_size: int | None = Field(None, ge=0)
+    content_type: Ignored = None
+
+
+class InputTensor(Strict):
+    """Images: pixels [B, H, W] or [B, H, W, C], C 1 or 3; or encoded ones, [B] or [B, 1]."""
+
+    name: Literal["image"]
+    shape: list[Annotated[int, Field(ge=1)]] = Field(max_length=4)
+    datatype: Literal["UINT8", "FP32", "BYTES"]
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = Field(None, description="Nested or flat; BYTES are base64 strings.")
+
+
+class OutputParameters(Strict):
+    """Parameters of a requested output."""
+
+    binary_data: bool | None = None
+
+
+class RequestedOutput(Strict):
+    """An output to return."""
+
+    name: Output = Field(strict=False)  # JSON's strings are no members of it yet
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(Strict):
+    """Body of `infer`, or the part of it before binary data; no outputs: all of the mode."""
+
+    # half a surrogate pair, which no answer could repeat, cannot be encoded
+    id: Annotated[str, AfterValidator(lambda text: text.encode().decode())] | None = None
+    model_name: str | None = Field(None, description="The path's; KServe's client sends it.")
+    model_version: str | None = Field(None, description="The one that answers, or empty.")
+    parameters: InferParameters = InferParameters()
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[RequestedOutput] = Field([], max_length=len(Output))
+
+
+class Tensor(BaseModel):
+    """A tensor; in metadata without data, and -1 stands for any size."""
+
+    name: str
+    datatype: Literal["UINT8", "FP32", "INT64", "BYTES"]
+    shape: list[int]
+    parameters: dict[Literal["binary_data_size"], int] | None = None
+    data: list[float | int | str] | None = Field(None, description="Row-major and flat.")
+
+
+class InferResponse(BaseModel):
+    """Answer of `infer`."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="How the model was sampled.")
+    outputs: list[Tensor]
+
+
+class ModelMetadata(BaseModel):
+    """Versions and tensors of a model."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class IndexRequest(Strict):
+    """Which versions to list."""
+
+    ready: bool = Field(False, description="Only those that are ready.")
+
+
+class LoadRequest(Strict):
+    """Body of `load`; none of Triton's parameters, which bring a configuration or files along."""
+
+    parameters: Strict = Strict()
+
+
+class UnloadParameters(Strict):
+    """Parameters of `unload`."""
+
+    unload_dependents: bool = Field(False, description="Ignored: no model has dependents.")
+
+
+class UnloadRequest(Strict):
+    """Body of `unload`."""
+
+    parameters: UnloadParameters = UnloadParameters()
+
+
+class ProtocolError(BaseModel):
+    """Any failure under /v2."""
+
+    error: str
 
 
 @router.get("/", include_in_schema=False)
@@ -67,15 +206,22 @@ async def model_ready(request: Request) -> dict[str, str | bool]:
 async def metadata(request: Request) -> Response:
     """Name a model's versions and tensors."""
     model = routes.find_model(request)
+    shapes = {name: [-1, len(model.classes)] if name in ROWS else [-1] for name in Output}
     image = [-1, -1, -1, model.details()["input"]["channels"]]
-    content = {
-        "name": model.name,
-        "versions": [str(n) for n in routes.inference_of(request).registry.versions(model.name)],
-        "platform": "pytorch",
-        "inputs": [{"name": "image", "datatype": "UINT8", "shape": image}],
-        "outputs": [tensors.describe(name, len(model.classes)) for name in PLAIN + SAMPLED],
-    }
-    return routes.JsonResponse(content)
+    return routes.JsonResponse(
+        {
+            "name": model.name,
+            "versions": [
+                str(n) for n in routes.inference_of(request).registry.versions(model.name)
+            ],
+            "platform": "pytorch",
+            "inputs": [{"name": "image", "datatype": "UINT8", "shape": image}],
+            "outputs": [
+                {"name": name, "datatype": DATATYPES.get(name, "FP32"), "shape": shape}
+                for name, shape in shapes.items()
+            ],
+        }
+    )
 
 
 async def infer(request: Request) -> Response:
@@ -84,82 +230,139 @@ async def infer(request: Request) -> Response:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in ("", "application/json", "application/octet-stream"):  # Triton's has none
         raise errors.UnsupportedMediaType("send application/json or application/octet-stream")
-    lengths, state = request.headers.getlist(tensors.HEADER), request.app.state
+    lengths, state = request.headers.getlist(HEADER), request.app.state
     body = await state.reader.read(request)
     size, parsing = len(body), _parse(body, lengths, model, state.reader.limits)
     del body  # its memory is free as soon as it is parsed
     try:
         async with routes.while_connected(request.receive):
-            small = size <= SMALL_PNG_BYTES
-            parsed = finish(parsing) if small else await inference.decode(parsing)
-            sent, images, quick = parsed
-            request.state.log["images"] = len(images)
+            small = size <= images.SMALL_PNG_BYTES
+            sent, sources, quick = finish(parsing) if small else await inference.decode(parsing)
+            request.state.log["images"] = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
-            decoding = prepared(images, model.prepare, model.draft_size)
-            pixels: Pixels | Read
+            decoding = images.prepared(sources, model.prepare, model.draft_size)
+            pixels: Pixels | Callable[[], Pixels]
             if small and quick:  # the first task decodes, for both
                 pixels = cache(lambda: finish(decoding))
             else:
                 pixels = await inference.decode(decoding)
             max_wait = sent.parameters.timeout / 1e6
             answers = [
-                await inference.run(model, task, pixels, len(images), max_wait) for task in tasks
+                await inference.run(model, task, pixels, len(sources), max_wait) for task in tasks
             ]
     finally:
         state.reader.release(size)
-    written = _write(sent, outputs, answers)
+    tensors = _write_outputs(sent, outputs, answers)
     content: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
     if sent.id is not None:
         content["id"] = sent.id
     if isinstance(tasks[-1], Uncertainty):
         used = {name: getattr(tasks[-1], name) for name in _SAMPLING}
         content["parameters"] = {"method": "dropout", "log_base": "e", **used}
-    head = routes.to_json({**content, "outputs": [tensor for tensor, _ in written]})
-    if not any("parameters" in tensor for tensor, _ in written):
+    head = routes.to_json({**content, "outputs": [tensor for tensor, _ in tensors]})
+    if not any("parameters" in tensor for tensor, _ in tensors):
         return Response(head, media_type="application/json")
-    binary = b"".join([head, *(data for _, data in written)])
-    return Response(binary, 200, {tensors.HEADER: str(len(head))}, "application/octet-stream")
+    binary = b"".join([head, *(data for _, data in tensors)])
+    return Response(binary, 200, {HEADER: str(len(head))}, "application/octet-stream")
 
 
 def _parse(
-    body: bytes, lengths: Sequence[str], model: Classifier, limits: BodyLimits
-) -> Steps[tuple[InferRequest, list[ImageSource], bool]]:
+    body: bytes, lengths: Sequence[str], model: Classifier, limits: bodies.BodyLimits
+) -> Steps[tuple[InferRequest, list[images.ImageSource], bool]]:
     """Read a request and its images, and say whether decoding them takes next to no time."""
-    head, binary = tensors.split(body, lengths)
-    yield json_memory(head) + 3 * len(body)
+    head, binary = _split(body, lengths)
+    yield bodies.json_memory(head) + 3 * len(body)
     try:
-        request = InferRequest.model_validate(load_json(head))
+        request = InferRequest.model_validate(bodies.load_json(head))
     except ValidationError as error:
         raise invalid(error) from None
     if request.model_name not in (None, "", model.name):
         raise errors.InvalidRequest("model_name: is not the model of the path: leave it out")
     if request.model_version not in (None, "", str(model.version)):
-        raise errors.InvalidRequest(
-            "model_version: is not the version that answers: ask for it in the path"
-        )
-    data = tensors.read(request.inputs[0], binary, limits, request.parameters.scale)
+        raise errors.InvalidRequest("model_version: is not the version that answers: use the path")
+    data = _read_images(request.inputs[0], binary, limits, request.parameters.scale)
     if isinstance(data, np.ndarray):
-        return request, from_pixels(data), True
-    images = read_each(data, lambda image: encoded(image, None, limits.image))
-    return request, images, len(data) == 1 and is_small_png(data[0], "image/png")
+        return request, bodies.from_pixels(data), True
+    sources = bodies.read_each(data, lambda image: images.encoded(image, None, limits.image))
+    return request, sources, len(data) == 1 and images.is_small_png(data[0], "image/png")
+
+
+def _split(body: bytes, lengths: Sequence[str]) -> tuple[bytes, memoryview]:
+    """Split a message into its JSON, as long as the header's values say, and its binary data."""
+    if not lengths:
+        return body, memoryview(b"")
+    end = int(lengths[0]) if lengths[0].isdecimal() and len(lengths[0]) < 19 else 0
+    if len(lengths) > 1 or not 0 < end <= len(body):
+        raise errors.MalformedRequest(f"{HEADER} must be there once, from 1 to the body's bytes")
+    return body[:end], memoryview(body)[end:]
+
+
+def _read_images(
+    tensor: InputTensor, binary: memoryview, limits: bodies.BodyLimits, scale: int
+) -> Pixels | list[bytes]:
+    """Return the pixels [B, H, W] or [B, H, W, C] of an input, or its encoded images."""
+    shape, size = tuple(tensor.shape), tensor.parameters.binary_data_size
+    if (size is None) == (tensor.data is None):
+        raise errors.InvalidRequest("the input needs `data` or the parameter binary_data_size")
+    if len(binary) != (size or 0):
+        raise errors.MalformedRequest(f"binary_data_size is not all data after the {HEADER}")
+    encoded, whole = tensor.datatype == "BYTES", tensor.datatype == "UINT8"
+    if encoded and (not shape or shape[1:] not in ((), (1,))):
+        raise errors.InvalidRequest("the shape of encoded images must be [B] or [B, 1]")
+    if not encoded and (len(shape) < 3 or shape[3:] not in ((), (1,), (3,))):
+        raise errors.InvalidRequest("the shape of pixels must be [B, H, W] or [B, H, W, 1 or 3]")
+    bodies.check_count(shape[0], limits)
+    if encoded:
+        bodies.check_encoded(scale)
+        if size is not None:
+            return _split_bytes(binary, shape[0])
+        return [bodies.from_base64(item) for item in _elements(tensor).flat]
+    images.check_size((shape[2], shape[1]), limits.image)
+    if size is None:
+        kinds = frozenset([int]) if whole else bodies.NUMBERS
+        return bodies.to_pixels(_elements(tensor), scale, kinds)
+    if size != (1 if whole else 4) * math.prod(shape):
+        raise errors.MalformedRequest("the size of the binary data does not fit the shape")
+    numbers = np.frombuffer(binary, np.uint8 if whole else "<f4").reshape(shape)
+    return numbers if whole and scale == 255 else bodies.to_pixels(numbers, scale)
+
+
+def _elements(tensor: InputTensor) -> np.ndarray[Any, np.dtype[np.object_]]:
+    """Return the elements of a tensor's JSON in its shape."""
+    try:
+        elements = np.array(tensor.data, dtype=object)
+    except ValueError:  # lists of different lengths
+        elements = np.empty(0, object)
+    if elements.shape not in (tuple(tensor.shape), (math.prod(tensor.shape),)):
+        raise errors.InvalidRequest("the data does not fit the shape")
+    return elements.reshape(tensor.shape)
+
+
+def _split_bytes(data: memoryview, count: int) -> list[bytes]:
+    """Split BYTES into its elements: exactly as many, and nothing left over."""
+    elements, end = [], 0
+    for _ in range(count):
+        start = end + 4
+        end = start + int.from_bytes(data[end:start], "little")
+        elements.append(bytes(data[start:end]))
+    if end != len(data):
+        raise errors.MalformedRequest("the binary data is not as many elements as the shape says")
+    return elements
 
 
 def _plan(request: InferRequest, max_samples: int) -> tuple[dict[str, bool], list[Task]]:
     """Return the outputs to send, each with whether as binary data, and the tasks they need."""
-    parameters, binary = request.parameters, request.parameters.binary_data_output
-    outputs: dict[str, bool] = {}
-    for output in request.outputs:
-        wish = output.parameters.binary_data
-        outputs[output.name] = binary if wish is None else wish
-    if len(outputs) < len(request.outputs):
+    parameters, asked = request.parameters, {o.name: o.parameters for o in request.outputs}
+    if len(asked) < len(request.outputs):
         raise errors.InvalidRequest("outputs: one is there twice")
-    sampled = not outputs.keys().isdisjoint(SAMPLED)
+    sampled = not asked.keys().isdisjoint(SAMPLED)
     uncertainty = sampled if parameters.mode is None else parameters.mode == "uncertainty"
-    if sampled and not uncertainty:
-        raise errors.InvalidRequest('outputs: one needs the mode "uncertainty"')
-    if not uncertainty and not parameters.model_fields_set.isdisjoint(_SAMPLING):
-        raise errors.InvalidRequest('parameters: one needs the mode "uncertainty"')
-    outputs = outputs or dict.fromkeys(PLAIN + SAMPLED if uncertainty else PLAIN, binary)
+    if not uncertainty and (sampled or not parameters.model_fields_set.isdisjoint(_SAMPLING)):
+        raise errors.InvalidRequest('an output or a parameter needs the mode "uncertainty"')
+    outputs = dict.fromkeys(
+        asked or (Output if uncertainty else PLAIN), parameters.binary_data_output
+    )
+    outputs |= {name: p.binary_data for name, p in asked.items() if p.binary_data is not None}
     tasks: list[Task] = [] if outputs.keys().isdisjoint(PLAIN) else [Predict()]
     if not outputs.keys().isdisjoint(SAMPLED):
         samples = limit_samples(parameters, max_samples)
@@ -167,10 +370,10 @@ def _plan(request: InferRequest, max_samples: int) -> tuple[dict[str, bool], lis
     return outputs, tasks
 
 
-def _write(
+def _write_outputs(
     request: InferRequest, outputs: dict[str, bool], answers: Sequence[Answer]
 ) -> list[tuple[dict[str, Any], bytes]]:
-    """Write the outputs; one that cannot be estimated is left out, or refused if asked for."""
+    """Return JSON and binary data of outputs; unless asked for, those without a value are left out."""
     rows: list[dict[str, Any]] = [{} for _ in answers[0]["predictions"]]
     for answer in reversed(answers):  # label and index are those of the prediction, the first
         for row, prediction in zip(rows, answer["predictions"], strict=True):
@@ -179,79 +382,80 @@ def _write(
     if missing and request.outputs:
         raise errors.InvalidRequest(f"{missing[0]} needs more samples")
     return [
-        tensors.write(name, [row[name] for row in rows], binary=binary)
+        _write_tensor(name, [row[name] for row in rows], binary=binary)
         for name, binary in outputs.items()
         if name not in missing
     ]
 
 
-def _describe(path: str, body: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
+def _write_tensor(
+    name: str, values: Sequence[Any], *, binary: bool
+) -> tuple[dict[str, Any], bytes]:
+    datatype = DATATYPES.get(name, "FP32")
+    if datatype == "BYTES":
+        texts = [value.encode() for value in values]
+        data = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+        shape = [len(texts)]
+    else:
+        array = np.array(values, "<i8" if datatype == "INT64" else "<f4")
+        shape, values, data = list(array.shape), array.ravel(), array.tobytes()
+    tensor = {"name": name, "datatype": datatype, "shape": shape}
+    if binary:
+        return tensor | {"parameters": {"binary_data_size": len(data)}}, data
+    return tensor | {"data": values}, b""
+
+
+def _post(path: str, body: type[BaseModel], *statuses: int, **declared: Any) -> Callable[..., Any]:
+    """Declare a route that reads a body; without one, only `infer` fails."""
     schema = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
-    body = {"required": required, "content": {"application/json": schema}}
-    return routes.described(path, body=body)
+    content = {"required": body is InferRequest, "content": {"application/json": schema}}
+    declared["responses"] = routes.errors(*statuses, *routes.TASK_ERRORS)
+    return router.post(path, openapi_extra=routes.described(path, body=content), **declared)
 
 
 for _path in ("/models/{name}", "/models/{name}/versions/{version}"):
-    _model: dict[str, Any] = {
-        "responses": routes.errors(404),
-        "openapi_extra": routes.described(_path),
-    }
-    router.get(_path, response_model=tensors.ModelMetadata, **_model)(metadata)
-    router.get(_path + "/ready", **_model)(model_ready)
-    router.post(
-        _path + "/infer",
-        response_model=tensors.InferResponse,
-        responses=routes.errors(*routes.TASK_ERRORS),
-        openapi_extra=_describe(_path, InferRequest, required=True),
-    )(infer)
+    _get: Any = {"responses": routes.errors(404), "openapi_extra": routes.described(_path)}
+    router.get(_path, response_model=ModelMetadata, **_get)(metadata)
+    router.get(_path + "/ready", **_get)(model_ready)
+    _post(_path + "/infer", InferRequest, response_model=InferResponse)(infer)
 
 
-def _repository(path: str, body: type[BaseModel]) -> Callable[..., Any]:
-    """Declare a route of the model repository, whose body may be left out."""
-    return router.post(
-        "/repository" + path,
-        responses=routes.errors(401, 403, *routes.TASK_ERRORS),
-        openapi_extra=_describe(path, body),
-    )
-
-
-@_repository("/index", tensors.IndexRequest)
+@_post("/repository/index", IndexRequest, 401, 403)
 async def index(request: Request) -> list[dict[str, str]]:
     """List every version there is, and why those that are not ready are not."""
-    sent = await _read(request, tensors.IndexRequest)
+    sent = await _read(request, IndexRequest)
     listed = routes.inference_of(request).repository.index()
     return [entry for entry in listed if entry["state"] == "READY" or not sent.ready]
 
 
-@_repository("/models/{name}/load", tensors.LoadRequest)
+@_post("/repository/models/{name}/load", LoadRequest, 401, 403)
 async def load(request: Request) -> dict[str, str]:
     """Serve a model again, or try refused versions again; in every worker."""
-    await _read(request, tensors.LoadRequest)
+    await _read(request, LoadRequest)
     await routes.inference_of(request).repository.load(request.path_params["name"])
     return {}
 
 
-@_repository("/models/{name}/unload", tensors.UnloadRequest)
+@_post("/repository/models/{name}/unload", UnloadRequest, 401, 403)
 async def unload(request: Request) -> dict[str, str]:
     """Stop serving a model, in every worker; its open requests are finished."""
-    await _read(request, tensors.UnloadRequest)
+    await _read(request, UnloadRequest)
     await routes.inference_of(request).repository.unload(request.path_params["name"])
     return {}
 
 
 async def _read(request: Request, kind: type[Message]) -> Message:
     """Check the admin token, and read a body that may be left out."""
-    token = request.app.state.settings.admin_token
+    token, reader = request.app.state.settings.admin_token, request.app.state.reader
     if token is None:
         raise errors.Forbidden("the repository is closed here: DROPSERVE_ADMIN_TOKEN opens it")
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     right = hmac.compare_digest(given.strip().encode("latin-1"), token.get_secret_value().encode())
     if scheme.lower() != "bearer" or not right:
         raise errors.Unauthorized("the admin token is needed: Authorization: Bearer ...")
-    reader = request.app.state.reader
     body = await reader.read(request)
     try:
-        return kind.model_validate(load_json(body) if body else {})
+        return kind.model_validate(bodies.load_json(body) if body else {})
     except ValidationError as error:
         raise invalid(error) from None
     finally:

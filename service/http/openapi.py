@@ -21,8 +21,7 @@ from starlette.responses import Response
 from dropserve.service.errors import error_for
 from dropserve.service.http.images import FORMATS
 from dropserve.service.http.keys import OPEN
-from dropserve.service.http.request_log import is_protocol
-from dropserve.service.http.tensors import (
+from dropserve.service.http.oip import (
     HEADER,
     IndexRequest,
     InferRequest,
@@ -30,6 +29,7 @@ from dropserve.service.http.tensors import (
     ProtocolError,
     UnloadRequest,
 )
+from dropserve.service.http.request_log import is_protocol
 from dropserve.service.schemas import EVENTS, SCALES, Problem
 from dropserve.service.settings import Settings
 

@@ -15,7 +15,7 @@ import tritonclient.http.aio as aio
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from dropserve.service.http.tensors import PLAIN, ROWS, SAMPLED
+from dropserve.service.http.oip import PLAIN, ROWS, SAMPLED
 
 MLP, CNN = "digits-mlp", "colour-cnn"
 SHAPES = {MLP: (8, 8), CNN: (16, 16, 3)}
