@@ -1,8 +1,7 @@
 """Open Inference Protocol, version 2: messages, routes, and tensors from and to arrays.
 
-https://github.com/kserve/open-inference-protocol, with Triton's extensions for model repositories
-and binary data, which follows the JSON of a message: numbers are little-endian, an element of BYTES
-is its length (4 bytes) and then its bytes.
+https://github.com/kserve/open-inference-protocol, with Triton's extensions: model repositories, and
+binary data after a message's JSON. An element of BYTES is its length (4 bytes) and then its bytes.
 """
 
 import hmac
@@ -34,12 +33,9 @@ Output = StrEnum(
     "probabilities index label mean variance standard_error degrees_of_freedom predictive_entropy "
     "expected_entropy mutual_information variation_ratio lower upper",
 )
-PLAIN, SAMPLED = (*Output,)[:3], (*Output,)[3:]
-"""Outputs of eval mode, and of Monte Carlo dropout; `lower` and `upper` bound the interval."""
-ROWS = ("probabilities", "mean", "variance", "standard_error", "lower", "upper")
-"""Outputs with one number per class."""
-DATATYPES = {"index": "INT64", "degrees_of_freedom": "INT64", "label": "BYTES"}
-"""Datatypes of outputs; the others are FP32."""
+PLAIN, SAMPLED = (*Output,)[:3], (*Output,)[3:]  # of eval mode, and of Monte Carlo dropout
+ROWS = ("probabilities", "mean", "variance", "standard_error", "lower", "upper")  # of all classes
+DATATYPES = {"index": "INT64", "degrees_of_freedom": "INT64", "label": "BYTES"}  # others: FP32
 Ignored = str | int | float | bool | None
 _SAMPLING = ("samples", "seed", "masks", "level")
 Message = TypeVar("Message", bound=BaseModel)
@@ -241,29 +237,19 @@ async def infer(request: Request) -> Response:
             request.state.log["images"] = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
             decoding = images.prepared(sources, model.prepare, model.draft_size)
-            pixels: Pixels | Callable[[], Pixels]
-            if small and quick:  # the first task decodes, for both
-                pixels = cache(lambda: finish(decoding))
-            else:
-                pixels = await inference.decode(decoding)
+            pixels: Pixels | Callable[[], Pixels] = (  # decoded by the first task, or here
+                cache(lambda: finish(decoding))
+                if small and quick
+                else await inference.decode(decoding)
+            )
             max_wait = sent.parameters.timeout / 1e6
-            answers = [
-                await inference.run(model, task, pixels, len(sources), max_wait) for task in tasks
-            ]
+            answers = {
+                task: await inference.run(model, task, pixels, len(sources), max_wait)
+                for task in tasks
+            }
     finally:
         state.reader.release(size)
-    tensors = _write_outputs(sent, outputs, answers)
-    content: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
-    if sent.id is not None:
-        content["id"] = sent.id
-    if isinstance(tasks[-1], Uncertainty):
-        used = {name: getattr(tasks[-1], name) for name in _SAMPLING}
-        content["parameters"] = {"method": "dropout", "log_base": "e", **used}
-    head = routes.to_json({**content, "outputs": [tensor for tensor, _ in tensors]})
-    if not any("parameters" in tensor for tensor, _ in tensors):
-        return Response(head, media_type="application/json")
-    binary = b"".join([head, *(data for _, data in tensors)])
-    return Response(binary, 200, {HEADER: str(len(head))}, "application/octet-stream")
+    return _respond(model, sent, outputs, answers)
 
 
 def _parse(
@@ -305,7 +291,7 @@ def _read_images(
     if (size is None) == (tensor.data is None):
         raise errors.InvalidRequest("the input needs `data` or the parameter binary_data_size")
     if len(binary) != (size or 0):
-        raise errors.MalformedRequest(f"binary_data_size is not all data after the {HEADER}")
+        raise errors.MalformedRequest("binary_data_size is not the size of the data after the JSON")
     encoded, whole = tensor.datatype == "BYTES", tensor.datatype == "UINT8"
     if encoded and (not shape or shape[1:] not in ((), (1,))):
         raise errors.InvalidRequest("the shape of encoded images must be [B] or [B, 1]")
@@ -359,9 +345,8 @@ def _plan(request: InferRequest, max_samples: int) -> tuple[dict[str, bool], lis
     uncertainty = sampled if parameters.mode is None else parameters.mode == "uncertainty"
     if not uncertainty and (sampled or not parameters.model_fields_set.isdisjoint(_SAMPLING)):
         raise errors.InvalidRequest('an output or a parameter needs the mode "uncertainty"')
-    outputs = dict.fromkeys(
-        asked or (Output if uncertainty else PLAIN), parameters.binary_data_output
-    )
+    names = asked or (Output if uncertainty else PLAIN)
+    outputs = dict.fromkeys(names, parameters.binary_data_output)
     outputs |= {name: p.binary_data for name, p in asked.items() if p.binary_data is not None}
     tasks: list[Task] = [] if outputs.keys().isdisjoint(PLAIN) else [Predict()]
     if not outputs.keys().isdisjoint(SAMPLED):
@@ -370,57 +355,69 @@ def _plan(request: InferRequest, max_samples: int) -> tuple[dict[str, bool], lis
     return outputs, tasks
 
 
-def _write_outputs(
-    request: InferRequest, outputs: dict[str, bool], answers: Sequence[Answer]
-) -> list[tuple[dict[str, Any], bytes]]:
-    """Return JSON and binary data of outputs; unless asked for, those without a value are left out."""
-    rows: list[dict[str, Any]] = [{} for _ in answers[0]["predictions"]]
-    for answer in reversed(answers):  # label and index are those of the prediction, the first
-        for row, prediction in zip(rows, answer["predictions"], strict=True):
-            row |= {**prediction, **prediction.get("interval", {})}
-    missing = [name for name in outputs if rows[0][name] is None]
-    if missing and request.outputs:
-        raise errors.InvalidRequest(f"{missing[0]} needs more samples")
-    return [
-        _write_tensor(name, [row[name] for row in rows], binary=binary)
-        for name, binary in outputs.items()
-        if name not in missing
-    ]
+def _respond(
+    model: Classifier, request: InferRequest, outputs: dict[str, bool], answers: dict[Task, Answer]
+) -> Response:
+    """Write the outputs: JSON, and binary data after it if one is sent as that."""
+    predictions = [answer["predictions"] for answer in answers.values()]
+    rows = [{**p, **p.get("interval", {})} for p in predictions[-1]]
+    for row, prediction in zip(rows, predictions[0], strict=True):
+        row |= prediction  # label and index are those of eval mode
+    for name in [name for name in outputs if rows[0][name] is None]:  # at T = 1, say
+        if request.outputs:
+            raise errors.InvalidRequest(f"{name} needs more samples")
+        del outputs[name]
+    tensors = [_write(name, [row[name] for row in rows], binary=b) for name, b in outputs.items()]
+    content: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
+    if request.id is not None:
+        content["id"] = request.id
+    for task in answers:
+        if isinstance(task, Uncertainty):
+            used = {name: getattr(task, name) for name in _SAMPLING}
+            content["parameters"] = {"method": "dropout", "log_base": "e", **used}
+    head = routes.to_json({**content, "outputs": [tensor for tensor, _ in tensors]})
+    if not any("parameters" in tensor for tensor, _ in tensors):
+        return Response(head, media_type="application/json")
+    body = b"".join([head, *(data for _, data in tensors)])
+    return Response(body, 200, {HEADER: str(len(head))}, "application/octet-stream")
 
 
-def _write_tensor(
-    name: str, values: Sequence[Any], *, binary: bool
-) -> tuple[dict[str, Any], bytes]:
-    datatype = DATATYPES.get(name, "FP32")
+def _write(name: str, values: Sequence[Any], *, binary: bool) -> tuple[dict[str, Any], bytes]:
+    """Return an output's part of the JSON, and its binary data."""
+    datatype, shape = DATATYPES.get(name, "FP32"), [len(values)]
+    flat: object = values
     if datatype == "BYTES":
-        texts = [value.encode() for value in values]
-        data = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
-        shape = [len(texts)]
+        data = b"".join(len(text).to_bytes(4, "little") + text for text in map(str.encode, values))
     else:
         array = np.array(values, "<i8" if datatype == "INT64" else "<f4")
-        shape, values, data = list(array.shape), array.ravel(), array.tobytes()
+        shape, flat, data = list(array.shape), array.ravel(), array.tobytes()
     tensor = {"name": name, "datatype": datatype, "shape": shape}
     if binary:
         return tensor | {"parameters": {"binary_data_size": len(data)}}, data
-    return tensor | {"data": values}, b""
+    return tensor | {"data": flat}, b""
 
 
-def _post(path: str, body: type[BaseModel], *statuses: int, **declared: Any) -> Callable[..., Any]:
-    """Declare a route that reads a body; without one, only `infer` fails."""
+def _post(path: str, body: type[BaseModel], response: object) -> Callable[..., Any]:
+    """Declare a route that reads a body."""
+    infers = body is InferRequest  # the others are the repository's: bodies may be left out
     schema = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
-    content = {"required": body is InferRequest, "content": {"application/json": schema}}
-    declared["responses"] = routes.errors(*statuses, *routes.TASK_ERRORS)
-    return router.post(path, openapi_extra=routes.described(path, body=content), **declared)
+    content = {"required": infers, "content": {"application/json": schema}}
+    return router.post(
+        path,
+        response_model=response,
+        responses=routes.errors(*routes.TASK_ERRORS, *(() if infers else (401, 403))),
+        openapi_extra=routes.described(path, body=content),
+    )
 
 
 for _path in ("/models/{name}", "/models/{name}/versions/{version}"):
     _get: Any = {"responses": routes.errors(404), "openapi_extra": routes.described(_path)}
     router.get(_path, response_model=ModelMetadata, **_get)(metadata)
     router.get(_path + "/ready", **_get)(model_ready)
-    _post(_path + "/infer", InferRequest, response_model=InferResponse)(infer)
+    _post(_path + "/infer", InferRequest, InferResponse)(infer)
 
 
-@_post("/repository/index", IndexRequest, 401, 403)
+@_post("/repository/index", IndexRequest, list[dict[str, str]])
 async def index(request: Request) -> list[dict[str, str]]:
     """List every version there is, and why those that are not ready are not."""
     sent = await _read(request, IndexRequest)
@@ -428,7 +425,7 @@ async def index(request: Request) -> list[dict[str, str]]:
     return [entry for entry in listed if entry["state"] == "READY" or not sent.ready]
 
 
-@_post("/repository/models/{name}/load", LoadRequest, 401, 403)
+@_post("/repository/models/{name}/load", LoadRequest, dict[str, str])
 async def load(request: Request) -> dict[str, str]:
     """Serve a model again, or try refused versions again; in every worker."""
     await _read(request, LoadRequest)
@@ -436,7 +433,7 @@ async def load(request: Request) -> dict[str, str]:
     return {}
 
 
-@_post("/repository/models/{name}/unload", UnloadRequest, 401, 403)
+@_post("/repository/models/{name}/unload", UnloadRequest, dict[str, str])
 async def unload(request: Request) -> dict[str, str]:
     """Stop serving a model, in every worker; its open requests are finished."""
     await _read(request, UnloadRequest)
