@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -95,7 +95,7 @@ class OutputParameters(Strict):
 class RequestedOutput(Strict):
     """An output to return."""
 
-    name: Output = Field(strict=False)  # JSON's strings are no members of it yet
+    name: Annotated[Output, Field(strict=False), WithJsonSchema({"enum": [*Output]})]
     parameters: OutputParameters = OutputParameters()
 
 
@@ -202,22 +202,16 @@ async def model_ready(request: Request) -> dict[str, str | bool]:
 async def metadata(request: Request) -> Response:
     """Name a model's versions and tensors."""
     model = routes.find_model(request)
-    shapes = {name: [-1, len(model.classes)] if name in ROWS else [-1] for name in Output}
-    image = [-1, -1, -1, model.details()["input"]["channels"]]
-    return routes.JsonResponse(
-        {
-            "name": model.name,
-            "versions": [
-                str(n) for n in routes.inference_of(request).registry.versions(model.name)
-            ],
-            "platform": "pytorch",
-            "inputs": [{"name": "image", "datatype": "UINT8", "shape": image}],
-            "outputs": [
-                {"name": name, "datatype": DATATYPES.get(name, "FP32"), "shape": shape}
-                for name, shape in shapes.items()
-            ],
-        }
-    )
+    image, rows = [-1, -1, -1, model.details()["input"]["channels"]], [-1, len(model.classes)]
+    kinds = [(n, DATATYPES.get(n, "FP32"), rows if n in ROWS else [-1]) for n in Output]
+    content = {
+        "name": model.name,
+        "versions": [*map(str, routes.inference_of(request).registry.versions(model.name))],
+        "platform": "pytorch",
+        "inputs": [{"name": "image", "datatype": "UINT8", "shape": image}],
+        "outputs": [{"name": n, "datatype": kind, "shape": shape} for n, kind, shape in kinds],
+    }
+    return routes.JsonResponse(content)
 
 
 async def infer(request: Request) -> Response:
@@ -236,16 +230,12 @@ async def infer(request: Request) -> Response:
             sent, sources, quick = finish(parsing) if small else await inference.decode(parsing)
             request.state.log["images"] = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
-            decoding = images.prepared(sources, model.prepare, model.draft_size)
-            pixels: Pixels | Callable[[], Pixels] = (  # decoded by the first task, or here
-                cache(lambda: finish(decoding))
-                if small and quick
-                else await inference.decode(decoding)
-            )
-            max_wait = sent.parameters.timeout / 1e6
+            steps = images.prepared(sources, model.prepare, model.draft_size)
+            read = cache(lambda: finish(steps))  # by the first task, once for both
+            pixels: Pixels | Callable[[], Pixels] = read if quick else await inference.decode(steps)
+            wait = sent.parameters.timeout / 1e6
             answers = {
-                task: await inference.run(model, task, pixels, len(sources), max_wait)
-                for task in tasks
+                task: await inference.run(model, task, pixels, len(sources), wait) for task in tasks
             }
     finally:
         state.reader.release(size)
@@ -255,7 +245,8 @@ async def infer(request: Request) -> Response:
 def _parse(
     body: bytes, lengths: Sequence[str], model: Classifier, limits: bodies.BodyLimits
 ) -> Steps[tuple[InferRequest, list[images.ImageSource], bool]]:
-    """Read a request and its images, and say whether decoding them takes next to no time."""
+    """Read a request and its images, and say whether they are decoded in next to no time."""
+    small = len(body) <= images.SMALL_PNG_BYTES
     head, binary = _split(body, lengths)
     yield bodies.json_memory(head) + 3 * len(body)
     try:
@@ -268,9 +259,9 @@ def _parse(
         raise errors.InvalidRequest("model_version: is not the version that answers: use the path")
     data = _read_images(request.inputs[0], binary, limits, request.parameters.scale)
     if isinstance(data, np.ndarray):
-        return request, bodies.from_pixels(data), True
+        return request, bodies.from_pixels(data), small
     sources = bodies.read_each(data, lambda image: images.encoded(image, None, limits.image))
-    return request, sources, len(data) == 1 and images.is_small_png(data[0], "image/png")
+    return request, sources, small and len(data) == 1 and images.is_small_png(data[0], "image/png")
 
 
 def _split(body: bytes, lengths: Sequence[str]) -> tuple[bytes, memoryview]:
