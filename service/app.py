@@ -92,7 +92,7 @@ async def _lifespan(
         await line.wait()
     loops = [running.repository.keep_up(), state.metrics.keep_up(running)]
     if state.keys is not None:
-        loops.append(state.keys.keep_up())
+        loops.append(state.keys.watch())
     background = [asyncio.create_task(loop) for loop in loops]
     yield
     for task in background:

@@ -54,8 +54,6 @@ class RequestError(DropserveError):
 class MalformedRequest(RequestError):
     """The request breaks the rules of HTTP, of its format, or has no body."""
 
-    status = 400
-
 
 class Unauthorized(RequestError):
     """No credentials came, or wrong ones."""
@@ -118,8 +116,6 @@ class Overloaded(DropserveError):
 
 class ServerError(DropserveError):
     """The service failed; its log says why, under the request's id."""
-
-    status = 500
 
 
 class Unreachable(DropserveError):

@@ -1,7 +1,5 @@
 """Probes: is the process alive, may it be sent traffic; and its metrics."""
 
-from typing import TYPE_CHECKING
-
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
@@ -11,9 +9,6 @@ from starlette.responses import Response
 from dropserve.service.errors import Overloaded
 from dropserve.service.http.routes import errors, inference_of
 from dropserve.service.schemas import Health, ModelState, Readiness
-
-if TYPE_CHECKING:
-    from dropserve.service.observability.metrics import Metrics
 
 router = APIRouter(tags=["operations"])
 
@@ -43,7 +38,7 @@ async def readyz(request: Request) -> Readiness:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """What the service has done and does, for Prometheus; all workers together."""
-    found: Metrics = request.app.state.metrics
+    found = request.app.state.metrics
     found.pour(inference_of(request))
     accept = request.headers.get("accept", "")
     content, content_type = await run_in_threadpool(found.write, accept)

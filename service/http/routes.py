@@ -1,9 +1,9 @@
 """What routes share: model lookup, waiting while the client is there, JSON, and declarations.
 
-Routes are FastAPI's; a handler takes the plain `Request` and returns a `Response`, so that the
-framework solves no dependencies per request, and `described` says in the OpenAPI document what the
-handler reads. `request.app.state` has `settings`, `reader` (of bodies) and `inference`;
-`request.state.log` are the fields of the request's log line.
+A handler takes the plain `Request` and returns a `Response`, so that the framework solves no
+dependencies per request; `described` says in the OpenAPI document what the handler reads.
+`request.app.state` has `settings`, `reader` (of bodies) and `inference`; `request.state.log` are
+the fields of the request's log line.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class JsonResponse(JSONResponse):
 
 
 def to_json(content: object) -> bytes:
-    """Write JSON; NumPy's arrays and numbers too."""
+    """Write JSON of Python's and NumPy's types."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -47,15 +47,17 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def described(
     path: str, options: type[BaseModel] | None = None, body: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Describe for the OpenAPI document what a plain handler reads: path, query and body."""
+    """Describe for the OpenAPI document what a handler reads: path, query and body."""
+    text = {"schema": {"type": "string"}}
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": name, "in": "path", "required": True, **text}
         for name in re.findall(r"{(\w+)}", path)
     ]
-    properties = {} if options is None else options.model_json_schema()["properties"]
-    for name, schema in properties.items():
-        described = {"description": schema["description"], "schema": schema}
-        parameters.append({"name": name, "in": "query", "required": False, **described})
+    if options is not None:
+        parameters += [
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in options.model_json_schema()["properties"].items()
+        ]
     return {"parameters": parameters} | ({} if body is None else {"requestBody": body})
 
 
@@ -68,9 +70,7 @@ def inference_of(request: Request) -> "Inference":
 def find_model(request: Request, *, log: bool = False) -> "Classifier":
     """Find the version of a model that a path names, or that answers where it names none.
 
-    Args:
-        request: whose path may have a `name` and a `version`.
-        log: whether the model is part of the request's log line and metrics.
+    With `log`, the model is part of the request's log line and metrics.
 
     Raises:
         NotFound: there is no such model or version, or no default model.
@@ -84,11 +84,7 @@ def find_model(request: Request, *, log: bool = False) -> "Classifier":
 
 @asynccontextmanager
 async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """End the block with ClientDisconnect as soon as the client has left.
-
-    Args:
-        receive: of a request whose body has been read.
-    """
+    """End the block with ClientDisconnect as soon as the client of a read body has left."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,11 +1,10 @@
 """POST predict, uncertainty, uncertainty/stream and compare."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -35,37 +34,27 @@ if TYPE_CHECKING:
 
 MAX_NUMBERS = 1_000_000
 """Sampled probabilities in one answer: about 12 MB of JSON."""
-_EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "Successful Response", "content": {"text/event-stream": {}}}
-}
-router = APIRouter(tags=["models"])
-Handler = Callable[[Request], Any]
+_IMAGE, _IMAGES = ({"$ref": f"#/components/requestBodies/{name}"} for name in ("Image", "Images"))
+_EVENTS = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
+router = APIRouter(tags=["models"], responses=errors(*TASK_ERRORS))
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-def _post(kind: str, response: type[BaseModel] | None) -> Callable[[Handler], Handler]:
+def _post(kind: str, body: Answer = _IMAGES, **answer: Any) -> Callable[[Handler], Handler]:  # noqa: ANN401
     """Declare the routes of a task: by the default model, a named one, and one of its versions."""
-    body = "Image" if kind.endswith("/stream") else "Images"
 
     def declare(handler: Handler) -> Handler:
         for prefix in ("", MODEL, VERSION):
             path = f"{prefix}/{kind}"
-            declared = described(
-                path, OPTIONS[kind], {"$ref": f"#/components/requestBodies/{body}"}
-            )
-            router.post(
-                path,
-                response_model=response,
-                response_class=JsonResponse if response else Response,
-                responses=errors(*TASK_ERRORS) if response else _EVENTS | errors(*TASK_ERRORS),
-                openapi_extra=declared,
-            )(handler)
+            extra = described(path, OPTIONS[kind], body)
+            router.post(path, openapi_extra=extra, **answer)(handler)
         return handler
 
     return declare
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events: each step is made once the events of the one before are sent.
+    """Server-sent events: a step is made once the events of the one before are sent.
 
     Args:
         request: that is answered.
@@ -74,33 +63,26 @@ class EventStream(StreamingResponse):
         rest: the other steps; closed at the end. An error in one of them is an event too.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
-        self,
-        request: Request,
-        head: Mapping[str, Any],
-        first: Answer,
-        rest: AsyncGenerator[Answer, None],
+        self, request: Request, head: Answer, first: Answer, rest: AsyncGenerator[Answer, None]
     ) -> None:
         headers = {
+            "content-type": "text/event-stream",
             "cache-control": "no-store",
             "x-accel-buffering": "no",  # nginx would hold events back until it has a page of them
         }
-        super().__init__(self._events(request, head, first, rest), headers=headers)
+        super().__init__(self._events(request, head, first), headers=headers)
         self._rest = rest
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, to a client that stays."""
+        """Send the events, as long as the client stays."""
         async with while_connected(receive), aclosing(self._rest):
             await self.stream_response(send)
 
-    async def _events(
-        self, request: Request, head: Mapping[str, Any], first: Answer, rest: AsyncIterator[Answer]
-    ) -> AsyncIterator[bytes]:
+    async def _events(self, request: Request, head: Answer, first: Answer) -> AsyncIterator[bytes]:
         yield _write_events(first, head)
         try:
-            async for step in rest:
+            async for step in self._rest:
                 yield _write_events(step, head)
         except Exception as error:
             told = failure(error, request.scope)
@@ -109,7 +91,7 @@ class EventStream(StreamingResponse):
             yield _write_events({"error": [content]}, {})
 
 
-def _write_events(step: Answer, head: Mapping[str, Any]) -> bytes:
+def _write_events(step: Answer, head: Answer) -> bytes:
     return b"".join(
         b"event: %s\ndata: %s\n\n"
         % (event.encode(), to_json({**head, **data} if event in ("start", "end") else data))
@@ -118,25 +100,25 @@ def _write_events(step: Answer, head: Mapping[str, Any]) -> bytes:
     )
 
 
-@_post("predict", PredictResponse)
+@_post("predict", response_model=PredictResponse)
 async def predict(request: Request) -> Response:
     """Classify images in eval mode."""
     return await _answer(request, "predict")
 
 
-@_post("uncertainty", UncertaintyResponse)
+@_post("uncertainty", response_model=UncertaintyResponse)
 async def uncertainty(request: Request) -> Response:
     """Classify images by Monte Carlo dropout, and say how sure the answer is."""
     return await _answer(request, "uncertainty")
 
 
-@_post("uncertainty/stream", None)
+@_post("uncertainty/stream", _IMAGE, response_class=Response, responses=_EVENTS)
 async def uncertainty_stream(request: Request) -> Response:
     """Stream Monte Carlo dropout of one image: events start, sample (T of them) and end."""
     return await _answer(request, "uncertainty/stream")
 
 
-@_post("compare", CompareResponse)
+@_post("compare", response_model=CompareResponse)
 async def compare(request: Request) -> Response:
     """Show images in train mode and in eval mode, layer by layer."""
     return await _answer(request, "compare")
@@ -162,10 +144,12 @@ async def _answer(request: Request, kind: str) -> Response:
 
     try:
         async with while_connected(request.receive):
-            pixels: Pixels | Read = (
-                (lambda: finish(read())) if small else await inference.decode(read())
-            )
-            images = 1 if callable(pixels) else len(pixels)
+            pixels: Pixels | Read
+            if small:  # decoded in the batch: another thread would cost more
+                pixels, images = (lambda: finish(read())), 1
+            else:
+                pixels = await inference.decode(read())
+                images = len(pixels)
             _check_length(options.task, model, images)
             request.state.log["images"] = images
             if isinstance(options.task, Stream):
@@ -178,12 +162,11 @@ async def _answer(request: Request, kind: str) -> Response:
 
 
 def _check_length(task: Task, model: Classifier, images: int) -> None:
-    """Refuse, before the work, an answer that would be too long to write, or of several parts."""
+    """Refuse, before the work, an answer that would be too long to write, or of several images."""
     if isinstance(task, Stream) and images > 1:
         raise InvalidRequest("one image is streamed at a time")
-    if not isinstance(task, Uncertainty) or not task.include_samples:
-        return
-    if task.samples * images * len(model.classes) > MAX_NUMBERS:
+    included = isinstance(task, Uncertainty) and task.include_samples
+    if included and task.samples * images * len(model.classes) > MAX_NUMBERS:
         raise TooLarge(
             f"samples x images x classes is more than {MAX_NUMBERS}: ask for less at once, or "
             f"without include_samples"
