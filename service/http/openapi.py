@@ -19,7 +19,8 @@ from starlette.responses import Response
 from dropserve.service.errors import error_for
 from dropserve.service.http.images import FORMATS
 from dropserve.service.http.keys import OPEN
-from dropserve.service.http.protocol import (
+from dropserve.service.http.oip import (
+    HEADER,
     IndexRequest,
     InferRequest,
     LoadRequest,
@@ -27,7 +28,6 @@ from dropserve.service.http.protocol import (
     UnloadRequest,
 )
 from dropserve.service.http.request_log import is_protocol
-from dropserve.service.http.tensors import HEADER
 from dropserve.service.schemas import EVENTS, SCALES, Problem
 from dropserve.service.settings import Settings
 
