@@ -31,8 +31,10 @@ from dropserve.service.http.request_log import is_protocol
 from dropserve.service.schemas import EVENTS, SCALES, Problem
 from dropserve.service.settings import Settings
 
-_UNDERIVED = (Problem, *EVENTS.values(), ProtocolError)
-_UNDERIVED += (InferRequest, IndexRequest, LoadRequest, UnloadRequest)
+_UNDERIVED: tuple[type[BaseModel], ...] = (
+    *(Problem, *EVENTS.values(), ProtocolError),
+    *(InferRequest, IndexRequest, LoadRequest, UnloadRequest),
+)
 """Types that the framework does not see, because it neither reads nor writes them."""
 _WHICH = re.compile(r"^/v1/models/\{name}(/versions/\{version})?(?=/[puc])|/versions/\{version}")
 """The part of a path that says which model is asked; the answer is built the same."""
@@ -226,11 +228,11 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 
 def _error(path: str, status: int) -> dict[str, Any]:
     """Describe an error: its class says what it means."""
-    kind, media_type = Problem, "application/problem+json"
+    content: Any = {"application/problem+json": {"schema": _reference(Problem)}}
     if is_protocol(path):
-        kind, media_type = ProtocolError, "application/json"
+        content = {"application/json": {"schema": _reference(ProtocolError)}}
     meaning = (type(error_for(status, "")).__doc__ or "").partition("\n")[0]
-    return {"description": meaning, "content": {media_type: {"schema": _reference(kind)}}}
+    return {"description": meaning, "content": content}
 
 
 def _show(message: Mapping[str, Any], example: object) -> None:
