@@ -35,7 +35,7 @@ test-openapi: setup ## Hold a server to its OpenAPI document with many requests,
 
 # In an environment of its own: KServe wants another protobuf than we do. When /v2 has changed.
 test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client
-	$(PYTHON) -m pytest tests/service/test_kserve.py
+	$(PYTHON) -m pytest tests/service/http/test_kserve.py
 
 .venv-kserve/.installed:
 	$(BOOTSTRAP) -m venv .venv-kserve

@@ -5,37 +5,27 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
-from dropserve.service.errors import written
-from dropserve.service.fastpath.request import FastPath
-from dropserve.service.http import examples, native, oip, operations, playground
+from dropserve.service.http import health, models, oip, playground, tasks
 from dropserve.service.http.body import BodyLimits, BodyReader
 from dropserve.service.http.images import ImageLimits
-from dropserve.service.http.infer import InferRoutes
 from dropserve.service.http.keys import KeyCheck, Keys
 from dropserve.service.http.openapi import complete_document
-from dropserve.service.http.request_log import RequestLog
-from dropserve.service.http.task_routes import TaskRoutes
+from dropserve.service.http.request_log import RequestLog, error_response
 from dropserve.service.inference.inference import Inference
 from dropserve.service.inference.workers import ControlState, StartupBarrier, kept_keys
 from dropserve.service.observability.metrics import Metrics
 from dropserve.service.settings import Settings
 
-if TYPE_CHECKING:
-    from dropserve.service.observability.tracing import Tracing
-
 
 def create_app(
-    settings: Settings,
-    inference: Inference | None = None,
-    line: StartupBarrier | None = None,
+    settings: Settings, inference: Inference | None = None, line: StartupBarrier | None = None
 ) -> FastAPI:
     """Make the application.
 
@@ -48,82 +38,73 @@ def create_app(
         OSError: there is no API key in the file that should have them.
         ServerError: OpenTelemetry is not installed and should trace.
     """
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, FastPath]]:
-        board = ControlState.of_this_worker() if line is not None else None
-        try:
-            running = inference or Inference(settings, board=board, check=line is None)
-        finally:  # a worker that fails must not leave the others waiting
-            if line is not None:
-                line.arrive(str(os.getpid()))
-        app.state.inference = running
-        running.adopt_this_thread()
-        running.metrics, running.tracing = metrics, tracing
-        if line is not None:
-            await line.wait()
-        keepers = [running.repository.keep_up(), metrics.keep_up(running)]
-        if keys is not None:
-            keepers.append(keys.keep_up())
-        keeping_up = [asyncio.create_task(keeper) for keeper in keepers]
-        yield {"fast_path": express}
-        for task in keeping_up:
-            task.cancel()
-        await asyncio.gather(*keeping_up, return_exceptions=True)
-        running.close()
-        if tracing is not None:
-            tracing.close()
-
     app = FastAPIOffline(
         title="Dropserve",
         description="Predictions that say how sure they are.",
         version=version("dropserve"),
-        lifespan=lifespan,
+        lifespan=lambda app: _lifespan(app, inference, line),
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked of each request
     )
-    app.state.settings = settings
-    metrics = app.state.metrics = Metrics()
-    tracing = _tracing() if settings.tracing else None
-    file = settings.api_keys_file
-    keys = Keys(file, kept_keys()) if file is not None else None
     limits = BodyLimits(
         max_bytes=settings.max_body_bytes,
         max_images=settings.max_images,
         timeout=settings.body_timeout,
         image=ImageLimits(settings.max_pixels, settings.max_side),
     )
-    app.include_router(operations.router)
-    app.include_router(native.router)
-    app.include_router(examples.router)
-    app.include_router(oip.router)
-    app.include_router(playground.router)
+    keys = Keys(settings.api_keys_file, kept_keys()) if settings.api_keys_file else None
+    app.state.settings, app.state.metrics, app.state.keys = settings, Metrics(), keys
+    app.state.reader = BodyReader(limits, settings.max_held_bytes)
+    app.state.tracing = None
+    for routes in (tasks, oip, models, health, playground):  # in this order they are tried
+        app.include_router(routes.router)
     complete_document(app, settings)
-    app.add_middleware(RequestLog)
-    app.add_exception_handler(HTTPException, _http)
-    app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
-    express = FastPath(app.state, settings, reader, keys)
-    infer = InferRoutes(app.build_middleware_stack(), settings, reader)
-    app.middleware_stack = TaskRoutes(infer, settings, reader)
-    if tracing is not None:
-        app.middleware_stack = tracing.of_requests(app.middleware_stack)
+    app.add_exception_handler(HTTPException, _describe_http_error)
     if keys is not None:
-        app.middleware_stack = KeyCheck(app.middleware_stack, keys)
+        app.add_middleware(KeyCheck, keys=keys)
+    app.add_middleware(RequestLog)  # around the key check, whose 401 it turns into a response
+    if settings.tracing:  # the module is not loaded where tracing is off
+        from dropserve.service.observability.tracing import TracedRequests, Tracing
+
+        app.state.tracing = tracing = Tracing()
+        app.add_middleware(TracedRequests, tracing=tracing)
     return app
 
 
-def _tracing() -> "Tracing":
-    from dropserve.service.observability.tracing import (
-        Tracing,
-    )  # here: nothing of it is loaded where it is off
+@asynccontextmanager
+async def _lifespan(
+    app: FastAPI, inference: Inference | None, line: StartupBarrier | None
+) -> AsyncIterator[None]:
+    """Load the models, wait for the other workers, and keep models, keys and metrics up to date."""
+    state = app.state
+    board = ControlState.of_this_worker() if line is not None else None
+    try:
+        running = inference or Inference(state.settings, board=board, check=line is None)
+    finally:  # a worker that fails must not leave the others waiting
+        if line is not None:
+            line.arrive(str(os.getpid()))
+    state.inference = running
+    running.adopt_this_thread()
+    running.metrics, running.tracing = state.metrics, state.tracing
+    if line is not None:
+        await line.wait()
+    loops = [running.repository.keep_up(), state.metrics.keep_up(running)]
+    if state.keys is not None:
+        loops.append(state.keys.watch())
+    background = [asyncio.create_task(loop) for loop in loops]
+    yield
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
+    running.close()
+    if state.tracing is not None:
+        state.tracing.close()
 
-    return Tracing()
 
-
-async def _http(request: Request, error: Exception) -> Response:
-    """Translate what the framework raises: no such route, no such method."""
+async def _describe_http_error(request: Request, error: Exception) -> Response:
+    """Describe what the framework raises: no such route, no such method."""
     if not isinstance(error, HTTPException):
         raise error
     headers, detail = error.headers, str(error.detail)
@@ -132,7 +113,4 @@ async def _http(request: Request, error: Exception) -> Response:
         if "HEAD" not in allowed:
             allowed = allowed.replace("GET", "GET, HEAD")
         headers, detail = {"Allow": allowed}, f"this path takes another method: {allowed}"
-    content, media_type = written(
-        request.scope["path"], error.status_code, detail, request.state.request_id
-    )
-    return JSONResponse(content, error.status_code, headers, media_type=media_type)
+    return error_response(request.scope, error.status_code, detail, headers)

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from dropserve.service import events, schemas
+from dropserve.service import schemas
 from dropserve.service.errors import (
     DropserveError,
     MalformedRequest,
@@ -261,7 +261,7 @@ class EventReader:
         self._rest = b""
         self._ended = False
 
-    def feed(self, piece: bytes) -> Iterator[events.StreamEvent]:
+    def feed(self, piece: bytes) -> Iterator[schemas.StreamEvent]:
         """Yield the events that a piece completes.
 
         Raises:
@@ -274,9 +274,9 @@ class EventReader:
             kind, data = fields.get(b"event", b"").decode(), fields.get(b"data", b"")
             if kind == "error":
                 raise _stated(data)
-            if kind in events.EVENTS:  # else a comment, or an event of a newer service
+            if kind in schemas.EVENTS:  # else a comment, or an event of a newer service
                 with _expecting("the stream did not go on"):
-                    yield events.EVENTS[kind].model_validate_json(data)
+                    yield schemas.EVENTS[kind].model_validate_json(data)
                 self._ended = kind == "end"
 
     def finish(self) -> None:

@@ -31,7 +31,7 @@ from dropserve.service.calls import (
     reaching,
     stream,
 )
-from dropserve.service.events import StreamEvent
+from dropserve.service.schemas import StreamEvent
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 

@@ -1,7 +1,7 @@
 """Everything that goes wrong on purpose between a client and the service, on either side.
 
     DropserveError
-    ├── RequestError              what was sent cannot be answered
+    ├── RequestError              the request cannot be answered
     │   ├── MalformedRequest      400
     │   ├── Unauthorized          401, with WWW-Authenticate
     │   ├── Forbidden             403
@@ -14,16 +14,18 @@
     ├── ServerError               any other status
     └── Unreachable               no answer at all; on the client's side only
 
-The service raises them, one handler turns them into `application/problem+json` (RFC 9457), or into
-what the Open Inference Protocol has under /v2, and the client raises the same ones from what it
-reads. Messages never repeat what was sent, but for the name of an unknown parameter.
+The service raises them, `http/request_log.py` turns them into responses, and the client raises the
+same ones from what it reads. Messages never repeat what was sent, but for the name of an unknown
+parameter.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from http import HTTPStatus
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Reason = Literal["queue", "decode", "body_memory", "streams", "draining", "no_model"]
+"""Why a request was answered 503; the label of the metric, and a field of the log."""
 
 
 class DropserveError(Exception):
@@ -44,15 +46,13 @@ class DropserveError(Exception):
 
 
 class RequestError(DropserveError):
-    """What was sent cannot be answered; sending it again would not help."""
+    """The request cannot be answered; sending it again would not help."""
 
     status = 400
 
 
 class MalformedRequest(RequestError):
     """The request breaks the rules of HTTP, of its format, or has no body."""
-
-    status = 400
 
 
 class Unauthorized(RequestError):
@@ -83,7 +83,7 @@ class RequestTimeout(RequestError):
 
 
 class TooLarge(RequestError):
-    """The body, or the picture in it, is larger than the service accepts."""
+    """The body, or the image in it, is larger than the service accepts."""
 
     status = 413
 
@@ -95,24 +95,27 @@ class UnsupportedMediaType(RequestError):
 
 
 class InvalidRequest(RequestError):
-    """The format is right and a value is not: an undecodable picture, an option out of range."""
+    """The format is right and a value is not: an undecodable image, an option out of range."""
 
     status = 422
 
 
 class Overloaded(DropserveError):
-    """The queue is full; try again after `Retry-After` seconds."""
+    """The service has no capacity for the request now; try again after `Retry-After` seconds.
+
+    Attributes:
+        reason: which limit was reached; None on the client's side.
+    """
 
     status = 503
 
-    def __init__(self, detail: str, *, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail, headers=headers or {"Retry-After": "1"})
+    def __init__(self, detail: str, reason: Reason | None = None) -> None:
+        super().__init__(detail, headers={"Retry-After": "1"})
+        self.reason = reason
 
 
 class ServerError(DropserveError):
     """The service failed; its log says why, under the request's id."""
-
-    status = 500
 
 
 class Unreachable(DropserveError):
@@ -144,21 +147,3 @@ def error_for(status: int, detail: str) -> DropserveError:
         if kind.status == status:
             return kind(detail)
     return RequestError(detail) if 400 <= status < 500 else ServerError(detail)
-
-
-def problem(status: int, detail: str, request_id: str) -> dict[str, object]:
-    """Describe an error as RFC 9457 wants it; `about:blank` means that the title says it all."""
-    return {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "request_id": request_id,
-    }
-
-
-def written(path: str, status: int, detail: str, request_id: str) -> tuple[dict[str, object], str]:
-    """Write an error as those expect it who ask for this path: the body and its media type."""
-    if path == "/v2" or path.startswith("/v2/"):
-        return {"error": detail}, "application/json"
-    return problem(status, detail, request_id), "application/problem+json"

@@ -1,20 +1,21 @@
-"""What goes over the wire, as the service writes it and the client reads it. No torch, no NumPy.
-
-The events of `/uncertainty/stream` are in `dropserve.service.events`.
-"""
+"""What goes over the wire, as the service writes it and the client reads it. No torch, no NumPy."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+DEFAULT_SAMPLES = 100
+MAX_SAMPLES = 1000
+SCALES = (255, 1)
+"""Numbers that white may be."""
 MaskKind = Literal["stratified", "independent"]
 Probabilities = list[float]
 """One number a class, in the order of the model's classes."""
-SCALES = (255, 1)
-"""Numbers that white may be."""
-_REPEATED = re.compile(r"[a-zA-Z_]{1,32}")
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="Seed of the dropout masks.")]
+_SAFE_NAME = re.compile(r"[a-zA-Z_]{1,32}")
 """Names of unknown parameters that an error repeats."""
 
 
@@ -32,23 +33,19 @@ class Sent(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: object) -> object:
-        """Refuse an unknown name, and say which it is: the one thing that errors repeat.
-
-        A member that is null is left out.
-        """
-        known = cls.model_fields
-        for name in values if isinstance(values, dict) else ():
-            if name not in known:
-                named = f" {name}" if _REPEATED.fullmatch(name) else ""
-                allowed = ", ".join(known) or "none"
+        """Name an unknown parameter in the error, and leave out members that are null."""
+        if not isinstance(values, dict):
+            return values
+        for name in values:
+            if name not in cls.model_fields:
+                named = f" {name}" if _SAFE_NAME.fullmatch(name) else ""
+                allowed = ", ".join(cls.model_fields) or "none"
                 raise PydanticCustomError(
                     "unknown_name",
                     "unknown parameter{named}; allowed: {allowed}",
                     {"named": named, "allowed": allowed},
                 )
-        if isinstance(values, dict):
-            return {name: value for name, value in values.items() if value is not None}
-        return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_scale(value: int) -> int:
@@ -58,7 +55,7 @@ def _check_scale(value: int) -> int:
 
 
 class PredictOptions(Sent):
-    """How numbers are read; encoded pictures take no scale but 255."""
+    """How numbers are read; encoded images take no scale but 255."""
 
     scale: Annotated[
         int,
@@ -73,10 +70,12 @@ class PredictOptions(Sent):
 class SamplingOptions(PredictOptions):
     """How thinned networks are sampled."""
 
-    samples: Annotated[int, Field(ge=1, le=1000, description="Thinned networks, T.")] = 100
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Decides the masks.")] = 0
+    samples: Annotated[
+        int, Field(ge=1, le=MAX_SAMPLES, description="Number of thinned networks, T.")
+    ] = DEFAULT_SAMPLES
+    seed: Seed = 0
     masks: Annotated[MaskKind, Field(description="How masks are drawn.")] = "stratified"
-    level: Annotated[float, Field(gt=0, lt=1, description="Of the sample interval.")] = 0.9
+    level: Annotated[float, Field(gt=0, lt=1, description="Level of the sample interval.")] = 0.9
 
 
 class UncertaintyOptions(SamplingOptions):
@@ -89,7 +88,7 @@ class CompareOptions(PredictOptions):
     """How `/compare` runs train mode."""
 
     passes: Annotated[int, Field(ge=1, le=32, description="Train-mode passes, k.")] = 8
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Decides the masks.")] = 0
+    seed: Seed = 0
     p: Annotated[float | None, Field(ge=0, lt=1, description="Every dropout's rate.")] = None
 
 
@@ -119,7 +118,7 @@ class Interval(Answer):
 
 
 class UncertainPrediction(Answer):
-    """What T thinned networks say of one image; entropies in nats."""
+    """Statistics of T thinned networks for one image; entropies in nats."""
 
     label: str
     index: int
@@ -169,7 +168,7 @@ class ComparedPrediction(Answer):
 
 
 class Moments(Answer):
-    """Of a layer's activations, over units and images (and passes)."""
+    """Moments of a layer's activations, over units and images (and passes)."""
 
     mean: float
     variance: float
@@ -207,8 +206,62 @@ class DropoutSite(Answer):
     units: int | None = Field(None, description="How many are kept or dropped, each as one.")
 
 
+class StreamInput(Answer):
+    """The image as the network sees it, before its numbers are normalised."""
+
+    height: int
+    width: int
+    channels: int
+    pixels: str = Field(description="Base64 of height x width x channels bytes.")
+
+
+class StreamSite(DropoutSite):
+    """A dropout of the network, whose mask is in each sample."""
+
+    units: int = Field(description="Bits of its mask: what is kept or dropped as one.")
+
+
+class StreamStart(Sampled):
+    """Event `start` of `/uncertainty/stream`: what will be sampled, and how."""
+
+    level: float
+    classes: list[str]
+    eval: Probabilities = Field(description="Of eval mode, to compare with.")
+    input: StreamInput
+    sites: list[StreamSite]
+
+
+class StreamSample(Answer):
+    """Event `sample`: the probabilities of thinned network t, and statistics of the first t."""
+
+    t: int = Field(description="From 1.")
+    probabilities: Probabilities
+    mean: Probabilities
+    standard_error: Probabilities | None
+    degrees_of_freedom: int | None = Field(None, description="Of the standard error.")
+    predictive_entropy: float
+    expected_entropy: float
+    mutual_information: float
+    kept: list[str] = Field(
+        description="Base64 of a mask a site: one bit a unit, the most significant first, 1 = kept."
+    )
+
+
+class StreamEnd(UncertaintyResponse):
+    """Event `end`: what `/uncertainty` would have answered."""
+
+
+StreamEvent = StreamStart | StreamSample | StreamEnd
+EVENTS: Mapping[str, type[StreamEvent]] = {
+    "start": StreamStart,
+    "sample": StreamSample,
+    "end": StreamEnd,
+}
+"""Events by name: one start, a sample a thinned network, one end. `error` is a `Problem`."""
+
+
 class Input(Answer):
-    """What a picture is made into before the network sees it."""
+    """What an image is converted to before the network sees it."""
 
     height: int
     width: int
@@ -287,7 +340,7 @@ class ModelDetails(ModelSummary):
 
 
 class Example(Answer):
-    """A picture from the test set that the model was scored on."""
+    """An image from the test set that the model was scored on."""
 
     label: str
     index: int = Field(description="Of the class that it is of.")
@@ -295,7 +348,7 @@ class Example(Answer):
 
 
 class ExampleList(Answer):
-    """Pictures to try a version of a model with; none where it was saved without."""
+    """Images to try a version of a model with; none where it was saved without."""
 
     model: str
     version: int

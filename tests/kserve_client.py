@@ -1,6 +1,6 @@
 """Asks a server with KServe's client, which has an environment of its own: `make test-kserve`.
 
-Prints as JSON what it got. Arguments: URL, model, picture (a .npy of [B, H, W], uint8).
+Prints as JSON what it got. Arguments: URL, model, images (a .npy of [B, H, W], uint8).
 """
 
 import asyncio

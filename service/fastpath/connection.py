@@ -13,10 +13,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from dropserve.service.errors import DropserveError
+from dropserve.service.fastpath.request import FastPath, FastPathRequest, Headers
 from dropserve.service.http.request_log import CLIENT_CLOSED
 
 if TYPE_CHECKING:
-    from dropserve.service.fastpath.request import FastPath, FastPathRequest, Headers
     from dropserve.service.inference.classifier import Answer
 
 _MOST = 20_000
@@ -89,7 +89,8 @@ class Connection(HttpToolsProtocol):
         _loop: AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._fast_path: FastPath = app_state["fast_path"]  # what the lifespan hands over
+        state = config.loaded_app.state  # of the application
+        self._fast_path = FastPath(state, state.settings, state.reader, state.keys)
         self._message = _Message()
         self._request: FastPathRequest | None = None
         self._sent = b""  # the request's request, to its last byte

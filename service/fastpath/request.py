@@ -25,7 +25,7 @@ from dropserve.service.http.body import BodyReader
 from dropserve.service.http.decoding import Pixels
 from dropserve.service.http.images import SMALL_PNG_BYTES, decode, is_small_png
 from dropserve.service.http.keys import Keys
-from dropserve.service.http.orders import PATHS, ParsedOptions, parse_options, template
+from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
 from dropserve.service.http.request_log import record, request_id
 from dropserve.service.inference.tasks import Predict, Uncertainty
 from dropserve.service.settings import Settings
@@ -151,10 +151,10 @@ def _asked(
         return None
     name, version, kind = found.groups()
     try:
-        order = parse_options(kind, query, max_samples)
+        order = read_options(kind, query, max_samples)
     except DropserveError:
         return None
     task = order.task
     plain = type(task) is Predict or (type(task) is Uncertainty and not task.include_samples)
     plain = plain and order.scale != 1
-    return (name, version, template(name, version, kind), order) if plain else None
+    return (name, version, route_template(name, version, kind), order) if plain else None

@@ -6,23 +6,22 @@ the budget.
 """
 
 import asyncio
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-
-from dropserve.service.errors import about
-from dropserve.service.http.images import ImageSource
 
 Result = TypeVar("Result")
 Pixels = npt.NDArray[np.uint8]
 Steps = Generator[int, None, Result]
 _SMALL = 16 * 2**20
 """Bytes of memory for which nobody waits: the threads take so much each beside the budget."""
+BYTES_PER_PIXEL = 12
+"""Memory while an image is read. Most for WebP (two canvases and a copy) and for progressive JPEG
+of four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
 
 
 def finish(steps: Steps[Result]) -> Result:
@@ -33,18 +32,6 @@ def finish(steps: Steps[Result]) -> Result:
     except StopIteration as end:
         result: Result = end.value
         return result
-
-
-def prepared(
-    pictures: Sequence[ImageSource], prepare: Callable[[Image.Image], Pixels]
-) -> Steps[Pixels]:
-    """Decode pictures, each made into pixels before the next is decoded: uint8 [B, C, H, W]."""
-    rows = []
-    for number, picture in enumerate(pictures):
-        yield picture.memory
-        with about(number, len(pictures)):
-            rows.append(prepare(picture.decode()))
-    return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
 
 
 class Decoder:

@@ -1,17 +1,19 @@
-"""From bytes to a picture: limits first, decoding second.
+"""From a file's bytes to an image: limits first, decoding second.
 
-What Pillow is handed has been recognised by its first bytes, and its dimensions are read from its
-header by this file: the memory that decoding takes is known before Pillow is asked.
+What Pillow is given has been recognised by its first bytes, and this module reads its dimensions
+from its header: the memory that decoding takes is known before Pillow starts.
 """
 
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from PIL import Image
+from PIL.ExifTags import Base as Exif
 from PIL.WebPImagePlugin import WebPImageFile
 
 from dropserve.service.errors import (
@@ -20,47 +22,39 @@ from dropserve.service.errors import (
     RequestError,
     TooLarge,
     UnsupportedMediaType,
+    about,
 )
+from dropserve.service.http.decoding import BYTES_PER_PIXEL, Pixels, Steps
 
+FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+"""Pillow's name of every format that is read, by media type."""
+ACCEPTED = "{}, {} or {}".format(*FORMATS)
 SMALL_PNG_BYTES = 16_384
 SMALL_PNG_PIXELS = 64 * 64
-FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+Size = tuple[int, int]  # (width, height)
+_SIZE, _CHUNK = struct.Struct(">II"), struct.Struct(">I4s")
+# length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs
 _PLAIN = {b"\0\0\0\r\x08\0\0\0\0": "L", b"\0\0\0\r\x08\2\0\0\0": "RGB"}
-"""Length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs."""
-_FEW = 8
-"""Chunks of a picture that is read in no time."""
-_SIZE = struct.Struct(">II")
-_CHUNK = struct.Struct(">I4s")
-_DECODED = (-1, 0)
-"""What Pillow's decoders say when they have had enough, and it was sound."""
-_BYTES_A_PIXEL = 12
-"""Of memory, while a picture is read. Most for WebP (two canvases and a copy) and for progressive
-JPEG of four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
-_BYTES_A_BYTE = 4
-"""Of memory for one of the file's: its metadata is copied, and lists are made of it."""
-_TEXT = 256 * 2**20
-"""Bytes of memory that compressed text in a PNG may become in Pillow: 64 M characters."""
-_GROUP_BYTES = 20_000
-"""Of memory, for a group of Huffman tables in a lossless WebP; each 4 x 4 pixels may have one."""
+_SMALL_CHUNKS = 8
+_DECODED = (-1, 0)  # what Pillow's decoders return at the end of valid data
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers of a frame header,
+_SCAN = 0xDA  # of the pixels,
+_BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))  # and those that no length follows
+
+# limits of what a small file may cost: time,
+_MOST_SCANS = 100  # of a JPEG: usual are ten, and each costs time for all pixels
+_MOST_SEGMENTS = 10_000  # of a JPEG before its pixels, or chunks of a PNG that are not its pixels
+# and bytes of memory
+_BYTES_PER_BYTE = 4  # for a byte of the file: its metadata is copied, and lists are made of it
+_TEXT = 256 * 2**20  # that compressed text in a PNG may become in Pillow: 64 M characters
+_GROUP_BYTES = 20_000  # for a group of Huffman tables in a lossless WebP, for 4 x 4 pixels each,
 _MOST_GROUPS = 65_536
-_TABLE_BYTES_A_BYTE = 1200
-"""Of memory, for the Huffman tables that a byte of the file can describe."""
-_MOST_SCANS = 100
-"""Of a JPEG: usual are ten. Each costs time for all pixels, however few bytes it has."""
-_MOST_SEGMENTS = 10_000
-"""Of a JPEG before its pixels, or chunks of a PNG that are not its pixels."""
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""JPEG markers that begin a frame header."""
-_SCAN = 0xDA
-"""The one that begins the pixels."""
-_BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))
-"""Those that no length follows."""
-_ACCEPTED = "send image/png, image/jpeg or image/webp"
+_TABLE_BYTES_PER_BYTE = 1200  # and for the tables that a byte of the file can describe
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may be, checked before a pixel of it is decoded."""
+    """What an image may be, checked before a pixel of it is decoded."""
 
     max_pixels: int
     max_side: int
@@ -68,24 +62,27 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """A picture within limits, not decoded yet.
+    """An image within limits, not decoded yet.
 
     Attributes:
-        decode: decodes it, or raises an error.
-        memory: bytes that this takes at most, and making it a network's pixels.
+        decode: decodes it, or raises an error; takes the `draft_size` of `decode` below.
+        memory: bytes that this takes at most, and converting it to a network's pixels.
     """
 
-    decode: Callable[[], Image.Image]
+    decode: Callable[[Size | None], Image.Image]
     memory: int
 
 
-def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.Image:
-    """Decode a PNG, JPEG or WebP picture at once.
+def decode(
+    data: bytes, content_type: str | None, limits: ImageLimits, draft_size: Size | None = None
+) -> Image.Image:
+    """Decode a PNG, JPEG or WebP image at once.
 
     Args:
         data: the file's bytes.
-        content_type: what the sender calls it; None or `application/octet-stream` for nothing.
+        content_type: what the sender calls it; None or `application/octet-stream` says nothing.
         limits: of its size.
+        draft_size: a JPEG may be decoded at a smaller scale that has at least this size upright.
 
     Raises:
         MalformedRequest: there are no bytes.
@@ -93,46 +90,58 @@ def decode(data: bytes, content_type: str | None, limits: ImageLimits) -> Image.
         TooLarge: more pixels than `limits` allow.
         InvalidRequest: damaged, animated, or 16 bits a channel.
     """
-    return _load(data, *_check(data, content_type, limits))
+    return _load(data, *_check(data, content_type, limits), draft_size)
 
 
 def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> ImageSource:
-    """Read a picture's header alone; arguments and errors are those of `decode`."""
+    """Read an image's header alone; arguments and errors are those of `decode`."""
     kind, size = _check(data, content_type, limits)
-    memory = memory_of(size) + _BYTES_A_BYTE * len(data)
+    memory = memory_of(size) + _BYTES_PER_BYTE * len(data)
     if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
         memory += _TEXT
     if kind == "WEBP" and (b"VP8L" in data or b"ALPH" in data):
         groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_GROUPS)
-        memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_A_BYTE)
+        memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_PER_BYTE)
     return ImageSource(partial(_load, data, kind, size), memory)
 
 
-def _check(
-    data: bytes, content_type: str | None, limits: ImageLimits
-) -> tuple[str, tuple[int, int]]:
+def prepared(
+    images: Sequence[ImageSource],
+    prepare: Callable[[Image.Image], Pixels],
+    draft_size: Size | None = None,
+) -> Steps[Pixels]:
+    """Decode images, each prepared before the next is decoded: uint8 [B, C, H, W]."""
+    rows = []
+    for number, image in enumerate(images):
+        yield image.memory
+        with about(number, len(images)):
+            rows.append(prepare(image.decode(draft_size)))
+    return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
+
+
+def _check(data: bytes, content_type: str | None, limits: ImageLimits) -> tuple[str, Size]:
     """Return the format and the size of what may be decoded."""
     if not data:
         raise MalformedRequest("the image has no bytes")
     kind, size = _recognise(data)
     check_size(size, limits)
     if kind not in FORMATS.values():
-        raise UnsupportedMediaType(f"this is no picture that is read here: {_ACCEPTED}")
+        raise UnsupportedMediaType(f"this image format is not read here: send {ACCEPTED}")
     if content_type not in (None, "application/octet-stream") and FORMATS.get(content_type) != kind:
         raise UnsupportedMediaType(f"the bytes are {kind}, the content type says otherwise")
     return kind, size
 
 
-def memory_of(size: tuple[int, int]) -> int:
-    """Return the bytes that the pixels of a picture of (width, height) take while it is read."""
-    return size[0] * size[1] * _BYTES_A_PIXEL
+def memory_of(size: Size) -> int:
+    """Return the bytes that the pixels of an image take while it is read."""
+    return size[0] * size[1] * BYTES_PER_PIXEL
 
 
 def is_small_png(data: bytes, content_type: str) -> bool:
     """Say if decoding is so little work that handing it to a thread would cost more.
 
     That is a small PNG of few chunks, and none but its pixels': text and profiles may take long to
-    read however small the picture is.
+    read however small the image is.
     """
     if content_type != "image/png" or not 33 <= len(data) <= SMALL_PNG_BYTES:
         return False
@@ -140,30 +149,30 @@ def is_small_png(data: bytes, content_type: str) -> bool:
     return data[:4] == b"\x89PNG" and width * height <= SMALL_PNG_PIXELS and bool(_chunks(data))
 
 
-def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
-    """Raise TooLarge, or InvalidRequest for nothing at all, if (width, height) is out of bounds."""
+def check_size(size: Size, limits: ImageLimits) -> None:
+    """Raise TooLarge, or InvalidRequest for nothing at all, if a size is out of bounds."""
     if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
         raise TooLarge(
-            f"the picture has too many pixels: at most {limits.max_pixels} in all "
+            f"the image has too many pixels: at most {limits.max_pixels} in all "
             f"(DROPSERVE_MAX_PIXELS) and {limits.max_side} a side (DROPSERVE_MAX_SIDE)"
         )
     if min(size) < 1:
-        raise InvalidRequest("the picture has no pixels")
+        raise InvalidRequest("the image has no pixels")
 
 
-def _load(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
+def _load(data: bytes, kind: str, size: Size, draft_size: Size | None) -> Image.Image:
     try:
-        plain = _load_plain(data) if kind == "PNG" else None
-        return plain or _load_any(data, kind, size)
+        plain = _load_plain_png(data) if kind == "PNG" else None
+        return plain or _load_any(data, kind, size, draft_size)
     except (RequestError, MemoryError):
         raise
     except Exception as error:
         # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and
-        # others, as the damage happens to lead them; all mean the same to the sender.
+        # others, depending on the damage; all mean the same to the sender.
         raise _damaged(kind) from error
 
 
-def _load_any(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
+def _load_any(data: bytes, kind: str, size: Size, draft_size: Size | None) -> Image.Image:
     """Decode by Pillow's own reader: the first frame."""
     if kind == "PNG":
         _check_chunks(data)
@@ -171,11 +180,13 @@ def _load_any(data: bytes, kind: str, size: tuple[int, int]) -> Image.Image:
     if opened.size != size:
         raise _damaged(kind)
     if kind != "JPEG" and getattr(opened, "n_frames", 1) > 1:  # a JPEG's others are its previews
-        raise InvalidRequest("the picture is animated: send one frame")
+        raise InvalidRequest("the image is animated: send one frame")
+    turned = opened.getexif().get(Exif.Orientation) in (5, 6, 7, 8)  # catches damaged EXIF, too
+    if draft_size is not None:  # only JPEG has scales
+        opened.draft(None, draft_size[::-1] if turned else draft_size)
     image = _load_webp(opened) if isinstance(opened, WebPImageFile) else opened
     image.load()
-    image.getexif()  # here, where damaged EXIF data is caught
-    _ = image.has_transparency_data  # and so is a palette that is not there
+    _ = image.has_transparency_data  # and here a palette that is not there
     return image
 
 
@@ -188,12 +199,11 @@ def _load_webp(opened: WebPImageFile) -> Image.Image:
     return image
 
 
-def _load_plain(data: bytes) -> Image.Image | None:
+def _load_plain_png(data: bytes) -> Image.Image | None:
     """Decode the commonest PNG: 8-bit grey or RGB, of few chunks, and none but its pixels'.
 
-    It has nothing that would have to be looked for, and so goes straight to Pillow's decoder (what
-    `Image.frombytes` does, without its checks): 28x28 take less than half the time. All others, and
-    damaged ones, are None: Pillow's reader judges them.
+    It goes straight to Pillow's decoder (what `Image.frombytes` does, without its checks): 28x28
+    take less than half the time. All others, and damaged ones, are None: Pillow's reader decides.
     """
     mode = _PLAIN.get(data[8:12] + data[24:29])
     chunks = _chunks(data)
@@ -218,7 +228,7 @@ def _chunks(data: bytes) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     start, kind = 8, b""
     while kind != b"IEND":
-        if len(found) == _FEW or start + 12 > len(data):
+        if len(found) == _SMALL_CHUNKS or start + 12 > len(data):
             return []
         length, kind = _CHUNK.unpack_from(data, start)
         if found and kind not in (b"IDAT", b"IEND"):
@@ -231,7 +241,7 @@ def _chunks(data: bytes) -> list[tuple[int, int]]:
 def _check_chunks(data: bytes) -> None:
     """Raise InvalidRequest if a PNG is cut short, or what makes up its pixels is damaged.
 
-    Pillow looks at neither the checksums of IDAT nor the end, and keeps as much of other chunks as
+    Pillow checks neither the checksums of IDAT nor the end, and keeps as much of other chunks as
     there are.
     """
     start, kind, others = 8, b"", 0
@@ -240,19 +250,19 @@ def _check_chunks(data: bytes) -> None:
         end = start + 8 + _big(data[start : start + 4])
         kind = data[start + 4 : start + 8]
         critical = kind[:1].isupper()
-        sound = not critical or zlib.crc32(data[start + 4 : end]) == _big(data[end : end + 4])
-        if end + 4 > len(data) or not sound or others > _MOST_SEGMENTS:
+        valid = not critical or zlib.crc32(data[start + 4 : end]) == _big(data[end : end + 4])
+        if end + 4 > len(data) or not valid or others > _MOST_SEGMENTS:
             raise _damaged("PNG")
         start = end + 4
 
 
-def _recognise(data: bytes) -> tuple[str, tuple[int, int]]:
+def _recognise(data: bytes) -> tuple[str, Size]:
     """Name the format by its first bytes, and read the size, which is (1, 1) if it is unknown."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         if len(data) < 33 or data[12:16] != b"IHDR":
             raise _damaged("PNG")
         if data[24] == 16:
-            raise InvalidRequest("the picture has 16 bits a channel: send 8")
+            raise InvalidRequest("the image has 16 bits a channel: send 8")
         return "PNG", _SIZE.unpack_from(data, 16)
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG", _jpeg_size(data)
@@ -263,7 +273,7 @@ def _recognise(data: bytes) -> tuple[str, tuple[int, int]]:
     return "unknown", (1, 1)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_size(data: bytes) -> Size:
     """Read the size from the frame header (ITU-T T.81, B.2.2), among the segments before the scan.
 
     All of them are walked, because Pillow keeps as many as there are.
@@ -287,7 +297,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     raise _damaged("JPEG")
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
+def _webp_size(data: bytes) -> Size:
     """Read the canvas size from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
     chunk = data[12:16]
     if chunk == b"VP8X" and len(data) >= 30:
@@ -301,7 +311,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _damaged(kind: str) -> InvalidRequest:
-    return InvalidRequest(f"the picture cannot be decoded: damaged or not {kind}")
+    return InvalidRequest(f"the image cannot be decoded: damaged or not {kind}")
 
 
 def _big(raw: bytes) -> int:

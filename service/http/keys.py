@@ -1,7 +1,7 @@
-"""API keys: a file of them, and the door that opens to who has one.
+"""API keys: the file that lists them, and the middleware that asks for one.
 
-The keys themselves are not kept, their SHA-256 digests are. What a client sends is digested too and
-compared with all of them, so that the time taken tells nothing of any.
+Only SHA-256 digests of keys are kept. What a client sends is digested too and compared with all of
+them, so that the time taken says nothing about any.
 """
 
 import asyncio
@@ -18,41 +18,36 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dropserve.service.errors import Unauthorized
-from dropserve.service.http.request_log import RequestLog
 from dropserve.service.observability.logs import FIELDS
 
 OPEN = {"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"}
 """Paths of the probes, which need no key."""
 OPERATIONS = {*OPEN, "/metrics"}
 """Paths that machines ask all the time: no part of the traffic."""
-_EVERY = 1.0
-"""Seconds between looks whether the file has changed."""
+_POLL_SECONDS = 1.0
 _KEY = re.compile(rb"[!-~]+")  # what a header can carry
-_CHALLENGE = 'Basic realm="dropserve", charset="UTF-8", Bearer'
 _log = logging.getLogger("dropserve.keys")
 
 
 class KeysError(OSError):
-    """There are no keys in the file, or something else is."""
+    """The file has no keys, or a line that is not a key."""
 
 
 class Keys:
-    """The keys in a file.
+    """The keys in a file: one a line; empty lines and those that begin with # are ignored.
 
     Args:
-        path: of the file: a key a line; empty lines and those that begin with # are left out.
-        kept: file for the digests of the last good keys, shared with other workers: one that takes
-            a dead one's place starts from it when the keys have been spoilt meanwhile.
+        path: of the file.
+        kept: file for the digests of the last valid keys, shared with other workers: one that
+            replaces a dead worker starts from it if the keys have become invalid meanwhile.
 
     Raises:
-        OSError: it cannot be read.
-        KeysError: there is no key in it, or a line that is none.
+        OSError: the file cannot be read, or (KeysError) is invalid.
     """
 
     def __init__(self, path: Path, kept: Path | None = None) -> None:
-        self._path = path
-        self._kept = kept
-        self._mark = self._look()
+        self._path, self._kept = path, kept
+        self._mark = self._stat()
         try:
             self._use(_read(path))
         except OSError as error:
@@ -69,7 +64,7 @@ class Keys:
             new.replace(self._kept)
 
     def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Say if a request's headers bring one of the keys."""
+        """Say if a request's headers contain one of the keys."""
         admitted = False
         for key in _offered(headers):
             digest = sha256(key).digest()
@@ -77,16 +72,15 @@ class Keys:
                 admitted |= hmac.compare_digest(digest, known)
         return admitted
 
-    async def keep_up(self) -> None:
-        """Read the file again when it has changed, until cancelled."""
-        loop = asyncio.get_running_loop()
+    async def watch(self) -> None:
+        """Read the file again whenever it has changed, until cancelled."""
         while True:
-            await asyncio.sleep(_EVERY)
-            await loop.run_in_executor(None, self.refresh)
+            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.get_running_loop().run_in_executor(None, self.refresh)
 
     def refresh(self) -> None:
-        """Read the file again if it has changed; if it is no good, the keys stay as they were."""
-        mark = self._look()
+        """Read the file again if it has changed; if it is invalid, the keys stay as they were."""
+        mark = self._stat()
         if mark == self._mark:
             return
         self._mark = mark
@@ -97,7 +91,7 @@ class Keys:
         else:
             _log.info("API keys read", extra={FIELDS: {"keys": len(self._digests)}})
 
-    def _look(self) -> tuple[int, ...]:
+    def _stat(self) -> tuple[int, ...]:
         """Return what changes when the file does."""
         try:
             stat = self._path.stat()
@@ -107,57 +101,42 @@ class Keys:
 
 
 class KeyCheck:
-    """ASGI middleware: before anything is read, refuses with 401 who brings no key.
-
-    Args:
-        app: what the key opens.
-        keys: any of them does.
-    """
+    """ASGI middleware: refuses a request without a key with 401, before its body is read."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app = app
-        self._keys = keys
-        self._refusal = RequestLog(_refuse)
+        self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         checked = scope["type"] == "http" and scope["path"] not in OPEN
-        admitted = not checked or self._keys.admit(scope["headers"])
-        await (self._app if admitted else self._refusal)(scope, receive, send)
-
-
-async def _refuse(scope: Scope, _receive: Receive, _send: Send) -> None:
-    headers = {"WWW-Authenticate": _CHALLENGE}
-    if any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]):
-        headers["Connection"] = "close"  # who has no key may not go on sending a body
-    raise Unauthorized(
-        "an API key is needed: as Authorization: Bearer, as X-API-Key or as the password",
-        headers=headers,
-    )
+        if checked and not self._keys.admit(scope["headers"]):
+            headers = {"WWW-Authenticate": 'Basic realm="dropserve", charset="UTF-8", Bearer'}
+            if any(n in (b"content-length", b"transfer-encoding") for n, _ in scope["headers"]):
+                headers["Connection"] = "close"  # instead of reading the body
+            raise Unauthorized(
+                "an API key is needed: as Authorization: Bearer, as X-API-Key or as the password",
+                headers=headers,
+            )
+        await self._app(scope, receive, send)
 
 
 def _offered(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
     for name, value in headers:
+        scheme, _, rest = value.partition(b" ")
         if name == b"x-api-key":
             yield value.strip()
-        elif name == b"authorization":
-            scheme, _, rest = value.partition(b" ")
-            if scheme.lower() == b"bearer":
-                yield rest.strip()
-            elif scheme.lower() == b"basic":
-                yield _password(rest.strip())
-
-
-def _password(encoded: bytes) -> bytes:
-    try:
-        return b64decode(encoded, validate=True).partition(b":")[2]
-    except binascii.Error:
-        return b""
+        elif name == b"authorization" and scheme.lower() == b"bearer":
+            yield rest.strip()
+        elif name == b"authorization" and scheme.lower() == b"basic":
+            try:
+                yield b64decode(rest.strip(), validate=True).partition(b":")[2]
+            except binascii.Error:
+                continue
 
 
 def _read(path: Path) -> tuple[bytes, ...]:
     """Return the digests of a file's keys."""
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+    if path.exists() and not path.is_file():  # reading a pipe would block
         raise KeysError(f"{path}: no file of API keys")
     lines = [line.strip() for line in path.read_bytes().splitlines()]
     keys = {n: line for n, line in enumerate(lines, 1) if line and not line.startswith(b"#")}

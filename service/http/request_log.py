@@ -9,13 +9,14 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dropserve.service.errors import DropserveError, NotFound, written
+from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError
+from dropserve.service.http.routes import JsonResponse
 from dropserve.service.observability.logs import FIELDS
 
 if TYPE_CHECKING:
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 
 REQUEST_ID = b"x-request-id"
 CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
-_log = logging.getLogger("dropserve.requests")
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_log = logging.getLogger("dropserve.requests")
 
 
 class RequestLog:
     """ASGI middleware; `request.state` then has `request_id`, and `log` to add fields to.
 
-    It answers HEAD wherever there is GET.
+    It answers HEAD wherever there is GET, and turns errors into responses.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -41,111 +42,103 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send)
-        scope = exchange.scope
+        started = time.perf_counter()
+        name = request_id(scope["headers"])
+        line = {"request_id": name, "method": scope["method"], "route": None, "status": 0}
+        if scope["method"] == "HEAD":  # answered as GET, whose body the server leaves out
+            scope = {**scope, "method": "GET"}
+        scope.setdefault("state", {}).update(request_id=name, log=line)
+
+        async def send_logged(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                line["status"] = message["status"]
+                message["headers"] = [*message["headers"], (REQUEST_ID, name.encode())]
+            try:
+                await send(message)
+            except (OSError, RuntimeError) as error:  # RuntimeError: uvloop's closed connection
+                raise ClientDisconnect from error
+
         try:
-            # the framework's patterns overlook a newline at the end
-            app = self._app if scope["path"].isprintable() else _refuse_path
-            await app(scope, receive, exchange.send)
+            await self._answer(scope, receive, send_logged)
         except ClientDisconnect:
-            exchange.status = CLIENT_CLOSED
-        except DropserveError as error:
-            if error.status == 500:
-                _log.error(str(error), extra={FIELDS: {"request_id": exchange.request_id}})
-            await exchange.fail(error.status, str(error), error.headers)
-        except asyncio.CancelledError:  # the time for open requests is over at shutdown
-            if exchange.status:
-                exchange.status = 503
-                raise
-            await exchange.fail(503, "the service is stopping", {"Retry-After": "1"})
-        except Exception:
-            _log.exception("request failed", extra={FIELDS: {"request_id": exchange.request_id}})
-            if exchange.status:
-                exchange.status = 500
-                raise  # half an answer is out: let the server break the connection
-            await exchange.fail(500, "the service failed; its log says why")
+            line["status"] = CLIENT_CLOSED
         finally:
-            exchange.end()
+            line["route"] = getattr(scope.get("route"), "path", None)
+            record(scope["app"].state.metrics, line, started)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the application, or with the error that it raises."""
+        try:
+            # the framework's patterns ignore a newline at the end
+            app = self._app if scope["path"].isprintable() else _refuse_path
+            await app(scope, receive, send)
+        except ClientDisconnect:
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            told, line = failure(error, scope), scope["state"]["log"]
+            if line["status"]:
+                line["status"] = told.status
+                raise  # half an answer is out: let the server break the connection
+            response = error_response(scope, told.status, str(told), told.headers)
+            await response(scope, receive, send)
 
 
 async def _refuse_path(_scope: Scope, _receive: Receive, _send: Send) -> None:
     raise NotFound("Not Found")
 
 
-class _Exchange:
-    """One request and what becomes of it."""
+def failure(error: BaseException, scope: Scope) -> DropserveError:
+    """Log what the service is to blame for; return the error that the client is told."""
+    state = scope["state"]
+    about = {FIELDS: {"request_id": state["request_id"]}}
+    if isinstance(error, asyncio.CancelledError):  # the time for open requests is over at shutdown
+        error = Overloaded("the service is stopping", "draining")
+    if not isinstance(error, DropserveError):
+        _log.error("request failed", exc_info=error, extra=about)
+        return ServerError("the service failed; its log says why")
+    if isinstance(error, Overloaded):
+        state["log"]["reason"] = error.reason
+    if error.status == 500:
+        _log.error(str(error), extra=about)
+    return error
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._started = time.perf_counter()
-        self._method = scope["method"]
-        # HEAD is answered as GET, whose body the server leaves out
-        self.scope = {**scope, "method": "GET"} if self._method == "HEAD" else scope
-        self._send = send
-        self.request_id = request_id(scope["headers"])
-        self.status = 0
-        self._fields: dict[str, Any] = {}
-        self.scope.setdefault("state", {}).update(request_id=self.request_id, log=self._fields)
 
-    async def send(self, message: Message) -> None:
-        """Pass a message on, with the request's id on the first."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message["headers"] = [*message["headers"], (REQUEST_ID, self.request_id.encode())]
-        try:
-            await self._send(message)
-        except (OSError, RuntimeError) as error:  # RuntimeError is uvloop's for a closed connection
-            raise ClientDisconnect from error
+def error_response(
+    scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None
+) -> JsonResponse:
+    """Write an error as clients of this path expect it."""
+    if is_protocol(scope["path"]):
+        return JsonResponse({"error": detail}, status, headers)
+    content = problem(status, detail, scope["state"]["request_id"])
+    return JsonResponse(content, status, headers, media_type="application/problem+json")
 
-    async def fail(
-        self, status: int, detail: str, more_headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Answer in place of code that did not."""
-        content, media_type = written(self.scope["path"], status, detail, self.request_id)
-        body = orjson.dumps(content)
-        headers = {
-            "content-type": media_type,
-            "content-length": str(len(body)),
-            **(more_headers or {}),
-        }
-        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        try:
-            await self.send({"type": "http.response.start", "status": status, "headers": raw})
-            await self.send({"type": "http.response.body", "body": body})
-        except ClientDisconnect:
-            self.status = CLIENT_CLOSED
 
-    def end(self) -> None:
-        """Write the request's line, and count it; with the status that the log has, if it has."""
-        line = {
-            "request_id": self.request_id,
-            "method": self._method,
-            "route": route_of(self.scope),
-            **self._fields,
-        }
-        line.setdefault("status", self.status)
-        record(self.scope["app"].state.metrics, line, self._started)
+def is_protocol(path: str) -> bool:
+    """Say if a path is of the Open Inference Protocol, which has errors of its own."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+def problem(status: int, detail: str, request_id: str) -> dict[str, object]:
+    """Describe an error as RFC 9457 wants it; `about:blank` means that the title says it all."""
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
 
 
 def record(metrics: "Metrics", line: dict[str, Any], started: float) -> None:
-    """Write a request's line in the log, and count it.
-
-    Args:
-        metrics: where it is counted.
-        line: method, status and all else that is known; the route is None where there is none.
-        started: when, by `time.perf_counter`.
-    """
+    """Log a request that started at this `time.perf_counter()`, and count it."""
     seconds = time.perf_counter() - started
     key = (line["route"] or "other", line.get("model", ""), line.get("version", ""), line["status"])
     metrics.requests[key].append(seconds)
+    if line.get("reason"):
+        metrics.shed(line["reason"])
     if _log.isEnabledFor(logging.INFO):
         line["milliseconds"] = round(1000 * seconds, 3)
         _log.info("request", extra={FIELDS: line})
-
-
-def route_of(scope: Scope) -> str | None:
-    """Return a request's route as it was declared; None: there is none."""
-    log = scope.get("state", {}).get("log", {})
-    return log.get("route") or getattr(scope.get("route"), "path", None)
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

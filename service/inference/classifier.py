@@ -99,6 +99,11 @@ class Classifier:
         """Pictures of the test set, if it was saved with any."""
         return self._metadata.examples
 
+    @property
+    def draft_size(self) -> tuple[int, int] | None:
+        """Least (width, height) at which JPEG may be decoded; None: only at full size."""
+        return getattr(self._preprocessing, "draft_size", None)
+
     def prepare(self, image: Image.Image) -> Pixels:
         """Turn a picture into the network's pixels, uint8 [C, H, W]; any thread may call it."""
         return self._preprocessing.prepare(image)

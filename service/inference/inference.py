@@ -13,8 +13,7 @@ import torch
 from dropserve.models import checkpoint
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded
-from dropserve.service.http.decoding import Decoder, Pixels, Steps
-from dropserve.service.http.images import memory_of
+from dropserve.service.http.decoding import BYTES_PER_PIXEL, Decoder, Pixels, Steps
 from dropserve.service.inference.batcher import Batcher, Place, QueueFull, QueueTimeout
 from dropserve.service.inference.classifier import Answer, Classifier
 from dropserve.service.inference.reload import Folder
@@ -98,7 +97,7 @@ class Inference:
         self._set_threads = set_threads = partial(torch.set_num_threads, settings.threads)
         self._worker = ThreadPoolExecutor(1, "inference", set_threads)
         self._loader = ThreadPoolExecutor(1, "loading", set_threads)
-        self._decoder = Decoder(2, memory_of((settings.max_pixels, 1)), release_freed_memory)
+        self._decoder = Decoder(2, settings.max_pixels * BYTES_PER_PIXEL, release_freed_memory)
         self._decoding = 0
         self._streams = 0
         self.metrics: Metrics | None = None
@@ -149,7 +148,7 @@ class Inference:
             Overloaded: as many requests as the queue holds images wait to be decoded.
         """
         if self._decoding >= self._settings.max_queue:
-            raise Overloaded("too many pictures are waiting; try again in a second")
+            raise Overloaded("too many images are waiting; try again in a second", "decode")
         self._decoding += 1
         try:
             with self.tracing.span("decode") if self.tracing is not None else nullcontext():
@@ -193,10 +192,10 @@ class Inference:
                 max_wait=max_wait,
             )
         except QueueFull as error:
-            raise Overloaded(_FULL) from error
+            raise Overloaded(_FULL, "queue") from error
         except QueueTimeout as error:
             raise Overloaded(
-                "the request waited in the queue for longer than its timeout"
+                "the request waited in the queue for longer than its timeout", "queue"
             ) from error
 
     def queue(self, classifier: Classifier, task: Task, pixels: Read) -> Waiting:
@@ -210,7 +209,7 @@ class Inference:
                 (classifier, task, None), pixels, urgent=isinstance(task, Predict)
             )
         except QueueFull as error:
-            raise Overloaded(_FULL) from error
+            raise Overloaded(_FULL, "queue") from error
 
     def leave(self, waiting: Waiting) -> None:
         """Give up what `queue` queued."""
@@ -235,7 +234,7 @@ class Inference:
             RequestError: the picture could not be read.
         """
         if self._streams >= MAX_STREAMS:
-            raise Overloaded("too many pictures are watched; try again in a second")
+            raise Overloaded("too many images are streamed; try again in a second", "streams")
         self._streams += 1
         steps = _steps(classifier, task, pixels)
         del pixels
@@ -245,7 +244,7 @@ class Inference:
                 yield step
                 place = 0
         except QueueFull as error:
-            raise Overloaded(_FULL) from error
+            raise Overloaded(_FULL, "queue") from error
         finally:
             self._streams -= 1
 

@@ -105,7 +105,7 @@ class Metrics:
             *("route", "model", "status"),
             buckets=SECONDS,
         )
-        self._shed = counter("shed_total", "Requests refused with 503.")
+        self._shed = counter("shed_total", "Requests answered 503.", "reason")
         self._cancelled = counter("cancelled_total", "Requests whose client went away.")
         self._waits = histogram(
             "queue_wait_seconds", "From the queue to a batch.", "task", buckets=_WAITS
@@ -144,6 +144,10 @@ class Metrics:
         self._served: set[tuple[str, int]] = set()
         self._models: set[str] = set()
 
+    def shed(self, reason: str) -> None:
+        """Count a request that was answered 503."""
+        self._shed.labels(reason).inc()
+
     def batch(self, task: str, images: int, waits: Sequence[float]) -> None:
         """Note a batch as it starts, and the seconds that its requests waited for it."""
         self._waited[(task,)] += waits
@@ -175,9 +179,7 @@ class Metrics:
         for (route, model, number, status), seconds in self.requests.take():
             self._requests.labels(route, model, number, status).inc(len(seconds))
             self._seconds.labels(route, model, status).observe_all(seconds)
-            if status == 503:
-                self._shed.inc(len(seconds))
-            elif status == CLIENT_CLOSED:
+            if status == CLIENT_CLOSED:
                 self._cancelled.inc(len(seconds))
         for (model,), samples in self._drawn.take():
             self._samples.labels(model).inc(sum(samples))

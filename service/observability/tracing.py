@@ -14,7 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dropserve.service.errors import ServerError
 from dropserve.service.http.keys import OPERATIONS
-from dropserve.service.http.request_log import route_of
 
 try:
     from opentelemetry import trace
@@ -157,7 +156,7 @@ class TracedRequests:
 def _describe(span: trace.Span, scope: Scope) -> None:
     """Say what is known of a request at its end; nothing that its sender made up."""
     span.set_attribute("http.request.method", scope["method"])
-    route = route_of(scope)
+    route = scope.get("state", {}).get("log", {}).get("route")
     if route is not None:
         span.update_name(f"{scope['method']} {route}")
         span.set_attribute("http.route", route)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from dropserve.service import errors, schemas
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
-from dropserve.service.events import StreamEnd, StreamStart
+from dropserve.service.schemas import StreamEnd, StreamStart
 
 
 def picture(seed):

@@ -10,7 +10,7 @@ import pytest
 
 from dropserve.service import errors
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
-from dropserve.service.events import StreamEnd, StreamSample, StreamStart
+from dropserve.service.schemas import StreamEnd, StreamSample, StreamStart
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
 START = {

@@ -25,8 +25,8 @@ from dropserve.models.memory import release_freed_memory
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.errors import InvalidRequest
 from dropserve.service.http.body import json_memory, load_json
-from dropserve.service.http.decoding import _SMALL, Decoder, finish, prepared
-from dropserve.service.http.images import ImageLimits, ImageSource, encoded
+from dropserve.service.http.decoding import _SMALL, Decoder, finish
+from dropserve.service.http.images import ImageLimits, ImageSource, encoded, prepared
 from dropserve.service.settings import Settings
 
 MB = 2**20
@@ -165,7 +165,7 @@ def test_who_leaves_while_it_waits_leaves_no_body_behind_and_takes_no_room():
 def test_a_picture_is_let_go_of_before_the_next_is_decoded():
     alive = []
 
-    def decode():
+    def decode(_draft_size):
         assert not any(left() for left in alive)
         image = Image.new("L", (1, 1))
         alive.append(weakref.ref(image))
@@ -205,12 +205,12 @@ def taken(data, channels):
     into = Preprocessing((32, 32), channels, (0.5,) * channels, (0.5,) * channels)
     picture = encoded(data, None, ImageLimits(10**7, 2000))
     with suppress(InvalidRequest):
-        into.prepare(picture.decode())
+        into.prepare(picture.decode(None))
     release_freed_memory()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     with suppress(InvalidRequest):
-        into.prepare(picture.decode())
+        into.prepare(picture.decode(None))
     return memory("VmHWM") - before, picture.memory
 
 

@@ -13,17 +13,16 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from dropserve.models import checkpoint
 from dropserve.service.app import create_app
 from dropserve.service.errors import InvalidRequest, Overloaded
-from dropserve.service.events import StreamEnd, StreamSample, StreamStart
-from dropserve.service.http.stream import send_events
+from dropserve.service.http.tasks import EventStream
 from dropserve.service.inference.inference import MAX_STREAMS, Inference
 from dropserve.service.inference.tasks import Predict, Stream
 from dropserve.service.observability.logs import FIELDS
-from dropserve.service.schemas import Problem
+from dropserve.service.schemas import Problem, StreamEnd, StreamSample, StreamStart
 from dropserve.service.settings import Settings
 
 MLP, CNN = "/v1/models/digits-mlp", "/v1/models/colour-cnn"
@@ -191,7 +190,7 @@ def test_what_is_wrong_before_it_begins_is_an_ordinary_error(path, status, http,
 
 def test_pictures_that_cannot_be_watched_are_refused(http, problem):
     two = http.post("/uncertainty/stream", json={"instances": [[[0]], [[1]]]})
-    assert "one picture" in problem(two, 422)
+    assert "one image" in problem(two, 422)
     damaged = http.post("/uncertainty/stream", content=png(picture(MLP))[:-40], headers=PNG_TYPE)
     problem(damaged, 422)
     problem(http.get("/uncertainty/stream"), 405)
@@ -246,17 +245,17 @@ PIXELS = np.zeros((1, 1, 8, 8), np.uint8)
 
 def test_a_step_is_made_when_it_is_asked_for_and_no_sooner(inference, model, monkeypatch):
     made = []
-    steps = model.watch
+    steps = model.stream
 
     def counted(task, pixels):
         for step in steps(task, pixels):
             made.append(step)
             yield step
 
-    monkeypatch.setattr(model, "watch", counted)
+    monkeypatch.setattr(model, "stream", counted)
 
     async def main():
-        told = inference.watch(model, Stream(samples=1000), PIXELS)
+        told = inference.stream(model, Stream(samples=1000), PIXELS)
         await anext(told)
         await asyncio.sleep(0.1)
         assert len(made) == 1
@@ -266,6 +265,12 @@ def test_a_step_is_made_when_it_is_asked_for_and_no_sooner(inference, model, mon
         assert len(made) == 2
 
     asyncio.run(main())
+
+
+async def sent(first, rest, send):
+    """Send events to a client that does not leave by itself."""
+    request = Request({"type": "http", "state": {"request_id": "x", "log": {}}})
+    await EventStream(request, {}, first, rest)(request.scope, asyncio.Event().wait, send)
 
 
 def test_nothing_is_made_while_the_client_does_not_read():
@@ -282,7 +287,7 @@ def test_nothing_is_made_while_the_client_does_not_read():
 
     async def main():
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(send_events(send, {}, {"start": []}, steps(), {}), 0.1)
+            await asyncio.wait_for(sent({"start": []}, steps(), send), 0.1)
         assert not made
 
     asyncio.run(main())
@@ -290,12 +295,12 @@ def test_nothing_is_made_while_the_client_does_not_read():
 
 def test_predictions_go_in_between_and_a_full_queue_stops_none_who_has_begun(inference, model):
     async def main():
-        told = inference.watch(model, Stream(samples=100), PIXELS)
+        told = inference.stream(model, Stream(samples=100), PIXELS)
         await anext(told)
         others = [asyncio.create_task(inference.run(model, Predict(), PIXELS, 4)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await anext(inference.watch(model, Stream(), PIXELS))
+            await anext(inference.stream(model, Stream(), PIXELS))
         steps = [step async for step in told]
         assert len(steps) == 11
         assert len((await others[0])["predictions"]) == 1
@@ -321,7 +326,7 @@ def test_the_steps_are_closed_as_soon_as_the_client_has_left():
 
     async def main():
         with pytest.raises(ClientDisconnect):
-            await send_events(send, {}, {"start": [{}]}, steps(), {})
+            await sent({"start": [{}]}, steps(), send)
         assert closed
 
     asyncio.run(main())
@@ -335,7 +340,7 @@ def test_a_body_is_let_go_of_once_the_first_step_is_made(inference, model):
     async def main():
         body = Body()
         left = weakref.ref(body)
-        told = inference.watch(model, Stream(samples=20), body)
+        told = inference.stream(model, Stream(samples=20), body)
         del body
         await anext(told)
         gc.collect()
@@ -348,7 +353,7 @@ def test_a_body_is_let_go_of_once_the_first_step_is_made(inference, model):
 def test_no_more_than_so_many_are_watched_at_once(inference, model):
     async def main():
         def watch():
-            return inference.watch(model, Stream(samples=10), PIXELS)
+            return inference.stream(model, Stream(samples=10), PIXELS)
 
         told = [watch() for _ in range(MAX_STREAMS)]
         for steps in told:
@@ -379,7 +384,7 @@ def test_an_error_after_the_first_step_is_an_event_and_counts_as_one(
         yield {"start": []}
         raise error
 
-    monkeypatch.setattr(model, "watch", failing)
+    monkeypatch.setattr(model, "stream", failing)
     app = create_app(inference._settings, inference)
     app.state.inference = inference
     path = f"{MLP}/versions/1/uncertainty/stream"
@@ -406,11 +411,11 @@ def test_an_error_before_the_first_step_sends_no_stream(inference, model):
         raise InvalidRequest("damaged")
 
     with pytest.raises(InvalidRequest, match="damaged"):
-        asyncio.run(anext(inference.watch(model, Stream(), damaged)))
+        asyncio.run(anext(inference.stream(model, Stream(), damaged)))
 
 
 def test_the_mean_is_that_of_the_samples_told_so_far(model):
-    _, sample, *_ = model.watch(Stream(samples=10), PIXELS)
+    _, sample, *_ = model.stream(Stream(samples=10), PIXELS)
     assert [s["t"] for s in sample["sample"]] == list(range(1, 11))
     probabilities = np.array([s["probabilities"] for s in sample["sample"]])
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-kserve/bin/python"
 MLP = "digits-mlp"
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}

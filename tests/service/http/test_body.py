@@ -39,7 +39,7 @@ def parse(body, content_type):
 
 
 def shades(found):
-    return [picture.decode().getpixel((0, 0)) for picture in found]
+    return [picture.decode(None).getpixel((0, 0)) for picture in found]
 
 
 @pytest.mark.parametrize(("content_type", "body"), KINDS)
@@ -52,7 +52,7 @@ def test_a_picture_is_decoded_only_when_it_is_asked_for(content_type, body):
     first, second, _ = parse(body(png(3), png(9)[:40], png(2)), content_type)
     assert shades([first]) == [3]
     with pytest.raises(InvalidRequest):
-        second.decode()
+        second.decode(None)
 
 
 @pytest.mark.parametrize(("content_type", "body"), KINDS)
@@ -69,7 +69,7 @@ def test_each_has_the_limits_of_one_and_an_error_says_which_it_is_about(content_
     assert shades(parse(fits, content_type)) == [3, 1]
     with pytest.raises(TooLarge, match=r"^image 1: .* 100 in all \(DROPSERVE_MAX_PIXELS\)"):
         parse(body(png(3), png(1, (11, 10))), content_type)
-    with pytest.raises(TooLarge, match=r"^the picture has too many pixels"):
+    with pytest.raises(TooLarge, match=r"^the image has too many pixels"):
         parse(body(png(1, (11, 10))), content_type)
 
 
@@ -91,7 +91,7 @@ def test_the_media_type_is_read_without_regard_to_case_and_parameters():
 def test_numbers_become_the_pixels_they_are(numbers, expected):
     body = json.dumps({"instances": [numbers]}).encode()
     (picture,) = parse(body, "application/json")
-    assert np.asarray(picture.decode()).tolist() == expected
+    assert np.asarray(picture.decode(None)).tolist() == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 21), (21, 1), (11, 10), (11, 10, 3)])

@@ -1,17 +1,14 @@
-"""Probes: is the process alive, may it be sent traffic; and what it has done so far."""
+"""Probes: is the process alive, may it be sent traffic; and its metrics."""
 
-from typing import TYPE_CHECKING
-
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import Response
 
 from dropserve.service.errors import Overloaded
-from dropserve.service.http.native import errors, inference_of
+from dropserve.service.http.routes import errors, inference_of
 from dropserve.service.schemas import Health, ModelState, Readiness
-
-if TYPE_CHECKING:
-    from dropserve.service.observability.metrics import Metrics
 
 router = APIRouter(tags=["operations"])
 
@@ -32,7 +29,7 @@ async def readyz(request: Request) -> Readiness:
     """
     inference = inference_of(request)
     if not any(inference.registry):
-        raise Overloaded("no model is served")
+        raise Overloaded("no model is served", "no_model")
     repository = inference.repository
     models = {n: ModelState.model_validate(repository.state(n)) for n in repository.models()}
     return Readiness(status="ready", models=models)
@@ -41,7 +38,7 @@ async def readyz(request: Request) -> Readiness:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """What the service has done and does, for Prometheus; all workers together."""
-    found: Metrics = request.app.state.metrics
+    found = request.app.state.metrics
     found.pour(inference_of(request))
     accept = request.headers.get("accept", "")
     content, content_type = await run_in_threadpool(found.write, accept)

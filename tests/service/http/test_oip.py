@@ -5,30 +5,37 @@ import base64
 import io
 import json
 import re
+import time
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-import tritonclient.http.aio as aio
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from dropserve.service.http.protocol import PLAIN, ROWS, SAMPLED
+from dropserve.service.app import create_app
+from dropserve.service.errors import Overloaded
+from dropserve.service.http.oip import PLAIN, ROWS, SAMPLED
+from dropserve.service.inference.inference import Inference
+from dropserve.service.inference.tasks import Predict, Uncertainty
+from dropserve.service.settings import Settings
 
 MLP, CNN = "digits-mlp", "colour-cnn"
 SHAPES = {MLP: (8, 8), CNN: (16, 16, 3)}
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+TOKEN = "a token of the tests"  # noqa: S105
+IMAGE = {"name": "image", "shape": [1, 2, 2], "datatype": "UINT8", "data": [1, 2, 3, 4]}
 
 
-def pictures(model, count, seed=0):
+def images(model, count, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, *SHAPES[model]), np.uint8)
 
 
-def png(picture):
+def file(image, kind="PNG"):
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -40,12 +47,12 @@ def tensor(values, *, binary):
 
 
 def encoded(values, *, text):
-    data = [base64.b64encode(png(v)) if text else png(v) for v in values]
+    data = [base64.b64encode(file(v)) if text else file(v) for v in values]
     return np.array(data, dtype=object)
 
 
 def native(http, path, values):
-    """What the native routes answer for the same pictures, a column a figure."""
+    """What the native routes answer for the same images, by name."""
     answer = http.post(path, json={"instances": values.tolist()}).raise_for_status().json()
     rows = [{**row, **row.get("interval", {})} for row in answer["predictions"]]
     return {name: [row[name] for row in rows] for name in rows[0]}
@@ -60,16 +67,13 @@ def client(server):
 # Health and metadata
 
 
-def test_the_server_and_its_models_are_alive_and_ready(client):
+def test_the_server_and_its_models_are_alive_and_ready(client, http):
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(MLP)
     assert client.is_model_ready(MLP, "1")
     assert not client.is_model_ready(MLP, "9")
     assert not client.is_model_ready("nothing")
-
-
-def test_health_says_so_in_its_body(http):
     assert http.get("/v2/health/live").json() == {"live": True}
     assert http.get("/v2/health/ready").json() == {"ready": True}
     assert http.get(f"/v2/models/{MLP}/ready").json() == {"name": MLP, "ready": True}
@@ -88,7 +92,7 @@ def test_model_metadata_has_every_tensor_as_it_is_answered(version, client):
     assert found["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, -1, -1, 1]}]
     described = {t["name"]: (t["datatype"], t["shape"]) for t in found["outputs"]}
     wanted = [triton.InferRequestedOutput(name) for name in described]
-    answer = client.infer(MLP, [tensor(pictures(MLP, 3), binary=True)], outputs=wanted)
+    answer = client.infer(MLP, [tensor(images(MLP, 3), binary=True)], outputs=wanted)
     for output in answer.get_response()["outputs"]:
         kind, shape = described[output["name"]]
         assert output["datatype"] == kind
@@ -113,7 +117,7 @@ INPUTS = {
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_predictions_are_those_of_predict(kind, binary, model, count, client, http):
-    values = pictures(model, count)
+    values = images(model, count)
     expected = native(http, f"/v1/models/{model}/predict", values)
     outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in PLAIN]
     answer = client.infer(
@@ -129,7 +133,7 @@ def test_predictions_are_those_of_predict(kind, binary, model, count, client, ht
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
 def test_uncertainty_is_that_of_the_native_route(binary, http):
-    values = pictures(CNN, 3)
+    values = images(CNN, 3)
     query = "samples=30&seed=7&masks=independent&level=0.5"
     sampled = native(http, f"/v1/models/{CNN}/uncertainty?{query}", values)
     plain = native(http, f"/v1/models/{CNN}/predict", values)
@@ -158,75 +162,45 @@ def test_uncertainty_is_that_of_the_native_route(binary, http):
     assert answer.get_response()["parameters"] == repeated
 
 
-def test_parameters_come_from_the_client_too(client, http):
-    values = pictures(MLP, 2)
-    expected = native(http, "/uncertainty?samples=20&seed=3", values)
+def test_a_version_and_parameters_can_be_asked_for(client, http):
+    values = images(MLP, 2)
+    expected = native(http, f"/v1/models/{MLP}/versions/1/uncertainty?samples=20&seed=3", values)
     parameters = {"mode": "uncertainty", "samples": 20, "seed": 3}
-    answer = client.infer(MLP, [tensor(values, binary=True)], parameters=parameters)
+    sent, named = [tensor(values, binary=True)], {"model_version": "1", "request_id": "mine"}
+    answer = client.infer(MLP, sent, parameters=parameters, **named)
+    assert answer.get_response()["model_version"] == "1"
+    assert answer.get_response()["id"] == "mine"
     assert answer.get_output("probabilities")["parameters"] == {"binary_data_size": 2 * 10 * 4}
     np.testing.assert_allclose(answer.as_numpy("mean"), expected["mean"], **CLOSE)
 
 
-def test_a_version_can_be_asked_for(client, http):
-    values = pictures(MLP, 1)
-    expected = native(http, f"/v1/models/{MLP}/versions/1/predict", values)
-    answer = client.infer(MLP, [tensor(values, binary=True)], model_version="1", request_id="mine")
-    assert answer.get_response()["model_version"] == "1"
-    assert answer.get_response()["id"] == "mine"
-    np.testing.assert_allclose(answer.as_numpy("probabilities"), expected["probabilities"], **CLOSE)
-
-
-def test_only_outputs_that_are_asked_for_come_in_their_order_each_as_it_should(client):
-    names = ["label", "mutual_information", "index"]
-    outputs = [triton.InferRequestedOutput(n, binary_data=n == "label") for n in names]
-    answer = client.infer(MLP, [tensor(pictures(MLP, 2), binary=False)], outputs=outputs)
+def test_only_outputs_that_are_asked_for_come_in_their_order_each_as_it_should(http):
+    wishes = {"label": None, "mutual_information": False, "index": True}  # one can ask for the mode
+    outputs = [{"name": n, "parameters": {"binary_data": wish}} for n, wish in wishes.items()]
+    body = {"inputs": [IMAGE], "outputs": outputs, "parameters": {"binary_data_output": True}}
+    response = http.post(f"/v2/models/{MLP}/infer", json=body)
+    length = int(response.headers["inference-header-content-length"])
+    answer = triton.InferenceServerClient.parse_response_body(
+        response.content, header_length=length
+    )
     found = answer.get_response()["outputs"]
-    assert [output["name"] for output in found] == names
-    assert ["data" in output for output in found] == [False, True, True]
-    assert answer.as_numpy("mutual_information").shape == (2,)  # an output can ask for the mode
-
-
-def test_pictures_of_any_size_are_converted(http, client):
-    values = np.random.default_rng(0).integers(0, 256, (2, 120, 90, 3), np.uint8)  # not small
-    expected = native(http, "/predict", values)
-    for found in (values, encoded(values, text=False)):
-        answer = client.infer(MLP, [tensor(found, binary=True)])
-        np.testing.assert_allclose(
-            answer.as_numpy("probabilities"), expected["probabilities"], **CLOSE
-        )
-
-
-def test_numbers_are_rounded_as_those_of_instances_are(http, client):
-    values = np.linspace(0, 255, 64, dtype=np.float32).reshape(1, 8, 8)
-    expected = native(http, "/predict", values)
-    for binary in (False, True):
-        answer = client.infer(MLP, [tensor(values, binary=binary)])
-        np.testing.assert_allclose(
-            answer.as_numpy("probabilities"), expected["probabilities"], **CLOSE
-        )
+    assert [output["name"] for output in found] == list(wishes)
+    assert ["data" in output for output in found] == [False, True, False]
+    assert [answer.as_numpy(name).shape for name in wishes] == [(1,)] * 3
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
-def test_the_asynchronous_client_gets_the_same(binary, client, server):
-    values = encoded(pictures(CNN, 3), text=not binary)
-    sent = [tensor(values, binary=binary)]
-    outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in (*PLAIN, "mean")]
-
-    async def ask():
-        async with aio.InferenceServerClient(f"127.0.0.1:{server.port}") as found:
-            assert await found.is_server_ready()
-            assert await found.is_model_ready(CNN)
-            assert (await found.get_model_metadata(CNN))["versions"] == ["1"]
-            return await found.infer(CNN, sent, outputs=outputs, parameters={"samples": 20})
-
-    answer = asyncio.run(ask())
-    expected = client.infer(CNN, sent, outputs=outputs, parameters={"samples": 20})
-    assert answer.get_response() == expected.get_response()
-    for name in (*PLAIN, "mean"):
-        assert answer.as_numpy(name).tolist() == expected.as_numpy(name).tolist()
-
-
-IMAGE = {"name": "image", "shape": [1, 2, 2], "datatype": "UINT8", "data": [1, 2, 3, 4]}
+def test_images_of_any_size_are_converted_and_numbers_rounded(binary, http, client):
+    large = np.random.default_rng(0).integers(0, 256, (2, 120, 90, 3), np.uint8)  # not small
+    numbers = np.linspace(0, 255, 64, dtype=np.float32).reshape(1, 8, 8)
+    for values, sent in (
+        (large, large),
+        (large, encoded(large, text=not binary)),
+        (numbers, numbers),
+    ):
+        expected = native(http, "/predict", values)["probabilities"]
+        answer = client.infer(MLP, [tensor(sent, binary=binary)])
+        np.testing.assert_allclose(answer.as_numpy("probabilities"), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +209,7 @@ IMAGE = {"name": "image", "shape": [1, 2, 2], "datatype": "UINT8", "data": [1, 2
         {"model_name": MLP},  # as KServe's client says
         {"model_name": MLP, "model_version": "2"},
         {"model_name": None, "model_version": None, "id": None},
-        {"model_version": ""},
+        {"model_name": "", "model_version": ""},
         {"parameters": None, "outputs": None},
         {"outputs": []},
         {"outputs": [{"name": name, "parameters": None} for name in PLAIN]},
@@ -253,6 +227,7 @@ def test_what_other_clients_send_besides_changes_no_answer(more, http):
     path = f"/v2/models/{MLP}/infer"
     plain = http.post(path, json={"inputs": [IMAGE]}).raise_for_status()
     assert http.post(path, json={"inputs": [IMAGE], **more}).content == plain.content
+    assert list(plain.json()) == ["model_name", "model_version", "outputs"]
 
 
 def test_a_version_in_the_path_is_the_one_that_a_body_may_name(http, protocol_error):
@@ -264,32 +239,7 @@ def test_a_version_in_the_path_is_the_one_that_a_body_may_name(http, protocol_er
     assert wrong == "model_name: is not the model of the path: leave it out"
 
 
-def test_who_would_wait_longer_than_its_timeout_is_told_so(server, protocol_error):
-    slow = {"instances": [[[7] * 16] * 16] * 64}
-    path = f"/v1/models/{CNN}/uncertainty?samples=1000&seed="  # no two seeds share a batch
-    image = {"inputs": [IMAGE], "outputs": [{"name": "mean"}]}
-
-    async def ask():
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
-            busy = [
-                asyncio.create_task(http.post(f"{path}{n}", json=slow)) for n in range(900, 904)
-            ]
-            await asyncio.sleep(0.2)
-            late = image | {"parameters": {"timeout": 5_000, "seed": 9}}  # 5 ms
-            answer = await http.post(f"/v2/models/{CNN}/infer", json=late)
-            still = sum(not task.done() for task in busy)
-            patient = image | {"parameters": {"timeout": 60_000_000, "seed": 9}}
-            assert (await http.post(f"/v2/models/{CNN}/infer", json=patient)).status_code == 200
-            await asyncio.gather(*busy)
-            return answer, still
-
-    answer, still = asyncio.run(ask())
-    assert still, "the others were done: ask for more"
-    assert "timeout" in protocol_error(answer, 503)
-    assert answer.headers["retry-after"] == "1"
-
-
-def test_what_cannot_be_estimated_is_left_out_unless_it_is_asked_for(http, protocol_error):
+def test_what_cannot_be_estimated_is_left_out_unless_named(http, protocol_error):
     image = {"name": "image", "shape": [1, 1, 1], "datatype": "UINT8", "data": [7]}
     body = {"inputs": [image], "parameters": {"mode": "uncertainty", "samples": 1}}
     path = f"/v2/models/{MLP}/infer"
@@ -309,23 +259,118 @@ def test_the_request_is_logged_with_its_route_model_and_number_of_images(http, s
 
 
 def test_the_client_reads_the_errors(client):
-    picture = pictures(MLP, 1)
+    image = images(MLP, 1)
     with pytest.raises(InferenceServerException, match="no such model") as caught:
-        client.infer("nothing", [tensor(picture, binary=True)])
+        client.infer("nothing", [tensor(image, binary=True)])
     assert caught.value.status() == "404"
     with pytest.raises(InferenceServerException, match=r"outputs\.0\.name: Input should be"):
-        client.infer(
-            MLP, [tensor(picture, binary=True)], outputs=[triton.InferRequestedOutput("x")]
-        )
+        client.infer(MLP, [tensor(image, binary=True)], outputs=[triton.InferRequestedOutput("x")])
     with pytest.raises(InferenceServerException, match="compressed"):
-        client.infer(MLP, [tensor(picture, binary=True)], request_compression_algorithm="gzip")
+        client.infer(MLP, [tensor(image, binary=True)], request_compression_algorithm="gzip")
+
+
+# In this process
+
+
+class RecordingInference(Inference):
+    """Remembers tasks, the pixels they get and how long they wait; counts decoding on threads."""
+
+    async def run(self, model, task, pixels, images, max_wait):
+        answer = await super().run(model, task, pixels, images, max_wait)
+        self.ran.append((task, pixels() if callable(pixels) else pixels, max_wait))
+        return answer
+
+    async def decode(self, steps):
+        self.decoded += 1
+        return await super().decode(steps)
+
+
+@pytest.fixture
+def inference(checkpoints):
+    settings = Settings(checkpoints=checkpoints, max_samples=20, admin_token=TOKEN)
+    running = RecordingInference(settings)
+    running.ran, running.decoded = [], 0
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def post(inference):
+    """Posts to a service that draws 20 samples at most; no body is held afterwards."""
+    app = create_app(inference._settings, inference)
+    app.state.inference = inference
+    transport = httpx.ASGITransport(app)
+
+    async def send(path, sent):
+        async with httpx.AsyncClient(transport=transport, base_url="http://x/v2/") as client:
+            return await client.post(path, **sent)
+
+    yield lambda path, **sent: asyncio.run(send(path, sent))
+    assert app.state.reader._held == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "decoded"),
+    [
+        ([file(images(MLP, 1)[0])], 0),
+        ([file(images(MLP, 1)[0])] * 2, 1),
+        ([file(images(MLP, 1)[0], "JPEG")], 1),
+        ([file(np.random.default_rng(0).integers(0, 256, (130, 130), np.uint8))], 2),
+    ],
+    ids=["one small PNG", "two", "a JPEG", "a large body"],
+)
+def test_prediction_and_sampling_share_the_pixels(files, decoded, post, inference):
+    data = [base64.b64encode(content).decode() for content in files]
+    image = {"name": "image", "shape": [len(data)], "datatype": "BYTES", "data": data}
+    body = {"inputs": [image], "parameters": {"mode": "uncertainty", "timeout": 60_000_000}}
+    assert post(f"models/{MLP}/infer", json=body).status_code == 200
+    (plain, pixels, wait), (sampled, same, _) = inference.ran
+    assert (plain, sampled) == (Predict(), Uncertainty(samples=20))
+    assert pixels is same
+    assert pixels.shape == (len(files), 1, 8, 8)
+    assert (inference.decoded, wait) == (decoded, 60)
+
+
+@pytest.mark.parametrize(("samples", "drawn"), [(None, 20), (20, 20), (19, 19), (21, None)])
+def test_no_more_samples_are_drawn_than_allowed(samples, drawn, post, inference):
+    parameters = {"mode": "uncertainty", "samples": samples}
+    response = post(f"models/{MLP}/infer", json={"inputs": [IMAGE], "parameters": parameters})
+    if drawn is None:
+        assert (response.status_code, inference.ran) == (422, [])
+        assert response.json() == {"error": "samples: at most 20 here"}
+    else:
+        assert response.json()["parameters"]["samples"] == inference.ran[1][0].samples == drawn
+
+
+def test_a_request_that_waits_longer_than_its_timeout_is_refused(inference):
+    model = inference.registry.find(MLP)
+    model.inline = {}  # or nothing would wait
+
+    def slow():
+        time.sleep(0.3)
+        return np.zeros((1, 1, 8, 8), np.uint8)
+
+    async def ask():
+        busy = asyncio.create_task(inference.run(model, Predict(), slow, 1, 0))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded, match="waited in the queue for longer than its timeout"):
+            await inference.run(model, Uncertainty(samples=20), slow, 1, 0.005)
+        await busy
+
+    asyncio.run(ask())
+
+
+def test_the_repository_reads_its_token_and_its_bodies(post):
+    for scheme, body, status in (("bearer ", {}, 200), ("BEARER", {"ready": 1}, 422)):
+        headers = {"Authorization": f"{scheme} {TOKEN}"}
+        assert post("repository/index", headers=headers, json=body).status_code == status
 
 
 # The page
 
 
 def test_the_example_of_the_documentation_runs(server, capsys):
-    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/api.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "triton" in c]
     assert "127.0.0.1:8000" in code
     exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"), {})  # noqa: S102  our own page

@@ -37,8 +37,8 @@ def test_a_wrong_token_is_refused(given, admin, protocol_error):
 
 def test_models_are_listed_unloaded_and_loaded(admin):
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    picture = triton.InferInput("image", [1, 1, 1], "UINT8")
-    picture.set_data_from_numpy(np.zeros((1, 1, 1), np.uint8))
+    image = triton.InferInput("image", [1, 1, 1], "UINT8")
+    image.set_data_from_numpy(np.zeros((1, 1, 1), np.uint8))
     with triton.InferenceServerClient(f"127.0.0.1:{admin.port}") as client:
         assert "model_repository" in client.get_server_metadata()["extensions"]
 
@@ -56,13 +56,13 @@ def test_models_are_listed_unloaded_and_loaded(admin):
         ).json()
         assert {m["name"] for m in only} == {MLP}
         with pytest.raises(InferenceServerException, match="no such model"):
-            client.infer(CNN, [picture])
+            client.infer(CNN, [image])
         with pytest.raises(InferenceServerException, match="no such model"):
             client.unload_model(CNN, headers=headers)
         client.load_model(CNN, headers=headers)
         assert client.is_model_ready(CNN)
         assert states() == served
-        answer = client.infer(CNN, [picture])
+        answer = client.infer(CNN, [image])
         assert answer.as_numpy("probabilities").shape == (1, 4)
         with pytest.raises(InferenceServerException, match="no such model"):
             client.load_model("nothing", headers=headers)

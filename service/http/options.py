@@ -1,0 +1,111 @@
+"""What a request for a task asks for: read from its path and its query."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pydantic import ValidationError
+
+from dropserve.service.errors import InvalidRequest
+from dropserve.service.inference.tasks import Compare, Predict, Stream, Task, Uncertainty
+from dropserve.service.schemas import (
+    CompareOptions,
+    PredictOptions,
+    SamplingOptions,
+    UncertaintyOptions,
+)
+
+OPTIONS: Mapping[str, type[PredictOptions]] = {
+    "predict": PredictOptions,
+    "uncertainty": UncertaintyOptions,
+    "uncertainty/stream": SamplingOptions,
+    "compare": CompareOptions,
+}
+"""The options of each task, by the end of its path."""
+MODEL = "/v1/models/{name}"
+VERSION = MODEL + "/versions/{version}"
+PATHS = re.compile(
+    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?/(?P<kind>"
+    + "|".join(OPTIONS)
+    + ")"
+)
+"""Paths of the task routes, whole."""
+
+
+def route_template(name: str | None, version: str | None, kind: str) -> str:
+    """Return the path of a task route as it is declared."""
+    prefix = "" if name is None else MODEL if version is None else VERSION
+    return f"{prefix}/{kind}"
+
+
+@dataclass(frozen=True)
+class ParsedOptions:
+    """What a query asks for.
+
+    Attributes:
+        task: what to do.
+        head: what the answer repeats of it.
+        scale: the number that is white; None: it does not say.
+    """
+
+    task: Task
+    head: Mapping[str, Any]
+    scale: int | None
+
+
+def read_options(kind: str, query: bytes, max_samples: int) -> ParsedOptions:
+    """Read the options of a task from a query; the last few are cached, if they are short.
+
+    Raises:
+        InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
+    """
+    return (_cached if len(query) <= 256 else _parse)(kind, query, max_samples)
+
+
+def _parse(kind: str, query: bytes, max_samples: int) -> ParsedOptions:
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    sent = dict(pairs)
+    if len(sent) < len(pairs):
+        raise InvalidRequest("a parameter is given twice")
+    try:
+        options = OPTIONS[kind].model_validate(sent)
+    except ValidationError as error:
+        raise invalid(error) from None
+    scale = options.scale if "scale" in sent else None
+    given = options.model_dump(exclude={"scale"})
+    if isinstance(options, SamplingOptions):
+        given["samples"] = limit_samples(options, max_samples)
+        head = {"method": "dropout", **{n: given[n] for n in ("samples", "seed", "masks")}}
+        sampling = Uncertainty if isinstance(options, UncertaintyOptions) else Stream
+        return ParsedOptions(sampling(**given), {**head, "log_base": "e"}, scale)
+    if isinstance(options, CompareOptions):
+        head = {name: value for name, value in given.items() if value is not None}
+        return ParsedOptions(Compare(**given), head, scale)
+    return ParsedOptions(Predict(), {}, scale)
+
+
+_cached = lru_cache(256)(_parse)
+
+
+def limit_samples(options: SamplingOptions, max_samples: int) -> int:
+    """Return how many samples to draw: the default is lowered to the limit, a request is not.
+
+    Raises:
+        InvalidRequest: more are asked for than allowed.
+    """
+    if "samples" in options.model_fields_set and options.samples > max_samples:
+        raise InvalidRequest(f"samples: at most {max_samples} here")
+    return min(options.samples, max_samples)
+
+
+def invalid(error: ValidationError) -> InvalidRequest:
+    """Say what pydantic found wrong, once each, and nothing of what was sent."""
+    return InvalidRequest("; ".join(sorted(set(map(_describe, error.errors())))))
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {error['msg']}" if where else error["msg"]

@@ -1,0 +1,104 @@
+"""What routes share: model lookup, waiting while the client is there, JSON, and declarations.
+
+A handler takes the plain `Request` and returns a `Response`, so that the framework solves no
+dependencies per request; `described` says in the OpenAPI document what the handler reads.
+`request.app.state` has `settings`, `reader` (of bodies) and `inference`; `request.state.log` are
+the fields of the request's log line.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive
+
+if TYPE_CHECKING:
+    from dropserve.service.inference.classifier import Classifier
+    from dropserve.service.inference.inference import Inference
+
+TASK_ERRORS = (400, 404, 408, 413, 415, 422, 503)
+"""Statuses of the errors of a route that reads a body and runs a model."""
+
+
+class JsonResponse(JSONResponse):
+    """JSON of Python's and NumPy's types."""
+
+    def render(self, content: object) -> bytes:
+        """Write the content."""
+        return to_json(content)
+
+
+def to_json(content: object) -> bytes:
+    """Write JSON of Python's and NumPy's types."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Declare errors by their statuses alone: `openapi.py` describes them."""
+    return {status: {} for status in statuses}
+
+
+def described(
+    path: str, options: type[BaseModel] | None = None, body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Describe for the OpenAPI document what a handler reads: path, query and body."""
+    text = {"schema": {"type": "string"}}
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, **text}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
+    if options is not None:
+        parameters += [
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in options.model_json_schema()["properties"].items()
+        ]
+    return {"parameters": parameters} | ({} if body is None else {"requestBody": body})
+
+
+def inference_of(request: Request) -> "Inference":
+    """Return the app's inference."""
+    inference: Inference = request.app.state.inference
+    return inference
+
+
+def find_model(request: Request, *, log: bool = False) -> "Classifier":
+    """Find the version of a model that a path names, or that answers where it names none.
+
+    With `log`, the model is part of the request's log line and metrics.
+
+    Raises:
+        NotFound: there is no such model or version, or no default model.
+    """
+    path = request.path_params
+    model = inference_of(request).registry.find(path.get("name"), path.get("version"))
+    if log:
+        request.state.log.update(model=model.name, version=model.version)
+    return model
+
+
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncIterator[None]:
+    """End the block with ClientDisconnect as soon as the client of a read body has left."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        timeout.reschedule(0)  # a moment that is over: it ends the block now
+
+    try:
+        async with asyncio.timeout(None) as timeout:
+            watcher = asyncio.create_task(watch())
+            try:
+                yield
+            finally:
+                watcher.cancel()
+    except TimeoutError:
+        if timeout.expired():
+            raise ClientDisconnect from None
+        raise
