@@ -38,23 +38,16 @@ async def ask(url: str, model: str, pixels: np.ndarray) -> dict[str, Any]:
             await client.is_model_ready(url, model),
             await client.is_model_ready(url, "nothing"),
         ]
+
+        async def infer(**given: Any) -> dict[str, Any]:
+            sent = request(model, pixels, **given)
+            return figures(await client.infer(url, sent, model_name=model))
+
         found = {
             "health": health,
-            "json": figures(
-                await client.infer(url, request(model, pixels, binary=False), model_name=model)
-            ),
-            "binary": figures(
-                await client.infer(url, request(model, pixels, binary=True), model_name=model)
-            ),
-            "uncertainty": figures(
-                await client.infer(
-                    url,
-                    request(
-                        model, pixels, binary=True, parameters=sampling, request_outputs=outputs
-                    ),
-                    model_name=model,
-                )
-            ),
+            "json": await infer(binary=False),
+            "binary": await infer(binary=True),
+            "uncertainty": await infer(binary=True, parameters=sampling, request_outputs=outputs),
         }
         try:
             await client.infer(url, request("other", pixels, binary=False), model_name=model)
