@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from dropserve.service.errors import written
-from dropserve.service.fastpath.request import FastPath
 from dropserve.service.http import examples, native, oip, operations, playground
 from dropserve.service.http.body import BodyLimits, BodyReader
 from dropserve.service.http.images import ImageLimits
@@ -50,23 +49,23 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, FastPath]]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         board = ControlState.of_this_worker() if line is not None else None
         try:
-            running = inference or Inference(settings, board=board, check=line is None)
+            running = inference or Inference(settings, control=board, check=line is None)
         finally:  # a worker that fails must not leave the others waiting
             if line is not None:
-                line.arrive(str(os.getpid()))
+                line.ready(str(os.getpid()))
         app.state.inference = running
         running.adopt_this_thread()
         running.metrics, running.tracing = metrics, tracing
         if line is not None:
             await line.wait()
-        keepers = [running.repository.keep_up(), metrics.keep_up(running)]
+        keepers = [running.store.watch(), metrics.keep_up(running)]
         if keys is not None:
             keepers.append(keys.keep_up())
         keeping_up = [asyncio.create_task(keeper) for keeper in keepers]
-        yield {"fast_path": express}
+        yield
         for task in keeping_up:
             task.cancel()
         await asyncio.gather(*keeping_up, return_exceptions=True)
@@ -104,7 +103,7 @@ def create_app(
     app.add_middleware(RequestLog)
     app.add_exception_handler(HTTPException, _http)
     app.state.reader = reader = BodyReader(limits, settings.max_held_bytes)
-    express = FastPath(app.state, settings, reader, keys)
+    app.state.keys = keys
     infer = InferRoutes(app.build_middleware_stack(), settings, reader)
     app.middleware_stack = TaskRoutes(infer, settings, reader)
     if tracing is not None:

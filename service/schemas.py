@@ -12,6 +12,8 @@ from pydantic_core import PydanticCustomError
 MaskKind = Literal["stratified", "independent"]
 Probabilities = list[float]
 """One number a class, in the order of the model's classes."""
+DEFAULT_SAMPLES = 100
+"""Thinned networks where a request does not say how many."""
 SCALES = (255, 1)
 """Numbers that white may be."""
 _REPEATED = re.compile(r"[a-zA-Z_]{1,32}")
@@ -73,7 +75,9 @@ class PredictOptions(Sent):
 class SamplingOptions(PredictOptions):
     """How thinned networks are sampled."""
 
-    samples: Annotated[int, Field(ge=1, le=1000, description="Thinned networks, T.")] = 100
+    samples: Annotated[int, Field(ge=1, le=1000, description="Thinned networks, T.")] = (
+        DEFAULT_SAMPLES
+    )
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Decides the masks.")] = 0
     masks: Annotated[MaskKind, Field(description="How masks are drawn.")] = "stratified"
     level: Annotated[float, Field(gt=0, lt=1, description="Of the sample interval.")] = 0.9

@@ -33,8 +33,7 @@ from dropserve.service.cli.options import (
     read_settings,
 )
 from dropserve.service.cli.terminal import Refused
-from dropserve.service.errors import DropserveError, RequestError
-from dropserve.service.inference.registry import RegistryError
+from dropserve.service.errors import DropserveError, ModelStoreError, RequestError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +49,7 @@ app = typer.Typer(
 )
 
 _reported = terminal.reported(
-    wrong=(RequestError, ModelsError, RegistryError),
+    wrong=(RequestError, ModelsError, ModelStoreError),
     failed=(DropserveError, OSError),
 )
 

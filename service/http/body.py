@@ -23,10 +23,10 @@ from dropserve.service.errors import (
     UnsupportedMediaType,
     about,
 )
-from dropserve.service.http.decoding import Pixels, Steps
 from dropserve.service.http.images import ImageLimits, ImageSource, check_size, encoded, memory_of
 from dropserve.service.http.multipart import Part, parse_multipart
 from dropserve.service.http.waiting import Deadline
+from dropserve.service.inference.decoder import Pixels, Steps
 from dropserve.service.schemas import SCALES
 
 _ACCEPTED = (

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Response
 from dropserve.service.errors import NotFound
 from dropserve.service.http.native import Find, errors, named_model, versioned_model
 from dropserve.service.inference.classifier import Classifier
-from dropserve.service.inference.registry import plain_number
+from dropserve.service.inference.model_store import plain_number
 from dropserve.service.schemas import ExampleList
 
 router = APIRouter(tags=["models"])

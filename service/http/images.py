@@ -7,10 +7,11 @@ header by this file: the memory that decoding takes is known before Pillow is as
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from PIL import Image
 from PIL.WebPImagePlugin import WebPImageFile
 
@@ -20,7 +21,9 @@ from dropserve.service.errors import (
     RequestError,
     TooLarge,
     UnsupportedMediaType,
+    about,
 )
+from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
 
 SMALL_PNG_BYTES = 16_384
 SMALL_PNG_PIXELS = 64 * 64
@@ -33,9 +36,6 @@ _SIZE = struct.Struct(">II")
 _CHUNK = struct.Struct(">I4s")
 _DECODED = (-1, 0)
 """What Pillow's decoders say when they have had enough, and it was sound."""
-_BYTES_A_PIXEL = 12
-"""Of memory, while a picture is read. Most for WebP (two canvases and a copy) and for progressive
-JPEG of four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
 _BYTES_A_BYTE = 4
 """Of memory for one of the file's: its metadata is copied, and lists are made of it."""
 _TEXT = 256 * 2**20
@@ -125,7 +125,19 @@ def _check(
 
 def memory_of(size: tuple[int, int]) -> int:
     """Return the bytes that the pixels of a picture of (width, height) take while it is read."""
-    return size[0] * size[1] * _BYTES_A_PIXEL
+    return size[0] * size[1] * BYTES_PER_PIXEL
+
+
+def prepared(
+    images: Sequence[ImageSource], prepare: Callable[[Image.Image], Pixels]
+) -> Steps[Pixels]:
+    """Decode images, each made into pixels before the next is decoded: uint8 [B, C, H, W]."""
+    rows = []
+    for number, image in enumerate(images):
+        yield image.memory
+        with about(number, len(images)):
+            rows.append(prepare(image.decode()))
+    return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
 
 
 def is_small_png(data: bytes, content_type: str) -> bool:

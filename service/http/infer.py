@@ -12,15 +12,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dropserve.service.errors import InvalidRequest, UnsupportedMediaType
 from dropserve.service.http.body import BodyLimits, BodyReader, json_memory, load_json
-from dropserve.service.http.decoding import Pixels, Steps, finish, prepared
 from dropserve.service.http.front import Front, invalid
-from dropserve.service.http.images import SMALL_PNG_BYTES, is_small_png
+from dropserve.service.http.images import SMALL_PNG_BYTES, is_small_png, prepared
 from dropserve.service.http.orders import held_to
 from dropserve.service.http.protocol import INTEGERS, PLAIN, SAMPLED, InferRequest
 from dropserve.service.http.tensors import Pictures, Values, pictures, read, split, write
 from dropserve.service.http.waiting import WhileConnected
-from dropserve.service.inference.classifier import Answer, Classifier
-from dropserve.service.inference.tasks import Predict, Task, Uncertainty
+from dropserve.service.inference.classifier import Answer, Classifier, Predict, Task, Uncertainty
+from dropserve.service.inference.decoder import Pixels, Steps, finish
 from dropserve.service.schemas import PredictOptions, SamplingOptions
 from dropserve.service.settings import Settings
 
@@ -124,7 +123,7 @@ class InferRoutes(Front):
         log = scope["state"]["log"]
         log["route"] = "/v2/models/{name}" + ("/versions/{version}" if version else "") + "/infer"
         inference: Inference = scope["app"].state.inference
-        model = inference.registry.find(name, version)
+        model = inference.store.find(name, version)
         log.update(model=model.name, version=model.version)
         given = dict(reversed(scope["headers"]))  # the first of a name counts
         _check_media_type(given.get(b"content-type", b""))

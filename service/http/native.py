@@ -45,23 +45,23 @@ def inference_of(request: Request) -> Inference:
 
 async def default_model(request: Request) -> Classifier:
     """Find the default model's version that answers."""
-    return inference_of(request).registry.find()
+    return inference_of(request).store.find()
 
 
 async def named_model(request: Request, name: str) -> Classifier:
     """Find a model's version that answers."""
-    return inference_of(request).registry.find(name)
+    return inference_of(request).store.find(name)
 
 
 async def versioned_model(request: Request, name: str, version: str) -> Classifier:
     """Find one version of a model."""
-    return inference_of(request).registry.find(name, version)
+    return inference_of(request).store.find(name, version)
 
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(request: Request) -> Response:
     """List the models that are served."""
-    registry = inference_of(request).registry
+    registry = inference_of(request).store
     listed = [_summary(inference_of(request), registry.find(name)) for name in registry]
     return _json({"models": listed})
 
@@ -73,9 +73,9 @@ def _describe(request: Request, model: Classifier) -> Response:
 def _summary(inference: Inference, model: Classifier) -> dict[str, Any]:
     return {
         "name": model.name,
-        **inference.repository.state(model.name),
+        **inference.store.state(model.name),
         "version": model.version,
-        "default": model.name == inference.registry.default,
+        "default": model.name == inference.store.default,
         "manifest_sha256": model.manifest_sha256,
     }
 

@@ -59,7 +59,7 @@ async def live() -> Live:
 @router.get("/health/ready", responses=errors(503))
 async def ready(request: Request) -> Ready:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
-    if not any(inference_of(request).registry):
+    if not any(inference_of(request).store):
         raise Overloaded("no model is served")
     return Ready(ready=True)
 
@@ -71,7 +71,7 @@ def _add_model(prefix: str, find: Find) -> None:
     @router.get(prefix, responses=errors(404))
     async def metadata(request: Request, model: Model) -> ModelMetadata:
         """Name a model's versions and tensors."""
-        return _describe(model, list(inference_of(request).registry.versions(model.name)))
+        return _describe(model, list(inference_of(request).store.versions(model.name)))
 
     @router.get(prefix + "/ready", responses=errors(404))
     async def model_ready(model: Model) -> ModelReady:
@@ -148,7 +148,7 @@ def _repository(path: str, body: type[BaseModel]) -> Callable[..., Any]:
 async def index(request: Request) -> list[IndexEntry]:
     """List every version there is, and why those that are not ready are not."""
     asked = await _read(request, IndexRequest)
-    listed = inference_of(request).repository.index()
+    listed = inference_of(request).store.index()
     entries = [IndexEntry.model_validate(entry) for entry in listed]
     return [entry for entry in entries if entry.state == "READY" or not asked.ready]
 
@@ -157,7 +157,7 @@ async def index(request: Request) -> list[IndexEntry]:
 async def load(request: Request, name: str) -> dict[str, str]:
     """Serve a model again, or look again at versions that were refused; in every worker."""
     await _read(request, LoadRequest)
-    await inference_of(request).repository.load(name)
+    await inference_of(request).store.load(name)
     return {}
 
 
@@ -165,7 +165,7 @@ async def load(request: Request, name: str) -> dict[str, str]:
 async def unload(request: Request, name: str) -> dict[str, str]:
     """Stop serving a model, in every worker; its open requests are finished."""
     await _read(request, UnloadRequest)
-    await inference_of(request).repository.unload(name)
+    await inference_of(request).store.unload(name)
     return {}
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dropserve.service.errors import InvalidRequest
 from dropserve.service.http.front import invalid
-from dropserve.service.inference.tasks import Compare, Predict, Stream, Task, Uncertainty
+from dropserve.service.inference.classifier import Compare, Predict, Stream, Task, Uncertainty
 from dropserve.service.schemas import (
     CompareOptions,
     PredictOptions,

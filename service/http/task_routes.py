@@ -13,14 +13,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dropserve.service.errors import InvalidRequest, TooLarge
 from dropserve.service.http.body import BodyReader, parse_images
-from dropserve.service.http.decoding import Pixels, Steps, finish, prepared
 from dropserve.service.http.front import Front
-from dropserve.service.http.images import is_small_png
+from dropserve.service.http.images import is_small_png, prepared
 from dropserve.service.http.orders import PATHS, ParsedOptions, read_options, template
 from dropserve.service.http.stream import send_events
 from dropserve.service.http.waiting import WhileConnected
-from dropserve.service.inference.classifier import Answer, Classifier
-from dropserve.service.inference.tasks import Stream, Task, Uncertainty
+from dropserve.service.inference.classifier import Answer, Classifier, Stream, Task, Uncertainty
+from dropserve.service.inference.decoder import Pixels, Steps, finish
 from dropserve.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class TaskRoutes(Front):
         log = scope["state"]["log"]
         log["route"] = template(name, version, kind)
         inference: Inference = scope["app"].state.inference
-        model = inference.registry.find(name, version)
+        model = inference.store.find(name, version)
         log.update(model=model.name, version=model.version)
         order = read_options(kind, scope["query_string"], self._max_samples)
         answer = await self._run(model, order, scope, receive)

@@ -22,9 +22,9 @@ from dropserve.service.http.body import (
     read_each,
     to_pixels,
 )
-from dropserve.service.http.decoding import Pixels
 from dropserve.service.http.images import ImageSource, check_size, encoded
 from dropserve.service.http.protocol import InputTensor
+from dropserve.service.inference.decoder import Pixels
 
 Pictures = Pixels | Sequence[bytes]
 """Pixels [B, H, W] or [B, H, W, C], or encoded pictures."""

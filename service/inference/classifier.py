@@ -1,8 +1,8 @@
-"""One version of a model, ready to answer: the door between traffic and what is learned."""
+"""One loaded version of a model, and the tasks that it can run."""
 
 from base64 import b64encode
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -20,40 +20,71 @@ from dropserve.models.examples import Example
 from dropserve.models.montecarlo import Precision, Sample, Sampler, Statistics, Summary, watch
 from dropserve.models.sequential import compile_for_inference, convert_memory_format
 from dropserve.service.errors import ServerError
-from dropserve.service.http.decoding import Pixels
-from dropserve.service.inference.tasks import Compare, Predict, Stream, Task, Uncertainty
+from dropserve.service.inference.decoder import Pixels
+from dropserve.service.schemas import DEFAULT_SAMPLES, MaskKind
 
 _INLINE = 0.005
-"""Seconds that the event loop may be held up by a network: as long as Python lets a thread hold up
-another. Reading small pictures of a batch takes as long again, at worst."""
+"""Seconds that a network may block the event loop: as long as Python lets a thread block another.
+Decoding the small images of a batch takes as long again, at worst."""
 _SLOW = 1.0
-"""Seconds after which it is known without a second try."""
+"""Seconds after which a task is slow without a second try."""
 _SIZES = (1, 8, 32)
-"""Batches, by images, that are tried for that."""
-_TOGETHER = 64
-"""Images sampled together: enough to be quick, few enough for other work to run in between."""
-
+"""Batches, by images, that are measured."""
+_PART = 64
+"""Images sampled together: enough to be fast, few enough that other jobs can run in between."""
 _NOT_FINITE = "the network's output is not finite for this image"
+
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Eval mode."""
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Monte Carlo dropout."""
+
+    samples: int = DEFAULT_SAMPLES
+    seed: int = 0
+    masks: MaskKind = "stratified"
+    level: float = 0.9
+    include_samples: bool = False
+
+
+@dataclass(frozen=True)
+class Stream(Uncertainty):
+    """Monte Carlo dropout over one image, sample by sample."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train mode beside eval mode."""
+
+    passes: int = 8
+    seed: int = 0
+    p: float | None = None
+
+
+Task = Predict | Uncertainty | Compare
 
 
 class Classifier:
     """One version of a model: loaded, verified, and run once.
 
     Args:
-        name: the model's.
-        version: of it.
         path: the version's folder.
-        factories: that its checkpoint may import and call.
+        factories: those that its checkpoint may import and call.
         precision: of Monte Carlo dropout.
 
     Raises:
         CheckpointError, UnsupportedModule: it cannot be served; says why.
 
     Attributes:
-        inline: most images of a task that are answered so quickly that changing threads for them
-            would show, of those tasks that were tried.
+        inline: most images that run in under 5 ms, by the type of the task: for Uncertainty, with
+            as many samples as `DEFAULT_SAMPLES` and the masks of a new seed.
         manifest_sha256: of every byte of its files; None: it has no manifest.
     """
 
@@ -78,8 +109,8 @@ class Classifier:
         self._eval = compile_for_inference(self._module, x)
         self._sampler = Sampler(self._module, x, precision)
         self._sampler.warm_up(x)
-        self.inline: dict[Task, int] = {
-            t: self._measure_inline(t) for t in (Predict(), Uncertainty())
+        self.inline: dict[type[Task], int] = {
+            type(task): self._measure_inline(task) for task in (Predict(), Uncertainty())
         }
 
     @property
@@ -89,11 +120,11 @@ class Classifier:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """Pictures of the test set, if it was saved with any."""
+        """Images of the test set, if it was saved with any."""
         return self._metadata.examples
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Turn a picture into the network's pixels, uint8 [C, H, W]; any thread may call it."""
+        """Turn an image into the network's pixels, uint8 [C, H, W]; any thread may call it."""
         return self._preprocessing.prepare(image)
 
     def run(self, task: Task, requests: Sequence[Pixels]) -> Generator[None, None, list[Answer]]:
@@ -164,8 +195,13 @@ class Classifier:
             "torch_version": metadata.torch_version,
         }
 
+    def is_inline(self, task: Task, images: int) -> bool:
+        """Say if a batch takes so little time that it may run on the event loop."""
+        if isinstance(task, Uncertainty) and task.samples > DEFAULT_SAMPLES:
+            return False
+        return images <= self.inline.get(type(task), 0)
+
     def _measure_inline(self, task: Task) -> int:
-        """Measure how many images may be answered at once on the event loop; warms up, too."""
         random, most = np.random.default_rng(0), 0
         for images in _SIZES:
             pixels = random.integers(0, 256, (images, *self._preprocessing.shape), np.uint8)
@@ -218,7 +254,7 @@ class Classifier:
 
     def _uncertainty(self, task: Uncertainty, x: Tensor) -> Generator[None, None, list[Answer]]:
         answers: list[Answer] = []
-        for part in torch.split(x, _TOGETHER):
+        for part in torch.split(x, _PART):
             if answers:
                 yield
             statistics = Statistics(task.samples, task.masks, task.level)

@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 from dropserve.models import checkpoint, recipes
 from dropserve.models.training import fit, with_threads
 from dropserve.service.cli.main import app
-from dropserve.service.inference.classifier import Classifier
-from dropserve.service.inference.tasks import Predict
+from dropserve.service.inference.classifier import Classifier, Predict
 
 NETS = """
 from torch import nn

@@ -20,8 +20,8 @@ from dropserve.service.app import create_app
 from dropserve.service.errors import InvalidRequest, Overloaded
 from dropserve.service.events import StreamEnd, StreamSample, StreamStart
 from dropserve.service.http.stream import send_events
+from dropserve.service.inference.classifier import Predict, Stream
 from dropserve.service.inference.inference import MAX_STREAMS, Inference
-from dropserve.service.inference.tasks import Predict, Stream
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.schemas import Problem
 from dropserve.service.settings import Settings
@@ -238,7 +238,7 @@ def inference(checkpoints):
 
 @pytest.fixture
 def model(inference):
-    return inference.registry.find("digits-mlp", "1")
+    return inference.store.find("digits-mlp", "1")
 
 
 PIXELS = np.zeros((1, 1, 8, 8), np.uint8)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from dropserve.service.errors import InvalidRequest, Overloaded
-from dropserve.service.inference.classifier import Classifier
+from dropserve.service.inference.classifier import Classifier, Predict, Uncertainty
 from dropserve.service.inference.inference import Inference, _is_inline
-from dropserve.service.inference.tasks import Predict, Uncertainty
 from dropserve.service.settings import Settings
 
 
@@ -75,7 +74,7 @@ def test_what_waits_to_be_decoded_is_limited(checkpoints):
 def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(error, checkpoints):
     settings = Settings(checkpoints=checkpoints, default_model="digits-mlp")
     inference = Inference(settings)
-    model = inference.registry.find(None, None)
+    model = inference.store.find(None, None)
     sizes = []
     run = model.run
 
