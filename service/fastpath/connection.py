@@ -10,8 +10,7 @@ has one place, and without this package no answer would change. uvicorn's parser
 a request or none of them, and one request is in flight on a connection at a time.
 """
 
-import re
-from asyncio import AbstractEventLoop, Future, TimerHandle
+from asyncio import Future, TimerHandle
 from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
@@ -23,7 +22,6 @@ import orjson
 from starlette.applications import Starlette
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from dropserve.service.errors import DropserveError, NotFound, Overloaded
 from dropserve.service.http.images import SMALL_PNG_BYTES, decode, is_small_png
@@ -38,6 +36,8 @@ if TYPE_CHECKING:
     from dropserve.service.inference.inference import Inference, Waiting
 
 Headers = list[tuple[bytes, bytes]]
+Options = tuple[str | None, str | None, str, ParsedOptions]
+"""Model, version, route and what the query asks for."""
 _KNOWN = {RequestLog, KeyCheck}
 """Middleware whose work is done here as well; with any other the fast path is off."""
 _MAX_BYTES = SMALL_PNG_BYTES + 4096
@@ -45,7 +45,6 @@ _MAX_BYTES = SMALL_PNG_BYTES + 4096
 _MAX_URL = 512
 _WAIT = 0.01
 """Seconds to wait for a body: many clients send it apart from the headers."""
-_LENGTH = re.compile(rb"\r\ncontent-length: (\d{1,5})\r\n")
 _ASGI_ONLY = {b"origin", b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"}
 """Headers of requests that take the ASGI path."""
 _ANSWER = (
@@ -57,14 +56,8 @@ _ANSWER = (
 class Connection(HttpToolsProtocol):
     """One connection: the fast path where it can be taken, and uvicorn's own elsewhere."""
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, config: Config, *arguments: Any, **named: Any) -> None:  # noqa: ANN401
+        super().__init__(config, *arguments, **named)
         app = config.loaded_app
         known = isinstance(app, Starlette) and {m.cls for m in app.user_middleware} <= _KNOWN
         self._state = app.state if known else None
@@ -75,6 +68,7 @@ class Connection(HttpToolsProtocol):
         self._partial = b""  # a request whose body is not complete
         self._timer: TimerHandle | None = None  # of the partial request
         self._between = True  # uvicorn's parser is between two requests
+        self._answered = 0.0
 
     def data_received(self, data: bytes) -> None:
         """Take the fast path, the ASGI path, or wait for what was received before."""
@@ -92,25 +86,24 @@ class Connection(HttpToolsProtocol):
         started = perf_counter()
         if self._state is None or len(data) > _MAX_BYTES or not self._is_free:
             return False
-        url, head, size = _candidate(data)
-        options = _options(url, self._state.settings.max_samples) if size else None
-        if options is None or len(data) > size:
+        options = _candidate(data, self._state.settings.max_samples)
+        if options is None:
             return False
-        if len(data) < size:
+        message = self._message
+        message.read(data)
+        if message.complete and message.is_plain:
+            self._request = FastPathRequest.queued(self._state, message, options, started)
+        waits = message.partial and message.is_plain
+        message.reset()
+        if waits:
             self._partial = data
             if self._timer is None:  # the limit is per request, not per chunk
                 self._timer = self.loop.call_later(_WAIT, self._pass_partial)
-            return True
-        found = self._message.read(data) if is_small_png(data[head:], "image/png") else None
-        if found is not None:
-            self._request = FastPathRequest.queued(self._state, *found, options, started)
-        if self._request is None:
-            return False
-        self._clear_partial()
-        self._unset_keepalive_if_required()
-        self._sent = data
-        self._request.waiting.future.add_done_callback(self._answer)
-        return True
+        elif self._request is not None:
+            self._clear_partial()
+            self._sent = data
+            self._request.waiting.future.add_done_callback(self._answer)
+        return waits or self._request is not None
 
     @property
     def _is_free(self) -> bool:
@@ -151,9 +144,9 @@ class Connection(HttpToolsProtocol):
             return
         request.end(200)
         self.server_state.total_requests += 1
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive, self.timeout_keep_alive_handler
-        )
+        self._answered = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._close_after(self.timeout_keep_alive)
         if self._behind:
             self.flow.resume_reading()
             self.data_received(self._take_behind())
@@ -161,24 +154,35 @@ class Connection(HttpToolsProtocol):
     def _pass_request(self, request: "FastPathRequest") -> None:
         """Pass the request in flight, and what came behind it, to the ASGI path."""
         data = self._sent + self._take_behind()
-        self._cancel(request, None)
-        super().data_received(data)
-
-    def _cancel(self, request: "FastPathRequest", status: int | None) -> None:
         self._request, self._sent = None, b""
-        request.cancel(status)
+        request.cancel(None)
+        super().data_received(data)
 
     def _take_behind(self) -> bytes:
         behind = b"".join(self._behind)
         self._behind.clear()
         return behind
 
+    def _close_after(self, seconds: float) -> None:
+        handler = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection. The timer runs on while requests are answered: it is dear."""
+        busy = self._request is not None or self._partial
+        idle = 0.0 if busy else self.loop.time() - self._answered
+        if idle < self.timeout_keep_alive:
+            self._close_after(self.timeout_keep_alive - idle)
+        else:
+            super().timeout_keep_alive_handler()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the request in flight; the ASGI path logs a partial one."""
         if self._partial:
             self._pass_partial()
         if self._request is not None:
-            self._cancel(self._request, CLIENT_CLOSED)
+            request, self._request = self._request, None
+            request.cancel(CLIENT_CLOSED)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves it on if the connection broke
 
@@ -216,12 +220,14 @@ class FastPathRequest:
     def queued(
         cls,
         state: Any,  # noqa: ANN401
-        headers: Headers,
-        body: bytes,
-        options: tuple[str | None, str | None, str, ParsedOptions],
+        message: "_Message",
+        options: Options,
         started: float,
     ) -> "FastPathRequest | None":
         """Queue a request; None: it takes the ASGI path."""
+        headers, body = message.headers, message.body
+        if not is_small_png(body, "image/png"):
+            return None
         if state.keys is not None and not state.keys.admit(headers):
             return None
         name, version, route, parsed = options
@@ -268,32 +274,18 @@ class FastPathRequest:
             record(self.state.metrics, self.line, self.started)
 
 
-def _candidate(data: bytes) -> tuple[bytes, int, int]:
-    """Read the URL, the length of the head and that of the request, all without a parser.
-
-    The last is 0 where it takes the ASGI path, which most do that are refused at all: so few are
-    parsed twice.
-    """
-    head = data.find(b"\r\n\r\n") + 4
-    lines = data[:head].lower()
-    url, _, rest = lines[5:].partition(b" ")
-    length = _LENGTH.search(lines)
-    plain = (
-        lines.startswith(b"post ")
-        and rest.startswith(b"http/1.1\r\n")
-        and b"\r\ncontent-type: image/png\r\n" in lines
-        and b"\r\norigin:" not in lines
-    )
-    if length is None or not plain or not 0 < int(length[1]) <= SMALL_PNG_BYTES:
-        return b"", 0, 0
-    return data[5 : 5 + len(url)], head, head + int(length[1])
+def _candidate(data: bytes, max_samples: int) -> Options | None:
+    """Decide by request line and headers, without a parser; None: it takes the ASGI path."""
+    end = data.find(b" ", 5)
+    head = data[end : data.find(b"\r\n\r\n")].lower()
+    if b"\r\ncontent-type: image/png" not in head or b"\r\norigin:" in head:
+        return None
+    return _options(data[5:end], max_samples) if data.startswith(b"POST ") else None
 
 
 @lru_cache(256)
-def _options(
-    url: bytes, max_samples: int
-) -> tuple[str | None, str | None, str, ParsedOptions] | None:
-    """Parse a URL: model, version, route and options; None: it takes the ASGI path."""
+def _options(url: bytes, max_samples: int) -> Options | None:
+    """Parse a URL; None: it takes the ASGI path."""
     path, _, query = url.partition(b"?")
     if len(url) > _MAX_URL or not url.isascii() or b"%" in path or b"#" in url:
         return None
@@ -313,41 +305,49 @@ def _options(
 
 
 class _Message:
-    """Parses what should be one whole request of a client that keeps the connection alive."""
+    """What a parser finds in some bytes: one POST, its beginning, or anything else."""
 
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
-        self._reset()
+        self.reset()
 
-    def read(self, data: bytes) -> tuple[Headers, bytes] | None:
-        """Return headers and body; None: the bytes are something else, which may be anything."""
+    def reset(self) -> None:
+        """Forget what was found: a connection may be idle for long."""
+        self.headers: Headers = []
+        self.body = b""
+        self.complete = self.partial = False  # of a client that keeps the connection alive
+        self._messages = 0
+
+    def read(self, data: bytes) -> None:
+        """Parse bytes from the beginning of a message."""
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._complete = False
-        headers, body, complete = self._headers, self._body, self._complete and self._keep_alive
-        self._reset()
-        if not complete:  # the parser failed, or is in the middle of a request
+            self.complete = self.partial = False
+        if not self.complete:  # the parser failed, or is in the middle of a message
             self._parser = httptools.HttpRequestParser(self)
-            return None
-        given = dict(headers)
-        unusual = len(given) != len(headers) or not _ASGI_ONLY.isdisjoint(given)
-        wrong = unusual or given.get(b"content-type") != b"image/png"
-        return None if wrong or not data.endswith(b"\r\n\r\n" + body) else (headers, body)
 
-    def _reset(self) -> None:
-        self._headers: Headers = []
-        self._body = b""
-        self._complete = self._keep_alive = False
+    @property
+    def is_plain(self) -> bool:
+        """Whether a small PNG comes after headers that the fast path knows."""
+        given = dict(self.headers)
+        small = int(given.get(b"content-length", b"0")) <= SMALL_PNG_BYTES
+        plain = len(given) == len(self.headers) and _ASGI_ONLY.isdisjoint(given)
+        return plain and small and given.get(b"content-type") == b"image/png"
+
+    def on_message_begin(self) -> None:
+        self._messages += 1
+        self.complete = self.partial = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self._keep_alive = self._parser.should_keep_alive()
+        version, stays = self._parser.get_http_version(), self._parser.should_keep_alive()
+        self.partial = stays and version == "1.1" and self._messages == 1
 
     def on_body(self, body: bytes) -> None:
-        self._body += body
+        self.body += body
 
     def on_message_complete(self) -> None:
-        self._complete = True
+        self.complete, self.partial = self.partial, False

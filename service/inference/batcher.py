@@ -89,16 +89,14 @@ class Batcher(Generic[Key, Item, Result]):
     """Runs items in batches on an executor, one step at a time.
 
     Args:
-        run: `(key, items) -> steps`, a generator that returns a result for each item, in order, or
-            the exception to raise for it; it is closed if all waiters have gone.
-        executor: where it runs.
+        run: makes the steps of a batch; their result is a result for each item, in order, or the
+            exception to raise for it. They are closed if all waiters have gone.
         max_batch: most weight in one batch; a heavier item runs alone.
         max_queue: most weight that waits to start.
         max_jobs: most jobs under way; other keys then wait, except urgent ones.
-        inline: `(key, weight)`, says if a batch takes so little time that it may run on the event
-            loop, which saves two changes of thread.
-        observe: `(key, weight, waits)`, called for each batch as it leaves the queue, with the
-            seconds that its items waited.
+        inline: says if a batch of a key and weight takes so little time that it may run on the
+            event loop, which saves two changes of thread.
+        observe: told of each batch that starts: key, weight, and the seconds that items waited.
     """
 
     def __init__(
@@ -226,12 +224,14 @@ class Batcher(Generic[Key, Item, Result]):
 
     def _after_step(self, job: _Job[Key, Item, Result], loop: asyncio.AbstractEventLoop) -> None:
         """Answer the waiters of a finished job, or let it wait for its next turn."""
-        waiting = [entry for entry in job.batch if not entry.future.done()]
-        if job.error is not None and len(job.batch) > 1:  # one by one: only the bad ones fail
-            self._jobs.extend(_Job(job.key, [entry], entry.weight) for entry in waiting)
-        elif job.error is not None:
-            for entry in waiting:
-                entry.future.set_exception(job.error)
+        if job.error is not None:
+            for entry in job.batch:
+                if entry.future.done():
+                    continue
+                if len(job.batch) > 1:  # again one by one: only the bad ones fail
+                    self._jobs.append(_Job(job.key, [entry], entry.weight))
+                else:
+                    entry.future.set_exception(job.error)
         elif job.results is not None:
             for entry, result in zip(job.batch, job.results, strict=True):
                 if entry.future.done():

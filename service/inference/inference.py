@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -37,8 +37,7 @@ Answers = Iterator[Answer]
 """The answers that a stream has not sent yet."""
 Key = tuple[Classifier, Task, Answers | None]
 """What runs together, see `_key`; a stream runs alone."""
-Request = tuple[Task, Pixels | Read] | None
-"""What one request asks for; None: the next answer of a stream."""
+Request = tuple[Task, Pixels | Read | None]
 Waiting = Entry[Key, Request, Answer]
 MAX_STREAMS = 64
 """Most streams at once: each is remembered until its last answer."""
@@ -124,15 +123,10 @@ class Inference:
     ) -> Answer:
         """Answer one request, batched with others of the same task that wait.
 
-        A prediction goes before other tasks: it waits for one step of theirs at most.
-
-        Args:
-            classifier: from the store.
-            task: what to do.
-            pixels: uint8 [B, C, H, W], or a function that decodes small images quickly: images
-                decoded one after another take half as long as with other code in between.
-            images: B.
-            max_wait: seconds to wait in the queue at most; 0: no limit.
+        A prediction goes before other tasks: it waits for one step of theirs at most. `pixels` are
+        uint8 [B, C, H, W] of B `images`, or a function that decodes small ones: decoded one after
+        another they take half as long as with other code in between. `max_wait` is in seconds in
+        the queue; 0: no limit.
 
         Raises:
             Overloaded: the queue is full, or the time is over before the run has started.
@@ -184,7 +178,9 @@ class Inference:
         del pixels
         weight = 1
         try:
-            while step := await self._batcher.submit((classifier, task, steps), None, weight):
+            while step := await self._batcher.submit(
+                (classifier, task, steps), (task, None), weight
+            ):
                 yield step
                 weight = 0
         except QueueFull as error:
@@ -243,22 +239,26 @@ def _steps(classifier: Classifier, task: Stream, pixels: Pixels | Read) -> Answe
 def _answers(
     classifier: Classifier, requests: Sequence[Request]
 ) -> Generator[None, None, list[Answer | Exception]]:
-    """Decode what is left to be decoded, and answer the rest: equal tasks together."""
-    answers: list[Answer | Exception] = []
-    equal: dict[Task, list[tuple[int, Pixels]]] = {}
-    for number, (task, pixels) in enumerate(requests):
-        try:
-            found = pixels() if callable(pixels) else pixels
-            equal.setdefault(task, []).append((number, found))
-            answers.append({})
-        except Exception as error:
-            answers.append(error)
+    """Decode what is left to be decoded, and run tasks that differ in their seed at most."""
+    answers: list[Any] = [_decoded(pixels) for _, pixels in requests]
+    seeds: dict[int, list[int]] = {}
+    for number, (task, _) in enumerate(requests):
+        if not isinstance(answers[number], Exception):
+            seeds.setdefault(getattr(task, "seed", 0), []).append(number)
     started = perf_counter()
-    for task, group in equal.items():
+    for numbers in seeds.values():
         if perf_counter() - started > _STEP:
             yield
             started = perf_counter()
-        found = yield from classifier.run(task, [pixels for _, pixels in group])
-        for (number, _), answer in zip(group, found, strict=True):
+        task, _ = requests[numbers[0]]
+        found = yield from classifier.run(task, [answers[number] for number in numbers])
+        for number, answer in zip(numbers, found, strict=True):
             answers[number] = answer
     return answers
+
+
+def _decoded(pixels: Pixels | Read | None) -> Pixels | Exception | None:
+    try:
+        return pixels() if callable(pixels) else pixels
+    except Exception as error:
+        return error

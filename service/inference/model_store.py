@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ _TIMEOUT = 60.0
 """Seconds for all workers to load or unload a model."""
 _LISTED = 20
 """Names that an error lists."""
-_NOT_KEPT = "older than the versions that are kept"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _log = logging.getLogger("dropserve.versions")
 
@@ -81,23 +81,14 @@ class _Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class _Model:
-    """A model at one moment.
+    """A model at one moment."""
 
-    Attributes:
-        found: versions in the folder.
-        versions: those that are served, in ascending order; none: the model is not served.
-        answers: the one that answers where none is named.
-        refused: those that cannot be loaded; one that is served as well has changed on disk.
-        pinned: the version that should answer.
-        pin_problem: why another one does.
-    """
-
-    found: Sequence[int] = ()
-    versions: Mapping[int, Classifier] = field(default_factory=dict)
-    answers: int | None = None
-    refused: Mapping[int, _Refusal] = field(default_factory=dict)
-    pinned: int | None = None
-    pin_problem: str | None = None
+    found: Sequence[int] = ()  # versions in the folder
+    versions: Mapping[int, Classifier] = field(default_factory=dict)  # served, in ascending order
+    answers: int | None = None  # the version that answers where none is named
+    refused: Mapping[int, _Refusal] = field(default_factory=dict)  # one served too has changed
+    pinned: int | None = None  # the version that should answer
+    pin_problem: str | None = None  # why another one does
 
 
 class ModelStore:
@@ -149,12 +140,13 @@ class ModelStore:
         Raises:
             NotFound: no such model or version, or no default.
         """
-        if name is None and self.default is None:
+        meant = self.default if name is None else name
+        if meant is None:
             raise NotFound(
                 f"there are several models and no default: name one of {_listed(self)}, or "
                 f"set DROPSERVE_DEFAULT_MODEL"
             )
-        model = self._model(self.default or "" if name is None else name)
+        model = self._model(meant)
         if not model.versions:
             raise self._no_model(name)
         number = model.answers
@@ -206,14 +198,11 @@ class ModelStore:
                     reason = f"served from memory: {reason}" if reason else ""
                 elif name in self._done.unloaded:
                     reason = "unloaded"
-                entries.append(
-                    {
-                        "name": name,
-                        "version": str(version),
-                        "state": "READY" if served else "UNAVAILABLE",
-                        "reason": reason or ("" if served else _NOT_KEPT),
-                    }
-                )
+                elif reason is None:
+                    reason = "older than the versions that are kept"
+                ready = "READY" if served else "UNAVAILABLE"
+                entry = {"name": name, "version": str(version), "state": ready, "reason": reason}
+                entries.append(entry)
         return entries
 
     async def load(self, name: str) -> None:
@@ -248,9 +237,8 @@ class ModelStore:
         run = asyncio.get_running_loop().run_in_executor
         try:
             async with asyncio.timeout(_TIMEOUT):
-                message = await run(
-                    self._loader, lambda: self._control.publish(name, loaded=loaded)
-                )
+                publish = partial(self._control.publish, name, loaded=loaded)
+                message = await run(self._loader, publish)
                 await run(self._loader, self.update)
                 await self._control.all_acknowledged(message)
         except TimeoutError:
@@ -400,14 +388,9 @@ class ModelStore:
 
     def _resolve_default(self, names: Sequence[str]) -> None:
         """Take the only model at the start as the default: later ones do not change it."""
-        where = self._settings.checkpoints
+        where, listed = self._settings.checkpoints, ", ".join(names)
         if not names:
             raise ModelStoreError(f"{where}: no checkpoint in it; make one with `dropserve train`")
-        if self.default is not None and self.default not in names:
-            raise ModelStoreError(
-                f"{where}: the default model {self.default!r} is not in it; there are "
-                f"{', '.join(names)}"
-            )
         if self.default is None and len(names) == 1:
             self.default = names[0]
         if self.default is None and self._settings.default_version is not None:
@@ -417,16 +400,19 @@ class ModelStore:
         if self.default is None:
             _log.warning(
                 f"no default model: /predict is 404 until DROPSERVE_DEFAULT_MODEL is one of "
-                f"{', '.join(names)}"
+                f"{listed}"
+            )
+        elif self.default not in names:
+            raise ModelStoreError(
+                f"{where}: the default model {self.default!r} is not in it; there are {listed}"
             )
 
     def _check_start(self, *, strict: bool) -> None:
-        problems = [
-            refusal.reason for model in self._models.values() for refusal in model.refused.values()
-        ]
+        models = self._models.items()
+        problems = [refusal.reason for _, m in models for refusal in m.refused.values()]
         if not any(self):
             raise ModelStoreError(f"no model can be served: {'; '.join(problems)}")
-        problems += [f"{n}: {m.pin_problem}" for n, m in self._models.items() if m.pin_problem]
+        problems += [f"{name}: {m.pin_problem}" for name, m in models if m.pin_problem]
         if strict and problems:
             raise ModelStoreError(f"DROPSERVE_STRICT_START is set, and {'; '.join(problems)}")
 

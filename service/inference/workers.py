@@ -25,12 +25,12 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable by which prometheus_client finds where workers add up their figures."""
 
 
+@dataclass(frozen=True)
 class StartupBarrier:
     """Where the workers wait for each other, in a folder of its own."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        self._folder = folder
-        self._workers = workers
+    folder: Path
+    workers: int
 
     @classmethod
     def of_this_worker(cls, workers: int) -> Self:
@@ -39,11 +39,11 @@ class StartupBarrier:
 
     def ready(self, name: str) -> None:
         """Signal that loading finished or failed in the worker of this name."""
-        (self._folder / name).touch()
+        (self.folder / name).touch()
 
     async def wait(self) -> None:
         """Wait until all workers are ready."""
-        while sum(1 for _ in self._folder.iterdir()) < self._workers:  # noqa: ASYNC110  processes
+        while sum(1 for _ in self.folder.iterdir()) < self.workers:  # noqa: ASYNC110  processes
             await asyncio.sleep(0.02)
 
 
