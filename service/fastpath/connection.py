@@ -10,7 +10,6 @@ has one place, and without this package no answer would change. uvicorn's parser
 a request or none of them, and one request is in flight on a connection at a time.
 """
 
-from asyncio import Future, TimerHandle
 from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
@@ -32,6 +31,8 @@ from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.inference.decoder import Pixels
 
 if TYPE_CHECKING:
+    from asyncio import Future, TimerHandle
+
     from dropserve.service.inference.classifier import Answer
     from dropserve.service.inference.inference import Inference, Waiting
 

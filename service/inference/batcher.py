@@ -78,11 +78,8 @@ class _Job(Generic[Key, Item, Result]):
             self.results = end.value
             if end.value is None or len(end.value) != len(self.batch):
                 self.error = RuntimeError(f"not one result for each of {len(self.batch)} items")
-        except Exception as error:
-            self.error = error
-        except BaseException as error:  # otherwise the waiters would hang
-            self.error = RuntimeError(f"a step ended with {type(error).__name__}")
-            self.error.__cause__ = error
+        except BaseException as error:  # one that left the thread would leave the waiters hanging
+            self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
 class Batcher(Generic[Key, Item, Result]):

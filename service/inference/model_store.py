@@ -149,9 +149,7 @@ class ModelStore:
         model = self._model(meant)
         if not model.versions:
             raise self._no_model(name)
-        number = model.answers
-        if version is not None:
-            number = plain_number(version)
+        number = model.answers if version is None else plain_number(version)
         if number is None or number not in model.versions:
             raise NotFound(f"no such version of the model; served are {_listed(model.versions)}")
         return model.versions[number]
@@ -171,10 +169,7 @@ class ModelStore:
     def state(self, name: str) -> dict[str, Any]:
         """Say which versions of a model answer and which cannot; the fields of `ModelState`."""
         model = self._model(name)
-        bad = {
-            version: self._without_path(refusal.reason)
-            for version, refusal in model.refused.items()
-        }
+        bad = {v: self._without_path(r.reason) for v, r in model.refused.items()}
         bad |= {v: "its folder is gone" for v in model.versions if v not in model.found}
         listed = [{"version": v, "reason": reason} for v, reason in sorted(bad.items())]
         return {
@@ -266,11 +261,11 @@ class ModelStore:
     def update(self) -> None:
         """Carry out the latest control message and scan the source; in the loader thread."""
         message = self._control.read()
-        if message != self._done:  # what was refused is tried again
-            for name in self._models:
+        for name in self._models:
+            if message != self._done:  # what was refused is tried again
                 self._change(name, refused={})
-        for name in message.unloaded & self._models.keys():
-            self._change(name, versions={}, answers=None)
+            if name in message.unloaded:
+                self._change(name, versions={}, answers=None)
         self._scan(message.unloaded)
         if message != self._done:
             self._control.acknowledge(message)
@@ -287,8 +282,7 @@ class ModelStore:
             self._change(name, found=versions)
             if name in found and name not in unloaded:
                 self._refresh(name, versions)
-        gone = [name for name, m in self._models.items() if name not in found and not m.versions]
-        self._models = {name: m for name, m in self._models.items() if name not in gone}
+        self._models = {n: m for n, m in self._models.items() if n in found or m.versions}
 
     def _refresh(self, name: str, found: Sequence[int]) -> None:
         """Load the pinned version, then from the latest on until enough are served.

@@ -246,14 +246,14 @@ PIXELS = np.zeros((1, 1, 8, 8), np.uint8)
 
 def test_a_step_is_made_when_it_is_asked_for_and_no_sooner(inference, model, monkeypatch):
     made = []
-    steps = model.watch
+    steps = model.stream
 
     def counted(task, pixels):
         for step in steps(task, pixels):
             made.append(step)
             yield step
 
-    monkeypatch.setattr(model, "watch", counted)
+    monkeypatch.setattr(model, "stream", counted)
 
     async def main():
         told = inference.watch(model, Stream(samples=1000), PIXELS)
@@ -379,7 +379,7 @@ def test_an_error_after_the_first_step_is_an_event_and_counts_as_one(
         yield {"start": []}
         raise error
 
-    monkeypatch.setattr(model, "watch", failing)
+    monkeypatch.setattr(model, "stream", failing)
     app = create_app(inference._settings, inference)
     app.state.inference = inference
     path = f"{MLP}/versions/1/uncertainty/stream"
@@ -410,7 +410,7 @@ def test_an_error_before_the_first_step_sends_no_stream(inference, model):
 
 
 def test_the_mean_is_that_of_the_samples_told_so_far(model):
-    _, sample, *_ = model.watch(Stream(samples=10), PIXELS)
+    _, sample, *_ = model.stream(Stream(samples=10), PIXELS)
     assert [s["t"] for s in sample["sample"]] == list(range(1, 11))
     probabilities = np.array([s["probabilities"] for s in sample["sample"]])
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
