@@ -256,7 +256,7 @@ def test_a_step_is_made_when_it_is_asked_for_and_no_sooner(inference, model, mon
     monkeypatch.setattr(model, "stream", counted)
 
     async def main():
-        told = inference.watch(model, Stream(samples=1000), PIXELS)
+        told = inference.stream(model, Stream(samples=1000), PIXELS)
         await anext(told)
         await asyncio.sleep(0.1)
         assert len(made) == 1
@@ -290,12 +290,12 @@ def test_nothing_is_made_while_the_client_does_not_read():
 
 def test_predictions_go_in_between_and_a_full_queue_stops_none_who_has_begun(inference, model):
     async def main():
-        told = inference.watch(model, Stream(samples=100), PIXELS)
+        told = inference.stream(model, Stream(samples=100), PIXELS)
         await anext(told)
         others = [asyncio.create_task(inference.run(model, Predict(), PIXELS, 4)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await anext(inference.watch(model, Stream(), PIXELS))
+            await anext(inference.stream(model, Stream(), PIXELS))
         steps = [step async for step in told]
         assert len(steps) == 11
         assert len((await others[0])["predictions"]) == 1
@@ -335,7 +335,7 @@ def test_a_body_is_let_go_of_once_the_first_step_is_made(inference, model):
     async def main():
         body = Body()
         left = weakref.ref(body)
-        told = inference.watch(model, Stream(samples=20), body)
+        told = inference.stream(model, Stream(samples=20), body)
         del body
         await anext(told)
         gc.collect()
@@ -348,7 +348,7 @@ def test_a_body_is_let_go_of_once_the_first_step_is_made(inference, model):
 def test_no_more_than_so_many_are_watched_at_once(inference, model):
     async def main():
         def watch():
-            return inference.watch(model, Stream(samples=10), PIXELS)
+            return inference.stream(model, Stream(samples=10), PIXELS)
 
         told = [watch() for _ in range(MAX_STREAMS)]
         for steps in told:
@@ -406,7 +406,7 @@ def test_an_error_before_the_first_step_sends_no_stream(inference, model):
         raise InvalidRequest("damaged")
 
     with pytest.raises(InvalidRequest, match="damaged"):
-        asyncio.run(anext(inference.watch(model, Stream(), damaged)))
+        asyncio.run(anext(inference.stream(model, Stream(), damaged)))
 
 
 def test_the_mean_is_that_of_the_samples_told_so_far(model):
