@@ -81,16 +81,16 @@ async def _lifespan(
     state = app.state
     board = ControlState.of_this_worker() if line is not None else None
     try:
-        running = inference or Inference(state.settings, board=board, check=line is None)
+        running = inference or Inference(state.settings, control=board, check=line is None)
     finally:  # a worker that fails must not leave the others waiting
         if line is not None:
-            line.arrive(str(os.getpid()))
+            line.ready(str(os.getpid()))
     state.inference = running
     running.adopt_this_thread()
     running.metrics, running.tracing = state.metrics, state.tracing
     if line is not None:
         await line.wait()
-    loops = [running.repository.keep_up(), state.metrics.keep_up(running)]
+    loops = [running.store.watch(), state.metrics.keep_up(running)]
     if state.keys is not None:
         loops.append(state.keys.watch())
     background = [asyncio.create_task(loop) for loop in loops]

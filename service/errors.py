@@ -122,6 +122,10 @@ class Unreachable(DropserveError):
     """No answer came: nothing listens there, or the connection broke."""
 
 
+class ModelStoreError(Exception):
+    """There is nothing to serve at the start, or nothing to serve by default."""
+
+
 @contextmanager
 def about(image: int, images: int) -> Iterator[None]:
     """Say which image of several an error of the request is about, counted from 0."""

@@ -28,7 +28,7 @@ def serve(settings: Settings) -> None:
     """Load the models, then serve until SIGTERM or SIGINT; open requests are let finish.
 
     Raises:
-        RegistryError: no model can be served, or not all that there is in a strict start. Nothing
+        ModelStoreError: no model can be served, or not all that there is in a strict start. Nothing
             was listened on.
         ServerError: OpenTelemetry is not installed and should trace.
         OSError: nor are there API keys in the file that should have them.
@@ -56,14 +56,13 @@ def serve(settings: Settings) -> None:
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
     """Say how uvicorn is to run the application."""
+    from dropserve.service.fastpath.connection import Connection  # loads torch
+
     return {
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        # spans are made of what goes the usual way
-        "http": "httptools"
-        if settings.tracing
-        else "dropserve.service.fastpath.connection:Connection",
+        "http": Connection if settings.fast_path and not settings.tracing else "httptools",
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # who sent a request is neither used nor logged
@@ -81,8 +80,8 @@ def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
 
     inference = Inference(settings)  # checks the start: workers do not, see `Repository`
     inference.close()
-    if inference.registry.default is not None:  # one that starts later might find another
-        settings = settings.model_copy(update={"default_model": inference.registry.default})
+    if inference.store.default is not None:  # one that starts later might find another
+        settings = settings.model_copy(update={"default_model": inference.store.default})
     for name in settings.model_fields_set:
         os.environ[environment_name(name)] = _text(getattr(settings, name))
     with shared_folder():

@@ -78,6 +78,9 @@ class Settings(BaseSettings):
         1000, ge=1, le=1000, description="Samples of one /uncertainty, 1000 at most."
     )
     body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
+    fast_path: bool = Field(
+        True, description="Answer small-PNG requests without ASGI; off, the answers are the same."
+    )
     drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")
     tracing: bool = Field(
         False,

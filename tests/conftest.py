@@ -23,6 +23,8 @@ SERVE = (
     "from dropserve.service.server import serve; from dropserve.service.settings import Settings;"
     "serve(Settings())"
 )
+CONTRACT = {"test_bad_inputs", "test_contract", "test_http", "test_kserve", "test_oip"}
+"""Modules whose tests run with the fast path on and off."""
 DIGITS = Preprocessing((8, 8), 1, (0.3,), (0.4,), invert=True)
 COLOUR = Preprocessing((16, 16), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -158,14 +160,38 @@ def make_server(tmp_path_factory, checkpoints):
         server.stop()
 
 
+def pytest_generate_tests(metafunc):
+    """Run the tests of the HTTP contract that use the shared server with and without fast path."""
+    if (
+        metafunc.module.__name__.rpartition(".")[2] in CONTRACT
+        and "server" in metafunc.fixturenames
+    ):
+        paths = {"fast path": True, "ASGI path": False}
+        metafunc.parametrize("server", paths.values(), ids=paths, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def server(make_server):
-    """The server that most tests share; its log holds no failure when they are done."""
-    running = make_server(max_body_bytes=2**20, max_queue=100_000).start()
-    yield running
-    assert httpx.get(running.url + "/readyz").status_code == 200
-    assert [e for e in running.lines() if e.get("status") == 500 or "exception" in e] == []
-    assert "Traceback" not in running.errors.read_text()
+def servers(make_server):
+    """The shared servers, by `fast_path`; their logs hold no failure when all tests are done."""
+    running = {}
+
+    def serving(fast_path):
+        if fast_path not in running:
+            options = {"max_body_bytes": 2**20, "max_queue": 100_000, "fast_path": fast_path}
+            running[fast_path] = make_server(**options).start()
+        return running[fast_path]
+
+    yield serving
+    for each in running.values():
+        assert httpx.get(each.url + "/readyz").status_code == 200
+        assert [e for e in each.lines() if e.get("status") == 500 or "exception" in e] == []
+        assert "Traceback" not in each.errors.read_text()
+
+
+@pytest.fixture(scope="session")
+def server(servers, request):
+    """The server that most tests share."""
+    return servers(getattr(request, "param", True))
 
 
 @pytest.fixture(scope="session")

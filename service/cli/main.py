@@ -25,12 +25,11 @@ from dropserve.service.cli import ask, options, score, terminal, train, versions
 from dropserve.service.cli.options import Opt
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import DropserveClient
-from dropserve.service.errors import DropserveError, RequestError
-from dropserve.service.inference.registry import RegistryError
+from dropserve.service.errors import DropserveError, ModelStoreError, RequestError
 from dropserve.service.settings import Settings, environment_name
 
 _WRONG = (
-    Refused, RequestError, ModelsError, RegistryError,
+    Refused, RequestError, ModelsError, ModelStoreError,
     FileNotFoundError, IsADirectoryError, PermissionError,
 )  # fmt: skip
 """What whoever typed the command can fix: exit code 2."""

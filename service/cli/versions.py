@@ -116,10 +116,10 @@ def _answering(settings: Settings, name: str) -> int:
 
 def _first_that_loads(settings: Settings, name: str, versions: Iterable[int]) -> int | None:
     """Load versions as the service does until one can be served; print why others cannot."""
-    from dropserve.service.inference.inference import checkpoints
+    from dropserve.service.inference.model_store import CheckpointFolder
 
     allow_local_modules()
-    load = checkpoints(settings).load
+    load = CheckpointFolder(settings).load
     for version in versions:
         try:
             load(name, version)

@@ -1,1 +1,1 @@
-"""The fast path: complete small-PNG requests are answered without ASGI; optional."""
+"""Optional: answers small-PNG requests without ASGI. Nothing but `server.py` imports it."""

@@ -25,7 +25,6 @@ from dropserve.service.errors import (
     UnsupportedMediaType,
     about,
 )
-from dropserve.service.http.decoding import Pixels, Steps
 from dropserve.service.http.images import (
     ACCEPTED,
     ImageLimits,
@@ -34,6 +33,7 @@ from dropserve.service.http.images import (
     encoded,
     memory_of,
 )
+from dropserve.service.inference.decoder import Pixels, Steps
 from dropserve.service.schemas import SCALES
 
 MAX_ELEMENTS = 1_000_000

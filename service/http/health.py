@@ -28,9 +28,9 @@ async def readyz(request: Request) -> Readiness:
     Where no model is served, because an operator unloaded all, it is 503.
     """
     inference = inference_of(request)
-    if not any(inference.registry):
+    if not any(inference.store):
         raise Overloaded("no model is served", "no_model")
-    repository = inference.repository
+    repository = inference.store
     models = {n: ModelState.model_validate(repository.state(n)) for n in repository.models()}
     return Readiness(status="ready", models=models)
 

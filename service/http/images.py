@@ -24,7 +24,7 @@ from dropserve.service.errors import (
     UnsupportedMediaType,
     about,
 )
-from dropserve.service.http.decoding import BYTES_PER_PIXEL, Pixels, Steps
+from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 """Pillow's name of every format that is read, by media type."""

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from dropserve.service.errors import NotFound
 from dropserve.service.http.options import MODEL, VERSION
 from dropserve.service.http.routes import JsonResponse, described, errors, find_model, inference_of
-from dropserve.service.inference.registry import plain_number
+from dropserve.service.inference.model_store import plain_number
 from dropserve.service.schemas import ExampleList, ModelDetails, ModelList
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _PNG = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
 async def models(request: Request) -> Response:
     """List the models that are served."""
     inference = inference_of(request)
-    listed = [_summary(inference, inference.registry.find(name)) for name in inference.registry]
+    listed = [_summary(inference, inference.store.find(name)) for name in inference.store]
     return JsonResponse({"models": listed})
 
 
@@ -41,9 +41,9 @@ async def details(request: Request) -> Response:
 def _summary(inference: "Inference", model: "Classifier") -> dict[str, Any]:
     return {
         "name": model.name,
-        **inference.repository.state(model.name),
+        **inference.store.state(model.name),
         "version": model.version,
-        "default": model.name == inference.registry.default,
+        "default": model.name == inference.store.default,
         "manifest_sha256": model.manifest_sha256,
     }
 

@@ -21,10 +21,9 @@ from starlette.responses import Response
 from dropserve.service import errors
 from dropserve.service.http import body as bodies
 from dropserve.service.http import images, routes
-from dropserve.service.http.decoding import Pixels, Steps, finish
 from dropserve.service.http.options import invalid, limit_samples
-from dropserve.service.inference.classifier import Answer, Classifier
-from dropserve.service.inference.tasks import Predict, Task, Uncertainty
+from dropserve.service.inference.classifier import Answer, Classifier, Predict, Task, Uncertainty
+from dropserve.service.inference.decoder import Pixels, Steps, finish
 from dropserve.service.schemas import SamplingOptions, Sent
 
 HEADER = "Inference-Header-Content-Length"
@@ -189,7 +188,7 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready", responses=routes.errors(503))
 async def ready(request: Request) -> dict[str, bool]:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
-    if not any(routes.inference_of(request).registry):
+    if not any(routes.inference_of(request).store):
         raise errors.Overloaded("no model is served", "no_model")
     return {"ready": True}
 
@@ -206,7 +205,7 @@ async def metadata(request: Request) -> Response:
     kinds = [(n, DATATYPES.get(n, "FP32"), rows if n in ROWS else [-1]) for n in Output]
     content = {
         "name": model.name,
-        "versions": [*map(str, routes.inference_of(request).registry.versions(model.name))],
+        "versions": [*map(str, routes.inference_of(request).store.versions(model.name))],
         "platform": "pytorch",
         "inputs": [{"name": "image", "datatype": "UINT8", "shape": image}],
         "outputs": [{"name": n, "datatype": kind, "shape": shape} for n, kind, shape in kinds],
@@ -412,7 +411,7 @@ for _path in ("/models/{name}", "/models/{name}/versions/{version}"):
 async def index(request: Request) -> list[dict[str, str]]:
     """List every version there is, and why those that are not ready are not."""
     sent = await _read(request, IndexRequest)
-    listed = routes.inference_of(request).repository.index()
+    listed = routes.inference_of(request).store.index()
     return [entry for entry in listed if entry["state"] == "READY" or not sent.ready]
 
 
@@ -420,7 +419,7 @@ async def index(request: Request) -> list[dict[str, str]]:
 async def load(request: Request) -> dict[str, str]:
     """Serve a model again, or try refused versions again; in every worker."""
     await _read(request, LoadRequest)
-    await routes.inference_of(request).repository.load(request.path_params["name"])
+    await routes.inference_of(request).store.load(request.path_params["name"])
     return {}
 
 
@@ -428,7 +427,7 @@ async def load(request: Request) -> dict[str, str]:
 async def unload(request: Request) -> dict[str, str]:
     """Stop serving a model, in every worker; its open requests are finished."""
     await _read(request, UnloadRequest)
-    await routes.inference_of(request).repository.unload(request.path_params["name"])
+    await routes.inference_of(request).store.unload(request.path_params["name"])
     return {}
 
 

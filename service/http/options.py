@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from pydantic import ValidationError
 
 from dropserve.service.errors import InvalidRequest
-from dropserve.service.inference.tasks import Compare, Predict, Stream, Task, Uncertainty
+from dropserve.service.inference.classifier import Compare, Predict, Stream, Task, Uncertainty
 from dropserve.service.schemas import (
     CompareOptions,
     PredictOptions,

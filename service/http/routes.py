@@ -76,7 +76,7 @@ def find_model(request: Request, *, log: bool = False) -> "Classifier":
         NotFound: there is no such model or version, or no default model.
     """
     path = request.path_params
-    model = inference_of(request).registry.find(path.get("name"), path.get("version"))
+    model = inference_of(request).store.find(path.get("name"), path.get("version"))
     if log:
         request.state.log.update(model=model.name, version=model.version)
     return model

@@ -11,7 +11,6 @@ from starlette.types import Receive, Scope, Send
 
 from dropserve.service.errors import InvalidRequest, TooLarge
 from dropserve.service.http.body import BodyReader, parse_images
-from dropserve.service.http.decoding import Pixels, Steps, finish
 from dropserve.service.http.images import is_small_png, prepared
 from dropserve.service.http.options import MODEL, OPTIONS, VERSION, read_options
 from dropserve.service.http.request_log import failure, problem
@@ -25,8 +24,8 @@ from dropserve.service.http.routes import (
     to_json,
     while_connected,
 )
-from dropserve.service.inference.classifier import Answer, Classifier
-from dropserve.service.inference.tasks import Stream, Task, Uncertainty
+from dropserve.service.inference.classifier import Answer, Classifier, Stream, Task, Uncertainty
+from dropserve.service.inference.decoder import Pixels, Steps, finish
 from dropserve.service.schemas import CompareResponse, PredictResponse, UncertaintyResponse
 
 if TYPE_CHECKING:

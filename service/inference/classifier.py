@@ -1,8 +1,8 @@
-"""One version of a model, ready to answer: the door between traffic and what is learned."""
+"""One loaded version of a model, and the tasks that it can run."""
 
 from base64 import b64encode
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dropserve.models import checkpoint
-from dropserve.models.comparison import Layer, Moments, compare
-from dropserve.models.examples import Example
+from dropserve.models.comparison import Moments, compare
 from dropserve.models.montecarlo import (
     Precision,
     Sample,
@@ -27,41 +25,67 @@ from dropserve.models.montecarlo import (
 )
 from dropserve.models.sequential import compile_for_inference, convert_memory_format
 from dropserve.service.errors import ServerError
-from dropserve.service.http.decoding import Pixels
-from dropserve.service.inference.tasks import Compare, Predict, Stream, Task, Uncertainty
+from dropserve.service.inference.decoder import Pixels
+from dropserve.service.schemas import DEFAULT_SAMPLES, MaskKind
 
 _INLINE = 0.005
-"""Seconds that the event loop may be held up by a network: as long as Python lets a thread hold up
-another. Reading small pictures of a batch takes as long again, at worst."""
+"""Seconds that a step may block the event loop: as long as Python lets a thread block another."""
 _SLOW = 1.0
-"""Seconds after which it is known without a second try."""
-_SIZES = (1, 8, 32)
-"""Batches, by images, that are tried for that."""
-_TOGETHER = 64
-"""Images sampled together: enough to be quick, few enough for other work to run in between."""
-
+"""Seconds after which a task is slow without a second try."""
+_PART = 64
+"""Images sampled together: enough to be fast, few enough that other jobs can run in between."""
 _NOT_FINITE = "the network's output is not finite for this image"
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
 
 
-class Classifier:
-    """One version of a model: loaded, verified, and run once.
+@dataclass(frozen=True)
+class Predict:
+    """Eval mode."""
 
-    Args:
-        name: the model's.
-        version: of it.
-        path: the version's folder.
-        factories: that its checkpoint may import and call.
-        precision: of Monte Carlo dropout.
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Monte Carlo dropout."""
+
+    samples: int = DEFAULT_SAMPLES
+    seed: int = 0
+    masks: MaskKind = "stratified"
+    level: float = 0.9
+    include_samples: bool = False
+
+
+@dataclass(frozen=True)
+class Stream(Uncertainty):
+    """Monte Carlo dropout over one image, sample by sample."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train mode beside eval mode."""
+
+    passes: int = 8
+    seed: int = 0
+    p: float | None = None
+
+
+Task = Predict | Uncertainty | Compare
+
+
+class Classifier:
+    """One version of a model: loaded from its folder at `path`, verified, and run once.
+
+    `factories` are those that its checkpoint may import; `precision` is of Monte Carlo dropout.
 
     Raises:
         CheckpointError, UnsupportedModule: it cannot be served; says why.
 
     Attributes:
-        inline: most images of a task that are answered so quickly that changing threads for them
-            would show, of those tasks that were tried.
+        preprocessing: what makes an image into pixels [C, H, W]; any thread may call it.
+        examples: images of the test set, if it was saved with any.
         manifest_sha256: of every byte of its files; None: it has no manifest.
+        inline: most images of a batch that runs in under 5 ms, by the type of its task; for
+            Uncertainty with a new seed and as many samples as `DEFAULT_SAMPLES`.
     """
 
     def __init__(
@@ -78,45 +102,47 @@ class Classifier:
         self._module, self._metadata = found.build(factories), found.metadata
         self.manifest_sha256 = found.manifest_sha256
         del found  # its tensors, of which the module has copies
-        self._preprocessing = self._metadata.preprocessing
+        self.classes = self._metadata.classes
+        self.examples = self._metadata.examples
+        self.preprocessing = self._metadata.preprocessing
+        self.prepare = self.preprocessing.prepare
+        self.draft_size = self.preprocessing.draft_size
         convert_memory_format(self._module)
-        blank = torch.zeros(1, *self._preprocessing.shape, dtype=torch.uint8)
-        x = self._preprocessing.normalize(blank)
+        x = self._input(np.zeros((1, *self.preprocessing.shape), np.uint8))
         self._eval = compile_for_inference(self._module, x)
         self._sampler = Sampler(self._module, x, precision)
         self._sampler.warm_up(x)
-        self.inline: dict[Task, int] = {
-            t: self._measure_inline(t) for t in (Predict(), Uncertainty())
+        self.inline: dict[type[Task], int] = {
+            Predict: self._measure_inline(lambda _seed: Predict()),
+            Uncertainty: self._measure_inline(lambda seed: Uncertainty(seed=seed)),
         }
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of probabilities."""
-        return self._metadata.classes
+    def is_inline(self, task: Task, images: int) -> bool:
+        """Say if the steps of a batch take so little time that they may run on the event loop."""
+        if isinstance(task, Uncertainty) and task.samples > DEFAULT_SAMPLES:
+            return False
+        return images <= self.inline.get(type(task), 0)
 
-    @property
-    def examples(self) -> tuple[Example, ...]:
-        """Pictures of the test set, if it was saved with any."""
-        return self._metadata.examples
-
-    @property
-    def draft_size(self) -> tuple[int, int] | None:
-        """Least (width, height) at which JPEG may be decoded; None: only at full size."""
-        return getattr(self._preprocessing, "draft_size", None)
-
-    def prepare(self, image: Image.Image) -> Pixels:
-        """Turn a picture into the network's pixels, uint8 [C, H, W]; any thread may call it."""
-        return self._preprocessing.prepare(image)
+    def _measure_inline(self, make_task: Callable[[int], Task]) -> int:
+        random, most = np.random.default_rng(0), 0
+        for images in (1, 8, 32):
+            pixels = random.integers(0, 256, (images, *self.preprocessing.shape), np.uint8)
+            for attempt in (1, 2):  # the first one makes what later ones find
+                started = perf_counter()
+                for _ in self.run(make_task(10 * images + attempt), [pixels]):
+                    pass
+                seconds = perf_counter() - started
+                if seconds > _SLOW:
+                    break
+            if seconds > _INLINE:
+                break
+            most = images
+        return most
 
     def run(self, task: Task, requests: Sequence[Pixels]) -> Generator[None, None, list[Answer]]:
-        """Answer requests of one task together, in steps: other work may run between them.
+        """Answer requests, each of pixels uint8 [B, C, H, W], together and in steps.
 
-        Args:
-            task: what to do.
-            requests: pixels uint8 [B, C, H, W], a request each.
-
-        Returns:
-            An answer a request; `predictions` are in the order of its images.
+        Other jobs may run between the steps. Returns an answer for each request.
         """
         if isinstance(task, Compare):
             answers: list[Answer] = []
@@ -133,18 +159,23 @@ class Classifier:
         return [{"predictions": [*islice(rest, len(pixels))]} for pixels in requests]
 
     def stream(self, task: Stream, pixels: Pixels) -> Iterator[Answer]:
-        """Answer one request in steps, each with something to tell.
-
-        Args:
-            task: what to do.
-            pixels: uint8 [1, C, H, W].
+        """Answer one request, of pixels uint8 [1, C, H, W], in steps.
 
         Yields:
             `{event: a list of its data}`: a start, the samples in order, some at a time, and an
             end that says what `run` returns.
         """
         x = self._input(pixels)
-        yield {"start": [self._start(task, pixels[0], x)]}
+        _, channels, height, width = pixels.shape
+        shown = {"height": height, "width": width, "channels": channels}
+        start = {
+            "level": task.level,
+            "classes": self.classes,
+            "eval": self._predict(x)[0]["probabilities"],
+            "input": {**shown, "pixels": _base64(pixels[0].transpose(1, 2, 0))},
+            "sites": self._sites(),
+        }
+        yield {"start": [start]}
         statistics = Statistics(task.samples, task.masks, task.level)
         for some in stream_samples(
             self._sampler, x, task.samples, task.seed, task.masks, statistics
@@ -154,7 +185,7 @@ class Classifier:
 
     def details(self) -> dict[str, Any]:
         """Describe this version; the fields of `ModelDetails` that it knows."""
-        metadata, preprocessing = self._metadata, self._preprocessing
+        metadata, preprocessing = self._metadata, self.preprocessing
         return {
             "classes": list(metadata.classes),
             "input": {
@@ -178,44 +209,14 @@ class Classifier:
             "torch_version": metadata.torch_version,
         }
 
-    def _measure_inline(self, task: Task) -> int:
-        """Measure how many images may be answered at once on the event loop; warms up, too."""
-        random, most = np.random.default_rng(0), 0
-        for images in _SIZES:
-            pixels = random.integers(0, 256, (images, *self._preprocessing.shape), np.uint8)
-            seconds = self._time(task, pixels)  # the first time makes what the next ones find
-            if seconds < _SLOW:
-                seconds = self._time(task, pixels)
-            if seconds > _INLINE:
-                break
-            most = images
-        return most
-
-    def _time(self, task: Task, pixels: Pixels) -> float:
-        started = perf_counter()
-        for _ in self.run(task, [pixels]):
-            pass
-        return perf_counter() - started
-
     def _sites(self) -> list[dict[str, Any]]:
         return [
             {"name": s.name, "kind": s.kind, "p": s.p, "shape": list(s.shape), "units": s.units}
             for s in self._sampler.sites
         ]
 
-    def _start(self, task: Stream, pixels: Pixels, x: Tensor) -> Answer:
-        channels, height, width = pixels.shape
-        seen = {"height": height, "width": width, "channels": channels}
-        return {
-            "level": task.level,
-            "classes": self.classes,
-            "eval": self._predict(x)[0]["probabilities"],
-            "input": {**seen, "pixels": _base64(pixels.transpose(1, 2, 0))},
-            "sites": self._sites(),
-        }
-
     def _input(self, pixels: Pixels) -> Tensor:
-        return self._preprocessing.normalize(torch.from_numpy(pixels))
+        return self.preprocessing.normalize(torch.from_numpy(pixels))
 
     def _predict(self, x: Tensor) -> list[Answer]:
         with torch.inference_mode():
@@ -232,7 +233,7 @@ class Classifier:
 
     def _uncertainty(self, task: Uncertainty, x: Tensor) -> Generator[None, None, list[Answer]]:
         answers: list[Answer] = []
-        for part in torch.split(x, _TOGETHER):
+        for part in torch.split(x, _PART):
             if answers:
                 yield
             statistics = Statistics(task.samples, task.masks, task.level)
@@ -249,15 +250,15 @@ class Classifier:
     def _answers(
         self, task: Uncertainty, summary: Summary, sampled: Sequence[Tensor]
     ) -> list[Answer]:
-        """Put a summary into words, an answer an image; `sampled` probabilities are [C, B, t]."""
+        """Make an answer for each image; `sampled` probabilities are [C, B, t]."""
         _finite(summary.mean.numpy())
         figures = vars(summary)
         rows = {name: _float32(v) for name, v in figures.items() if isinstance(v, Tensor)}
         lower, upper = rows.pop("lower"), rows.pop("upper")
-        of_all = {n: v for n, v in figures.items() if not isinstance(v, Tensor)}  # None or a number
+        shared = {n: v for n, v in figures.items() if not isinstance(v, Tensor)}  # or None
         answers: list[Answer] = []
         for i, k in enumerate(rows["mean"].argmax(1).tolist()):
-            answer = {"label": self.classes[k], "index": k, **of_all}
+            answer = {"label": self.classes[k], "index": k, **shared}
             answer |= {name: row[i] for name, row in rows.items()}
             answer["interval"] = {"level": task.level, "lower": lower[i], "upper": upper[i]}
             if task.include_samples:
@@ -279,7 +280,11 @@ class Classifier:
             }
             for i in range(len(x))
         ]
-        return {"predictions": predictions, "layers": [_layer(layer) for layer in found.layers]}
+        layers = [
+            {**vars(layer), "eval": _moments(layer.eval), "train": _moments(layer.train)}
+            for layer in found.layers
+        ]
+        return {"predictions": predictions, "layers": layers}
 
 
 def _sample(sample: Sample) -> Answer:
@@ -300,16 +305,6 @@ def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _float32(values: Tensor) -> npt.NDArray[np.float32]:
     """Round to float32: JSON then has as many digits as the network's answer means."""
     return values.contiguous().numpy().astype(np.float32)
-
-
-def _layer(layer: Layer) -> Answer:
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "p": layer.p,
-        "eval": _moments(layer.eval),
-        "train": _moments(layer.train),
-    }
 
 
 def _moments(moments: Moments) -> Answer:

@@ -1,24 +1,28 @@
-"""Owns the models, the one thread that runs them and the one that loads new ones."""
+"""Runs the models: one thread for networks, two for decoding, one for loading new versions."""
 
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 
-from dropserve.models import checkpoint
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded
-from dropserve.service.http.decoding import BYTES_PER_PIXEL, Decoder, Pixels, Steps
-from dropserve.service.inference.batcher import Batcher, Place, QueueFull, QueueTimeout
-from dropserve.service.inference.classifier import Answer, Classifier
-from dropserve.service.inference.reload import Folder
-from dropserve.service.inference.repository import Repository
-from dropserve.service.inference.tasks import Predict, Stream, Task
+from dropserve.service.inference.batcher import Batcher, Entry, QueueFull, QueueTimeout
+from dropserve.service.inference.classifier import (
+    Answer,
+    Classifier,
+    Predict,
+    Stream,
+    Task,
+    Uncertainty,
+)
+from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Decoder, Pixels, Steps
+from dropserve.service.inference.model_store import CheckpointFolder, ModelStore
 from dropserve.service.inference.workers import ControlState
 from dropserve.service.settings import Settings
 
@@ -28,81 +32,53 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Read = Callable[[], Pixels]
-"""Decodes and prepares a request's pictures."""
+"""Decodes and prepares a request's images."""
 Answers = Iterator[Answer]
-"""Of a request that is answered in steps: those that have not been sent yet."""
+"""The answers that a stream has not sent yet."""
 Key = tuple[Classifier, Task, Answers | None]
-"""What runs together; who is answered in steps runs alone."""
-Waiting = Place[Key, Pixels | Read | None, Answer]
-"""A request in the queue."""
+"""What runs together, see `_key`; a stream runs alone."""
+Request = tuple[Task, Pixels | Read | None]
+Waiting = Entry[Key, Request, Answer]
 MAX_STREAMS = 64
-"""Most requests that are answered in steps at once: each is remembered until its last."""
-_log = logging.getLogger("dropserve.versions")
-_FULL = "too many images are waiting; try again in a second"
-
-
-def checkpoints(settings: Settings) -> Folder[Classifier]:
-    """Return where versions come from: the checkpoints folder."""
-    root = settings.checkpoints
-
-    def load(name: str, version: int) -> Classifier:
-        path = root / name / str(version)
-        return Classifier(name, version, path, settings.factories, settings.precision)
-
-    def find() -> dict[str, list[int]]:
-        found = {}
-        for name in checkpoint.names(root):
-            try:
-                found[name] = checkpoint.versions(root, name)
-            except OSError as error:
-                _log.warning(f"a model cannot be looked at: {error}")
-        return found
-
-    return Folder(
-        find=find,
-        mark=lambda name, version: checkpoint.mark(root / name / str(version)),
-        load=load,
-        pinned=lambda name: checkpoint.pinned(root, name),
-    )
+"""Most streams at once: each is remembered until its last answer."""
+_QUEUE_FULL = "too many images are waiting; try again in a second"
+_STEP = 0.002
+"""Seconds after which other jobs may run between the seeds of a batch."""
 
 
 class Inference:
-    """Runs tasks on one worker thread; versions are made ready on another, before they serve.
+    """The models, the batcher and their threads.
 
-    Args:
-        settings: threads, batch and queue sizes, where checkpoints are.
-        folder: where versions come from; the seam for tests.
-        board: shared with other workers, if there are any.
-        check: whether a start that serves no model is an error, see `Repository`.
+    `folder` is the seam for tests, `control` is shared with other workers, and `check` is whether
+    a start that serves no model is an error (see `ModelStore`).
 
     Raises:
-        RegistryError: no model can be served, or there is no such default.
+        ModelStoreError: no model can be served, or there is no such default.
 
     Attributes:
-        repository: the models, and how they come and go.
-        registry: the same, to look them up.
-        metrics: told of batches and answers, if there are any.
-        tracing: told of a request's stages, if it is on.
+        store: the models.
+        metrics: counts batches and answers, if set.
+        tracing: makes spans of a request's stages, if set.
     """
 
     def __init__(
         self,
         settings: Settings,
-        folder: Folder[Classifier] | None = None,
-        board: ControlState | None = None,
+        folder: CheckpointFolder | None = None,
+        control: ControlState | None = None,
         *,
         check: bool = True,
     ) -> None:
         self._settings = settings
-        self._set_threads = set_threads = partial(torch.set_num_threads, settings.threads)
-        self._worker = ThreadPoolExecutor(1, "inference", set_threads)
-        self._loader = ThreadPoolExecutor(1, "loading", set_threads)
+        self._set_threads = partial(torch.set_num_threads, settings.threads)
+        self._worker = ThreadPoolExecutor(1, "inference", self._set_threads)
+        self._loader = ThreadPoolExecutor(1, "loading", self._set_threads)
         self._decoder = Decoder(2, settings.max_pixels * BYTES_PER_PIXEL, release_freed_memory)
         self._decoding = 0
         self._streams = 0
         self.metrics: Metrics | None = None
         self.tracing: Tracing | None = None
-        self._batcher: Batcher[Key, Pixels | Read | None, Answer] = Batcher(
+        self._batcher: Batcher[Key, Request, Answer] = Batcher(
             self._run,
             self._worker,
             max_batch=settings.max_batch,
@@ -111,9 +87,7 @@ class Inference:
             observe=self._observe,
         )
         keep_freed_memory()
-        found = folder or checkpoints(settings)
-        self.repository = Repository(settings, found, self._loader, board, check=check)
-        self.registry = self.repository.registry
+        self.store = ModelStore(settings, self._loader, folder, control, check=check)
 
     def adopt_this_thread(self) -> None:
         """Set up the thread of the event loop, on which inline batches run."""
@@ -124,31 +98,14 @@ class Inference:
         """Images that wait."""
         return self._batcher.queued
 
-    def _observe(self, key: Key, images: int, waits: Sequence[float]) -> None:
-        if self.metrics is not None and images:
-            self.metrics.batch(type(key[1]).__name__.lower(), images, waits)
-
-    def _run(
-        self, key: Key, requests: Sequence[Pixels | Read | None]
-    ) -> Generator[None, None, list[Answer | Exception]]:
-        classifier, task, steps = key
-        if steps is None:
-            whole = answers = yield from _answers(classifier, task, requests)
-        else:
-            answers = [step := next(steps, {})]
-            whole = [*step.get("end", ())]
-        if self.metrics is not None and whole:
-            self.metrics.answered(classifier.name, task, whole)
-        return answers
-
     async def decode(self, steps: Steps[Result]) -> Result:
-        """Run decoding off the event loop; what has not begun when it is cancelled is let go of.
+        """Run decoding off the event loop; steps that have not started when cancelled are dropped.
 
         Raises:
             Overloaded: as many requests as the queue holds images wait to be decoded.
         """
         if self._decoding >= self._settings.max_queue:
-            raise Overloaded("too many images are waiting; try again in a second", "decode")
+            raise Overloaded(_QUEUE_FULL, "decode")
         self._decoding += 1
         try:
             with self.tracing.span("decode") if self.tracing is not None else nullcontext():
@@ -164,124 +121,144 @@ class Inference:
         images: int,
         max_wait: float = 0.0,
     ) -> Answer:
-        """Answer one request, together with others of the same task that wait.
+        """Answer one request, batched with others of the same task that wait.
 
-        A prediction goes before other tasks: it waits for one step of theirs at most.
-
-        Args:
-            classifier: from the registry.
-            task: what to do.
-            pixels: uint8 [B, C, H, W], or what reads them in no time: pictures that are decoded
-                one after another take half as long as those between which other code runs.
-            images: B.
-            max_wait: seconds to wait in the queue at most; 0: no limit.
+        A prediction goes before other tasks: it waits for one step of theirs at most. `pixels` are
+        uint8 [B, C, H, W] of B `images`, or a function that decodes small ones: decoded one after
+        another they take half as long as with other code in between. `max_wait` is in seconds in
+        the queue; 0: no limit.
 
         Raises:
-            Overloaded: the queue is full, or the time is over before the run has begun.
-            RequestError: they could not be read.
+            Overloaded: the queue is full, or the time is over before the run has started.
+            RequestError: the images could not be decoded.
         """
         submit: Callable[..., Awaitable[Answer]] = self._batcher.submit
         if self.tracing is not None:
             submit = self.tracing.staged(submit)
+        urgent = isinstance(task, Predict)
         try:
             return await submit(
-                (classifier, task, None),
-                pixels,
-                images,
-                urgent=isinstance(task, Predict),
-                max_wait=max_wait,
+                _key(classifier, task), (task, pixels), images, urgent=urgent, max_wait=max_wait
             )
         except QueueFull as error:
-            raise Overloaded(_FULL, "queue") from error
+            raise Overloaded(_QUEUE_FULL, "queue") from error
         except QueueTimeout as error:
-            raise Overloaded(
-                "the request waited in the queue for longer than its timeout", "queue"
-            ) from error
+            detail = "the request waited in the queue for longer than its timeout"
+            raise Overloaded(detail, "queue") from error
 
     def queue(self, classifier: Classifier, task: Task, pixels: Read) -> Waiting:
-        """Do as `run` does for one picture, and wait for nothing; who gives up must `leave`.
-
-        Raises:
-            Overloaded: the queue is full.
-        """
+        """Do as `run` for one image, without waiting; whoever stops waiting must `cancel`."""
+        key, urgent = _key(classifier, task), isinstance(task, Predict)
         try:
-            return self._batcher.queue(
-                (classifier, task, None), pixels, urgent=isinstance(task, Predict)
-            )
+            return self._batcher.queue(key, (task, pixels), urgent=urgent)
         except QueueFull as error:
-            raise Overloaded(_FULL, "queue") from error
+            raise Overloaded(_QUEUE_FULL, "queue") from error
 
-    def leave(self, waiting: Waiting) -> None:
+    def cancel(self, waiting: Waiting) -> None:
         """Give up what `queue` queued."""
-        self._batcher.leave(waiting)
+        self._batcher.cancel(waiting)
 
     async def stream(
         self, classifier: Classifier, task: Stream, pixels: Pixels | Read
     ) -> AsyncGenerator[Answer, None]:
-        """Answer one request in steps, as `Classifier.watch` does, each waiting for its turn.
+        """Answer one request of one image in steps, as `Classifier.stream` does.
 
-        A step is made when it is asked for: who reads slowly holds one step and no thread, and
-        nothing is computed for who has left.
-
-        Args:
-            classifier: from the registry.
-            task: what to do.
-            pixels: of one image, as for `run`; let go of once the first step is made.
+        A step is computed when it is asked for: a slow reader holds one step and no thread, and
+        nothing is computed for a client that has left.
 
         Raises:
-            Overloaded: the queue is full, or many are answered in this way; neither holds up who
-                has begun.
-            RequestError: the picture could not be read.
+            Overloaded: the queue is full, or there are too many streams; neither interrupts a
+                stream that has started.
+            RequestError: the image could not be decoded.
         """
         if self._streams >= MAX_STREAMS:
             raise Overloaded("too many images are streamed; try again in a second", "streams")
         self._streams += 1
         steps = _steps(classifier, task, pixels)
         del pixels
-        place = 1
+        weight = 1
         try:
-            while step := await self._batcher.submit((classifier, task, steps), None, place):
+            while step := await self._batcher.submit(
+                (classifier, task, steps), (task, None), weight
+            ):
                 yield step
-                place = 0
+                weight = 0
         except QueueFull as error:
-            raise Overloaded(_FULL, "queue") from error
+            raise Overloaded(_QUEUE_FULL, "queue") from error
         finally:
             self._streams -= 1
 
     def close(self) -> None:
-        """Stop the threads when what they are at is done; what waits is dropped."""
+        """Stop the threads after their current work; what waits is dropped."""
         self._batcher.close()
-        self.repository.close()
+        self.store.close()
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
+    def _observe(self, key: Key, images: int, waits: Sequence[float]) -> None:
+        if self.metrics is not None and images:
+            self.metrics.batch(type(key[1]).__name__.lower(), images, waits)
+
+    def _run(
+        self, key: Key, requests: Sequence[Request]
+    ) -> Generator[None, None, list[Answer | Exception]]:
+        classifier, task, steps = key
+        if steps is None:
+            complete = answers = yield from _answers(classifier, requests)
+        else:
+            answers = [step := next(steps, {})]
+            complete = [*step.get("end", ())]
+        if self.metrics is not None and complete:
+            self.metrics.answered(classifier.name, task, complete)
+        return answers
+
+
+def _key(classifier: Classifier, task: Task) -> Key:
+    """Return what runs together: equal tasks, and those that differ in their seed alone.
+
+    The default seed, whose masks are drawn already, is kept apart.
+    """
+    if type(task) is Uncertainty and task.seed:
+        task = replace(task, seed=-1)
+    return classifier, task, None
+
 
 def _is_inline(key: Key, images: int) -> bool:
-    """Say if a batch may hold up the event loop; steps of streams, which weigh nothing, may not."""
+    """Say if a batch may block the event loop; steps of streams, which weigh nothing, may not."""
     classifier, task, _ = key
-    return 0 < images <= classifier.inline.get(task, 0)
+    return images > 0 and classifier.is_inline(task, images)
 
 
 def _steps(classifier: Classifier, task: Stream, pixels: Pixels | Read) -> Answers:
     if callable(pixels):
-        pixels = pixels()  # in its place: with it goes the request's body
+        pixels = pixels()  # rebound: the request's body is freed with the function
     yield from classifier.stream(task, pixels)
 
 
 def _answers(
-    classifier: Classifier, task: Task, requests: Sequence[Pixels | Read | None]
+    classifier: Classifier, requests: Sequence[Request]
 ) -> Generator[None, None, list[Answer | Exception]]:
-    """Read what is left to be read, and answer all that could be."""
-    read = [_read(request) if callable(request) else request for request in requests]
-    sound = [pixels for pixels in read if isinstance(pixels, np.ndarray)]
-    answers: list[Answer] = (yield from classifier.run(task, sound)) if sound else []
-    rest = iter(answers)
-    return [found if isinstance(found, Exception) else next(rest) for found in read]
+    """Decode what is left to be decoded, and run tasks that differ in their seed at most."""
+    answers: list[Any] = [_decoded(pixels) for _, pixels in requests]
+    seeds: dict[int, list[int]] = {}
+    for number, (task, _) in enumerate(requests):
+        if not isinstance(answers[number], Exception):
+            seeds.setdefault(getattr(task, "seed", 0), []).append(number)
+    started = perf_counter()
+    for numbers in seeds.values():
+        if perf_counter() - started > _STEP:
+            yield
+            started = perf_counter()
+        task, _ = requests[numbers[0]]
+        found = yield from classifier.run(task, [answers[number] for number in numbers])
+        for number, answer in zip(numbers, found, strict=True):
+            answers[number] = answer
+    return answers
 
 
-def _read(read: Read) -> Pixels | Exception:
+def _decoded(pixels: Pixels | Read | None) -> Pixels | Exception | None:
     try:
-        return read()
+        return pixels() if callable(pixels) else pixels
     except Exception as error:
         return error

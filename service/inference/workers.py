@@ -1,9 +1,11 @@
-"""Several processes on one port: they start together, and what one is told all do.
+"""What several worker processes on one port share: a folder, in which they coordinate.
 
-They share one socket and a folder. The first to listen would answer for all, so each leaves a file
-in the folder once it is done loading, and waits until there are as many as workers; one that is
-started later, in place of one that died, finds them there and does not wait. A request to unload a
-model reaches one of them: it posts a notice, which the others look for, and each marks what it did.
+Start-up: the first worker to listen would answer for all, so each leaves a file once it has loaded
+its models and waits until there are as many files as workers. A worker that replaces a dead one
+finds the files there and does not wait.
+
+Control: a request to unload a model reaches one worker. It publishes the message to a file that the
+others poll; each acknowledges what it has carried out.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -23,30 +25,25 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable by which prometheus_client finds where workers add up their figures."""
 
 
+@dataclass(frozen=True)
 class StartupBarrier:
-    """Where workers wait for each other.
+    """Where the workers wait for each other, in a folder of its own."""
 
-    Args:
-        folder: the same for all of them, and theirs alone.
-        workers: how many there are.
-    """
-
-    def __init__(self, folder: Path, workers: int) -> None:
-        self._folder = folder
-        self._workers = workers
+    folder: Path
+    workers: int
 
     @classmethod
     def of_this_worker(cls, workers: int) -> Self:
-        """Find the line that the parent process drew."""
-        return cls(_shared("line"), workers)
+        """Find the barrier that the parent process made."""
+        return cls(_shared("barrier"), workers)
 
-    def arrive(self, name: str) -> None:
-        """Say that this worker waits for nothing any more: it has loaded its models, or failed."""
-        (self._folder / name).touch()
+    def ready(self, name: str) -> None:
+        """Signal that loading finished or failed in the worker of this name."""
+        (self.folder / name).touch()
 
     async def wait(self) -> None:
-        """Wait until all have arrived."""
-        while sum(1 for _ in self._folder.iterdir()) < self._workers:  # noqa: ASYNC110  processes
+        """Wait until all workers are ready."""
+        while sum(1 for _ in self.folder.iterdir()) < self.workers:  # noqa: ASYNC110  processes
             await asyncio.sleep(0.02)
 
 
@@ -59,11 +56,7 @@ class ControlMessage:
 
 
 class ControlState:
-    """Where one worker tells the others which models are unloaded.
-
-    Args:
-        folder: the same for all workers, and for this alone; None: there is one worker.
-    """
+    """The latest control message, shared by the workers through a folder; None: one worker."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -71,55 +64,59 @@ class ControlState:
 
     @classmethod
     def of_this_worker(cls) -> Self:
-        """Find the board that the parent process put up."""
-        return cls(_shared("board"))
+        """Find the folder that the parent process made."""
+        return cls(_shared("control"))
 
     def read(self) -> ControlMessage:
-        """Return the latest notice."""
+        """Return the latest message."""
         if self._folder is None:
             return self._own
         try:
-            number, unloaded = json.loads((self._folder / "notice").read_text())
+            number, unloaded = json.loads((self._folder / "message").read_text())
         except FileNotFoundError:
             return ControlMessage()
         return ControlMessage(number, frozenset(unloaded))
 
-    def post(self, name: str, *, loaded: bool) -> ControlMessage:
-        """Say that a model is loaded, or unloaded, from now on."""
+    def publish(self, name: str, *, loaded: bool) -> ControlMessage:
+        """Declare a model loaded or unloaded, for all workers."""
         if self._folder is None:
-            self._own = _next(self._own, name, loaded)
+            self._own = self._next(name, loaded)
             return self._own
         with (self._folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            notice = _next(self.read(), name, loaded)
-            written = self._folder / "notice.new"
-            written.write_text(json.dumps([notice.number, sorted(notice.unloaded)]))
-            written.replace(self._folder / "notice")
-        return notice
+            message = self._next(name, loaded)
+            written = self._folder / "message.new"
+            written.write_text(json.dumps([message.number, sorted(message.unloaded)]))
+            written.replace(self._folder / "message")
+        return message
 
-    def obeyed(self, notice: ControlMessage) -> None:
-        """Mark that this worker has done as a notice says."""
+    def _next(self, name: str, loaded: bool) -> ControlMessage:
+        latest = self.read()
+        unloaded = latest.unloaded - {name} if loaded else latest.unloaded | {name}
+        return ControlMessage(latest.number + 1, unloaded)
+
+    def acknowledge(self, message: ControlMessage) -> None:
+        """Record that this worker has carried out a message."""
         if self._folder is not None:
             mark = self._folder / f"{os.getpid()}.new"
-            mark.write_text(str(notice.number))
+            mark.write_text(str(message.number))
             mark.replace(mark.with_suffix(".done"))
 
-    async def all_obeyed(self, notice: ControlMessage) -> None:
-        """Wait until every worker that lives has done as a notice says."""
-        while self._awaited(notice):  # noqa: ASYNC110  processes
+    async def all_acknowledged(self, message: ControlMessage) -> None:
+        """Wait until every live worker has carried out a message."""
+        while self._is_awaited(message):  # noqa: ASYNC110  processes
             await asyncio.sleep(0.02)
 
-    def _awaited(self, notice: ControlMessage) -> bool:
-        """Say if a worker that lives has not obeyed a notice yet."""
+    def _is_awaited(self, message: ControlMessage) -> bool:
         marks = [] if self._folder is None else self._folder.glob("*.done")
-        return any(int(m.read_text()) < notice.number and lives(int(m.stem)) for m in marks)
+        return any(int(m.read_text()) < message.number and lives(int(m.stem)) for m in marks)
 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """Make the folder that the processes started inside the block share."""
+    """Make the folder for the processes that are started inside the block."""
     with tempfile.TemporaryDirectory(prefix="dropserve-") as folder:
-        for use in ("line", "board", "metrics"):
+        for use in ("barrier", "control", "metrics"):
             (Path(folder) / use).mkdir()
         os.environ[_FOLDER] = folder
         os.environ[METRICS_FOLDER] = str(Path(folder) / "metrics")
@@ -138,15 +135,10 @@ def _shared(use: str) -> Path:
     return Path(os.environ[_FOLDER], use)
 
 
-def _next(notice: ControlMessage, name: str, loaded: bool) -> ControlMessage:
-    unloaded = notice.unloaded - {name} if loaded else notice.unloaded | {name}
-    return replace(notice, number=notice.number + 1, unloaded=unloaded)
-
-
 def lives(process: int) -> bool:
     """Say if there is such a process of ours."""
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, PermissionError):  # or its number is another user's by now
+    except (ProcessLookupError, PermissionError):  # its number may be another user's by now
         return False
     return True

@@ -21,8 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from dropserve.service.http.request_log import CLIENT_CLOSED
-from dropserve.service.inference.classifier import Answer
-from dropserve.service.inference.tasks import Predict, Task, Uncertainty
+from dropserve.service.inference.classifier import Answer, Predict, Task, Uncertainty
 from dropserve.service.inference.workers import METRICS_FOLDER, lives
 
 if TYPE_CHECKING:
@@ -197,19 +196,19 @@ class Metrics:
     def _look(self, inference: "Inference") -> None:
         """Read off what is so just now."""
         self._depth.set(inference.queued)
-        registry, repository = inference.registry, inference.repository
-        served = {(n, v) for n in registry for v in registry.versions(n)}
+        store = inference.store
+        served = {(n, v) for n in store for v in store.versions(n)}
         for name, number in served | self._served:
             self._loaded.labels(name, number).set((name, number) in served)
         self._served = served
-        self._models.update(repository.models())
+        self._models.update(store.models())
         for name in self._models:
-            state = repository.state(name)
+            state = store.state(name)
             self._latest.labels(name).set(state["version"] or 0)
             self._refused.labels(name).set(len(state["refused"]))
             self._changed.labels(name).set(len(state["changed"]))
             self._pin_failed.labels(name).set(state["pin_problem"] is not None)
-        for key, count in dict(repository.loads).items():
+        for key, count in dict(store.loads).items():
             self._loads.labels(*key).inc(count - self._counted.get(key, 0))
             self._counted[key] = count
 

@@ -190,7 +190,7 @@ def test_a_state_behind_a_link_or_that_is_no_file_is_refused(path):
     for make in (os.mkfifo, os.mkdir):
         path.unlink()
         make(path)
-        with pytest.raises(CheckpointRefused, match="not a plain file|Is a directory"):
+        with pytest.raises(CheckpointRefused, match=r"not a plain file|Is a directory"):
             earlier_run(path, resume=True, restart=False)
 
 

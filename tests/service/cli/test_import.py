@@ -13,8 +13,7 @@ from PIL import Image
 
 from dropserve.models import checkpoint, recipes
 from dropserve.models.training import fit, with_threads
-from dropserve.service.inference.classifier import Classifier
-from dropserve.service.inference.tasks import Predict
+from dropserve.service.inference.classifier import Classifier, Predict
 
 NETS = """
 from torch import nn

@@ -10,8 +10,8 @@ from PIL import Image
 
 from dropserve.service.errors import InvalidRequest, MalformedRequest, TooLarge
 from dropserve.service.http.body import BodyLimits, parse_images
-from dropserve.service.http.decoding import finish
 from dropserve.service.http.images import ImageLimits
+from dropserve.service.inference.decoder import finish
 
 LIMITS = BodyLimits(max_bytes=2**20, max_images=3, timeout=1, image=ImageLimits(100, 20))
 

@@ -25,8 +25,8 @@ from dropserve.models.memory import release_freed_memory
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.errors import InvalidRequest
 from dropserve.service.http.body import json_memory, load_json
-from dropserve.service.http.decoding import _SMALL, Decoder, finish
 from dropserve.service.http.images import ImageLimits, ImageSource, encoded, prepared
+from dropserve.service.inference.decoder import _SMALL, Decoder, finish
 from dropserve.service.settings import Settings
 
 MB = 2**20

@@ -17,8 +17,8 @@ from PIL import Image
 from dropserve.service.app import create_app
 from dropserve.service.errors import Overloaded
 from dropserve.service.http.oip import PLAIN, ROWS, SAMPLED
+from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.inference.inference import Inference
-from dropserve.service.inference.tasks import Predict, Uncertainty
 from dropserve.service.settings import Settings
 
 MLP, CNN = "digits-mlp", "colour-cnn"

@@ -19,8 +19,8 @@ from dropserve.models import checkpoint
 from dropserve.service.app import create_app
 from dropserve.service.errors import InvalidRequest, Overloaded
 from dropserve.service.http.tasks import EventStream
+from dropserve.service.inference.classifier import Predict, Stream
 from dropserve.service.inference.inference import MAX_STREAMS, Inference
-from dropserve.service.inference.tasks import Predict, Stream
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.schemas import Problem, StreamEnd, StreamSample, StreamStart
 from dropserve.service.settings import Settings

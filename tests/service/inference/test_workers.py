@@ -1,4 +1,4 @@
-"""The line where workers wait for each other."""
+"""Coordination between workers."""
 
 import asyncio
 import os
@@ -17,10 +17,10 @@ from dropserve.service.inference.workers import (
 
 def test_nobody_goes_before_all_have_arrived(tmp_path):
     async def worker(name, seconds, gone):
-        line = StartupBarrier(tmp_path, 3)
+        barrier = StartupBarrier(tmp_path, 3)
         await asyncio.sleep(seconds)
-        line.arrive(name)
-        await line.wait()
+        barrier.ready(name)
+        await barrier.wait()
         gone.append((name, len(list(tmp_path.iterdir()))))
 
     async def main():
@@ -34,18 +34,18 @@ def test_nobody_goes_before_all_have_arrived(tmp_path):
 
 def test_one_that_comes_later_does_not_wait(tmp_path):
     for name in "ab":
-        StartupBarrier(tmp_path, 2).arrive(name)
+        StartupBarrier(tmp_path, 2).ready(name)
     late = StartupBarrier(tmp_path, 2)
-    late.arrive("c")
+    late.ready("c")
     asyncio.run(asyncio.wait_for(late.wait(), 1))
 
 
 def test_the_parent_makes_the_folder_and_wipes_it_out(monkeypatch):
     monkeypatch.delenv("_DROPSERVE_SHARED", raising=False)
     with shared_folder() as folder:
-        line = StartupBarrier.of_this_worker(1)
-        line.arrive("a")
-        asyncio.run(asyncio.wait_for(line.wait(), 1))
+        barrier = StartupBarrier.of_this_worker(1)
+        barrier.ready("a")
+        asyncio.run(asyncio.wait_for(barrier.wait(), 1))
         assert ControlState.of_this_worker().read() == ControlMessage()
         assert folder.is_dir()
         assert Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).parent == folder
@@ -54,18 +54,18 @@ def test_the_parent_makes_the_folder_and_wipes_it_out(monkeypatch):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_latest_notice_is_read_by_all(shared, tmp_path):
-    board = ControlState(tmp_path if shared else None)
-    other = ControlState(tmp_path) if shared else board
+def test_the_latest_message_is_read_by_all(shared, tmp_path):
+    control = ControlState(tmp_path if shared else None)
+    other = ControlState(tmp_path) if shared else control
     assert other.read() == ControlMessage()
-    board.post("a", loaded=False)
-    board.post("b", loaded=False)
-    assert board.post("a", loaded=True) == other.read() == ControlMessage(3, frozenset({"b"}))
+    control.publish("a", loaded=False)
+    control.publish("b", loaded=False)
+    assert control.publish("a", loaded=True) == other.read() == ControlMessage(3, frozenset({"b"}))
 
 
-def test_notices_posted_at_once_by_several_are_all_counted(tmp_path):
+def test_messages_posted_at_once_by_several_are_all_counted(tmp_path):
     def post(k):
-        ControlState(tmp_path).post(f"model {k}", loaded=False)
+        ControlState(tmp_path).publish(f"model {k}", loaded=False)
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(post, range(40)))
@@ -74,16 +74,16 @@ def test_notices_posted_at_once_by_several_are_all_counted(tmp_path):
     )
 
 
-def test_a_notice_waits_for_those_that_live_and_for_no_others(tmp_path):
-    board = ControlState(tmp_path)
-    board.obeyed(board.read())
+def test_a_message_waits_for_those_that_live_and_for_no_others(tmp_path):
+    control = ControlState(tmp_path)
+    control.acknowledge(control.read())
     (tmp_path / f"{2**22 + 1}.done").write_text("0")  # more than any process id: dead
-    notice = board.post("a", loaded=False)
+    message = control.publish("a", loaded=False)
 
     async def main():
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(board.all_obeyed(notice), 0.1)
-        board.obeyed(notice)
-        await asyncio.wait_for(board.all_obeyed(notice), 1)
+            await asyncio.wait_for(control.all_acknowledged(message), 0.1)
+        control.acknowledge(message)
+        await asyncio.wait_for(control.all_acknowledged(message), 1)
 
     asyncio.run(main())

@@ -71,7 +71,7 @@ def run(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
     return run_steps(scenario, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs).batches
 
 
-def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, inline=None):
+def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, inline=lambda *_: False):
     """Run `scenario(batcher, runner)` in an event loop; return the runner."""
     runner = Runner()
 
@@ -370,7 +370,7 @@ def test_the_jobs_under_way_are_limited_and_urgent_ones_pass():
     assert steps.index("z 5") > min(i for i, k in enumerate(steps) if steps[: i + 1].count(k) == 6)
 
 
-def test_brief_batches_run_on_the_event_loop_and_only_while_nothing_else_runs():
+def test_inline_batches_run_on_the_event_loop_and_only_while_nothing_else_runs():
     async def scenario(batcher, runner):
         assert await batcher.submit("inline", 1) == ("inline", 1)
         async with busy(batcher, runner):  # "a" is not inline
@@ -403,29 +403,29 @@ def test_brief_batches_run_on_the_event_loop_and_only_while_nothing_else_runs():
     assert asked.count(("inline 2", 1)) == 3  # of each step
 
 
-def test_what_is_queued_may_leave_before_during_and_after_its_run():
+def test_an_entry_may_be_cancelled_before_during_and_after_its_run():
     async def scenario(batcher, runner):
         async with busy(batcher, runner):
             before, stays = batcher.queue("a", 1), batcher.queue("a", 2, 3)
             assert batcher.queued == 4
-            batcher.leave(before)
+            batcher.cancel(before)
             assert batcher.queued == 3
-            batcher.leave(before)
+            batcher.cancel(before)
             assert batcher.queued == 3
         assert await stays.future == ("a", 2)
         pause = runner.pause_at("during")
         during = batcher.queue("a", "during")
         await pause.wait_until_reached()
-        batcher.leave(during)
+        batcher.cancel(during)
         pause.over.set()
         after = batcher.queue("a", 4)
         assert await after.future == ("a", 4)
-        batcher.leave(after)
+        batcher.cancel(after)
         assert before.future.cancelled()
         assert during.future.cancelled()
         assert batcher.queued == 0
         batcher.close()
-        batcher.leave(batcher.queue("a", 5))
+        batcher.cancel(batcher.queue("a", 5))
         assert batcher.queued == 0
 
     batches = run(scenario)

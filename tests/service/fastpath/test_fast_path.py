@@ -1,7 +1,7 @@
-"""The shorter way and the usual way: both answer a request the same, whatever becomes of it.
+"""The fast path and the ASGI path answer a request the same, whatever becomes of it.
 
-The server runs in a thread, so that a test can see which way a request went. What comes in one
-piece may take the shorter way; the same bytes cut within their first lines never do.
+The server runs in a thread, so that a test can see which path a request took. A request in one
+piece may take the fast path; the same bytes cut within their headers never do.
 """
 
 import io
@@ -19,8 +19,11 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from dropserve.service.app import create_app
+from dropserve.service.fastpath.connection import Connection
 from dropserve.service.inference.inference import Inference
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.server import uvicorn_options
@@ -49,18 +52,28 @@ class Service:
     """A server in a thread of this process.
 
     Attributes:
-        taken: of each request that the shorter way was asked to take, whether it did.
+        taken: for each piece of data that the fast path was offered, whether it took it.
     """
 
-    def __init__(self, checkpoints, keep_alive=75, **given):
+    def __init__(self, checkpoints, keep_alive=75, middleware=(), **given):
         values = {"checkpoints": checkpoints, "default_model": "digits-mlp", "port": 0, **given}
         self.settings = Settings(**values)
         self.inference = Inference(self.settings)
         self.app = create_app(self.settings, self.inference)
+        self.app.user_middleware += middleware
         self.taken = []
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        options = uvicorn_options(self.settings) | {"timeout_keep_alive": keep_alive}
+        taken = self.taken
+
+        class Watched(Connection):
+            def take(self, data):
+                taken.append(super().take(data))
+                return taken[-1]
+
+        options = uvicorn_options(self.settings)
+        assert options["http"] is Connection
+        options |= {"timeout_keep_alive": keep_alive, "http": Watched}
         config = uvicorn.Config(self.app, **options)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
@@ -68,18 +81,6 @@ class Service:
         end = time.monotonic() + 30
         while not self.server.started and time.monotonic() < end:
             time.sleep(0.01)
-        self._watch()
-
-    def _watch(self):
-        fast_path = self.server.lifespan.state["fast_path"]
-        take = fast_path.take
-
-        def watched(*arguments):
-            request = take(*arguments)
-            self.taken.append(request is not None)
-            return request
-
-        fast_path.take = watched
 
     @property
     def held(self):
@@ -97,8 +98,8 @@ class Service:
                 time.sleep(pause if cuts else 0)
             return read_answer(connection.makefile("rb"))
 
-    def both_ways(self, raw):
-        """Ask in one piece and in two; return the answer, the same, and whether it was taken."""
+    def both_paths(self, raw):
+        """Ask in one piece and in two; return the same answer, and if the fast path took it."""
         self.taken.clear()
         at_once = self.ask(raw)
         taken = any(self.taken)
@@ -144,14 +145,11 @@ def service(checkpoints):
 def busy(service):
     """Have the thread that runs models wait, and no batch run on the event loop."""
     gate = threading.Event()
-    models = [
-        service.inference.inference.registry.find(name, None)
-        for name in ("digits-mlp", "colour-cnn")
-    ]
+    models = [service.inference.store.find(name, None) for name in ("digits-mlp", "colour-cnn")]
     before = [dict(model.inline) for model in models]
     for model in models:
         model.inline.clear()
-    service.inference.inference._worker.submit(gate.wait, 20)
+    service.inference._worker.submit(gate.wait, 20)
     try:
         yield gate
     finally:
@@ -190,35 +188,33 @@ def eventually(holds):
         post(headers=ID + b"accept-encoding: gzip\r\n"),
     ],
 )
-def test_a_small_png_goes_the_shorter_way_to_the_same_answer(service, raw):
+def test_a_small_png_takes_the_fast_path_to_the_same_answer(service, raw):
     service.taken.clear()
     status, headers, body = service.ask(raw)
     assert service.taken == [True]
     again, headers_again, body_again = service.ask(raw, [20])
-    assert service.taken == [True]
+    assert not any(service.taken[1:])
     assert status == again == 200
     assert body == body_again
-    assert list(headers) == list(headers_again)
     made = len(headers.pop(b"x-request-id")), len(headers_again.pop(b"x-request-id"))
     assert made in ((4, 4), (32, 32))
     assert headers == headers_again
 
 
-def test_a_body_that_comes_apart_from_the_lines_before_it_is_waited_for_a_moment(service, caplog):
+def test_a_body_that_comes_after_its_headers_is_waited_for_a_moment(service, caplog):
     caplog.set_level(logging.INFO, "dropserve.requests")
     raw = post()
     body = len(raw) - len(PNG)
     expected = service.ask(raw)
-    service.taken.clear()
     for cuts in ([body], [body + 9], [body, body + 50]):
-        while not service.taken:  # a machine that is busy may be too late
-            assert service.ask(raw, cuts, pause=0.0005) == expected
         service.taken.clear()
-    assert service.ask(raw, [body], pause=0.1) == expected
-    assert service.ask(raw, [body, len(raw) - 1], pause=0.1) == expected
-    drops = list(range(body, len(raw), 10))
-    assert service.ask(raw, drops, pause=0.003) == expected  # each soon enough, all too late
-    assert not service.taken
+        while service.taken[-len(cuts) - 1 :] != [True] * (len(cuts) + 1):
+            assert service.ask(raw, cuts, pause=0.0005) == expected  # too late if it is busy
+    late = [[body], [body, len(raw) - 1], list(range(body, len(raw), 10))]
+    for cuts, pause in zip(late, (0.1, 0.1, 0.003), strict=True):  # the last: soon, but in all late
+        service.taken.clear()
+        assert service.ask(raw, cuts, pause=pause) == expected
+        assert not service.taken[-1]
     caplog.clear()
     with service.connect() as connection:
         connection.sendall(raw[:body])
@@ -249,6 +245,9 @@ CUT = b"".join(
         (post(b"/predict?scale=1"), 422),
         (post(b"/uncertainty?samples=0"), 422),
         (post(b"/uncertainty?samples=1001"), 422),
+        (post(headers=ID + b"Origin: http://x\r\n"), 200),
+        (post(headers=ID + b"Upgrade: x\r\n"), 200),
+        (post(headers=ID + b"Expect: x\r\n"), 200),
         (post(b"/uncertainty?seed=1&seed=2"), 422),
         (post(b"/uncertainty?samples=2&include_samples=true"), 200),
         (post(b"/compare?passes=2"), 200),
@@ -282,44 +281,50 @@ CUT = b"".join(
         ),
     ],
 )
-def test_all_else_is_answered_by_the_usual_way(service, raw, status):
-    (found, _, _), _ = service.both_ways(raw)
+def test_all_else_takes_the_asgi_path(service, raw, status):
+    (found, _, _), taken = service.both_paths(raw)
     assert found == status
+    assert taken == (DAMAGED in raw or CUT in raw)
 
 
-def test_damage_that_only_decoding_finds_is_told_by_the_usual_way(service):
-    (status, _, body), taken = service.both_ways(post(body=DAMAGED))
+def test_damage_that_only_decoding_finds_is_reported_by_the_asgi_path(service):
+    (status, _, body), taken = service.both_paths(post(body=DAMAGED))
     assert (status, taken) == (422, True)
     assert json.loads(body)["request_id"] == "this"
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, len(post()) - 1), max_size=4, unique=True).map(sorted))
-def test_pieces_of_any_length_make_the_same_request(service, cuts):
-    assert service.ask(post(), cuts) == service.ask(post())
+MANY = [
+    post(path, headers=b"X-Request-ID: %d\r\n" % k)
+    for k, path in enumerate(
+        [b"/predict", b"/nowhere", b"/uncertainty?samples=20&seed=1", b"/compare?passes=1"] * 2
+        + [b"/predict"] * 3
+    )
+]
+SENT = b"".join(MANY)
 
 
-def test_requests_in_one_piece_and_behind_one_another_are_answered_in_their_order(service):
-    kinds = [
-        b"/predict",
-        b"/uncertainty?samples=500&seed=%d" % time.time_ns(),
-        b"/compare?passes=1",
-    ]
-    many = [
-        post(kinds[k % 3] if k % 4 else b"/nowhere", headers=b"X-Request-ID: %d\r\n" % k)
-        for k in range(24)
-    ]
-    sent = [many[0], many[1] + many[2] + many[3][:50], many[3][50:] + many[4], *many[5:12]]
-    sent.append(b"".join(many[12:]))
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.integers(1, len(SENT) - 1) | st.sampled_from([len(MANY[0])]), max_size=6, unique=True
+    ),
+    st.booleans(),
+)
+def test_pipelined_requests_in_any_pieces_are_all_answered_in_their_order(service, cuts, wait):
+    """The thread is busy while they are sent, so that many come behind one in flight."""
+    cuts = sorted(cuts)
     with service.connect() as connection:
-        for piece in sent:
-            connection.sendall(piece)
-            time.sleep(0.002)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with busy(service):
+            for start, end in zip((0, *cuts), (*cuts, len(SENT)), strict=True):
+                connection.sendall(SENT[start:end])
+                time.sleep(0.003 * wait)
         file = connection.makefile("rb")
-        for k in range(24):
+        for k in range(len(MANY)):
             status, headers, _ = read_answer(file)
             assert headers[b"x-request-id"] == b"%d" % k
-            assert status == (200 if k % 4 else 404)
+            assert status == (404 if k in (1, 5) else 200)
+    assert service.held == 0
 
 
 def test_what_comes_while_one_is_answered_waits_and_is_not_read_without_end(checkpoints):
@@ -339,7 +344,7 @@ def test_what_comes_while_one_is_answered_waits_and_is_not_read_without_end(chec
         assert status == 200
 
 
-def test_who_leaves_is_taken_out_of_the_queue_and_noted(service, caplog):
+def test_a_request_whose_client_leaves_is_cancelled_and_logged(service, caplog):
     caplog.set_level(logging.INFO, "dropserve.requests")
     with busy(service):
         connections = [service.connect() for _ in range(3)]
@@ -349,9 +354,7 @@ def test_who_leaves_is_taken_out_of_the_queue_and_noted(service, caplog):
         for connection in connections:
             connection.close()
         eventually(lambda: not service.held)
-        assert (
-            service.inference.inference.queued <= 1
-        )  # the first batch is on its way to the thread
+        assert service.inference.queued <= 1  # the first batch is on its way to the thread
     eventually(lambda: len(caplog.records) >= 3)
     lines = [getattr(record, FIELDS) for record in caplog.records]
     assert [(line["status"], line["route"], line["model"]) for line in lines] == [
@@ -359,7 +362,7 @@ def test_who_leaves_is_taken_out_of_the_queue_and_noted(service, caplog):
     ] * 3
 
 
-def test_each_request_is_logged_and_counted_once_whichever_way_it_went(service, caplog):
+def test_each_request_is_logged_and_counted_once_whichever_path_it_took(service, caplog):
     caplog.set_level(logging.INFO, "dropserve.requests")
     counted = service.app.state.metrics._requests
 
@@ -390,7 +393,7 @@ def test_each_request_is_logged_and_counted_once_whichever_way_it_went(service, 
     assert lines[0].keys() == lines[1].keys()
 
 
-def test_a_full_queue_and_full_hands_are_503(checkpoints):
+def test_a_full_queue_and_too_many_bodies_are_503(checkpoints):
     with serving(checkpoints, max_queue=2) as service, busy(service) as gate:
         waiting = [service.connect() for _ in range(8)]
         for connection in waiting:
@@ -418,22 +421,39 @@ def test_a_full_queue_and_full_hands_are_503(checkpoints):
 
 def test_what_is_too_large_is_413_however_small_the_limit(checkpoints):
     with serving(checkpoints, max_body_bytes=1024) as service:
-        (status, _, _), taken = service.both_ways(post(body=png(size=(40, 40))))
+        (status, _, _), taken = service.both_paths(post(body=png(size=(40, 40))))
         assert (status, taken) == (413, False)
+
+
+def test_the_most_samples_are_those_of_the_asgi_path(checkpoints):
+    with serving(checkpoints, max_samples=50) as service:
+        for query, samples in ((b"?samples=51", None), (b"?samples=50", 50), (b"", 50)):
+            (status, _, body), taken = service.both_paths(post(b"/uncertainty" + query))
+            assert (status, taken) == ((422, False) if samples is None else (200, True))
+            assert json.loads(body).get("samples") == samples
+
+
+def test_middleware_that_is_not_known_switches_the_fast_path_off(checkpoints):
+    with serving(checkpoints, middleware=[Middleware(CORSMiddleware)]) as service:
+        assert service.both_paths(post())[1] is False
+
+
+def test_a_setting_switches_the_fast_path_off():
+    assert uvicorn_options(Settings(fast_path=False))["http"] == "httptools"
 
 
 def test_a_key_is_asked_for(checkpoints, tmp_path):
     (tmp_path / "keys").write_text("sesame\n")
     with serving(checkpoints, api_keys_file=tmp_path / "keys") as service:
-        (status, _, _), taken = service.both_ways(post())
+        (status, _, _), taken = service.both_paths(post())
         assert (status, taken) == (401, False)
         key = ID + b"Authorization: Bearer %b\r\n"
-        assert service.both_ways(post(headers=key % b"other"))[0][0] == 401
-        (status, _, _), taken = service.both_ways(post(headers=key % b"sesame"))
+        assert service.both_paths(post(headers=key % b"other"))[0][0] == 401
+        (status, _, _), taken = service.both_paths(post(headers=key % b"sesame"))
         assert (status, taken) == (200, True)
 
 
-def test_a_connection_rests_as_long_as_it_may_and_no_longer(checkpoints):
+def test_an_idle_connection_is_kept_as_long_as_it_may_and_no_longer(checkpoints):
     with serving(checkpoints, keep_alive=0.5) as service, service.connect() as connection:
         file = connection.makefile("rb")
         for raw in (post(), post(), post(b"/compare"), post(), post()):
@@ -480,9 +500,6 @@ def test_what_the_drain_does_not_wait_for_is_told_so(checkpoints):
 
 
 def test_a_slow_task_does_not_run_on_the_event_loop(service):
-    """A measurement decides; a batch of more images than it found quick goes to the thread."""
-    model = service.inference.inference.registry.find("digits-mlp", None)
-    assert set(model.inline.values()) <= {0, 1, 8, 32}
     with busy(service) as gate:
         connection = service.connect()
         connection.sendall(post())

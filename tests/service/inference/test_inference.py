@@ -2,15 +2,23 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
+from dropserve.service.http.orders import read_options
 
 from dropserve.service.errors import InvalidRequest, Overloaded
-from dropserve.service.inference.classifier import Classifier
-from dropserve.service.inference.inference import Inference, _is_inline
-from dropserve.service.inference.tasks import Predict, Uncertainty
+from dropserve.service.inference.classifier import (
+    Classifier,
+    Compare,
+    Predict,
+    Stream,
+    Uncertainty,
+)
+from dropserve.service.inference.inference import Inference, _is_inline, _key
+from dropserve.service.schemas import DEFAULT_SAMPLES
 from dropserve.service.settings import Settings
 
 
@@ -72,10 +80,10 @@ def test_what_waits_to_be_decoded_is_limited(checkpoints):
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("damaged"), MemoryError()], ids=repr)
-def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(error, checkpoints):
+def test_an_image_that_cannot_be_decoded_fails_alone_in_its_batch(error, checkpoints):
     settings = Settings(checkpoints=checkpoints, default_model="digits-mlp")
     inference = Inference(settings)
-    model = inference.registry.find(None, None)
+    model = inference.store.find(None, None)
     sizes = []
     run = model.run
 
@@ -106,14 +114,37 @@ def test_a_picture_that_cannot_be_read_fails_alone_in_its_batch(error, checkpoin
     inference.close()
 
 
-def test_brief_are_the_tasks_that_were_measured_and_no_steps_of_streams(classifier):
-    assert set(classifier.inline) == {Predict(), Uncertainty()}
-    classifier.inline[Predict()] = 8
-    sizes = [1, 8, 9, 0]
-    assert [_is_inline((classifier, Predict(), None), n) for n in sizes] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert not _is_inline((classifier, Uncertainty(samples=3), None), 1)
+def test_default_requests_run_on_the_event_loop_whatever_the_defaults_are(classifier):
+    """What was measured with the most samples holds for fewer, and no seed is special."""
+    parsed = [read_options(kind, b"", 1000).task for kind in ("predict", "uncertainty")]
+    asked = [*parsed, Uncertainty(samples=DEFAULT_SAMPLES - 1, level=0.5, masks="independent")]
+    classifier.inline.update({Predict: 8, Uncertainty: 8})
+    for task in asked:
+        assert [_is_inline(_key(classifier, task), n) for n in (0, 1, 8, 9)] == [0, 1, 1, 0]
+    long = Uncertainty(samples=DEFAULT_SAMPLES + 1)
+    for task in (long, Stream(), Compare()):
+        assert not _is_inline(_key(classifier, task), 1)
+
+
+def test_requests_of_several_seeds_share_a_batch_and_are_answered_each_by_its_own(checkpoints):
+    inference = Inference(Settings(checkpoints=checkpoints, default_model="digits-mlp"))
+    model = inference.store.find()
+    images = np.random.default_rng(0).integers(0, 256, (6, 1, 1, 8, 8), np.uint8)
+    tasks = [Uncertainty(samples=20, seed=seed) for seed in (5, 7, 5, 2**63 - 1, 0, 7)]
+    batches = []
+    inference.metrics = SimpleNamespace(
+        batch=lambda _task, images, _waits: batches.append(images), answered=lambda *_: None
+    )
+
+    async def main():
+        requests = zip(tasks, images, strict=True)
+        return await asyncio.gather(*(inference.run(model, t, x, 1) for t, x in requests))
+
+    answers = asyncio.run(main())
+    inference.close()
+    assert sorted(batches) == [1, 5]  # the default seed, whose masks are drawn already, is alone
+    for task, image, answer in zip(tasks, images, answers, strict=True):
+        (alone,) = finish(model.run(task, [image]))
+        for name in ("mean", "variance"):
+            found, expected = (a["predictions"][0][name] for a in (answer, alone))
+            np.testing.assert_allclose(found, expected, atol=1e-5)

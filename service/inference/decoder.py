@@ -1,8 +1,7 @@
-"""Reads pictures on threads of their own, and bounds the memory that this takes at once.
+"""Decodes images on threads, within a memory budget.
 
-The work is a generator, which yields before each step how many bytes of memory the step takes at
-most. Small steps run on; before a large one others run, and it waits until there is enough left of
-the budget.
+The work is a generator: before each step it yields how many bytes of memory the step takes at most.
+Small steps run on at once; a large one waits until the budget has room for it.
 """
 
 import asyncio
@@ -17,15 +16,15 @@ import numpy.typing as npt
 Result = TypeVar("Result")
 Pixels = npt.NDArray[np.uint8]
 Steps = Generator[int, None, Result]
-_SMALL = 16 * 2**20
-"""Bytes of memory for which nobody waits: the threads take so much each beside the budget."""
 BYTES_PER_PIXEL = 12
-"""Memory while an image is read. Most for WebP (two canvases and a copy) and for progressive JPEG
-of four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
+"""Memory to decode one pixel. Most for WebP (two canvases and a copy) and for progressive JPEG of
+four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
+_SMALL = 16 * 2**20
+"""Bytes of memory that are not counted: each thread takes so much beside the budget."""
 
 
 def finish(steps: Steps[Result]) -> Result:
-    """Do all steps at once, here."""
+    """Do all steps at once, in this thread."""
     try:
         while True:
             next(steps)
@@ -37,10 +36,8 @@ def finish(steps: Steps[Result]) -> Result:
 class Decoder:
     """Runs work in steps on threads.
 
-    Args:
-        threads: how many.
-        budget: bytes of memory that large steps take together; one that takes more runs alone.
-        release: gives freed memory back to the system; before and after the largest steps.
+    `budget` is the memory, in bytes, of all large steps together; a step that needs more runs
+    alone. `release` gives freed memory back to the system, before and after the largest steps.
     """
 
     def __init__(self, threads: int, budget: int, release: Callable[[], object]) -> None:
@@ -51,7 +48,7 @@ class Decoder:
         self._freed = asyncio.Event()
 
     async def run(self, steps: Steps[Result]) -> Result:
-        """Do all steps; what has not begun when this is cancelled is let go of."""
+        """Do all steps; those that have not started when this is cancelled are dropped."""
         work = _Work(steps)
         needed: int | None = 0
         try:
@@ -59,10 +56,10 @@ class Decoder:
                 needed = await self._advance(work, needed)
             return work.result
         finally:
-            work.steps = None  # the executor keeps what was cancelled until it would be its turn
+            work.steps = None  # the executor keeps a cancelled job until its turn comes
 
     async def _advance(self, work: "_Work[Result]", needed: int) -> int | None:
-        """Advance in so much memory, once it is free; in the order in which it is asked for."""
+        """Advance once `needed` bytes are free; steps get them in the order of their requests."""
         reserved = min(needed, self._budget) if needed > _SMALL else 0
         async with self._lock if reserved else nullcontext():
             while self._free < reserved:
@@ -71,12 +68,12 @@ class Decoder:
             self._free -= reserved
         job = asyncio.get_running_loop().run_in_executor(self._executor, self._step, work, reserved)
         job.add_done_callback(lambda _: self._return_to_budget(reserved))
-        return await asyncio.shield(job)  # a step under way takes its memory to its end
+        return await asyncio.shield(job)  # a started step uses its memory to its end
 
     def _step(self, work: "_Work[Result]", reserved: int) -> int | None:
         if 2 * reserved <= self._budget:
             return work.advance()
-        self._release()  # freed memory that is kept, by the other thread too, would come on top
+        self._release()  # freed memory that is kept, by the other thread too, would add to it
         try:
             return work.advance()
         finally:
@@ -87,19 +84,19 @@ class Decoder:
         self._freed.set()
 
     def close(self) -> None:
-        """Stop when the steps under way are done."""
+        """Stop after the steps that have started."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class _Work(Generic[Result]):
-    """Steps, and what they came to."""
+    """Steps and their result."""
 
     def __init__(self, steps: Steps[Result]) -> None:
         self.steps: Steps[Result] | None = steps
         self.result: Result
 
     def advance(self) -> int | None:
-        """Do small steps; return what the next needs, if it is not small; None: that was all."""
+        """Do small steps; return the memory that the next, large one needs; None: that was all."""
         steps, small = self.steps, _SMALL
         if steps is None:
             return None
