@@ -19,7 +19,7 @@ from dropserve.service.http import examples, native, oip, operations, playground
 from dropserve.service.http.body import BodyLimits, BodyReader
 from dropserve.service.http.images import ImageLimits
 from dropserve.service.http.infer import InferRoutes
-from dropserve.service.http.keys import KeyCheck, Keys
+from dropserve.service.http.keys import OPERATIONS, KeyCheck, Keys
 from dropserve.service.http.openapi import complete_document
 from dropserve.service.http.request_log import RequestLog
 from dropserve.service.http.task_routes import TaskRoutes
@@ -62,7 +62,7 @@ def create_app(
         running.metrics, running.tracing = metrics, tracing
         if line is not None:
             await line.wait()
-        keepers = [running.repository.keep_up(), metrics.keep_up(running)]
+        keepers = [running.repository.keep_up(), metrics.flush_loop(running)]
         if keys is not None:
             keepers.append(keys.keep_up())
         keeping_up = [asyncio.create_task(keeper) for keeper in keepers]
@@ -108,7 +108,9 @@ def create_app(
     infer = InferRoutes(app.build_middleware_stack(), settings, reader)
     app.middleware_stack = TaskRoutes(infer, settings, reader)
     if tracing is not None:
-        app.middleware_stack = tracing.of_requests(app.middleware_stack)
+        from dropserve.service.observability.tracing import TracedRequests
+
+        app.middleware_stack = TracedRequests(app.middleware_stack, tracing, OPERATIONS)
     if keys is not None:
         app.middleware_stack = KeyCheck(app.middleware_stack, keys)
     return app

@@ -105,8 +105,9 @@ class Overloaded(DropserveError):
 
     status = 503
 
-    def __init__(self, detail: str, *, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail, headers=headers or {"Retry-After": "1"})
+    def __init__(self, detail: str, reason: str = "queue") -> None:
+        super().__init__(detail, headers={"Retry-After": "1"})
+        self.reason = reason
 
 
 class ServerError(DropserveError):

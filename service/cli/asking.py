@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import typer
 
-from dropserve.service.calls import base_url, credentials
 from dropserve.service.cli import scores, terminal
 from dropserve.service.cli.journal import Journal, Plan, Row, journal_of
 from dropserve.service.cli.options import AsJson, Opt, Version, find_model, read_settings
 from dropserve.service.cli.terminal import Refused
-from dropserve.service.client import AsyncDropserveClient, DropserveClient
+from dropserve.service.client import AsyncDropserveClient, DropserveClient, base_url, credentials
 from dropserve.service.errors import DropserveError, RequestError
 from dropserve.service.schemas import MaskKind, PredictResponse, UncertaintyResponse
 

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from dropserve.service.errors import DropserveError
-from dropserve.service.http.request_log import CLIENT_CLOSED
+from dropserve.service.observability.metrics import CLIENT_CLOSED
 
 if TYPE_CHECKING:
     from dropserve.service.fastpath.request import FastPath, FastPathRequest, Headers

@@ -122,7 +122,9 @@ class BodyReader:
                 chunks.append(chunk)
                 self._held += len(chunk)
                 if self._held > self._max_held:
-                    raise Overloaded("too many bodies at once; try again in a second")
+                    raise Overloaded(
+                        "too many bodies at once; try again in a second", reason="body_memory"
+                    )
         if size > self._most:
             raise self._too_large()
 

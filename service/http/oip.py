@@ -60,7 +60,7 @@ async def live() -> Live:
 async def ready(request: Request) -> Ready:
     """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
     if not any(inference_of(request).registry):
-        raise Overloaded("no model is served")
+        raise Overloaded("no model is served", reason="no_model")
     return Ready(ready=True)
 
 

@@ -32,7 +32,7 @@ async def readyz(request: Request) -> Readiness:
     """
     inference = inference_of(request)
     if not any(inference.registry):
-        raise Overloaded("no model is served")
+        raise Overloaded("no model is served", reason="no_model")
     repository = inference.repository
     models = {n: ModelState.model_validate(repository.state(n)) for n in repository.models()}
     return Readiness(status="ready", models=models)
@@ -42,7 +42,7 @@ async def readyz(request: Request) -> Readiness:
 async def metrics(request: Request) -> Response:
     """What the service has done and does, for Prometheus; all workers together."""
     found: Metrics = request.app.state.metrics
-    found.pour(inference_of(request))
+    found.flush(inference_of(request))
     accept = request.headers.get("accept", "")
     content, content_type = await run_in_threadpool(found.write, accept)
     return Response(content, headers={"content-type": content_type})

@@ -9,20 +9,17 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dropserve.service.errors import DropserveError, NotFound, written
+from dropserve.service.errors import DropserveError, NotFound, Overloaded, written
 from dropserve.service.observability.logs import FIELDS
-
-if TYPE_CHECKING:
-    from dropserve.service.observability.metrics import Metrics
+from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
 
 REQUEST_ID = b"x-request-id"
-CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
 _log = logging.getLogger("dropserve.requests")
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -52,8 +49,11 @@ class RequestLog:
         except DropserveError as error:
             if error.status == 500:
                 _log.error(str(error), extra={FIELDS: {"request_id": exchange.request_id}})
+            if isinstance(error, Overloaded):
+                exchange.scope["state"]["log"]["reason"] = error.reason
             await exchange.fail(error.status, str(error), error.headers)
         except asyncio.CancelledError:  # the time for open requests is over at shutdown
+            exchange.scope["state"]["log"]["reason"] = "draining"
             if exchange.status:
                 exchange.status = 503
                 raise
@@ -126,7 +126,7 @@ class _Exchange:
         record(self.scope["app"].state.metrics, line, self._started)
 
 
-def record(metrics: "Metrics", line: dict[str, Any], started: float) -> None:
+def record(metrics: Metrics, line: dict[str, Any], started: float) -> None:
     """Write a request's line in the log, and count it.
 
     Args:
@@ -135,8 +135,10 @@ def record(metrics: "Metrics", line: dict[str, Any], started: float) -> None:
         started: when, by `time.perf_counter`.
     """
     seconds = time.perf_counter() - started
-    key = (line["route"] or "other", line.get("model", ""), line.get("version", ""), line["status"])
-    metrics.requests[key].append(seconds)
+    route, model, version = line["route"] or "other", line.get("model", ""), line.get("version", "")
+    metrics.request(route, model, version, line["status"], seconds)
+    if "reason" in line:
+        metrics.shed(line["reason"])
     if _log.isEnabledFor(logging.INFO):
         line["milliseconds"] = round(1000 * seconds, 3)
         _log.info("request", extra={FIELDS: line})

@@ -121,6 +121,11 @@ class Inference:
         self._set_threads()
 
     @property
+    def store(self) -> Repository[Classifier]:
+        """The models."""
+        return self.repository
+
+    @property
     def queued(self) -> int:
         """Images that wait."""
         return self._batcher.queued
@@ -149,7 +154,9 @@ class Inference:
             Overloaded: as many requests as the queue holds images wait to be decoded.
         """
         if self._decoding >= self._settings.max_queue:
-            raise Overloaded("too many pictures are waiting; try again in a second")
+            raise Overloaded(
+                "too many pictures are waiting; try again in a second", reason="decode"
+            )
         self._decoding += 1
         try:
             with self.tracing.span("decode") if self.tracing is not None else nullcontext():
@@ -235,7 +242,9 @@ class Inference:
             RequestError: the picture could not be read.
         """
         if self._streams >= MAX_STREAMS:
-            raise Overloaded("too many pictures are watched; try again in a second")
+            raise Overloaded(
+                "too many pictures are watched; try again in a second", reason="streams"
+            )
         self._streams += 1
         steps = _steps(classifier, task, pixels)
         del pixels

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from typing import Any, Generic, TypeVar
 
@@ -70,6 +70,13 @@ class Repository(Generic[Served]):
     def loads(self) -> Mapping[tuple[str, str], int]:
         """How often versions of a model were "loaded" or "refused"."""
         return self._reloader.loads
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.registry)
+
+    def versions(self, name: str) -> list[int]:
+        """Return the versions of a model that are served."""
+        return list(self.registry.versions(name))
 
     async def keep_up(self) -> None:
         """Look for new versions and for other workers' notices, until cancelled."""

@@ -23,9 +23,9 @@ from dropserve.service.app import create_app
 from dropserve.service.inference.batcher import Batcher
 from dropserve.service.observability.metrics import (
     SECONDS,
-    _Distribution,
-    _Events,
-    _forget_the_dead,
+    _Histogram,
+    _Buffer,
+    _remove_dead,
 )
 from dropserve.service.settings import Settings
 
@@ -230,7 +230,7 @@ def test_scrapes_at_once_do_not_trip_over_a_dead_worker(tmp_path):
 
     def scrape(_):
         together.wait(10)
-        _forget_the_dead(tmp_path)
+        _remove_dead(tmp_path)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(scrape, range(4)))
@@ -260,7 +260,7 @@ def test_two_applications_in_a_process_count_apart():
 def test_many_values_at_once_count_as_one_by_one():
     bounds = (0.1, 0.2, 0.5)
     together, single = (
-        _Distribution("x", "x", buckets=bounds, registry=CollectorRegistry()) for _ in range(2)
+        _Histogram("x", "x", buckets=bounds, registry=CollectorRegistry()) for _ in range(2)
     )
     values = [0, 0.1, 0.10001, 0.2, 0.3, 0.5, 0.6, 99]
     together.observe_all(values)
@@ -279,7 +279,7 @@ def test_many_values_at_once_count_as_one_by_one():
 
 
 def test_no_event_is_lost_between_two_threads():
-    events, seen = _Events(), 0
+    events, seen = _Buffer(), 0
     with ThreadPoolExecutor(1) as other:
 
         def note():
@@ -288,8 +288,8 @@ def test_no_event_is_lost_between_two_threads():
 
         noting = other.submit(note)
         while not noting.done():
-            seen += sum(len(values) for _, values in events.take())
-    seen += sum(len(values) for _, values in events.take())
+            seen += sum(len(values) for _, values in events.drain())
+    seen += sum(len(values) for _, values in events.drain())
     assert seen == 20_000
 
 
