@@ -9,14 +9,7 @@ import asyncio
 import io
 import random
 import time
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -39,7 +32,8 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from dropserve.service import errors, events, schemas
+from dropserve.service import errors, schemas
+from dropserve.service.events import EVENTS, StreamEvent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +52,9 @@ _FIRST_BACKOFF = 0.1  # seconds; doubles with each retry
 Answer = TypeVar("Answer")
 Schema = TypeVar("Schema", bound=BaseModel)
 P = ParamSpec("P")
+Http = TypeVar("Http")
+Transport = TypeVar("Transport")
+Sleep = TypeVar("Sleep")
 
 
 class Target(TypedDict, total=False):
@@ -92,11 +89,9 @@ class Comparing(Target, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[Answer]):
-    """One request, and how its answer is read.
+    """One request, and how its answer is read; a 503 is tried again if `retried`.
 
-    Attributes:
-        body: how `httpx.Client.build_request` makes it; None: it is a GET.
-        retried: whether a 503 is tried again.
+    `body` are arguments of `httpx.Client.build_request`; None: it is a GET.
     """
 
     path: str
@@ -110,8 +105,7 @@ class Call(Generic[Answer]):
 
     def parse(self, response: httpx.Response) -> Answer:
         """Read the answer of a successful response."""
-        with _expecting(f"{response.url} did not answer"):
-            return self.read(response.content)
+        return _parse(self.read, response.content, f"{response.url} did not answer")
 
 
 class Calls:
@@ -237,7 +231,7 @@ def _png(pixels: Any) -> bytes:  # noqa: ANN401  of NumPy or Pillow, which are n
     from PIL import Image, ImageOps
 
     if hasattr(pixels, "dtype"):
-        channels = pixels.shape[2] if pixels.ndim == 3 else 1
+        channels = (*pixels.shape, 1)[2] if pixels.ndim in (2, 3) else 0
         if pixels.dtype != "uint8" or channels not in (1, 3, 4) or 0 in pixels.shape:
             raise ValueError(
                 "an array of pixels must be uint8 from 0 to 255, H x W or H x W x C with C 1, 3 or "
@@ -268,26 +262,25 @@ class _Backoff:
     """Decides how long to wait after each response to one call."""
 
     def __init__(self, retries: int, max_wait: float) -> None:
-        self._delays = [_FIRST_BACKOFF * 2**i for i in reversed(range(retries))]
+        self._delays = [_FIRST_BACKOFF * 2.0**i for i in reversed(range(retries))]
         self._left = max_wait
 
     def after(self, response: httpx.Response) -> float:
         """Return the seconds to wait before the next try; where there is none, raise the error."""
-        asked = response.headers.get("Retry-After", "")
+        asked: str = response.headers.get("Retry-After", "")
         if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE and self._delays:
             jitter = random.uniform(0.5, 1)  # noqa: S311  so that clients do not return together
             delay = self._delays.pop() * jitter + (float(asked) if asked.isdecimal() else 0.0)
             self._left -= delay
             if self._left >= 0:
                 return delay
-        try:
+        error = errors.error_for(
+            response.status_code, f"{response.status_code} {response.reason_phrase}".strip()
+        )
+        error.request_id = response.headers.get("X-Request-ID")
+        with suppress(ValidationError):  # of a proxy's page, perhaps
             problem = schemas.Problem.model_validate_json(response.content)
-            error = errors.error_for(response.status_code, problem.detail)
-            error.request_id = problem.request_id
-        except ValidationError:  # a proxy's page, perhaps
-            detail = f"{response.status_code} {response.reason_phrase}".strip()
-            error = errors.error_for(response.status_code, detail)
-            error.request_id = response.headers.get("X-Request-ID")
+            error.args, error.request_id = (problem.detail,), problem.request_id
         error.headers = {"retry-after": asked} if asked else {}
         raise error
 
@@ -296,10 +289,9 @@ class _EventReader:
     """Splits a stream of server-sent events, which arrives in chunks of any size, into events."""
 
     def __init__(self) -> None:
-        self._rest = b""
-        self._ended = False
+        self._rest, self._ended = b"", False
 
-    def feed(self, chunk: bytes) -> Iterator[events.StreamEvent]:
+    def feed(self, chunk: bytes) -> Iterator[StreamEvent]:
         """Yield the events that a chunk completes; raise the error that the service sent."""
         self._rest += chunk.replace(b"\r", b"")  # JSON has none of its own
         *whole, self._rest = self._rest.split(b"\n\n")
@@ -307,14 +299,14 @@ class _EventReader:
             fields = dict(line.split(b": ", 1) for line in block.splitlines() if b": " in line)
             kind, data = fields.get(b"event", b"").decode(), fields.get(b"data", b"")
             if kind == "error":
-                with _expecting("the stream failed, and ended"):
-                    problem = schemas.Problem.model_validate_json(data)
+                read = schemas.Problem.model_validate_json
+                problem = _parse(read, data, "the stream failed, and ended")
                 error = errors.error_for(problem.status, problem.detail)
                 error.request_id = problem.request_id
                 raise error
-            if kind in events.EVENTS:  # else a comment, or an event of a newer service
-                with _expecting("the stream did not go on"):
-                    yield events.EVENTS[kind].model_validate_json(data)
+            if kind in EVENTS:  # else a comment, or an event of a newer service
+                event: Callable[[bytes], StreamEvent] = EVENTS[kind].model_validate_json
+                yield _parse(event, data, "the stream did not go on")
                 self._ended = kind == "end"
 
     def finish(self) -> None:
@@ -323,11 +315,9 @@ class _EventReader:
             raise errors.Unreachable("the stream broke off: the service stopped, or a proxy cut it")
 
 
-@contextmanager
-def _expecting(otherwise: str) -> Iterator[None]:
-    """Turn an answer of another form into a `ServerError`."""
+def _parse(read: Callable[[bytes], Answer], data: bytes, otherwise: str) -> Answer:
     try:
-        yield
+        return read(data)
     except (ValidationError, UnicodeDecodeError) as error:
         expected = error.title if isinstance(error, ValidationError) else "text"
         raise errors.ServerError(
@@ -388,7 +378,29 @@ def _async(
     return method
 
 
-class DropserveClient:
+class _Client(Generic[Http, Transport, Sleep]):
+    """The connections of either client."""
+
+    _http_class: Callable[..., Http]
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        retries: int = 5,
+        max_wait: float = 30.0,
+        timeout: float = 60.0,
+        api_key: str | None = None,
+        transport: Transport | None = None,
+        sleep: Sleep | None = None,
+    ) -> None:
+        options = {"base_url": base_url(url), "timeout": timeout, "headers": credentials(api_key)}
+        with _reaching(url):
+            self._http = self._http_class(transport=transport, **options)
+        self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
+
+
+class DropserveClient(_Client[httpx.Client, httpx.BaseTransport, Callable[[float], object]]):
     """Talks to a running service; `with` closes its connections.
 
     Methods raise a `DropserveError`: `Unreachable` where no answer came, else the one that the
@@ -404,24 +416,7 @@ class DropserveClient:
         transport, sleep: what sends and what waits, for tests.
     """
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        retries: int = 5,
-        max_wait: float = 30.0,
-        timeout: float = 60.0,
-        api_key: str | None = None,
-        transport: httpx.BaseTransport | None = None,
-        sleep: Callable[[float], object] = time.sleep,
-    ) -> None:
-        headers = credentials(api_key)
-        with _reaching(url):
-            self._http = httpx.Client(
-                base_url=base_url(url), timeout=timeout, transport=transport, headers=headers
-            )
-        self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
-
+    _http_class = httpx.Client
     predict = _sync(Calls.predict)
     uncertainty = _sync(Calls.uncertainty)
     compare = _sync(Calls.compare)
@@ -434,7 +429,7 @@ class DropserveClient:
 
     def uncertainty_stream(
         self, image: Image, **options: Unpack[Streaming]
-    ) -> Iterator[events.StreamEvent]:
+    ) -> Iterator[StreamEvent]:
         """Yield one image's thinned networks as they run: a start, the samples, an end.
 
         Leaving the loop over it early cancels the work.
@@ -472,7 +467,7 @@ class DropserveClient:
                 if response.is_success:
                     return response
                 response.read()
-            self._sleep(backoff.after(response))
+            (self._sleep or time.sleep)(backoff.after(response))
 
     def _succeeds(self, path: str) -> bool:
         with suppress(httpx.RequestError):
@@ -480,27 +475,12 @@ class DropserveClient:
         return False
 
 
-class AsyncDropserveClient:
+class AsyncDropserveClient(
+    _Client[httpx.AsyncClient, httpx.AsyncBaseTransport, Callable[[float], Awaitable[object]]]
+):
     """`DropserveClient` for asyncio: the same arguments, methods, answers and errors."""
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        retries: int = 5,
-        max_wait: float = 30.0,
-        timeout: float = 60.0,
-        api_key: str | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-    ) -> None:
-        headers = credentials(api_key)
-        with _reaching(url):
-            self._http = httpx.AsyncClient(
-                base_url=base_url(url), timeout=timeout, transport=transport, headers=headers
-            )
-        self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
-
+    _http_class = httpx.AsyncClient
     predict = _async(Calls.predict)
     uncertainty = _async(Calls.uncertainty)
     compare = _async(Calls.compare)
@@ -513,7 +493,7 @@ class AsyncDropserveClient:
 
     async def uncertainty_stream(
         self, image: Image, **options: Unpack[Streaming]
-    ) -> AsyncIterator[events.StreamEvent]:
+    ) -> AsyncIterator[StreamEvent]:
         """Yield one image's thinned networks as they run: a start, the samples, an end.
 
         Closing it early (`contextlib.aclosing`) cancels the work.
@@ -553,7 +533,7 @@ class AsyncDropserveClient:
                 if response.is_success:
                     return response
                 await response.aread()
-            await self._sleep(backoff.after(response))
+            await (self._sleep or asyncio.sleep)(backoff.after(response))
 
     async def _succeeds(self, path: str) -> bool:
         with suppress(httpx.RequestError):
