@@ -25,6 +25,8 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable that names the folder of the workers' files; prometheus_client reads it."""
 CLIENT_CLOSED = 499
 """Status of a request whose client went away, as nginx logs it; never sent."""
+REASONS = ("queue", "decode", "body_memory", "streams", "draining", "no_model")
+"""Of a 503."""
 FLUSH_SECONDS = 0.5
 """How long another worker's observations may be missing."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -106,6 +108,8 @@ class Metrics:
         labels = ["route", "model", "status"]
         self._seconds = histogram("request_duration_seconds", text, labels, buckets=SECONDS)
         self._shed = counter("shed_total", "Requests refused with 503.", ["reason"])
+        for reason in REASONS:
+            self._shed.labels(reason)  # 0 until it happens
         self._cancelled = counter("cancelled_total", "Requests whose client went away.")
 
         text = "From the queue to a batch."

@@ -9,10 +9,10 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dropserve.service.app import create_app
 from dropserve.service.inference.batcher import Batcher
 from dropserve.service.observability.metrics import (
+    REASONS,
     SECONDS,
     _Histogram,
     _Buffer,
@@ -152,19 +153,25 @@ def test_the_state_of_the_models_is_told(fresh):
     assert len(scrape.samples["dropserve_info"]) == 1
 
 
-def test_shed_requests_are_counted(fresh):
+def test_shed_requests_are_counted_and_logged_by_reason(fresh):
     before = Scrape(fresh.url)
+    assert before.values("dropserve_shed_total", "reason") == set(REASONS)
     pixels = {"instances": [[[7] * 16] * 16] * 32}
     with httpx.Client(base_url=fresh.url, timeout=60) as client, ThreadPoolExecutor(8) as threads:
 
         def work(seed):
             path = f"/v1/models/colour-cnn/uncertainty?samples=300&seed={seed}"
-            return client.post(path, json=pixels).status_code
+            return client.post(path, json=pixels)
 
-        statuses = list(threads.map(work, range(8)))
+        answers = list(threads.map(work, range(8)))
     after = Scrape(fresh.url)
-    assert set(statuses) == {200, 503}
-    assert after("dropserve_shed_total") - before("dropserve_shed_total") == statuses.count(503)
+    shed = [answer for answer in answers if answer.status_code == 503]
+    assert 0 < len(shed) < 8
+    for reason in REASONS:
+        counts = (scrape("dropserve_shed_total", reason=reason) for scrape in (before, after))
+        assert -next(counts) + next(counts) == len(shed) * (reason == "queue")
+    for answer in shed:
+        assert fresh.line(answer.headers["x-request-id"])["reason"] == "queue"
 
 
 def test_clients_that_go_are_counted(fresh):
@@ -238,9 +245,8 @@ def test_scrapes_at_once_do_not_trip_over_a_dead_worker(tmp_path):
 
 
 def workers(parent):
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    spawned = [p for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    return [int(process) for process in spawned]
+    children = psutil.Process(parent).children()
+    return [child.pid for child in children if any("spawn_main" in x for x in child.cmdline())]
 
 
 def test_open_metrics_are_written_for_who_asks_for_them(fresh):
@@ -253,7 +259,8 @@ def test_open_metrics_are_written_for_who_asks_for_them(fresh):
 
 def test_two_applications_in_a_process_count_apart():
     one, other = (create_app(Settings()).state.metrics for _ in range(2))
-    one.requests["/predict", "m", 1, 200].append(0.1)
+    one.request("/predict", "m", 1, 200, 0.1)
+    assert list(one.requests) == [("/predict", "m", 1, 200)]
     assert not other.requests
 
 
