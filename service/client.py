@@ -172,12 +172,7 @@ def _stream(image: Image, options: Mapping[str, object]) -> Call[schemas.Uncerta
 def _post(
     action: str, schema: type[Schema], images: Images, options: Mapping[str, object]
 ) -> Call[Schema]:
-    """Describe a POST: one image is the body itself, several are parts of a form.
-
-    Raises:
-        RequestError, OSError: a path is of no image.
-        ValueError: no image, pixels of another type or shape, or a version of no model.
-    """
+    """Describe a POST: one image is the body itself, several are parts of a form."""
     options = dict(options)
     path = _model_path(options.pop("model", None), options.pop("version", None), action)
     listed = [images] if isinstance(images, bytes) or not isinstance(images, Sequence) else images
@@ -195,12 +190,6 @@ def _post(
 
 
 def _model_path(model: object, version: object, action: str = "") -> str:
-    """Name the route of a model, or of an action of it.
-
-    Raises:
-        NotFound: no model can have that name.
-        ValueError: a version of no model.
-    """
     if model is None and version is not None:
         raise ValueError("a version is one of a model: name the model as well")
     if not str(model).strip("."):
@@ -404,8 +393,8 @@ class DropserveClient(_Client[httpx.Client, httpx.BaseTransport, Callable[[float
     """Talks to a running service; `with` closes its connections.
 
     Methods raise a `DropserveError`: `Unreachable` where no answer came, else the one that the
-    answer's status stands for, with its `request_id`. An image given as a path is read at once, and
-    raises `OSError` where it cannot be.
+    answer's status stands for, with its `request_id`; `OSError` where a path cannot be read, and
+    `ValueError` for what is no image and for a version without a model.
 
     Args:
         url: where the service listens, http:// or https://.
@@ -434,8 +423,7 @@ class DropserveClient(_Client[httpx.Client, httpx.BaseTransport, Callable[[float
 
         Leaving the loop over it early cancels the work.
         """
-        reader = _EventReader()
-        call = _stream(image, options)
+        reader, call = _EventReader(), _stream(image, options)
         with _reaching(self._url), closing(self._send(call, stream=True)) as response:
             for chunk in response.iter_bytes():
                 yield from reader.feed(chunk)
@@ -494,12 +482,8 @@ class AsyncDropserveClient(
     async def uncertainty_stream(
         self, image: Image, **options: Unpack[Streaming]
     ) -> AsyncIterator[StreamEvent]:
-        """Yield one image's thinned networks as they run: a start, the samples, an end.
-
-        Closing it early (`contextlib.aclosing`) cancels the work.
-        """
-        reader = _EventReader()
-        call = _stream(image, options)
+        """Yield as `DropserveClient` does; `contextlib.aclosing` cancels the work early."""
+        reader, call = _EventReader(), _stream(image, options)
         with _reaching(self._url):
             async with aclosing(await self._send(call, stream=True)) as response:
                 async for chunk in response.aiter_bytes():

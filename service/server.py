@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 def serve(settings: Settings) -> None:
     """Load the models, then serve until SIGTERM or SIGINT; open requests are finished.
 
-    Raises:
-        RegistryError: no model can be served, or not all of them in a strict start; nothing has
-            listened.
-        ServerError: tracing is on and OpenTelemetry is not installed.
-        OSError: there are no API keys in the file that should have them.
+    A RegistryError (no model can be served, or not all in a strict start), a ServerError (no
+    OpenTelemetry) or an OSError (no API keys) is raised before anything listens.
     """
     logs.configure(settings.log_level)
     if settings.api_keys_file is not None:

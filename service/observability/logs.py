@@ -12,9 +12,7 @@ from typing import Any
 
 import orjson
 
-FIELDS = "fields"
-"""Attribute of a record with its structured fields: `extra={FIELDS: {...}}`."""
-
+FIELDS = "fields"  # attribute of a record with its own fields: `extra={FIELDS: {...}}`
 _context: ContextVar[Mapping[str, object] | None] = ContextVar("_context", default=None)
 
 
@@ -72,16 +70,12 @@ def _log_warning(
 
 def config(level: str) -> dict[str, Any]:
     """Return the `logging.config.dictConfig`."""
-    stdout = {
-        "class": "logging.StreamHandler",
-        "formatter": "json",
-        "stream": "ext://sys.stdout",
-    }
+    stream = {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": JsonFormatter}},
-        "handlers": {"stdout": stdout},
+        "handlers": {"stdout": stream},
         "loggers": {"python_multipart": {"level": "ERROR"}},  # it warns of each bad request
         "root": {"handlers": ["stdout"], "level": level.upper()},
     }

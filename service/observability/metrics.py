@@ -21,14 +21,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable that names the folder of the workers' files; prometheus_client reads it."""
-CLIENT_CLOSED = 499
-"""Status of a request whose client went away, as nginx logs it; never sent."""
-REASONS = ("queue", "decode", "body_memory", "streams", "draining", "no_model")
-"""Of a 503."""
+CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
+REASONS = ("queue", "decode", "body_memory", "streams", "draining", "no_model")  # of a 503
 FLUSH_SECONDS = 0.5
-"""How long another worker's observations may be missing."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 """Buckets of request durations: those of OpenTelemetry's http.server.request.duration."""
 _WAITS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -58,13 +53,13 @@ class _Source(Protocol):
     def store(self) -> _Store: ...
 
 
-class _Buffer(defaultdict[tuple[object, ...], list[float]]):
+class _Buffer(defaultdict[tuple[Any, ...], list[float]]):
     """Observations not flushed yet, by their labels. One thread drains, any thread may append."""
 
     def __init__(self) -> None:
         super().__init__(list)
 
-    def drain(self) -> Iterator[tuple[tuple[object, ...], list[float]]]:
+    def drain(self) -> Iterator[tuple[tuple[Any, ...], list[float]]]:
         """Take out and yield what is there."""
         for labels, values in list(self.items()):
             taken = values[:]
@@ -89,7 +84,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._exposed = CollectorRegistry()
-        folder = os.environ.get(METRICS_FOLDER)
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # prometheus_client writes there, too
         self._folder = Path(folder) if folder else None
         if folder:
             self._exposed = CollectorRegistry()
@@ -109,7 +104,7 @@ class Metrics:
         self._seconds = histogram("request_duration_seconds", text, labels, buckets=SECONDS)
         self._shed = counter("shed_total", "Requests refused with 503.", ["reason"])
         for reason in REASONS:
-            self._shed.labels(reason)  # 0 until it happens
+            self._shed.labels(reason)  # so that it is 0, not absent, until it happens
         self._cancelled = counter("cancelled_total", "Requests whose client went away.")
 
         text = "From the queue to a batch."
@@ -134,9 +129,8 @@ class Metrics:
         total("workers", "Processes that serve.").set(1)
         largest("info", "The release.", ["version"]).labels(version("dropserve")).set(1)
 
-        self._pending: dict[_Histogram, _Buffer] = defaultdict(_Buffer)
-        self.requests = _Buffer()
-        """Seconds by route, model, version and status."""
+        self._pending = _Buffer()  # by histogram and its labels
+        self.requests = _Buffer()  # seconds by route, model, version and status
         self._counted_loads: dict[tuple[str, str], int] = {}
         self._served: set[tuple[str, int]] = set()
         self._models: set[str] = set()
@@ -151,8 +145,8 @@ class Metrics:
 
     def batch(self, task: str, images: int, waits: Sequence[float]) -> None:
         """Record a batch as it starts, and the seconds that its requests waited for it."""
-        self._pending[self._waits][task,] += waits
-        self._pending[self._sizes][task,].append(images)
+        self._pending[self._waits, task] += waits
+        self._pending[self._sizes, task].append(images)
 
     def answered(
         self, model: str, task: object, answers: Sequence[Mapping[str, Any] | Exception]
@@ -164,12 +158,12 @@ class Metrics:
         if samples := getattr(task, "samples", 0):
             self._samples.labels(model).inc(samples * len(predictions))
             confidence = [p["mean"][p["index"]] for p in predictions]
-            self._pending[self._confidence][model, "uncertainty"] += confidence
+            self._pending[self._confidence, model, "uncertainty"] += confidence
             information = [p["mutual_information"] for p in predictions]
-            self._pending[self._information][model,] += information
+            self._pending[self._information, model] += information
         elif predictions and "probability" in predictions[0]:
             confidence = [p["probability"] for p in predictions]
-            self._pending[self._confidence][model, "predict"] += confidence
+            self._pending[self._confidence, model, "predict"] += confidence
 
     async def flush_loop(self, source: _Source) -> None:
         """Flush twice a second, until cancelled."""
@@ -187,9 +181,8 @@ class Metrics:
             self._seconds.labels(route, model, status).observe_all(seconds)
             if status == CLIENT_CLOSED:
                 self._cancelled.inc(len(seconds))
-        for histogram, buffer in list(self._pending.items()):
-            for labels, values in buffer.drain():
-                histogram.labels(*labels).observe_all(values)
+        for (histogram, *labels), values in self._pending.drain():
+            histogram.labels(*labels).observe_all(values)
         self._queued.set(source.queued)
         store = source.store
         served = {(name, number) for name in store for number in store.versions(name)}

@@ -4,8 +4,7 @@ Imported only where tracing is on; a ServerError then says if OpenTelemetry is m
 global is set: the provider belongs to one application, and the OTEL_* variables configure it.
 
 The server span is made here, not by opentelemetry-instrumentation-asgi or FastAPI's telemetry: both
-export what the sender made up (path, query, Host; the former its address and user agent as well),
-and end the span before a stream's failure is known.
+export what the sender made up (path, query, host), and neither sees that a stream has failed.
 """
 
 from collections.abc import Awaitable, Callable, Collection
@@ -27,20 +26,15 @@ try:
     from opentelemetry.trace import SpanKind, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ModuleNotFoundError as error:
-    raise ServerError(
-        "DROPSERVE_TRACING needs OpenTelemetry: pip install 'dropserve[otel]'"
-    ) from error
+    text = "DROPSERVE_TRACING needs OpenTelemetry: pip install 'dropserve[otel]'"
+    raise ServerError(text) from error
 
 Result = TypeVar("Result")
 _CLOSE_SECONDS = 2.0  # for the last spans
 
 
 class Tracing:
-    """Makes spans and sends them.
-
-    Args:
-        exporter: where they go; None: by OTLP over HTTP to OTEL_EXPORTER_OTLP_ENDPOINT.
-    """
+    """Makes spans and sends them: to `exporter`, or by OTLP to OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         resource = Resource.create()
@@ -61,12 +55,10 @@ class Tracing:
             starts = [("queue", time_ns())]
 
             def read() -> Any:  # noqa: ANN401  on the worker thread
-                if not callable(item):
-                    starts.append(("run", time_ns()))
-                    return item
-                starts.append(("decode", time_ns()))
                 try:
-                    return item()
+                    if callable(item):
+                        starts.append(("decode", time_ns()))
+                    return item() if callable(item) else item
                 finally:
                     starts.append(("run", time_ns()))
 
@@ -88,13 +80,8 @@ class Tracing:
 class TracedRequests:
     """ASGI middleware: a span a request, as part of its sender's trace if it names one.
 
-    Attributes of the span: method, route as declared and status, and from `scope["state"]` the
-    request's id and what its log line has of model, version and images; nothing of the body.
-
-    Args:
-        app: the inner application.
-        tracing: makes the spans.
-        excluded: paths that are not traced.
+    Its attributes are method, route as declared and status, and from `scope["state"]` the request's
+    id and what its log line has of model, version and images. `excluded` paths have no span.
     """
 
     def __init__(self, app: ASGIApp, tracing: Tracing, excluded: Collection[str]) -> None:
@@ -107,13 +94,13 @@ class TracedRequests:
             await self._app(scope, receive, send)
             return
         method, status = scope["method"], 0
-        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
+        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         parent = self._propagator.extract(sent)
         with self._tracing.tracer.start_as_current_span(method, parent, SpanKind.SERVER) as span:
             try:
@@ -128,10 +115,7 @@ class TracedRequests:
                     "http.route": route,
                     "http.response.status_code": status or None,
                     "dropserve.request_id": state.get("request_id", ""),
-                    **{
-                        f"dropserve.{name}": log.get(name)
-                        for name in ("model", "version", "images")
-                    },
+                    **{f"dropserve.{x}": log.get(x) for x in ("model", "version", "images")},
                 }
                 span.set_attributes({k: v for k, v in attributes.items() if v is not None})
                 if max(status, log.get("status", 0)) >= 500:  # a failed stream began with 200
