@@ -66,12 +66,14 @@ def worker_app() -> "FastAPI":
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
     """Return how uvicorn is to run the application."""
+    from dropserve.service.fastpath.connection import Connection
+
     fast = settings.fast_path and not settings.tracing  # spans are made by ASGI middleware
     return {
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": "dropserve.service.fastpath.connection:Connection" if fast else "httptools",
+        "http": Connection if fast else "httptools",
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # the client's address is neither used nor logged
