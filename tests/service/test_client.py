@@ -145,20 +145,6 @@ def test_a_model_and_a_version_stand_quoted_in_the_path(call, action, target, pa
     assert sent == "/prefix" + path.format(action)
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments", "path"),
-    [
-        ("models", (), "/v1/models"),
-        ("model", ("a",), "/v1/models/a"),
-        ("model", ("a", 2), "/v1/models/a/versions/2"),
-    ],
-)
-def test_models_are_read_from_their_routes(call, method, arguments, path):
-    with pytest.raises(errors.NotFound):
-        call(answering(404, {}), method, *arguments)
-    assert (call.sent[0].method, call.sent[0].url.path) == ("GET", "/prefix" + path)
-
-
 @pytest.mark.parametrize("target", [{"version": 1}, {"model": ""}, {"model": ".."}])
 def test_a_version_without_a_model_and_a_name_that_is_none_are_refused(call, target):
     with pytest.raises((ValueError, errors.NotFound), match="model"):
@@ -286,6 +272,9 @@ def test_ready_is_asked_once(call, status, ready):
 @pytest.mark.parametrize(
     ("method", "arguments", "path"),
     [
+        ("models", (), "/v1/models"),
+        ("model", ("a",), "/v1/models/a"),
+        ("model", ("a", 2), "/v1/models/a/versions/2"),
         ("examples", ("a",), "/v1/models/a/examples"),
         ("examples", ("a", 2), "/v1/models/a/versions/2/examples"),
         ("example", ("a", 2, 7), "/v1/models/a/versions/2/examples/7"),
@@ -294,7 +283,7 @@ def test_ready_is_asked_once(call, status, ready):
         ("live", (), "/livez"),
     ],
 )
-def test_everything_else_is_read_from_its_route(call, method, arguments, path):
+def test_what_takes_no_image_is_read_from_its_route(call, method, arguments, path):
     try:
         call(answering(404, {}), method, *arguments)
     except errors.NotFound:

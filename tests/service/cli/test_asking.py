@@ -58,7 +58,7 @@ def test_an_image_without_an_answer_is_named_after_the_others_are_shown(
     first, second, third = errors.splitlines()
     assert first.startswith(f"error: {cut}: the picture cannot be decoded")
     assert "(request " in first
-    assert second == f"error: {text}: no PNG, JPEG or WebP picture"
+    assert second == f"error: {text}: no PNG, JPEG or WebP image"
     assert third == f"error: {missing}: No such file or directory"
     code, told, errors = run(command, *given, "--url", server.url, "--json")
     assert (code, told) == (2, "")  # predictions would not be in the order of the images

@@ -31,7 +31,7 @@ COLUMNS = [
 BAD = {
     "cut.png": (b"\x89PNG\r\n\x1a\n cut", "picture"),
     "empty.jpg": (b"", "an empty file"),
-    "sub/text.webp": (b"hello", "no PNG, JPEG or WebP picture"),
+    "sub/text.webp": (b"hello", "no PNG, JPEG or WebP image"),
 }
 
 

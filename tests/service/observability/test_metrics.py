@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType, SimpleNamespace
 
 import httpx
 import numpy as np
@@ -19,16 +20,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from dropserve.service.app import create_app
 from dropserve.service.inference.batcher import Batcher
 from dropserve.service.observability.metrics import (
     REASONS,
     SECONDS,
+    Metrics,
     _Buffer,
     _Histogram,
     _remove_dead,
 )
-from dropserve.service.settings import Settings
 
 
 def png(seed=0):
@@ -257,8 +257,38 @@ def test_open_metrics_are_written_for_who_asks_for_them(fresh):
     assert "dropserve_requests" in names
 
 
+class Store(dict):
+    """Versions that are served, by model."""
+
+    loads = MappingProxyType({("a", "loaded"): 2})
+    models = dict.keys
+    versions = dict.__getitem__
+
+    def state(self, name):
+        version = max(self.get(name, ()), default=None)
+        return {"version": version, "refused": [3], "changed": [], "pin_problem": None}
+
+
+def test_gauges_follow_what_is_served_and_loads_are_counted_once():
+    metrics, store = Metrics(), Store(a=[1])
+    source = SimpleNamespace(queued=7, store=store)
+    metrics.flush(source)
+    del store["a"]
+    for _ in range(2):
+        metrics.flush(source)
+    text = metrics.write("")[0].decode()
+    for line in (
+        "queue_images 7.0",
+        'model_loaded{model="a",version="1"} 0.0',
+        'model_version{model="a"} 0.0',
+        'model_refused_versions{model="a"} 1.0',
+        'model_loads_total{model="a",result="loaded"} 2.0',
+    ):
+        assert f"\ndropserve_{line}\n" in text
+
+
 def test_two_applications_in_a_process_count_apart():
-    one, other = (create_app(Settings()).state.metrics for _ in range(2))
+    one, other = Metrics(), Metrics()
     one.request("/predict", "m", 1, 200, 0.1)
     assert list(one.requests) == [("/predict", "m", 1, 200)]
     assert not other.requests
