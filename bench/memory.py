@@ -1,13 +1,12 @@
 """Peak memory of one call, above a process that has loaded the network and answered once.
 
 Each call is made in a process of its own, `python -m bench.memory`, because memory that was freed
-before would hide what it takes. Linux alone: the kernel's own count, VmHWM.
+before would hide what it takes. Linux alone.
 """
 
 import argparse
 import ctypes
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from bench.machine import peak_memory
 from bench.networks import NETWORKS, Network
 from bench.timing import contenders
 from dropserve.models.memory import keep_freed_memory
@@ -87,23 +88,16 @@ def main() -> None:
         _give_freed_memory_back()
         with suppress(OSError):  # where it may not be reset, it can only come out higher
             Path("/proc/self/clear_refs").write_text("5")
-        idle = _mib("VmRSS")
+        idle = psutil.Process().memory_info().rss
         calls[options.contender]()
-        print(json.dumps({"mib": max(0.0, _mib("VmHWM") - idle)}))  # the parent reads it
+        mib = max(0, peak_memory() - idle) / 2**20
+        print(json.dumps({"mib": mib}))  # the parent reads it
 
 
 def _give_freed_memory_back() -> None:
     """Return to the system what loading left free: reused by the call, it would not be counted."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
         trim(0)
-
-
-def _mib(field: str) -> float:
-    """Read a count of this process: VmRSS, what it holds, or VmHWM, the most that it held."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {field}")
-    return int(found[1]) / 1024
 
 
 if __name__ == "__main__":

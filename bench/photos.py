@@ -12,7 +12,6 @@ import io
 import json
 import os
 import random
-import re
 import socket
 import subprocess
 import sys
@@ -27,12 +26,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from bench import bombs
+from bench.machine import peak_memory
 from dropserve.models import checkpoint
 from dropserve.models.networks import default_config
 from dropserve.models.preprocessing import Preprocessing
@@ -196,13 +197,6 @@ def _answers(url: str) -> bool:
         return False
 
 
-def memory_of(process: int, field: str = "VmHWM") -> int:
-    """Return the bytes that a process holds (VmRSS), or held at most (VmHWM)."""
-    status = Path(f"/proc/{process}/status").read_text()
-    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
-
-
 def send(url: str, request: Request) -> int:
     """Send a request; return the status of the answer, 0 if none came."""
     headers = {"Content-Type": request.content_type, **(request.headers or {})}
@@ -246,22 +240,22 @@ def main() -> None:
     console = Console()
     made = requests()
     with _server() as (url, process):
-        idle = memory_of(process)
+        idle = peak_memory(process)
         console.print(f"idle: {idle / 1e6:,.0f} MB")
         table = Table("one after another", "body, MB", "status", "seconds", "peak so far, MB")
         for name, request in made.items():
             started = time.monotonic()
             status = send(url, request)
             figures = len(request.body) / 1e6, time.monotonic() - started
-            peak = memory_of(process) / 1e6
+            peak = peak_memory(process) / 1e6
             table.add_row(
                 name, f"{figures[0]:.1f}", str(status), f"{figures[1]:.1f}", f"{peak:,.0f}"
             )
         console.print(table)
-        console.print(f"resting: {memory_of(process, 'VmRSS') / 1e6:,.0f} MB")
+        console.print(f"resting: {psutil.Process(process).memory_info().rss / 1e6:,.0f} MB")
         found = storm(url, made, options.clients, options.seconds, options.seed)
-        most = memory_of(process)
-        rest = memory_of(process, "VmRSS")
+        most = peak_memory(process)
+        rest = psutil.Process(process).memory_info().rss
     table = Table(f"{options.clients} clients at once", "statuses")
     for name, statuses in found.items():
         table.add_row(name, ", ".join(f"{count} x {s}" for s, count in sorted(statuses.items())))

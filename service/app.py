@@ -15,7 +15,7 @@ from starlette.responses import Response
 from dropserve.service.http import health, models, oip, playground, tasks
 from dropserve.service.http.body import BodyLimits, BodyReader
 from dropserve.service.http.images import ImageLimits
-from dropserve.service.http.keys import KeyCheck, Keys
+from dropserve.service.http.keys import OPERATIONS, KeyCheck, Keys
 from dropserve.service.http.openapi import complete_document
 from dropserve.service.http.request_log import RequestLog, error_response
 from dropserve.service.inference.inference import Inference
@@ -69,7 +69,7 @@ def create_app(
         from dropserve.service.observability.tracing import TracedRequests, Tracing
 
         app.state.tracing = tracing = Tracing()
-        app.add_middleware(TracedRequests, tracing=tracing)
+        app.add_middleware(TracedRequests, tracing=tracing, excluded=OPERATIONS)
     return app
 
 
@@ -90,7 +90,7 @@ async def _lifespan(
     running.metrics, running.tracing = state.metrics, state.tracing
     if line is not None:
         await line.wait()
-    loops = [running.store.watch(), state.metrics.keep_up(running)]
+    loops = [running.store.watch(), state.metrics.flush_loop(running)]
     if state.keys is not None:
         loops.append(state.keys.watch())
     background = [asyncio.create_task(loop) for loop in loops]

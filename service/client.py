@@ -1,39 +1,60 @@
-"""A typed client of the service, synchronous and asynchronous. No torch, no NumPy, no FastAPI.
+"""A typed client of the service, synchronous and asynchronous. It loads no torch, NumPy or FastAPI.
 
-What to send, how to read the answer and whether to try again is decided in `calls`; the two clients
-only send and sleep.
+`Calls` describes each request and how its answer is read; both clients send what it describes.
+Retries are made here: httpx-retries drops the proxies of the environment, tries again before
+`Retry-After` has passed where `max_wait` is shorter, and sends all clients back at the same moment.
 """
 
 import asyncio
+import io
+import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, closing, suppress
-from typing import Any, Self, TypedDict, Unpack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import wraps
+from http import HTTPStatus
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+)
+from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
-from dropserve.service import schemas
-from dropserve.service.calls import (
-    Answer,
-    Backoff,
-    Call,
-    EventReader,
-    Image,
-    Images,
-    base_url,
-    credentials,
-    error_of,
-    get,
-    get_bytes,
-    get_text,
-    model_path,
-    post,
-    reaching,
-    stream,
-)
-from dropserve.service.schemas import StreamEvent
+from dropserve.service import errors, schemas
+from dropserve.service.schemas import EVENTS, StreamEvent
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image as PillowImage
+
+Image: TypeAlias = "bytes | Path | NDArray[np.uint8] | PillowImage"
+"""A PNG, JPEG or WebP file, as its bytes or its path; or pixels, which are sent as a PNG: a NumPy
+array of uint8 from 0 to 255, H x W or H x W x C (C 1, 3 or 4), or a PIL image of 8 bits."""
+Images: TypeAlias = "Image | Sequence[Image]"
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_KINDS = "a pathlib.Path, the bytes of a file, a NumPy array or a PIL image"
+_FIRST_BACKOFF = 0.1  # seconds; doubles with each retry
+
+Answer = TypeVar("Answer")
+Schema = TypeVar("Schema", bound=BaseModel)
+P = ParamSpec("P")
+Http = TypeVar("Http")
+Transport = TypeVar("Transport")
+Sleep = TypeVar("Sleep")
 
 
 class Target(TypedDict, total=False):
@@ -53,7 +74,7 @@ class Streaming(Target, total=False):
 
 
 class Sampling(Streaming, total=False):
-    """Meaning and defaults are those of `schemas.UncertaintyOptions`."""
+    """As `Streaming`."""
 
     include_samples: bool
 
@@ -66,21 +87,290 @@ class Comparing(Target, total=False):
     p: float | None
 
 
-class DropserveClient:
-    """Talks to a running service.
+@dataclass(frozen=True)
+class Call(Generic[Answer]):
+    """One request, and how its answer is read; a 503 is tried again if `retried`.
 
-    Methods raise a `DropserveError`: `Unreachable` where no answer came, else the one that the
-    answer's status stands for, with its `request_id`. An image given as a path is read at once, and
-    raises `OSError` where it cannot be.
-
-    Args:
-        url: where the service listens, http:// or https://.
-        retries: how often a 503 is tried again, after `Retry-After` and a random back-off.
-        max_wait: seconds to wait between tries in all; what would take longer is given up at once.
-        timeout: seconds for a connection, and for each read and write.
-        api_key: one of the service's, where it asks for one.
-        transport, sleep: what sends and what waits, for tests.
+    `body` are arguments of `httpx.Client.build_request`; None: it is a GET.
     """
+
+    path: str
+    read: Callable[[bytes], Answer]
+    body: Mapping[str, Any] | None = None
+    retried: bool = True
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        """Build the request."""
+        return http.build_request("POST" if self.body else "GET", self.path, **self.body or {})
+
+    def parse(self, response: httpx.Response) -> Answer:
+        """Read the answer of a successful response."""
+        return _parse(self.read, response.content, f"{response.url} did not answer")
+
+
+class Calls:
+    """What can be asked of the service: the methods of both clients."""
+
+    @staticmethod
+    def predict(images: Images, **target: Unpack[Target]) -> Call[schemas.PredictResponse]:
+        """Classify images in eval mode."""
+        return _post("predict", schemas.PredictResponse, images, target)
+
+    @staticmethod
+    def uncertainty(
+        images: Images, **options: Unpack[Sampling]
+    ) -> Call[schemas.UncertaintyResponse]:
+        """Classify images with many thinned networks: mean, variance, sources of uncertainty."""
+        return _post("uncertainty", schemas.UncertaintyResponse, images, options)
+
+    @staticmethod
+    def compare(images: Images, **options: Unpack[Comparing]) -> Call[schemas.CompareResponse]:
+        """Run images in eval mode and, `passes` times, in train mode."""
+        return _post("compare", schemas.CompareResponse, images, options)
+
+    @staticmethod
+    def models() -> Call[schemas.ModelList]:
+        """List the models that are served."""
+        return _get("/v1/models", schemas.ModelList)
+
+    @staticmethod
+    def model(name: str, version: int | None = None) -> Call[schemas.ModelDetails]:
+        """Describe a model: its classes, input, dropout sites and evaluation."""
+        return _get(_model_path(name, version), schemas.ModelDetails)
+
+    @staticmethod
+    def examples(name: str, version: int | None = None) -> Call[schemas.ExampleList]:
+        """List the test images that are stored with a model."""
+        return _get(_model_path(name, version, "examples"), schemas.ExampleList)
+
+    @staticmethod
+    def example(name: str, version: int, number: int) -> Call[bytes]:
+        """Fetch one of a version's test images, counted from 0: a PNG that can be sent back."""
+        return Call(_model_path(name, version, f"examples/{number}"), bytes)
+
+    @staticmethod
+    def metrics() -> Call[str]:
+        """Fetch what Prometheus would, in its text format."""
+        return Call("/metrics", bytes.decode)
+
+    @staticmethod
+    def readiness() -> Call[schemas.Readiness]:
+        """Fetch which versions are ready and which are refused; a 503 is `Overloaded` at once."""
+        return _get("/readyz", schemas.Readiness, retried=False)
+
+
+def _get(path: str, schema: type[Schema], *, retried: bool = True) -> Call[Schema]:
+    return Call(path, schema.model_validate_json, retried=retried)
+
+
+def _stream(image: Image, options: Mapping[str, object]) -> Call[schemas.UncertaintyResponse]:
+    if isinstance(image, Sequence) and not isinstance(image, bytes):
+        raise ValueError(f"give one image: {_KINDS}")  # noqa: TRY004  as for none
+    return _post("uncertainty/stream", schemas.UncertaintyResponse, image, options)
+
+
+def _post(
+    action: str, schema: type[Schema], images: Images, options: Mapping[str, object]
+) -> Call[Schema]:
+    """Describe a POST: one image is the body itself, several are parts of a form."""
+    options = dict(options)
+    path = _model_path(options.pop("model", None), options.pop("version", None), action)
+    listed = [images] if isinstance(images, bytes) or not isinstance(images, Sequence) else images
+    if not listed:
+        raise ValueError(f"give at least one image: {_KINDS}")
+    files = [(image := _file(x), _content_type(image)) for x in listed]
+    body: dict[str, Any] = {
+        "params": {k: str(v).lower() for k, v in options.items() if v is not None}
+    }
+    if len(files) == 1:
+        body["content"], body["headers"] = files[0][0], {"Content-Type": files[0][1]}
+    else:
+        body["files"] = [("file", (f"image-{i}", *file)) for i, file in enumerate(files)]
+    return Call(path, schema.model_validate_json, body)
+
+
+def _model_path(model: object, version: object, action: str = "") -> str:
+    if model is None and version is not None:
+        raise ValueError("a version is one of a model: name the model as well")
+    if not str(model).strip("."):
+        raise errors.NotFound("no model has an empty name, or one of dots alone")
+    path = "" if model is None else f"/v1/models/{quote(str(model), safe='')}"
+    path += "" if version is None else f"/versions/{version}"
+    return f"{path}/{action}".rstrip("/")
+
+
+def _file(image: object) -> bytes:
+    """Return the file of an image; a path that is of no image is refused by its name."""
+    if isinstance(image, bytes):
+        return image
+    if hasattr(image, "getexif") or hasattr(image, "dtype"):
+        return _png(image)
+    if not isinstance(image, Path):
+        raise ValueError(f"give at least one image: {_KINDS}")  # noqa: TRY004  as for none
+    data = image.read_bytes()
+    if not data:
+        raise errors.MalformedRequest(f"{image}: an empty file")
+    if _content_type(data) == "application/octet-stream":
+        raise errors.UnsupportedMediaType(f"{image}: no PNG, JPEG or WebP image")
+    return data
+
+
+def _png(pixels: Any) -> bytes:  # noqa: ANN401  of NumPy or Pillow, which are not loaded here
+    """Have Pillow write pixels as a PNG, turned as their EXIF says and without EXIF."""
+    from PIL import Image, ImageOps
+
+    if hasattr(pixels, "dtype"):
+        channels = (*pixels.shape, 1)[2] if pixels.ndim in (2, 3) else 0
+        if pixels.dtype != "uint8" or channels not in (1, 3, 4) or 0 in pixels.shape:
+            raise ValueError(
+                "an array of pixels must be uint8 from 0 to 255, H x W or H x W x C with C 1, 3 or "
+                f"4 (several are a list), not {pixels.dtype} {' x '.join(map(str, pixels.shape))}"
+            )
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+    elif pixels.mode[0] in "IF":
+        raise ValueError(f"an image of mode {pixels.mode} has no 8 bits a channel: convert it")
+    else:
+        image = ImageOps.exif_transpose(pixels)
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        image = image.convert("RGBA" if image.mode[-1] in "aA" else "RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=b"", compress_level=1)
+    return file.getvalue()
+
+
+def _content_type(image: bytes) -> str:
+    """Name the format by its first bytes; the service refuses what is not known."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "image/webp"
+    if image.startswith(b"\x89PNG"):
+        return "image/png"
+    return "image/jpeg" if image.startswith(b"\xff\xd8\xff") else "application/octet-stream"
+
+
+class _Backoff:
+    """Decides how long to wait after each response to one call."""
+
+    def __init__(self, retries: int, max_wait: float) -> None:
+        self._delays = [_FIRST_BACKOFF * 2.0**i for i in reversed(range(retries))]
+        self._left = max_wait
+
+    def after(self, response: httpx.Response) -> float:
+        """Return the seconds to wait before the next try; where there is none, raise the error."""
+        asked: str = response.headers.get("Retry-After", "")
+        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE and self._delays:
+            jitter = random.uniform(0.5, 1)  # noqa: S311  so that clients do not return together
+            delay = self._delays.pop() * jitter + (float(asked) if asked.isdecimal() else 0.0)
+            self._left -= delay
+            if self._left >= 0:
+                return delay
+        error = errors.error_for(
+            response.status_code, f"{response.status_code} {response.reason_phrase}".strip()
+        )
+        error.request_id = response.headers.get("X-Request-ID")
+        with suppress(ValidationError):  # of a proxy's page, perhaps
+            problem = schemas.Problem.model_validate_json(response.content)
+            error.args, error.request_id = (problem.detail,), problem.request_id
+        error.headers = {"retry-after": asked} if asked else {}
+        raise error
+
+
+class _EventReader:
+    """Splits a stream of server-sent events, which arrives in chunks of any size, into events."""
+
+    def __init__(self) -> None:
+        self._rest, self._ended = b"", False
+
+    def feed(self, chunk: bytes) -> Iterator[StreamEvent]:
+        """Yield the events that a chunk completes; raise the error that the service sent."""
+        self._rest += chunk.replace(b"\r", b"")  # JSON has none of its own
+        *whole, self._rest = self._rest.split(b"\n\n")
+        for block in whole:
+            fields = dict(line.split(b": ", 1) for line in block.splitlines() if b": " in line)
+            kind, data = fields.get(b"event", b"").decode(), fields.get(b"data", b"")
+            if kind == "error":
+                read = schemas.Problem.model_validate_json
+                problem = _parse(read, data, "the stream failed, and ended")
+                error = errors.error_for(problem.status, problem.detail)
+                error.request_id = problem.request_id
+                raise error
+            if kind in EVENTS:  # else a comment, or an event of a newer service
+                event: Callable[[bytes], StreamEvent] = EVENTS[kind].model_validate_json
+                yield _parse(event, data, "the stream did not go on")
+                self._ended = kind == "end"
+
+    def finish(self) -> None:
+        """Raise `Unreachable` if the stream broke off before its last event."""
+        if not self._ended:
+            raise errors.Unreachable("the stream broke off: the service stopped, or a proxy cut it")
+
+
+def _parse(read: Callable[[bytes], Answer], data: bytes, otherwise: str) -> Answer:
+    try:
+        return read(data)
+    except (ValidationError, UnicodeDecodeError) as error:
+        expected = error.title if isinstance(error, ValidationError) else "text"
+        raise errors.ServerError(
+            f"{otherwise} with a {expected}: is it Dropserve, of this version?"
+        ) from error
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Turn what httpx raises where no answer comes into `Unreachable`."""
+    try:
+        yield
+    except (httpx.RequestError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise errors.Unreachable(
+            f"no answer from {url} ({reason}): is it running? `dropserve serve` starts it"
+        ) from error
+
+
+def base_url(url: str) -> str:
+    """Return a service's address; a ValueError if it does not begin with http:// or https://."""
+    scheme, separator, _ = url.partition("://")
+    if not separator or "/" in scheme:
+        raise ValueError(f"{url!r} has no scheme: did you mean http://{url}?")
+    if scheme.lower() not in ("http", "https"):
+        raise ValueError(f"{url!r} begins with {scheme}://, and not with http:// or https://")
+    return url
+
+
+def credentials(api_key: str | None) -> dict[str, str]:
+    """Return the headers that carry a key; a ValueError, without the key, if none can."""
+    if api_key is None:
+        return {}
+    if not api_key.isascii() or not api_key.isprintable() or api_key != api_key.strip():
+        raise ValueError("an API key is printable ASCII, without spaces around it")
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+def _sync(
+    describe: Callable[P, Call[Answer]],
+) -> "Callable[Concatenate[DropserveClient, P], Answer]":
+    @wraps(describe)
+    def method(self: "DropserveClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        call = describe(*args, **kwargs)
+        return call.parse(self._send(call))
+
+    return method
+
+
+def _async(
+    describe: Callable[P, Call[Answer]],
+) -> "Callable[Concatenate[AsyncDropserveClient, P], Awaitable[Answer]]":
+    @wraps(describe)
+    async def method(self: "AsyncDropserveClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        call = describe(*args, **kwargs)
+        return call.parse(await self._send(call))
+
+    return method
+
+
+class _Client(Generic[Http, Transport, Sleep]):
+    """The connections of either client."""
+
+    _http_class: Callable[..., Http]
 
     def __init__(
         self,
@@ -90,75 +380,65 @@ class DropserveClient:
         max_wait: float = 30.0,
         timeout: float = 60.0,
         api_key: str | None = None,
-        transport: httpx.BaseTransport | None = None,
-        sleep: Callable[[float], object] = time.sleep,
+        transport: Transport | None = None,
+        sleep: Sleep | None = None,
     ) -> None:
-        with reaching(url):
-            self._http = httpx.Client(
-                base_url=base_url(url),
-                timeout=timeout,
-                transport=transport,
-                headers=credentials(api_key),
-            )
+        options = {"base_url": base_url(url), "timeout": timeout, "headers": credentials(api_key)}
+        with _reaching(url):
+            self._http = self._http_class(transport=transport, **options)
         self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
 
-    def predict(self, images: Images, **target: Unpack[Target]) -> schemas.PredictResponse:
-        """Classify images in eval mode."""
-        return self._answer(post("predict", schemas.PredictResponse, images, target))
 
-    def uncertainty(self, images: Images, **how: Unpack[Sampling]) -> schemas.UncertaintyResponse:
-        """Classify images with many thinned networks: mean, variance, and where doubt is from."""
-        return self._answer(post("uncertainty", schemas.UncertaintyResponse, images, how))
+class DropserveClient(_Client[httpx.Client, httpx.BaseTransport, Callable[[float], object]]):
+    """Talks to a running service; `with` closes its connections.
 
-    def uncertainty_stream(self, image: Image, **how: Unpack[Streaming]) -> Iterator[StreamEvent]:
-        """Stream one image's thinned networks as they run: a start, the samples, an end.
+    Methods raise a `DropserveError`: `Unreachable` where no answer came, else the one that the
+    answer's status stands for, with its `request_id`; `OSError` where a path cannot be read, and
+    `ValueError` for what is no image and for a version without a model.
 
-        Leaving the loop over it early gives the work up.
+    Args:
+        url: where the service listens, http:// or https://.
+        retries: how often a 503 is tried again, after `Retry-After` and a random back-off.
+        max_wait: seconds to wait between tries in all; a longer wait is given up at once.
+        timeout: seconds for a connection, and for each read and write.
+        api_key: one of the service's, where it asks for one.
+        transport, sleep: what sends and what waits, for tests.
+    """
+
+    _http_class = httpx.Client
+    predict = _sync(Calls.predict)
+    uncertainty = _sync(Calls.uncertainty)
+    compare = _sync(Calls.compare)
+    models = _sync(Calls.models)
+    model = _sync(Calls.model)
+    examples = _sync(Calls.examples)
+    example = _sync(Calls.example)
+    metrics = _sync(Calls.metrics)
+    readiness = _sync(Calls.readiness)
+
+    def uncertainty_stream(
+        self, image: Image, **options: Unpack[Streaming]
+    ) -> Iterator[StreamEvent]:
+        """Yield one image's thinned networks as they run: a start, the samples, an end.
+
+        Leaving the loop over it early cancels the work.
         """
-        reader = EventReader()
-        with reaching(self._url), closing(self._send(stream(image, how))) as response:
-            for piece in response.iter_bytes():
-                yield from reader.feed(piece)
+        reader, call = _EventReader(), _stream(image, options)
+        with _reaching(self._url), closing(self._send(call, stream=True)) as response:
+            for chunk in response.iter_bytes():
+                yield from reader.feed(chunk)
         reader.finish()
 
-    def compare(self, images: Images, **how: Unpack[Comparing]) -> schemas.CompareResponse:
-        """Run images in eval mode and, `passes` times, in train mode."""
-        return self._answer(post("compare", schemas.CompareResponse, images, how))
-
-    def models(self) -> schemas.ModelList:
-        """List the models that are served."""
-        return self._answer(get("/v1/models", schemas.ModelList))
-
-    def model(self, name: str, version: int | None = None) -> schemas.ModelDetails:
-        """Describe a model: its classes, input, dropout sites and evaluation."""
-        return self._answer(get(model_path(name, version), schemas.ModelDetails))
-
-    def examples(self, name: str, version: int | None = None) -> schemas.ExampleList:
-        """List the test pictures that a model brings along."""
-        return self._answer(get(model_path(name, version, "examples"), schemas.ExampleList))
-
-    def example(self, name: str, version: int, number: int) -> bytes:
-        """Fetch one of a version's, counted from 0: a PNG that can be sent back as it is."""
-        return self._answer(get_bytes(model_path(name, version, f"examples/{number}")))
-
-    def metrics(self) -> str:
-        """Fetch what Prometheus would, in its text format."""
-        return self._answer(get_text("/metrics"))
-
-    def readiness(self) -> schemas.Readiness:
-        """Fetch which versions are ready, and which are refused; one 503 is `Overloaded`."""
-        return self._answer(get("/readyz", schemas.Readiness, retried=False))
-
     def ready(self) -> bool:
-        """Say if the service is there and takes requests; where it is not is no error."""
+        """Say if the service is reachable and takes requests."""
         return self._succeeds("/readyz")
 
     def live(self) -> bool:
-        """Say if the service is there at all; where it is not is no error."""
+        """Say if the service is reachable."""
         return self._succeeds("/livez")
 
     def close(self) -> None:
-        """Close the connections; leaving a `with` block does the same."""
+        """Close the connections."""
         self._http.close()
 
     def __enter__(self) -> Self:
@@ -167,20 +447,15 @@ class DropserveClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def _answer(self, call: Call[Answer]) -> Answer:
-        return call.parse(self._send(call))
-
-    def _send(self, call: Call[Any]) -> httpx.Response:
-        backoff = Backoff(self._retries if call.retried else 0, self._max_wait)
+    def _send(self, call: Call[Any], *, stream: bool = False) -> httpx.Response:
+        backoff = _Backoff(self._retries if call.retried else 0, self._max_wait)
         while True:
-            with reaching(self._url):
-                response = self._http.send(call.request(self._http), stream=call.streamed)
+            with _reaching(self._url):
+                response = self._http.send(call.request(self._http), stream=stream)
                 if response.is_success:
                     return response
                 response.read()
-            if (delay := backoff.after(response)) is None:
-                raise error_of(response)
-            self._sleep(delay)
+            (self._sleep or time.sleep)(backoff.after(response))
 
     def _succeeds(self, path: str) -> bool:
         with suppress(httpx.RequestError):
@@ -188,92 +463,44 @@ class DropserveClient:
         return False
 
 
-class AsyncDropserveClient:
+class AsyncDropserveClient(
+    _Client[httpx.AsyncClient, httpx.AsyncBaseTransport, Callable[[float], Awaitable[object]]]
+):
     """`DropserveClient` for asyncio: the same arguments, methods, answers and errors."""
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        retries: int = 5,
-        max_wait: float = 30.0,
-        timeout: float = 60.0,
-        api_key: str | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-    ) -> None:
-        with reaching(url):
-            self._http = httpx.AsyncClient(
-                base_url=base_url(url),
-                timeout=timeout,
-                transport=transport,
-                headers=credentials(api_key),
-            )
-        self._url, self._retries, self._max_wait, self._sleep = url, retries, max_wait, sleep
-
-    async def predict(self, images: Images, **target: Unpack[Target]) -> schemas.PredictResponse:
-        """Classify images in eval mode."""
-        return await self._answer(post("predict", schemas.PredictResponse, images, target))
-
-    async def uncertainty(
-        self, images: Images, **how: Unpack[Sampling]
-    ) -> schemas.UncertaintyResponse:
-        """Classify images with many thinned networks: mean, variance, and where doubt is from."""
-        return await self._answer(post("uncertainty", schemas.UncertaintyResponse, images, how))
+    _http_class = httpx.AsyncClient
+    predict = _async(Calls.predict)
+    uncertainty = _async(Calls.uncertainty)
+    compare = _async(Calls.compare)
+    models = _async(Calls.models)
+    model = _async(Calls.model)
+    examples = _async(Calls.examples)
+    example = _async(Calls.example)
+    metrics = _async(Calls.metrics)
+    readiness = _async(Calls.readiness)
 
     async def uncertainty_stream(
-        self, image: Image, **how: Unpack[Streaming]
+        self, image: Image, **options: Unpack[Streaming]
     ) -> AsyncIterator[StreamEvent]:
-        """Stream one image's thinned networks as they run: a start, the samples, an end.
-
-        Closing it early (`contextlib.aclosing`) gives the work up.
-        """
-        reader = EventReader()
-        with reaching(self._url):
-            async with aclosing(await self._send(stream(image, how))) as response:
-                async for piece in response.aiter_bytes():
-                    for event in reader.feed(piece):
+        """Yield as `DropserveClient` does; `contextlib.aclosing` cancels the work early."""
+        reader, call = _EventReader(), _stream(image, options)
+        with _reaching(self._url):
+            async with aclosing(await self._send(call, stream=True)) as response:
+                async for chunk in response.aiter_bytes():
+                    for event in reader.feed(chunk):
                         yield event
         reader.finish()
 
-    async def compare(self, images: Images, **how: Unpack[Comparing]) -> schemas.CompareResponse:
-        """Run images in eval mode and, `passes` times, in train mode."""
-        return await self._answer(post("compare", schemas.CompareResponse, images, how))
-
-    async def models(self) -> schemas.ModelList:
-        """List the models that are served."""
-        return await self._answer(get("/v1/models", schemas.ModelList))
-
-    async def model(self, name: str, version: int | None = None) -> schemas.ModelDetails:
-        """Describe a model: its classes, input, dropout sites and evaluation."""
-        return await self._answer(get(model_path(name, version), schemas.ModelDetails))
-
-    async def examples(self, name: str, version: int | None = None) -> schemas.ExampleList:
-        """List the test pictures that a model brings along."""
-        return await self._answer(get(model_path(name, version, "examples"), schemas.ExampleList))
-
-    async def example(self, name: str, version: int, number: int) -> bytes:
-        """Fetch one of a version's, counted from 0: a PNG that can be sent back as it is."""
-        return await self._answer(get_bytes(model_path(name, version, f"examples/{number}")))
-
-    async def metrics(self) -> str:
-        """Fetch what Prometheus would, in its text format."""
-        return await self._answer(get_text("/metrics"))
-
-    async def readiness(self) -> schemas.Readiness:
-        """Fetch which versions are ready, and which are refused; one 503 is `Overloaded`."""
-        return await self._answer(get("/readyz", schemas.Readiness, retried=False))
-
     async def ready(self) -> bool:
-        """Say if the service is there and takes requests; where it is not is no error."""
+        """Say if the service is reachable and takes requests."""
         return await self._succeeds("/readyz")
 
     async def live(self) -> bool:
-        """Say if the service is there at all; where it is not is no error."""
+        """Say if the service is reachable."""
         return await self._succeeds("/livez")
 
     async def close(self) -> None:
-        """Close the connections; leaving a `with` block does the same."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:
@@ -282,20 +509,15 @@ class AsyncDropserveClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def _answer(self, call: Call[Answer]) -> Answer:
-        return call.parse(await self._send(call))
-
-    async def _send(self, call: Call[Any]) -> httpx.Response:
-        backoff = Backoff(self._retries if call.retried else 0, self._max_wait)
+    async def _send(self, call: Call[Any], *, stream: bool = False) -> httpx.Response:
+        backoff = _Backoff(self._retries if call.retried else 0, self._max_wait)
         while True:
-            with reaching(self._url):
-                response = await self._http.send(call.request(self._http), stream=call.streamed)
+            with _reaching(self._url):
+                response = await self._http.send(call.request(self._http), stream=stream)
                 if response.is_success:
                     return response
                 await response.aread()
-            if (delay := backoff.after(response)) is None:
-                raise error_of(response)
-            await self._sleep(delay)
+            await (self._sleep or asyncio.sleep)(backoff.after(response))
 
     async def _succeeds(self, path: str) -> bool:
         with suppress(httpx.RequestError):

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn."""
+"""Runs the application under uvicorn: in this process, or in several."""
 
 import os
 import signal
@@ -16,78 +16,43 @@ from dropserve.service.settings import Settings, environment_name
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_PATIENCE = 30
-"""Seconds until a worker that does not answer its parent is replaced. Importing torch on a machine
-that is busy takes longer than uvicorn's 5: workers were replaced for ever, and none began."""
-_KEEP_ALIVE = 75
-"""Seconds that a connection may rest: longer than clients and proxies let theirs (httpx 5, many
-load balancers 60). Whoever asks must be who closes it, or a request crosses the closing."""
-
 
 def serve(settings: Settings) -> None:
-    """Load the models, then serve until SIGTERM or SIGINT; open requests are let finish.
+    """Load the models, then serve until SIGTERM or SIGINT; open requests are finished.
 
-    Raises:
-        ModelStoreError: no model can be served, or not all that there is in a strict start. Nothing
-            was listened on.
-        ServerError: OpenTelemetry is not installed and should trace.
-        OSError: nor are there API keys in the file that should have them.
+    A ModelStoreError (no model can be served, or not all in a strict start), a ServerError (no
+    OpenTelemetry) or an OSError (no API keys) is raised before anything listens.
     """
     logs.configure(settings.log_level)
     if settings.api_keys_file is not None:
-        Keys(settings.api_keys_file)  # read for its errors: quicker than any model
+        Keys(settings.api_keys_file)  # for its errors, before the models are loaded
     if settings.tracing:
-        import dropserve.service.observability.tracing  # noqa: F401  read for its error, too
-    options = uvicorn_options(settings)
-    if settings.workers > 1:
-        _serve_with_workers(settings, options)
-        return
-    from dropserve.service.app import create_app  # only now, as importing PyTorch may log warnings
-    from dropserve.service.inference.inference import Inference
+        import dropserve.service.observability.tracing  # noqa: F401  for its error, too
+    from dropserve.service.inference.inference import Inference  # loads PyTorch, which may log
 
-    app = create_app(settings, Inference(settings))
-    server = uvicorn.Server(uvicorn.Config(app, **options))
+    inference, options = Inference(settings), uvicorn_options(settings)
+    if settings.workers > 1:  # this was to check the start: the workers do not
+        inference.close()
+        if inference.store.default is not None:  # a worker that starts later might find another
+            settings = settings.model_copy(update={"default_model": inference.store.default})
+        for name in settings.model_fields_set:
+            os.environ[environment_name(name)] = _as_text(getattr(settings, name))
+        with shared_folder():
+            uvicorn.run(
+                "dropserve.service.server:worker_app",
+                factory=True,
+                workers=settings.workers,
+                **options,
+            )
+        return
+    from dropserve.service.app import create_app
+
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, inference), **options))
     for stop in (signal.SIGTERM, signal.SIGINT):
         # uvicorn drains on these, then raises them again; by then the work is done: exit 0
         signal.signal(stop, lambda _signal, _frame: None)
     server.run()
     sys.exit(0 if server.started else 1)
-
-
-def uvicorn_options(settings: Settings) -> dict[str, Any]:
-    """Say how uvicorn is to run the application."""
-    from dropserve.service.fastpath.connection import Connection  # loads torch
-
-    return {
-        "host": settings.host,
-        "port": settings.port,
-        "loop": "uvloop",
-        "http": Connection if settings.fast_path and not settings.tracing else "httptools",
-        "ws": "none",
-        "access_log": False,
-        "proxy_headers": False,  # who sent a request is neither used nor logged
-        "log_config": None,
-        "server_header": False,
-        "timeout_worker_healthcheck": _PATIENCE,
-        "timeout_keep_alive": _KEEP_ALIVE,
-        "timeout_graceful_shutdown": settings.drain_seconds,
-    }
-
-
-def _serve_with_workers(settings: Settings, options: dict[str, Any]) -> None:
-    """Run several processes, each with its own models and queue."""
-    from dropserve.service.inference.inference import Inference
-
-    inference = Inference(settings)  # checks the start: workers do not, see `Repository`
-    inference.close()
-    if inference.store.default is not None:  # one that starts later might find another
-        settings = settings.model_copy(update={"default_model": inference.store.default})
-    for name in settings.model_fields_set:
-        os.environ[environment_name(name)] = _text(getattr(settings, name))
-    with shared_folder():
-        uvicorn.run(
-            "dropserve.service.server:worker_app", factory=True, workers=settings.workers, **options
-        )
 
 
 def worker_app() -> "FastAPI":
@@ -99,7 +64,32 @@ def worker_app() -> "FastAPI":
     return create_app(settings, line=StartupBarrier.of_this_worker(settings.workers))
 
 
-def _text(value: object) -> str:
+def uvicorn_options(settings: Settings) -> dict[str, Any]:
+    """Return how uvicorn is to run the application."""
+    from dropserve.service.fastpath.connection import Connection
+
+    fast = settings.fast_path and not settings.tracing  # spans are made by ASGI middleware
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "loop": "uvloop",
+        "http": Connection if fast else "httptools",
+        "ws": "none",
+        "access_log": False,
+        "proxy_headers": False,  # the client's address is neither used nor logged
+        "log_config": None,
+        "server_header": False,
+        # a worker that does not answer its parent is replaced: on a busy machine importing torch
+        # takes longer than uvicorn's 5 seconds, and workers were replaced before they had started
+        "timeout_worker_healthcheck": 30,
+        # longer than clients and proxies keep theirs (httpx 5, many load balancers 60): if the
+        # server closed a connection first, a request could cross the closing
+        "timeout_keep_alive": 75,
+        "timeout_graceful_shutdown": settings.drain_seconds,
+    }
+
+
+def _as_text(value: object) -> str:
     """Write a setting as its environment variable has it."""
     if isinstance(value, SecretStr):
         return value.get_secret_value()

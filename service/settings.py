@@ -13,7 +13,7 @@ PREFIX = "DROPSERVE_"
 
 
 class Settings(BaseSettings):
-    """Every field is `DROPSERVE_` and its name in capitals; an unknown one is an error."""
+    """Every field is read from `DROPSERVE_` and its name in capitals; unknown ones are errors."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
@@ -22,23 +22,17 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64, description="Server processes, each with the models.")
     checkpoints: Path = Field(Path("checkpoints"), description="Folder of <name>/<version>.")
     data_dir: Path = Field(Path("data"), description="Folder of datasets, for training.")
-    poll_seconds: float = Field(
-        5.0, gt=0, description="Seconds between looks for new versions of the models."
-    )
-    keep_versions: int = Field(
-        2, ge=0, description="Versions before a model's latest that stay callable."
-    )
+    poll_seconds: float = Field(5.0, gt=0, description="Seconds between scans for new versions.")
+    keep_versions: int = Field(2, ge=0, description="Older versions that stay callable.")
     admin_token: SecretStr | None = Field(
-        None, min_length=16, description="Lets its bearer load and unload models; none: nobody."
+        None, min_length=16, description="Loads and unloads models."
     )
     api_keys_file: Path | None = Field(
-        None, description="File of keys, one a line; requests other than probes must bring one."
+        None, description="File of keys, one a line; requests except probes must have one."
     )
-    api_key: SecretStr | None = Field(
-        None, description="Sent by the commands that ask a running service."
-    )
+    api_key: SecretStr | None = Field(None, description="Key that the commands send to a service.")
     default_model: str | None = Field(
-        None, description="Model that /predict means; needed where there are several."
+        None, description="Model of /predict; needed where there are several."
     )
     default_version: int | None = Field(
         None,
@@ -46,41 +40,30 @@ class Settings(BaseSettings):
         le=999_999_999,
         description="Version of the default model that answers; wins over a pin.",
     )
-    strict_start: bool = Field(
-        False, description="Do not start if a version or a pin in the folder is no good."
-    )
+    strict_start: bool = Field(False, description="Fail the start if a version or pin is invalid.")
     factories: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Factories, comma-separated, that checkpoints may call: "
         "package.module:factory or path/to/file.py:factory.",
     )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
-        "auto",
-        description="Of Monte Carlo dropout; auto measures both if the processor has bfloat16.",
+        "auto", description="Of Monte Carlo dropout; auto measures both and takes the faster."
     )
     threads: int = Field(1, ge=1, le=256, description="CPU threads of one worker's computations.")
     max_batch: int = Field(64, ge=1, le=4096, description="Images in one run of the network.")
     max_queue: int = Field(
-        1024, ge=1, description="Images waiting before more are refused with 503."
+        1024, ge=1, description="Images that may wait; more are refused with 503."
     )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Bytes of one request's body.")
-    max_held_bytes: int = Field(
-        64 * 2**20, ge=1024, description="Bytes of all bodies at once; more: 503."
-    )
+    max_held_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of all bodies at once.")
     max_pixels: int = Field(
-        64 * 10**6,
-        ge=1,
-        description="Pixels of one picture; 12 bytes each bound the memory of decoding.",
+        64 * 10**6, ge=1, description="Pixels of one image; decoding takes up to 12 bytes each."
     )
-    max_side: int = Field(16_384, ge=1, description="Pixels of one picture's longer side.")
-    max_images: int = Field(64, ge=1, le=1000, description="Pictures in one request.")
-    max_samples: int = Field(
-        1000, ge=1, le=1000, description="Samples of one /uncertainty, 1000 at most."
-    )
+    max_side: int = Field(16_384, ge=1, description="Pixels of one image's longer side.")
+    max_images: int = Field(64, ge=1, le=1000, description="Images in one request.")
+    max_samples: int = Field(1000, ge=1, le=1000, description="Samples of one /uncertainty.")
+    fast_path: bool = Field(True, description="Answer small PNG requests at the socket.")
     body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
-    fast_path: bool = Field(
-        True, description="Answer small-PNG requests without ASGI; off, the answers are the same."
-    )
     drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")
     tracing: bool = Field(
         False,
@@ -99,7 +82,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_unknown(self) -> Self:
-        """Refuse a misspelt variable, which would be ignored to its deployer's surprise."""
+        """Refuse a misspelt variable, which would otherwise be ignored."""
         known = {environment_name(name) for name in type(self).model_fields}
         unknown = {name for name in os.environ if name.upper().startswith(PREFIX)} - known
         if unknown:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _START_SECONDS, _STOP_SECONDS = 180.0, 10.0
 
@@ -82,10 +84,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + _STOP_SECONDS
-    while (left := _descendants(os.getpid())) and time.monotonic() < deadline:
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        for child in left:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -95,18 +97,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _adopt_orphans() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _descendants(root: int) -> list[int]:
-    """Find every process below `root`: Linux alone, elsewhere the process group has to do."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            # the name, in brackets, may hold anything; state and parent follow it
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found, wave = [], [root]
-    while wave:
-        wave = [child for pid in wave for child in children.get(pid, [])]
-        found += wave
-    return found

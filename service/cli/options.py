@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from dropserve.service.calls import base_url, credentials
 from dropserve.service.cli.terminal import Refused
-from dropserve.service.client import DropserveClient
+from dropserve.service.client import DropserveClient, base_url, credentials
 from dropserve.service.errors import DropserveError, NotFound
 from dropserve.service.schemas import ModelDetails
 from dropserve.service.settings import Settings, environment_name

@@ -26,9 +26,10 @@ from dropserve.service.errors import DropserveError, NotFound, Overloaded
 from dropserve.service.http.images import SMALL_PNG_BYTES, decode, is_small_png
 from dropserve.service.http.keys import KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
-from dropserve.service.http.request_log import CLIENT_CLOSED, RequestLog, record, request_id
+from dropserve.service.http.request_log import RequestLog, record, request_id
 from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.inference.decoder import Pixels
+from dropserve.service.observability.metrics import CLIENT_CLOSED
 
 if TYPE_CHECKING:
     from asyncio import Future, TimerHandle

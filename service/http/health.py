@@ -39,7 +39,7 @@ async def readyz(request: Request) -> Readiness:
 async def metrics(request: Request) -> Response:
     """What the service has done and does, for Prometheus; all workers together."""
     found = request.app.state.metrics
-    found.pour(inference_of(request))
+    found.flush(inference_of(request))
     accept = request.headers.get("accept", "")
     content, content_type = await run_in_threadpool(found.write, accept)
     return Response(content, headers={"content-type": content_type})

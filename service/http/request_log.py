@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,12 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError
 from dropserve.service.http.routes import JsonResponse
 from dropserve.service.observability.logs import FIELDS
-
-if TYPE_CHECKING:
-    from dropserve.service.observability.metrics import Metrics
+from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
 
 REQUEST_ID = b"x-request-id"
-CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _log = logging.getLogger("dropserve.requests")
 
@@ -129,11 +126,11 @@ def problem(status: int, detail: str, request_id: str) -> dict[str, object]:
     }
 
 
-def record(metrics: "Metrics", line: dict[str, Any], started: float) -> None:
+def record(metrics: Metrics, line: dict[str, Any], started: float) -> None:
     """Log a request that started at this `time.perf_counter()`, and count it."""
     seconds = time.perf_counter() - started
-    key = (line["route"] or "other", line.get("model", ""), line.get("version", ""), line["status"])
-    metrics.requests[key].append(seconds)
+    model, version = line.get("model", ""), line.get("version", "")
+    metrics.request(line["route"] or "other", model, version, line["status"], seconds)
     if line.get("reason"):
         metrics.shed(line["reason"])
     if _log.isEnabledFor(logging.INFO):

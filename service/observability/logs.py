@@ -12,16 +12,13 @@ from typing import Any
 
 import orjson
 
-FIELDS = "fields"
-"""Name under which a record carries its structured fields: `extra={FIELDS: {...}}`."""
-
+FIELDS = "fields"  # attribute of a record with its own fields: `extra={FIELDS: {...}}`
 _context: ContextVar[Mapping[str, object] | None] = ContextVar("_context", default=None)
-_warnings = logging.getLogger("py.warnings")
 
 
 @contextmanager
 def context(**fields: object) -> Iterator[None]:
-    """Add fields to all that this thread logs and warns of inside the block."""
+    """Add fields to every line that this thread logs inside the block, warnings included."""
     token = _context.set({**(_context.get() or {}), **fields})
     try:
         yield
@@ -30,13 +27,13 @@ def context(**fields: object) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one line of JSON."""
+    """Formats a record as one line of JSON: time, level, logger, message, its own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return time, level, logger, message and the record's own fields."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        """Return the line."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -52,10 +49,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Log this process in lines of JSON from now on, what Python and PyTorch warn of as well."""
+    """Log this process as lines of JSON, uvicorn and the warnings of Python and PyTorch too."""
     logging.config.dictConfig(config(level))
     warnings.showwarning = _log_warning
-    # Pillow warns of damaged metadata, in words that vary with it: they would pile up
+    # Pillow's warnings about damaged metadata vary in their text: they would pile up
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -67,23 +64,18 @@ def _log_warning(
     file: object = None,  # noqa: ARG001  with `line`, what Python passes
     line: str | None = None,  # noqa: ARG001
 ) -> None:
-    where = f"{filename}:{lineno}"
-    _warnings.warning(str(message), extra={FIELDS: {"kind": category.__name__, "where": where}})
+    fields = {"kind": category.__name__, "where": f"{filename}:{lineno}"}
+    logging.getLogger("py.warnings").warning(str(message), extra={FIELDS: fields})
 
 
 def config(level: str) -> dict[str, Any]:
-    """Return a `logging.config.dictConfig` that sends everything, uvicorn's too, through it."""
+    """Return the `logging.config.dictConfig`."""
+    stream = {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": JsonFormatter}},
-        "handlers": {
-            "stdout": {
-                "class": "logging.StreamHandler",
-                "formatter": "json",
-                "stream": "ext://sys.stdout",
-            }
-        },
+        "handlers": {"stdout": stream},
         "loggers": {"python_multipart": {"level": "ERROR"}},  # it warns of each bad request
         "root": {"handlers": ["stdout"], "level": level.upper()},
     }

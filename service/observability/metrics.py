@@ -1,203 +1,193 @@
-"""What /metrics says about one application, for Prometheus.
+"""What /metrics reports about one application, for Prometheus.
 
-What happens is written down in plain lists, 0.3 us an event, and poured into prometheus_client's
-metrics twice a second and before each answer: counting each event there would cost ten times as
-much. With several workers each pours into files of its own, and whichever is asked adds them up.
+Observations are appended to plain lists (0.3 us each) and flushed into prometheus_client's metrics
+twice a second and before each answer: counting each one there would cost ten times as much. Every
+worker writes files of its own; the one that answers /metrics adds them up.
 """
 
 import asyncio
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from dropserve.service.http.request_log import CLIENT_CLOSED
-from dropserve.service.inference.classifier import Answer, Predict, Task, Uncertainty
-from dropserve.service.inference.workers import METRICS_FOLDER, lives
+from dropserve.service.errors import Reason
 
-if TYPE_CHECKING:
-    from dropserve.service.inference.inference import Inference
-
-_Key = TypeVar("_Key", bound=tuple[object, ...])
-_log = logging.getLogger("dropserve.metrics")
-PULSE = 0.5
-"""Seconds that another worker's figures may lag behind."""
+CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
+REASONS = get_args(Reason)
+FLUSH_SECONDS = 0.5
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-"""Of requests: the buckets of OpenTelemetry's http.server.request.duration."""
+"""Buckets of request durations: those of OpenTelemetry's http.server.request.duration."""
 _WAITS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1)
 _NATS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1)
+_log = logging.getLogger("dropserve.metrics")
 
 
-class _Distribution(Histogram):
-    """A histogram that takes many values at once."""
+class _Store(Protocol):
+    """The models; iterating yields the names that are served."""
 
-    def observe_all(self, values: Sequence[float]) -> None:
-        """Observe each of the values."""
-        places = np.searchsorted(self._upper_bounds, values)  # the first bound >= value
-        self._sum.inc(float(np.sum(values, dtype=np.float64)))
-        for place, count in enumerate(np.bincount(places).tolist()):
-            if count:
-                self._buckets[place].inc(count)
+    @property
+    def loads(self) -> Mapping[tuple[str, str], int]: ...  # by model and "loaded" or "refused"
+    def __iter__(self) -> Iterator[str]: ...
+    def versions(self, name: str) -> Collection[int]: ...
+    def models(self) -> Collection[str]: ...
+    def state(self, name: str) -> Mapping[str, Any]: ...
 
 
-class _Events(defaultdict[_Key, list[float]]):
-    """Values not poured yet, a list a set of labels. One thread pours, and any may append."""
+class _Source(Protocol):
+    """Whose present state the gauges report."""
+
+    @property
+    def queued(self) -> int: ...
+    @property
+    def store(self) -> _Store: ...
+
+
+class _Buffer(defaultdict[tuple[Any, ...], list[float]]):
+    """Observations not flushed yet, by their labels. One thread drains, any thread may append."""
 
     def __init__(self) -> None:
         super().__init__(list)
 
-    def take(self) -> Iterator[tuple[_Key, list[float]]]:
-        """Take out what is there."""
-        for key, values in list(self.items()):
+    def drain(self) -> Iterator[tuple[tuple[Any, ...], list[float]]]:
+        """Take out and yield what is there."""
+        for labels, values in list(self.items()):
             taken = values[:]
-            del values[: len(taken)]  # what another thread has appended since stays
+            del values[: len(taken)]  # what another thread has appended since then stays
             if taken:
-                yield key, taken
+                yield labels, taken
+
+
+class _Histogram(Histogram):
+    """A histogram that observes many values at once."""
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        buckets = np.searchsorted(self._upper_bounds, values)  # the first bound >= value
+        self._sum.inc(float(np.sum(values, dtype=np.float64)))
+        for bucket, count in enumerate(np.bincount(buckets).tolist()):
+            if count:
+                self._buckets[bucket].inc(count)
 
 
 class Metrics:
-    """The metrics of one application, and where what happens is written down.
-
-    Attributes:
-        requests: seconds by route, model, version and status.
-    """
+    """Records what happens to one application, and writes it for Prometheus."""
 
     def __init__(self) -> None:
-        registry = CollectorRegistry()
-        folder = os.environ.get(METRICS_FOLDER)
+        registry = self._exposed = CollectorRegistry()
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # prometheus_client writes there, too
         self._folder = Path(folder) if folder else None
-        self._exposed = registry
-        if self._folder is not None:
+        if folder:
             self._exposed = CollectorRegistry()
             MultiProcessCollector(self._exposed, folder)  # type: ignore[no-untyped-call]
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"dropserve_{name}", text, labels, registry=registry)
+        counter = partial(Counter, namespace="dropserve", registry=registry)
+        histogram = partial(_Histogram, namespace="dropserve", registry=registry)
+        gauge = partial(Gauge, namespace="dropserve", registry=registry)
+        total = partial(gauge, multiprocess_mode="livesum")  # of all workers
+        largest = partial(gauge, multiprocess_mode="livemax")
+        smallest = partial(gauge, multiprocess_mode="livemin")
 
-        def gauge(name: str, text: str, *labels: str, of: Any = "livesum") -> Gauge:  # noqa: ANN401
-            return Gauge(f"dropserve_{name}", text, labels, registry=registry, multiprocess_mode=of)
-
-        def histogram(
-            name: str, text: str, *labels: str, buckets: Sequence[float]
-        ) -> _Distribution:
-            return _Distribution(
-                f"dropserve_{name}", text, labels, registry=registry, buckets=buckets
-            )
-
-        self._requests = counter(
-            "requests_total", "Requests answered.", "route", "model", "version", "status"
-        )
-        self._seconds = histogram(
-            "request_duration_seconds",
-            "From a request's first line to the end of its answer.",
-            *("route", "model", "status"),
-            buckets=SECONDS,
-        )
-        self._shed = counter("shed_total", "Requests answered 503.", "reason")
+        labels = ["route", "model", "version", "status"]
+        self._requests = counter("requests_total", "Requests answered.", labels)
+        text = "From a request's first line to the end of its answer."
+        labels = ["route", "model", "status"]
+        self._seconds = histogram("request_duration_seconds", text, labels, buckets=SECONDS)
+        self._shed = counter("shed_total", "Requests refused with 503.", ["reason"])
+        for reason in REASONS:
+            self._shed.labels(reason)  # so that it is 0, not absent, until it happens
         self._cancelled = counter("cancelled_total", "Requests whose client went away.")
-        self._waits = histogram(
-            "queue_wait_seconds", "From the queue to a batch.", "task", buckets=_WAITS
-        )
-        self._batches = histogram("batch_images", "Images of a batch.", "task", buckets=_IMAGES)
-        self._depth = gauge("queue_images", "Images in the queue.")
-        self._samples = counter("samples_total", "Monte Carlo samples times images.", "model")
-        self._confidence = histogram(
-            "confidence", "Probability of the label.", "model", "task", buckets=_CONFIDENCE
-        )
-        self._information = histogram(
-            "mutual_information_nats", "Doubt of the model itself.", "model", buckets=_NATS
-        )
-        self._loads = counter("model_loads_total", "Versions loaded or refused.", "model", "result")
-        self._latest = gauge(
-            "model_version", "Version that answers where none is named.", "model", of="livemin"
-        )
-        self._loaded = gauge("model_loaded", "Workers that serve it.", "model", "version")
-        self._refused = gauge("model_refused_versions", "Not served.", "model", of="livemax")
-        self._changed = gauge(
-            "model_changed_versions", "Served from memory.", "model", of="livemax"
-        )
-        self._pin_failed = gauge(
-            "model_pin_failed", "Whether another than the pinned answers.", "model", of="livemax"
-        )
-        gauge("workers", "Processes that serve.").set(1)
-        gauge("info", "The release.", "version", of="livemax").labels(version("dropserve")).set(1)
 
-        self.requests: _Events[tuple[str, str, object, int]] = _Events()
-        self._waited: _Events[tuple[str]] = _Events()
-        self._sizes: _Events[tuple[str]] = _Events()
-        self._drawn: _Events[tuple[str]] = _Events()
-        self._confidences: _Events[tuple[str, str]] = _Events()
-        self._informations: _Events[tuple[str]] = _Events()
-        self._counted: dict[tuple[str, str], int] = {}
+        text = "From the queue to a batch."
+        self._waits = histogram("queue_wait_seconds", text, ["task"], buckets=_WAITS)
+        self._sizes = histogram("batch_images", "Images of a batch.", ["task"], buckets=_IMAGES)
+        self._queued = total("queue_images", "Images in the queue.")
+        self._samples = counter("samples_total", "Monte Carlo samples times images.", ["model"])
+        text, labels = "Probability of the label.", ["model", "task"]
+        self._confidence = histogram("confidence", text, labels, buckets=_CONFIDENCE)
+        text = "Uncertainty of the model."
+        self._information = histogram("mutual_information_nats", text, ["model"], buckets=_NATS)
+
+        text, labels = "Versions loaded or refused.", ["model", "result"]
+        self._loads = counter("model_loads_total", text, labels)
+        self._loaded = total("model_loaded", "Workers that serve it.", ["model", "version"])
+        text = "Version that answers where none is named."
+        self._latest = smallest("model_version", text, ["model"])
+        self._refused = largest("model_refused_versions", "Not served.", ["model"])
+        self._changed = largest("model_changed_versions", "Served from memory.", ["model"])
+        text = "Whether another than the pinned answers."
+        self._pin_failed = largest("model_pin_failed", text, ["model"])
+        total("workers", "Processes that serve.").set(1)
+        largest("info", "The release.", ["version"]).labels(version("dropserve")).set(1)
+
+        self._pending = _Buffer()  # by histogram and its labels
+        self.requests = _Buffer()  # seconds by route, model, version and status
+        self._counted_loads: dict[tuple[str, str], int] = {}
         self._served: set[tuple[str, int]] = set()
         self._models: set[str] = set()
 
+    def request(self, route: str, model: str, version: object, status: int, seconds: float) -> None:
+        """Record an answered request; model and version are "" where it did not reach one."""
+        self.requests[route, model, version, status].append(seconds)
+
     def shed(self, reason: str) -> None:
-        """Count a request that was answered 503."""
+        """Count a request that is refused with 503."""
         self._shed.labels(reason).inc()
 
     def batch(self, task: str, images: int, waits: Sequence[float]) -> None:
-        """Note a batch as it starts, and the seconds that its requests waited for it."""
-        self._waited[(task,)] += waits
-        self._sizes[(task,)].append(images)
+        """Record a batch as it starts, and the seconds that its requests waited for it."""
+        self._pending[self._waits, task] += waits
+        self._pending[self._sizes, task].append(images)
 
-    def answered(self, model: str, task: Task, answers: Sequence[Answer | Exception]) -> None:
-        """Note the answers to a batch of one task."""
+    def answered(
+        self, model: str, task: object, answers: Sequence[Mapping[str, Any] | Exception]
+    ) -> None:
+        """Record the answers to a batch of one task: `samples` is an attribute of it, or absent."""
         predictions = [
             p for answer in answers if isinstance(answer, Mapping) for p in answer["predictions"]
         ]
-        if isinstance(task, Predict):
-            self._confidences[model, "predict"] += [p["probability"] for p in predictions]
-        elif isinstance(task, Uncertainty):
-            self._drawn[(model,)].append(task.samples * len(predictions))
-            self._confidences[model, "uncertainty"] += [p["mean"][p["index"]] for p in predictions]
-            self._informations[(model,)] += [p["mutual_information"] for p in predictions]
+        if samples := getattr(task, "samples", 0):
+            self._samples.labels(model).inc(samples * len(predictions))
+            confidence = [p["mean"][p["index"]] for p in predictions]
+            self._pending[self._confidence, model, "uncertainty"] += confidence
+            information = [p["mutual_information"] for p in predictions]
+            self._pending[self._information, model] += information
+        elif predictions and "probability" in predictions[0]:
+            confidence = [p["probability"] for p in predictions]
+            self._pending[self._confidence, model, "predict"] += confidence
 
-    async def keep_up(self, inference: "Inference") -> None:
-        """Pour twice a second, until cancelled."""
+    async def flush_loop(self, source: _Source) -> None:
+        """Flush twice a second, until cancelled."""
         while True:
             try:
-                self.pour(inference)
-            except Exception:  # the next time may do better, and requests must not end with it
+                self.flush(source)
+            except Exception:  # it is tried again, and requests must not fail for it
                 _log.exception("metrics are late")
-            await asyncio.sleep(PULSE)
+            await asyncio.sleep(FLUSH_SECONDS)
 
-    def pour(self, inference: "Inference") -> None:
+    def flush(self, source: _Source) -> None:
         """Bring the metrics up to date; on the event loop alone."""
-        for (route, model, number, status), seconds in self.requests.take():
+        for (route, model, number, status), seconds in self.requests.drain():
             self._requests.labels(route, model, number, status).inc(len(seconds))
             self._seconds.labels(route, model, status).observe_all(seconds)
             if status == CLIENT_CLOSED:
                 self._cancelled.inc(len(seconds))
-        for (model,), samples in self._drawn.take():
-            self._samples.labels(model).inc(sum(samples))
-        events: list[tuple[_Distribution, _Events[Any]]] = [
-            (self._waits, self._waited),
-            (self._batches, self._sizes),
-            (self._confidence, self._confidences),
-            (self._information, self._informations),
-        ]
-        for histogram, waiting in events:
-            for labels, values in waiting.take():
-                histogram.labels(*labels).observe_all(values)
-        self._look(inference)
-
-    def _look(self, inference: "Inference") -> None:
-        """Read off what is so just now."""
-        self._depth.set(inference.queued)
-        store = inference.store
-        served = {(n, v) for n in store for v in store.versions(n)}
+        for (histogram, *labels), values in self._pending.drain():
+            histogram.labels(*labels).observe_all(values)
+        self._queued.set(source.queued)
+        store = source.store
+        served = {(name, number) for name in store for number in store.versions(name)}
         for name, number in served | self._served:
             self._loaded.labels(name, number).set((name, number) in served)
         self._served = served
@@ -209,25 +199,23 @@ class Metrics:
             self._changed.labels(name).set(len(state["changed"]))
             self._pin_failed.labels(name).set(state["pin_problem"] is not None)
         for key, count in dict(store.loads).items():
-            self._loads.labels(*key).inc(count - self._counted.get(key, 0))
-            self._counted[key] = count
+            self._loads.labels(*key).inc(count - self._counted_loads.get(key, 0))
+            self._counted_loads[key] = count
 
     def write(self, accept: str) -> tuple[bytes, str]:
-        """Write all metrics in the format that is asked for; takes milliseconds.
-
-        Returns:
-            The text and its content type.
-        """
+        """Return all metrics in the format asked for, and its content type; takes milliseconds."""
         if self._folder is not None:
-            _forget_the_dead(self._folder)
+            _remove_dead(self._folder)
         encode, content_type = choose_encoder(accept)
         return encode(self._exposed), content_type
 
 
-def _forget_the_dead(folder: Path) -> None:
-    """Remove what dead workers said of themselves; several threads may be at it."""
+def _remove_dead(folder: Path) -> None:
+    """Remove the gauges of dead workers; several threads may do so at once."""
     for path in folder.glob("gauge_live*.db"):
         process = int(path.stem.rpartition("_")[2])
-        if not lives(process):
-            with suppress(FileNotFoundError):  # another was quicker
+        try:
+            os.kill(process, 0)
+        except OSError:  # it is dead, or another user's by now
+            with suppress(FileNotFoundError):  # another thread was quicker
                 mark_process_dead(process, folder)  # type: ignore[no-untyped-call]

@@ -15,6 +15,8 @@ from PIL import Image
 from dropserve.models import checkpoint
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
+from dropserve.service.server import uvicorn_options
+from dropserve.service.settings import Settings
 
 
 def _png():
@@ -133,3 +135,11 @@ def test_two_workers_serve_the_same_and_stop_cleanly(started):
     assert all("message" in line for line in server.lines())
     assert server.errors.read_text() == ""
     assert nothing_listens(server.port)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fast"), [({}, True), ({"fast_path": False}, False), ({"tracing": True}, False)]
+)
+def test_the_fast_path_is_on_unless_it_is_switched_off_or_requests_are_traced(settings, fast):
+    http = uvicorn_options(Settings(**settings))["http"]
+    assert (http == "httptools") is not fast

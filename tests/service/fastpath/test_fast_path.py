@@ -368,7 +368,7 @@ def test_each_request_is_logged_and_counted_once_whichever_path_it_took(service,
 
     def count():
         service.server.servers[0].get_loop().call_soon_threadsafe(
-            service.app.state.metrics.pour, service.inference
+            service.app.state.metrics.flush, service.inference
         )
         time.sleep(0.1)
         return {

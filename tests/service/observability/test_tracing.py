@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from PIL import Image
 
-from dropserve.service.observability.tracing import Tracing
+from dropserve.service.observability.tracing import TracedRequests, Tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -192,7 +192,7 @@ def test_a_stream_that_breaks_off_is_traced_as_a_failure():
     tracing = Tracing(exporter)
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": []}
     scope["state"] = {"request_id": "x", "log": {}}
-    asyncio.run(tracing.of_requests(breaks_off)(scope, None, send))
+    asyncio.run(TracedRequests(breaks_off, tracing, ())(scope, None, send))
     tracing.close()
     (span,) = exporter.get_finished_spans()
     assert span.status.status_code is StatusCode.ERROR
