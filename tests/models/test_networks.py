@@ -12,6 +12,7 @@ from torch import nn
 from dropserve.models.dropout import InvertedDropout, SpatialDropout
 from dropserve.models.errors import ConfigError
 from dropserve.models.networks import NetworkConfig, call_factory, default_config, trusted
+from dropserve.models.sequential import compile_for_inference
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10)
 CNN = NetworkConfig("cnn", (3, 28, 20), 7, (64,), (0.3,), (8, 16), 0.1)
@@ -73,6 +74,14 @@ def test_a_cnn_drops_channels_between_its_blocks_only():
     ]
     assert module.spatial_dropout1.p == 0.1
     assert module(torch.zeros(2, 3, 28, 20)).shape == (2, 7)
+
+
+def test_a_compiled_network_does_not_overwrite_its_input():
+    x = torch.full((2, 3), -1.0)
+    layers = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(3, 2)).eval()
+    assert compile_for_inference(layers, x) is not layers
+    compile_for_inference(layers, x)(x)
+    assert (x == -1).all()
 
 
 def test_a_zero_rate_makes_no_dropout_layer():
