@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropserve.models.montecarlo import masks
-from dropserve.models.montecarlo.masks import MaskKind
+from dropserve.models.montecarlo.masks import BLOCK, MaskKind, draw
 from dropserve.models.montecarlo.sites import Site
 
 CHUNK = 100
@@ -63,8 +62,8 @@ class MaskStore:
         self._bytes: dict[_Key, int] = {}  # of what may go, in the order of last use
         self._latest: _Key | None = None
         self._lock = threading.Lock()
-        blocks = min(CHUNK, _MAX_ELEMENTS // sum(site.units for site in sites)) // masks.BLOCK
-        self.chunk = max(1, blocks) * masks.BLOCK
+        blocks = min(CHUNK, _MAX_ELEMENTS // sum(site.units for site in sites)) // BLOCK
+        self.chunk = max(1, blocks) * BLOCK
 
     def get(
         self, kind: MaskKind, seed: int, samples: range, device: torch.device, pin: bool = False
@@ -91,7 +90,7 @@ class MaskStore:
         """Draw masks and keep nothing."""
         factors = []
         for index, site in enumerate(self._sites):
-            keep = masks.draw(kind, seed, index, site.units, site.p, samples)
+            keep = draw(kind, seed, index, site.units, site.p, samples)
             # NumPy multiplies bools by a number three times as fast as torch converts them
             factor = np.multiply(keep, np.float32(site.survivor), dtype=np.float32)
             shaped = torch.from_numpy(factor).view(len(samples), *site.template)
