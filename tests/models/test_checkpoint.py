@@ -501,7 +501,7 @@ def test_a_version_is_removed_with_what_earlier_removals_left_unless_it_is_pinne
         (tmp_path / "net" / name).mkdir(parents=True)
     (tmp_path / "net" / ".removed-8").symlink_to("kept")
     pin(tmp_path, "net", 2)
-    assert not remove(tmp_path, "net", 2)
+    assert remove(tmp_path, "net", 2) is False
     assert remove(tmp_path, "net", 1)
     assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["2", "kept", PIN]
 
