@@ -24,7 +24,7 @@ def admin(make_server):
 
 @pytest.mark.parametrize(
     "given",
-    [None, "Bearer", "Bearer MARKER", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "é"],
+    [None, "Bearer", "Bearer MARKER", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "Bearer é"],
 )
 def test_a_wrong_token_is_refused(given, admin, protocol_error):
     headers = {} if given is None else {"Authorization": given.encode()}
