@@ -59,7 +59,10 @@ def test_models_are_listed_unloaded_and_loaded(admin):
             client.infer(CNN, [image])
         with pytest.raises(InferenceServerException, match="no such model"):
             client.unload_model(CNN, headers=headers)
-        client.load_model(CNN, headers=headers)
+        client.unload_model(MLP, headers=headers)
+        assert not client.is_server_ready()
+        for name in (MLP, CNN):
+            client.load_model(name, headers=headers)
         assert client.is_model_ready(CNN)
         assert states() == served
         answer = client.infer(CNN, [image])
