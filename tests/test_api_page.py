@@ -55,9 +55,16 @@ def test_every_operation_says_what_it_does_answers_and_how_it_fails(name):
             jsonschema.validate(content["example"], schema_of(content))
 
 
+def body_of(document, operation):
+    """The body of an operation, which several may share."""
+    body = operation["requestBody"]
+    shared = document["components"]["requestBodies"]
+    return shared[body["$ref"].rpartition("/")[2]] if "$ref" in body else body
+
+
 @pytest.mark.parametrize("name", [n for n, o in OPERATIONS.items() if "requestBody" in o])
 def test_every_body_has_an_example_that_its_schema_allows(name):
-    content = OPERATIONS[name]["requestBody"]["content"]["application/json"]
+    content = body_of(DOCUMENT, OPERATIONS[name])["content"]["application/json"]
     jsonschema.validate(content["example"], schema_of(content))
 
 
@@ -88,7 +95,7 @@ def test_limits_in_the_document_are_those_of_the_service():
     post = document["paths"]["/uncertainty"]["post"]
     (samples,) = [p["schema"] for p in post["parameters"] if p["name"] == "samples"]
     assert (samples["maximum"], samples["default"]) == (50, 50)
-    content = post["requestBody"]["content"]
+    content = body_of(document, post)["content"]
     for kind in content["application/json"]["schema"]["anyOf"]:
         jsonschema.Draft202012Validator.check_schema(kind)
         name = kind["required"][0]
@@ -105,12 +112,8 @@ def test_limits_in_the_document_are_those_of_the_service():
     assert content["multipart/form-data"]["schema"]["properties"]["file"]["maxItems"] == 3
     assert "image/webp" in content["multipart/form-data"]["encoding"]["file"]["contentType"]
     stream = document["paths"]["/uncertainty/stream"]["post"]
-    assert (
-        stream["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]["file"][
-            "maxItems"
-        ]
-        == 1
-    )
+    form = body_of(document, stream)["content"]["multipart/form-data"]["schema"]
+    assert form["properties"]["file"]["maxItems"] == 1
     events = stream["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]["oneOf"]
     assert [event["properties"]["event"]["const"] for event in events] == [
         *("start", "sample", "end", "error")

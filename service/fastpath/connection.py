@@ -89,7 +89,7 @@ class Connection(HttpToolsProtocol):
         _loop: AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        state = config.loaded_app.state  # type: ignore[union-attr]  # of the application
+        state = config.loaded_app.state  # of the application
         self._fast_path = FastPath(state, state.settings, state.reader, state.keys)
         self._message = _Message()
         self._request: FastPathRequest | None = None

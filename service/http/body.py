@@ -6,6 +6,7 @@ import binascii
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,17 +54,11 @@ class BodyLimits:
 
 
 class BodyReader:
-    """Reads bodies of bounded size in bounded time, and of bounded size together.
-
-    Args:
-        limits: of one body.
-        max_held: bytes of all bodies that are being read or decoded.
-    """
+    """Reads bodies of bounded size in bounded time, and no more than `max_held` bytes of all."""
 
     def __init__(self, limits: BodyLimits, max_held: int) -> None:
         self.limits = limits
-        self._max_held = max_held
-        self._held = 0
+        self._max_held, self._held = max_held, 0
 
     async def read(self, request: Request) -> bytes:
         """Read a request's body, which counts as held until it is released.
@@ -135,16 +130,9 @@ class BodyReader:
 def parse_images(
     body: bytes, content_type: str, limits: BodyLimits, scale: int | None = None
 ) -> Steps[list[ImageSource]]:
-    """Find the images of a body, in order; at least one. They are not decoded yet.
+    """Find the images of a body, in order, at least one; they are not decoded yet.
 
-    Args:
-        body: all of it.
-        content_type: the header's value, with its parameters.
-        limits: of number and size.
-        scale: the number that is white, if the query says so.
-
-    Raises:
-        RequestError: the body cannot be read as it says it should.
+    `content_type` is the header's value, `scale` the number that is white, if the query says so.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "application/json":
@@ -203,11 +191,7 @@ class Part:
 
 
 def parse_multipart(body: bytes, content_type: str) -> list[Part]:
-    """Split a body into parts.
-
-    Raises:
-        MalformedRequest: no valid multipart body with that boundary.
-    """
+    """Split a body into parts."""
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not 1 <= len(boundary) <= 70:  # RFC 2046, section 5.1.1
         raise MalformedRequest("multipart needs a boundary of 1 to 70 characters")
@@ -373,15 +357,10 @@ def _read_numbers(item: object, limits: ImageLimits, scale: int) -> ImageSource:
 def to_pixels(
     numbers: npt.NDArray[Any], scale: int = 255, kinds: frozenset[type] = NUMBERS
 ) -> Pixels:
-    """Convert the numbers of images to pixels, whole numbers from 0 to 255.
-
-    Args:
-        numbers: as JSON had them (objects), or floats; [B, ...].
-        scale: the number that is white: 255, or 1.
-        kinds: what objects may be.
+    """Convert the numbers of images [B, ...], floats or objects of these kinds, to pixels.
 
     Raises:
-        InvalidRequest: one is of another kind or size, or no number; or an image's have been
+        InvalidRequest: one is of another kind, or not from 0 to `scale`; or an image's have been
             divided by 255 already.
     """
     wrong = InvalidRequest(f"pixels must be numbers from 0 to {scale}")
@@ -410,4 +389,8 @@ def from_pixels(pixels: Pixels) -> list[ImageSource]:
     if pixels.shape[3:] == (1,):
         pixels = pixels[..., 0]
     memory = memory_of(pixels.shape[1:3])
-    return [ImageSource(lambda _, image=image: Image.fromarray(image), memory) for image in pixels]
+    return [ImageSource(partial(_from_array, image), memory) for image in pixels]
+
+
+def _from_array(image: Pixels, _draft_size: object) -> Image.Image:
+    return Image.fromarray(image)

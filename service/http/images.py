@@ -31,35 +31,25 @@ FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 ACCEPTED = "{}, {} or {}".format(*FORMATS)
 SMALL_PNG_BYTES = 16_384
 SMALL_PNG_PIXELS = 64 * 64
-Size = tuple[int, int]
-"""(width, height)."""
+Size = tuple[int, int]  # (width, height)
+_SIZE, _CHUNK = struct.Struct(">II"), struct.Struct(">I4s")
+# length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs
 _PLAIN = {b"\0\0\0\r\x08\0\0\0\0": "L", b"\0\0\0\r\x08\2\0\0\0": "RGB"}
-"""Length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs."""
 _SMALL_CHUNKS = 8
-"""Chunks of a small PNG at most."""
-_SIZE = struct.Struct(">II")
-_CHUNK = struct.Struct(">I4s")
-_DECODED = (-1, 0)
-"""What Pillow's decoders return at the end of valid data."""
-_BYTES_PER_BYTE = 4
-"""Memory for a byte of the file: its metadata is copied, and lists are made of it."""
-_TEXT = 256 * 2**20
-"""Bytes of memory that compressed text in a PNG may become in Pillow: 64 M characters."""
-_GROUP_BYTES = 20_000
-"""Memory for a group of Huffman tables in a lossless WebP; each 4 x 4 pixels may have one."""
+_DECODED = (-1, 0)  # what Pillow's decoders return at the end of valid data
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers of a frame header,
+_SCAN = 0xDA  # of the pixels,
+_BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))  # and those that no length follows
+
+# limits of what a small file may cost: time,
+_MOST_SCANS = 100  # of a JPEG: usual are ten, and each costs time for all pixels
+_MOST_SEGMENTS = 10_000  # of a JPEG before its pixels, or chunks of a PNG that are not its pixels
+# and bytes of memory
+_BYTES_PER_BYTE = 4  # for a byte of the file: its metadata is copied, and lists are made of it
+_TEXT = 256 * 2**20  # that compressed text in a PNG may become in Pillow: 64 M characters
+_GROUP_BYTES = 20_000  # for a group of Huffman tables in a lossless WebP, for 4 x 4 pixels each,
 _MOST_GROUPS = 65_536
-_TABLE_BYTES_PER_BYTE = 1200
-"""Memory for the Huffman tables that a byte of the file can describe."""
-_MOST_SCANS = 100
-"""Of a JPEG: usual are ten. Each costs time for all pixels, however few bytes it has."""
-_MOST_SEGMENTS = 10_000
-"""Of a JPEG before its pixels, or chunks of a PNG that are not its pixels."""
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""JPEG markers that begin a frame header."""
-_SCAN = 0xDA
-"""The one that begins the pixels."""
-_BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))
-"""Those that no length follows."""
+_TABLE_BYTES_PER_BYTE = 1200  # and for the tables that a byte of the file can describe
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ def decode(
 
     Args:
         data: the file's bytes.
-        content_type: what the sender calls it; None or `application/octet-stream` for nothing.
+        content_type: what the sender calls it; None or `application/octet-stream` says nothing.
         limits: of its size.
         draft_size: a JPEG may be decoded at a smaller scale that has at least this size upright.
 

@@ -1,14 +1,12 @@
 """The OpenAPI document: what the framework derives from the routes, and what it cannot know.
 
-That is bodies that are read by hand, errors, limits, keys, and examples.
-
-The page at `/docs` shows it. The examples are what a service was sent and answered;
-`docs/examples.py` asked it.
+That is bodies that are read by hand, errors, limits, keys, and examples. The page at `/docs` shows
+it. The examples are what a service was sent and answered: `docs/examples.py` writes them.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,38 +31,26 @@ from dropserve.service.http.request_log import is_protocol
 from dropserve.service.schemas import EVENTS, SCALES, Problem
 from dropserve.service.settings import Settings
 
-_EXAMPLES = Path(__file__).with_name("examples.json")
-_SHOWN = ("application/json", "text/event-stream", "text/plain")
+_UNDERIVED: tuple[type[BaseModel], ...] = (
+    *(Problem, *EVENTS.values(), ProtocolError),
+    *(InferRequest, IndexRequest, LoadRequest, UnloadRequest),
+)
+"""Types that the framework does not see, because it neither reads nor writes them."""
 _WHICH = re.compile(r"^/v1/models/\{name}(/versions/\{version})?(?=/[puc])|/versions/\{version}")
 """The part of a path that says which model is asked; the answer is built the same."""
-_DERIVED = ("HTTPValidationError", "ValidationError")
-"""What the framework believes to answer to a bad request."""
-_SERVER = {"url": "."}
-"""Relative to the document's own URL: right behind a proxy that adds a prefix, too."""
-_UNDERIVED: tuple[type[BaseModel], ...] = (
-    *(Problem, *EVENTS.values()),
-    *(ProtocolError, InferRequest, IndexRequest, LoadRequest, UnloadRequest),
-)
-"""What it does not see, because it neither reads nor writes it."""
 _KEYS = {
     "keyAsBearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "keyAsHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "keyAsPassword": {"type": "http", "scheme": "basic", "description": "Of any user."},
 }
+_EXAMPLES = Path(__file__).with_name("examples.json")
 _ADMIN = {"adminToken": {"type": "http", "scheme": "bearer", "description": "The admin token."}}
-_BINARY = "JSON as in application/json, and after it the binary data of tensors."
-_LENGTH = "Bytes of the JSON, where binary data follows it."
 
 
 def complete_document(app: FastAPI, settings: Settings) -> None:
-    """Let an application's document say what its routes take, answer, and how they fail.
-
-    Args:
-        app: of which the framework knows the routes.
-        settings: whose limits are in the document, and whether there are keys.
-    """
+    """Complete an application's document: what its routes take and answer, and how they fail."""
     derive = app.openapi
-    app.servers = [_SERVER]
+    app.servers = [{"url": "."}]  # relative to the document's URL: for proxies that add a prefix
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -93,7 +79,9 @@ def common(path: str) -> str:
 @cache
 def examples() -> Mapping[str, Mapping[str, Any]]:
     """Read the examples: what was `sent` and the `answer`, by method and common path."""
-    found: dict[str, dict[str, Any]] = json.loads(_EXAMPLES.read_text())
+    found: dict[str, dict[str, Any]] = json.loads(
+        Path(__file__).with_name("examples.json").read_text()
+    )
     return found
 
 
@@ -103,18 +91,21 @@ def _complete(document: dict[str, Any], settings: Settings) -> None:
     for model in _UNDERIVED:
         found = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(found.pop("$defs", {}), **{model.__name__: found})
-    for name in _DERIVED:
+    for name in ("HTTPValidationError", "ValidationError"):  # the framework's, never sent
         schemas.pop(name, None)
     _limit(schemas["InferParameters"]["properties"]["samples"], settings.max_samples)
-    keys, admin = settings.api_keys_file is not None, settings.admin_token is not None
-    if keys or admin:
-        components["securitySchemes"] = {**(_KEYS if keys else {}), **(_ADMIN if admin else {})}
     components["requestBodies"] = {
         "Image": _images_body(1),
         "Images": _images_body(settings.max_images),
     }
     for body in components["requestBodies"].values():
         _show(body, examples()["POST /predict"]["sent"])
+    schemes = {
+        **(_KEYS if settings.api_keys_file else {}),
+        **(_ADMIN if settings.admin_token else {}),
+    }
+    if schemes:
+        components["securitySchemes"] = schemes
     for path, item in document["paths"].items():
         for method, operation in item.items():
             _complete_operation(method, path, operation, settings)
@@ -125,14 +116,16 @@ def _complete_operation(
 ) -> None:
     keys = settings.api_keys_file is not None and path not in OPEN
     admin = path.startswith("/v2/repository")
-    if admin and settings.admin_token is not None:  # which takes the header of a bearer for itself
+    if admin and settings.admin_token is not None:  # takes the Authorization header
         operation["security"] = [{"adminToken": [], **({"keyAsHeader": []} if keys else {})}]
     elif keys:
         operation["security"] = [{name: []} for name in _KEYS]
-    responses = operation["responses"]
-    success = {status: r for status, r in responses.items() if status < "400"}
-    statuses = {*_declared(responses), 500, *([401] if keys or admin else [])}
-    operation["responses"] = success | _errors(path, statuses)
+    declared = operation["responses"]
+    answers = {status: r for status, r in declared.items() if status < "400"}
+    # not the 422 that the framework makes up
+    failed = {s for s, r in declared.items() if s >= "400" and "ValidationError" not in str(r)}
+    failed |= {"500", *(["401"] if keys or admin else [])}
+    operation["responses"] = answers | {s: _error(path, int(s)) for s in sorted(failed)}
     for parameter in operation.get("parameters", ()):
         if parameter["name"] == "samples":
             _limit(parameter["schema"], settings.max_samples)
@@ -140,7 +133,7 @@ def _complete_operation(
         _add_binary(operation)
     example = examples().get(f"{method.upper()} {common(path)}", {})
     _show(operation.get("requestBody", {}), example.get("sent"))
-    for response in success.values():
+    for response in answers.values():
         if "text/event-stream" in response["content"]:
             # a field of OpenAPI 3.2, which tools for 3.1 ignore
             response["content"]["text/event-stream"]["itemSchema"] = _events()
@@ -195,8 +188,10 @@ def _closed(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 def _add_binary(operation: dict[str, Any]) -> None:
     """Describe the extension for binary tensor data, which sends JSON and what follows it."""
-    body = {"schema": {"type": "string", "format": "binary", "description": _BINARY}}
-    length = {"schema": {"type": "integer", "minimum": 1}, "description": _LENGTH}
+    text = "JSON as in application/json, and after it the binary data of tensors."
+    body = {"schema": {"type": "string", "format": "binary", "description": text}}
+    text = "Bytes of the JSON, where binary data follows it."
+    length = {"schema": {"type": "integer", "minimum": 1}, "description": text}
     named = {"name": HEADER, "in": "header", "required": False, **length}
     operation.setdefault("parameters", []).append(named)
     operation["requestBody"]["content"]["application/octet-stream"] = body
@@ -231,30 +226,18 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def _declared(responses: Mapping[str, Any]) -> Iterable[int]:
-    """Yield the errors that a route declares, and not the one that the framework makes up."""
-    for status, response in responses.items():
-        if status >= "400" and _DERIVED[0] not in str(response):
-            yield int(status)
-
-
-def _errors(path: str, statuses: Iterable[int]) -> dict[str, Any]:
-    """Describe a route's errors."""
-    content: dict[str, Any] = {"application/problem+json": {"schema": _reference(Problem)}}
+def _error(path: str, status: int) -> dict[str, Any]:
+    """Describe an error: its class says what it means."""
+    content: Any = {"application/problem+json": {"schema": _reference(Problem)}}
     if is_protocol(path):
         content = {"application/json": {"schema": _reference(ProtocolError)}}
-    return {
-        str(status): {"description": _meaning(status), "content": content}
-        for status in sorted(statuses)
-    }
-
-
-def _meaning(status: int) -> str:
-    return (type(error_for(status, "")).__doc__ or "").partition("\n")[0]
+    meaning = (type(error_for(status, "")).__doc__ or "").partition("\n")[0]
+    return {"description": meaning, "content": content}
 
 
 def _show(message: Mapping[str, Any], example: object) -> None:
     """Put an example beside the schema of what is sent or answered."""
-    for media_type, content in message.get("content", {}).items():
-        if example is not None and media_type in _SHOWN:
+    for media_type in ("application/json", "text/event-stream", "text/plain"):
+        content = message.get("content", {}).get(media_type)
+        if example is not None and content is not None:
             content["example"] = example

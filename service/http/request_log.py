@@ -130,13 +130,7 @@ def problem(status: int, detail: str, request_id: str) -> dict[str, object]:
 
 
 def record(metrics: "Metrics", line: dict[str, Any], started: float) -> None:
-    """Write a request's line in the log, and count it.
-
-    Args:
-        metrics: where it is counted.
-        line: method, status and all else that is known; the route is None where there is none.
-        started: when, by `time.perf_counter`.
-    """
+    """Log a request that started at this `time.perf_counter()`, and count it."""
     seconds = time.perf_counter() - started
     key = (line["route"] or "other", line.get("model", ""), line.get("version", ""), line["status"])
     metrics.requests[key].append(seconds)

@@ -165,8 +165,12 @@ def _check_length(task: Task, model: Classifier, images: int) -> None:
     """Refuse, before the work, an answer that would be too long to write, or of several images."""
     if isinstance(task, Stream) and images > 1:
         raise InvalidRequest("one image is streamed at a time")
-    included = isinstance(task, Uncertainty) and task.include_samples
-    if included and task.samples * images * len(model.classes) > MAX_NUMBERS:
+    numbers = len(model.classes) * images
+    if (
+        isinstance(task, Uncertainty)
+        and task.include_samples
+        and task.samples * numbers > MAX_NUMBERS
+    ):
         raise TooLarge(
             f"samples x images x classes is more than {MAX_NUMBERS}: ask for less at once, or "
             f"without include_samples"
