@@ -23,7 +23,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dropserve.service.errors import DropserveError, NotFound, Overloaded
-from dropserve.service.http.images import SMALL_PNG_BYTES, decode, is_small_png
+from dropserve.service.http.images import SMALL_BYTES, decode, is_small_png
 from dropserve.service.http.keys import KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
 from dropserve.service.http.request_log import RequestLog, record, request_id
@@ -42,7 +42,7 @@ Options = tuple[str | None, str | None, str, ParsedOptions]
 """Model, version, route and what the query asks for."""
 _KNOWN = {RequestLog, KeyCheck}
 """Middleware whose work is done here as well; with any other the fast path is off."""
-_MAX_BYTES = SMALL_PNG_BYTES + 4096
+_MAX_BYTES = SMALL_BYTES + 4096
 """Of a request: a small image and its headers."""
 _MAX_URL = 512
 _WAIT = 0.01
@@ -333,7 +333,7 @@ class _Message:
     def is_plain(self) -> bool:
         """Whether a small PNG comes after headers that the fast path knows."""
         given = dict(self.headers)
-        small = int(given.get(b"content-length", b"0")) <= SMALL_PNG_BYTES
+        small = int(given.get(b"content-length", b"0")) <= SMALL_BYTES
         plain = len(given) == len(self.headers) and _ASGI_ONLY.isdisjoint(given)
         return plain and small and given.get(b"content-type") == b"image/png"
 

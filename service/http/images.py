@@ -29,8 +29,8 @@ from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 """Pillow's name of every format that is read, by media type."""
 ACCEPTED = "{}, {} or {}".format(*FORMATS)
-SMALL_PNG_BYTES = 16_384
-SMALL_PNG_PIXELS = 64 * 64
+SMALL_BYTES = 16_384
+_SMALL_PIXELS = 64 * 64
 Size = tuple[int, int]  # (width, height)
 _SIZE, _CHUNK = struct.Struct(">II"), struct.Struct(">I4s")
 # length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs
@@ -105,6 +105,12 @@ def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Image
     return ImageSource(partial(_load, data, kind, size), memory)
 
 
+def are_small(images: Sequence[ImageSource]) -> bool:
+    """Say if decoding is so little work that another thread would cost more."""
+    most = _SMALL_PIXELS * BYTES_PER_PIXEL + SMALL_BYTES * _BYTES_PER_BYTE
+    return sum(image.memory for image in images) <= most
+
+
 def prepared(
     images: Sequence[ImageSource],
     prepare: Callable[[Image.Image], Pixels],
@@ -143,10 +149,10 @@ def is_small_png(data: bytes, content_type: str) -> bool:
     That is a small PNG of few chunks, and none but its pixels': text and profiles may take long to
     read however small the image is.
     """
-    if content_type != "image/png" or not 33 <= len(data) <= SMALL_PNG_BYTES:
+    if content_type != "image/png" or not 33 <= len(data) <= SMALL_BYTES:
         return False
     width, height = _SIZE.unpack_from(data, 16)
-    return data[:4] == b"\x89PNG" and width * height <= SMALL_PNG_PIXELS and bool(_chunks(data))
+    return data[:4] == b"\x89PNG" and width * height <= _SMALL_PIXELS and bool(_chunks(data))
 
 
 def check_size(size: Size, limits: ImageLimits) -> None:

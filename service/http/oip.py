@@ -225,13 +225,13 @@ async def infer(request: Request) -> Response:
     del body  # its memory is free as soon as it is parsed
     try:
         async with routes.while_connected(request.receive):
-            small = size <= images.SMALL_PNG_BYTES
-            sent, sources, quick = finish(parsing) if small else await inference.decode(parsing)
+            small = size <= images.SMALL_BYTES
+            sent, sources = finish(parsing) if small else await inference.decode(parsing)
             request.state.log["images"] = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
-            steps = images.prepared(sources, model.prepare, model.draft_size)
-            read = cache(lambda: finish(steps))  # by the first task, once for both
-            pixels: Pixels | Callable[[], Pixels] = read if quick else await inference.decode(steps)
+            pixels = await routes.decoded(inference, model, sources)
+            if callable(pixels):
+                pixels = cache(pixels)  # by the first task, once for both
             wait = sent.parameters.timeout / 1e6
             answers = {
                 task: await inference.run(model, task, pixels, len(sources), wait) for task in tasks
@@ -243,9 +243,8 @@ async def infer(request: Request) -> Response:
 
 def _parse(
     body: bytes, lengths: Sequence[str], model: Classifier, limits: bodies.BodyLimits
-) -> Steps[tuple[InferRequest, list[images.ImageSource], bool]]:
-    """Read a request and its images, and say whether they are decoded in next to no time."""
-    small = len(body) <= images.SMALL_PNG_BYTES
+) -> Steps[tuple[InferRequest, list[images.ImageSource]]]:
+    """Read a request and its images, which are not decoded yet."""
     head, binary = _split(body, lengths)
     yield bodies.json_memory(head) + 3 * len(body)
     try:
@@ -258,9 +257,8 @@ def _parse(
         raise errors.InvalidRequest("model_version: is not the version that answers: use the path")
     data = _read_images(request.inputs[0], binary, limits, request.parameters.scale)
     if isinstance(data, np.ndarray):
-        return request, bodies.from_pixels(data), small
-    sources = bodies.read_each(data, lambda image: images.encoded(image, None, limits.image))
-    return request, sources, len(data) == 1 and images.is_small_png(data[0], "image/png")
+        return request, bodies.from_pixels(data)
+    return request, bodies.read_each(data, lambda data: images.encoded(data, None, limits.image))
 
 
 def _split(body: bytes, lengths: Sequence[str]) -> tuple[bytes, memoryview]:

@@ -8,22 +8,37 @@ the fields of the request's log line.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
+
+from dropserve.service.http.images import ImageSource, are_small, prepared
+from dropserve.service.inference.decoder import Pixels, Steps, finish
 
 if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Classifier
-    from dropserve.service.inference.inference import Inference
+    from dropserve.service.inference.inference import Inference, Read
 
 TASK_ERRORS = (400, 404, 408, 413, 415, 422, 503)
 """Statuses of the errors of a route that reads a body and runs a model."""
+
+
+class PlainRoute(APIRoute):
+    """A route whose handler takes the request alone: no dependencies are solved per request."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler as it was declared."""
+        if self.dependant.dependencies:
+            raise TypeError(f"{self.path}: this class of routes has no dependencies")
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
 
 
 class JsonResponse(JSONResponse):
@@ -80,6 +95,17 @@ def find_model(request: Request, *, log: bool = False) -> "Classifier":
     if log:
         request.state.log.update(model=model.name, version=model.version)
     return model
+
+
+async def decoded(
+    inference: "Inference", model: "Classifier", images: Sequence[ImageSource]
+) -> "Pixels | Read":
+    """Decode images on threads; small ones later, with their batch."""
+
+    def steps() -> Steps[Pixels]:
+        return prepared(images, model.prepare, model.draft_size)
+
+    return (lambda: finish(steps())) if are_small(images) else await inference.decode(steps())
 
 
 @asynccontextmanager

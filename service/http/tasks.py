@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -11,12 +11,14 @@ from starlette.types import Receive, Scope, Send
 
 from dropserve.service.errors import InvalidRequest, TooLarge
 from dropserve.service.http.body import BodyReader, parse_images
-from dropserve.service.http.images import is_small_png, prepared
+from dropserve.service.http.images import SMALL_BYTES
 from dropserve.service.http.options import MODEL, OPTIONS, VERSION, read_options
 from dropserve.service.http.request_log import failure, problem
 from dropserve.service.http.routes import (
     TASK_ERRORS,
     JsonResponse,
+    PlainRoute,
+    decoded,
     described,
     errors,
     find_model,
@@ -25,17 +27,14 @@ from dropserve.service.http.routes import (
     while_connected,
 )
 from dropserve.service.inference.classifier import Answer, Classifier, Stream, Task, Uncertainty
-from dropserve.service.inference.decoder import Pixels, Steps, finish
+from dropserve.service.inference.decoder import finish
 from dropserve.service.schemas import CompareResponse, PredictResponse, UncertaintyResponse
-
-if TYPE_CHECKING:
-    from dropserve.service.inference.inference import Read
 
 MAX_NUMBERS = 1_000_000
 """Sampled probabilities in one answer: about 12 MB of JSON."""
 _IMAGE, _IMAGES = ({"$ref": f"#/components/requestBodies/{name}"} for name in ("Image", "Images"))
 _EVENTS = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
-router = APIRouter(tags=["models"], responses=errors(*TASK_ERRORS))
+router = APIRouter(route_class=PlainRoute, tags=["models"], responses=errors(*TASK_ERRORS))
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -132,25 +131,15 @@ async def _answer(request: Request, kind: str) -> Response:
     reader: BodyReader = state.reader
     content_type = request.headers.get("content-type", "")
     body = await reader.read(request)
-    size, small = len(body), is_small_png(body, content_type)
-
-    def read() -> Steps[Pixels]:
-        nonlocal body
-        found = yield from parse_images(body, content_type, reader.limits, options.scale)
-        if not small:  # which may be read again
-            body = b""
-        return (yield from prepared(found, model.prepare, model.draft_size))
+    size, parsing = len(body), parse_images(body, content_type, reader.limits, options.scale)
+    del body  # its memory is free as soon as it is parsed
 
     try:
         async with while_connected(request.receive):
-            pixels: Pixels | Read
-            if small:  # decoded in the batch: another thread would cost more
-                pixels, images = (lambda: finish(read())), 1
-            else:
-                pixels = await inference.decode(read())
-                images = len(pixels)
+            sources = finish(parsing) if size <= SMALL_BYTES else await inference.decode(parsing)
+            request.state.log["images"] = images = len(sources)
             _check_length(options.task, model, images)
-            request.state.log["images"] = images
+            pixels = await decoded(inference, model, sources)
             if isinstance(options.task, Stream):
                 steps = inference.stream(model, options.task, pixels)
                 return EventStream(request, head, await anext(steps), steps)
