@@ -7,7 +7,7 @@ the size and SHA-256 of both other files: it shows damage and changes, not who m
 
 What is missing raises CheckpointNotFound; what is damaged or was tampered with CheckpointRefused,
 which names the file or tensor. PyTorch is imported by the functions that need it: listing and
-pinning versions is quick without.
+pinning versions do not load it.
 """
 
 import hashlib
@@ -206,7 +206,6 @@ def _dump_json(values: Mapping[str, Any]) -> bytes:
 
 
 def _digests(about: bytes, weights: bytes) -> dict[str, dict[str, Any]]:
-    """Return what a manifest says of each file of a version."""
     return {
         name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         for name, raw in ((METADATA, about), (WEIGHTS, weights))

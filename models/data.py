@@ -161,7 +161,7 @@ def load_dataset(
             size or (32, 32), 3, (0.0,) * 3, (1.0,) * 3, invert, fit, draft=True
         )
         own, train, test = _folder(Path(name), how, found, skip_broken=skip_broken, whole=whole)
-        shown = f"{Path(name).resolve().name}/"  # the slash tells it from the named datasets
+        shown = f"{Path(name).resolve().name}/"  # the slash marks it as a folder
     else:
         raise DataError(f"no dataset {name!r}: give {', '.join(NAMED)}, or a folder of images")
     if preprocessing is None:

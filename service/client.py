@@ -368,8 +368,6 @@ def _async(
 
 
 class _Client(Generic[Http, Transport, Sleep]):
-    """The connections of either client."""
-
     _http_class: Callable[..., Http]
 
     def __init__(

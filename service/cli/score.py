@@ -33,7 +33,7 @@ Sort = Literal[
 
 
 def score(
-    folder: Annotated[Path, typer.Argument(help="Of images, in sub-folders as well.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images, searched with sub-folders.")],
     out: Annotated[Path, Opt(help="File to write: .csv or .parquet.")],
     url: options.Url = None,
     port: options.Port = None,
@@ -41,16 +41,14 @@ def score(
     version: options.Version = None,
     samples: options.Samples = 100,
     seed: options.Seed = 0,
-    sort: Annotated[
-        Sort, Opt(metavar="BY", help="path, or a measure: the largest first.")
-    ] = "path",
-    batch: Annotated[int, Opt(min=1, metavar="N", help="Images a request.")] = ask.BATCH,
+    sort: Annotated[Sort, Opt(metavar="BY", help="path, or a measure, largest first.")] = "path",
+    batch: Annotated[int, Opt(min=1, metavar="N", help="Images per request.")] = ask.BATCH,
     in_flight: Annotated[int, Opt(min=1, metavar="N", help="Requests at a time.")] = 4,
     restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
 ) -> None:
-    """Score the images of a folder: which of them should a person look at?
+    """Score the images of a folder, to find those that a person should review.
 
-    Interrupted, the same command continues. Of an image without an answer, "error" says why.
+    If interrupted, the same command continues. The column "error" says why an image has none.
     """
     service = options.find_service(url, port)
     _check_format(out)

@@ -1,4 +1,4 @@
-"""From a request's body to its images: raw, multipart or JSON. Read with limits, strictly."""
+"""Reads request bodies within limits, and parses images: raw, multipart or JSON."""
 
 import asyncio
 import base64

@@ -147,7 +147,7 @@ class IndexRequest(Strict):
 
 
 class LoadRequest(Strict):
-    """Body of `load`; none of Triton's parameters, which bring a configuration or files along."""
+    """Body of `load`; Triton's parameters (a configuration, files) are refused."""
 
     parameters: Strict = Strict()
 
@@ -187,7 +187,7 @@ async def live() -> dict[str, bool]:
 
 @router.get("/health/ready", responses=routes.errors(503))
 async def ready(request: Request) -> dict[str, bool]:
-    """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
+    """Models are loaded. The port is closed before that and from the start of a shutdown."""
     if not any(routes.inference_of(request).store):
         raise errors.Overloaded("no model is served", "no_model")
     return {"ready": True}
@@ -226,12 +226,12 @@ async def infer(request: Request) -> Response:
     try:
         async with routes.while_connected(request.receive):
             small = size <= images.SMALL_PNG_BYTES
-            sent, sources, quick = finish(parsing) if small else await inference.decode(parsing)
+            sent, sources, small = finish(parsing) if small else await inference.decode(parsing)
             request.state.log["images"] = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
             steps = images.prepared(sources, model.prepare, model.draft_size)
             read = cache(lambda: finish(steps))  # by the first task, once for both
-            pixels: Pixels | Callable[[], Pixels] = read if quick else await inference.decode(steps)
+            pixels: Pixels | Callable[[], Pixels] = read if small else await inference.decode(steps)
             wait = sent.parameters.timeout / 1e6
             answers = {
                 task: await inference.run(model, task, pixels, len(sources), wait) for task in tasks
@@ -244,7 +244,7 @@ async def infer(request: Request) -> Response:
 def _parse(
     body: bytes, lengths: Sequence[str], model: Classifier, limits: bodies.BodyLimits
 ) -> Steps[tuple[InferRequest, list[images.ImageSource], bool]]:
-    """Read a request and its images, and say whether they are decoded in next to no time."""
+    """Read a request and its images, and say whether to decode them with the batch."""
     small = len(body) <= images.SMALL_PNG_BYTES
     head, binary = _split(body, lengths)
     yield bodies.json_memory(head) + 3 * len(body)
@@ -388,7 +388,6 @@ def _write(name: str, values: Sequence[Any], *, binary: bool) -> tuple[dict[str,
 
 
 def _post(path: str, body: type[BaseModel], response: object) -> Callable[..., Any]:
-    """Declare a route that reads a body."""
     infers = body is InferRequest  # the others are the repository's: bodies may be left out
     schema = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
     content = {"required": infers, "content": {"application/json": schema}}

@@ -418,7 +418,6 @@ class ModelStore:
         return NotFound(f"no such model; served are {_listed(self)}{did_you_mean(name, self)}")
 
     def _without_path(self, text: str) -> str:
-        """Leave out where the checkpoints are."""
         return text.replace(f"{self._settings.checkpoints}/", "")
 
 
