@@ -260,7 +260,7 @@ def _parse(
     if isinstance(data, np.ndarray):
         return request, bodies.from_pixels(data), small
     sources = bodies.read_each(data, lambda image: images.encoded(image, None, limits.image))
-    return request, sources, small and len(data) == 1 and images.is_small_png(data[0], "image/png")
+    return request, sources, len(data) == 1 and images.is_small_png(data[0], "image/png")
 
 
 def _split(body: bytes, lengths: Sequence[str]) -> tuple[bytes, memoryview]:
@@ -305,10 +305,7 @@ def _read_images(
 
 def _elements(tensor: InputTensor) -> np.ndarray[Any, np.dtype[np.object_]]:
     """Return the elements of a tensor's JSON in its shape."""
-    try:
-        elements = np.array(tensor.data, dtype=object)
-    except ValueError:  # lists of different lengths
-        elements = np.empty(0, object)
+    elements = np.array(tensor.data, dtype=object)  # lists of different lengths are elements
     if elements.shape not in (tuple(tensor.shape), (math.prod(tensor.shape),)):
         raise errors.InvalidRequest("the data does not fit the shape")
     return elements.reshape(tensor.shape)

@@ -149,6 +149,8 @@ def test_uncertainty_is_that_of_the_native_route(binary, http):
     answer = triton.InferenceServerClient.parse_response_body(
         response.content, header_length=length and int(length)
     )
+    data = [output.get("data", ()) for output in answer.get_response()["outputs"]]
+    assert not any(isinstance(element, list) for elements in data for element in elements)
     expected = sampled | plain  # index and label are those of eval mode
     assert [o["name"] for o in answer.get_response()["outputs"]] == [*PLAIN, *SAMPLED]
     for name in (*ROWS, *SAMPLED, "index"):
@@ -261,7 +263,7 @@ class RecordingInference(Inference):
 
     async def run(self, model, task, pixels, images, max_wait):
         answer = await super().run(model, task, pixels, images, max_wait)
-        self.ran.append((task, pixels() if callable(pixels) else pixels, max_wait))
+        self.ran.append((task, pixels() if callable(pixels) else pixels, images, max_wait))
         return answer
 
     async def decode(self, steps):
@@ -294,40 +296,56 @@ def post(inference):
 
 
 @pytest.mark.parametrize(
-    ("files", "decoded"),
+    ("data", "decoded"),
     [
+        (images(MLP, 1), 0),
+        (np.zeros((2, 50, 100), np.uint8), 2),
         ([file(images(MLP, 1)[0])], 0),
         ([file(images(MLP, 1)[0])] * 2, 1),
         ([file(images(MLP, 1)[0], "JPEG")], 1),
         ([file(np.random.default_rng(0).integers(0, 256, (130, 130), np.uint8))], 2),
     ],
-    ids=["one small PNG", "two", "a JPEG", "a large body"],
+    ids=["pixels", "many pixels", "a small PNG", "two", "a JPEG", "a large PNG"],
 )
-def test_prediction_and_sampling_share_the_pixels(files, decoded, post, inference):
-    data = [base64.b64encode(content).decode() for content in files]
-    image = {"name": "image", "shape": [len(data)], "datatype": "BYTES", "data": data}
+def test_prediction_and_sampling_share_the_pixels(data, decoded, post, inference):
+    image = {"name": "image", "shape": [len(data)], "datatype": "BYTES"}
+    if isinstance(data, list):
+        image["data"] = [base64.b64encode(content).decode() for content in data]
+    else:
+        image |= {"shape": data.shape, "datatype": "UINT8", "data": data.tolist()}
     body = {"inputs": [image], "parameters": {"mode": "uncertainty", "timeout": 60_000_000}}
     assert post(f"models/{MLP}/infer", json=body).status_code == 200
-    (plain, pixels, wait), (sampled, same, _) = inference.ran
+    (plain, pixels, count, wait), (sampled, same, _, _) = inference.ran
     assert (plain, sampled) == (Predict(), Uncertainty(samples=20))
     assert pixels is same
-    assert pixels.shape == (len(files), 1, 8, 8)
-    assert (inference.decoded, wait) == (decoded, 60)
+    assert pixels.shape == (len(data), 1, 8, 8)
+    assert (inference.decoded, count, wait) == (decoded, len(data), 60)
 
 
 @pytest.mark.parametrize(("samples", "drawn"), [(None, 20), (20, 20), (19, 19), (21, None)])
 def test_no_more_samples_are_drawn_than_allowed(samples, drawn, post, inference):
-    parameters = {"mode": "uncertainty", "samples": samples}
-    response = post(f"models/{MLP}/infer", json={"inputs": [IMAGE], "parameters": parameters})
+    body = {"inputs": [IMAGE], "outputs": [{"name": "mean"}], "parameters": {"samples": samples}}
+    response = post(f"models/{MLP}/infer", json=body)
     if drawn is None:
         assert (response.status_code, inference.ran) == (422, [])
         assert response.json() == {"error": "samples: at most 20 here"}
     else:
-        assert response.json()["parameters"]["samples"] == inference.ran[1][0].samples == drawn
+        assert response.json()["parameters"]["samples"] == drawn
+        assert [task for task, *_ in inference.ran] == [Uncertainty(samples=drawn)]
+
+
+def test_only_what_the_outputs_need_runs(post, inference):
+    body = {
+        "inputs": [IMAGE],
+        "outputs": [{"name": "label"}],
+        "parameters": {"mode": "uncertainty"},
+    }
+    assert "parameters" not in post(f"models/{MLP}/infer", json=body).json()
+    assert [task for task, *_ in inference.ran] == [Predict()]
 
 
 def test_a_request_that_waits_longer_than_its_timeout_is_refused(inference):
-    model = inference.registry.find(MLP)
+    model = inference.store.find(MLP)
     model.inline = {}  # or nothing would wait
 
     def slow():

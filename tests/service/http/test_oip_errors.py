@@ -30,29 +30,19 @@ def raw(data):
     return json.dumps(request(data="DATA")).replace('"DATA"', data).encode()
 
 
-def _png():
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), 77).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = _png()
+Image.new("L", (8, 8), 77).save(buffer := io.BytesIO(), "PNG")
+PNG = buffer.getvalue()
 PNG64 = base64.b64encode(PNG).decode()
 REFUSED = {
     "nothing": (400, b""),
     "no JSON": (400, b"MARKER"),
     "nesting 100,000 deep": (400, b'{"inputs":' + b"[" * 100_000),
-    "invalid UTF-8": (400, b'{"id": "\xff"}'),
-    "UTF-16": (400, json.dumps(request()).encode("utf-16")),
-    "an integer of 5,000 digits": (400, raw("[" + "9" * 5000 + "]")),
     "an integer of 4,000 digits": (422, raw("[1, 1, 1, " + "9" * 4000 + "]")),
     "a key twice": (400, b'{"id": "a", "id": "MARKER"}'),
     "NaN": (422, raw("[1, 1, 1, NaN]")),
-    "1e999": (422, raw("[1, 1, 1, 1e999]")),
     "a lone surrogate": (422, request(id="\ud800MARKER")),
     "a lone surrogate as a key": (422, b'{"\\ud800MARKER": []}'),
     "too long": (413, b'{"id": "' + b"A" * 1_100_000 + b'"}'),
-    "a million empty lists": (413, raw("[" + "[]," * 350_000 + "[]]")),
     "nesting 500 deep": (422, raw("[" * 500 + "]" * 500)),
     "a list": (422, []),
     "no inputs": (422, {}),
@@ -63,7 +53,6 @@ REFUSED = {
     "another model than the path's": (422, request(model_name="MARKER")),
     "a model that is a number": (422, request(model_name=5)),
     "another version than the path's": (422, request(model_version="1")),
-    "a version that is a number": (422, request(model_version=2)),
     "many dimensions": (422, request(shape=[0] * 50_000)),
     "many outputs": (422, request() | outputs(*["MARKER"] * 4_000)),
     "an unknown key": (422, request(MARKER1=1)),
@@ -72,14 +61,12 @@ REFUSED = {
     "an unknown key of the input": (422, request(input={"MARKER1": 1})),
     "shared memory": (422, request(input={"parameters": {"shared_memory_region": "MARKER"}})),
     "an unknown datatype": (422, request(datatype="MARKER")),
-    "INT64": (422, request(datatype="INT64")),
-    "FP64": (422, request(datatype="FP64")),
     "no data": (422, request(data=None)),
     "data that is text": (422, request(data="MARKER")),
     "data and a size": (422, request(input=SIZED)),
     "a size without binary data": (400, request(data=None, input=SIZED)),
     "no shape": (422, request(shape=())),
-    "one dimension of pixels": (422, request(shape=(4,), data=[1] * 4)),
+    "no shape of BYTES": (422, request((), "BYTES", [PNG64])),
     "two dimensions": (422, request(shape=(2, 2), data=[1] * 4)),
     "five dimensions": (422, request(shape=(1, 2, 2, 1, 1))),
     "two channels": (422, request(shape=(1, 1, 2, 2), data=[1] * 4)),
@@ -87,12 +74,8 @@ REFUSED = {
     "two columns of BYTES": (422, request((1, 2), "BYTES", [PNG64, PNG64])),
     "a zero dimension": (422, request(shape=(1, 0, 2), data=[])),
     "no images": (422, request(shape=(0, 2, 2), data=[])),
-    "a negative dimension": (422, request(shape=(1, -2, -2))),
-    "-1 for any": (422, request(shape=(-1, 2, 2))),
     "a dimension that is true": (422, request(shape=(True, 2, 2))),
-    "a dimension that is text": (422, request(shape=("1", 2, 2))),
     "a dimension with a point": (422, request(shape=(1.0, 2, 2))),
-    "a dimension that is null": (422, request(shape=(None, 2, 2))),
     "a product that overflows": (413, request(shape=(4, 2**31, 2**31))),
     "a product that overflows to zero": (413, request(shape=(1, 2**32, 2**32))),
     "a dimension beyond 64 bits": (413, request(shape=(1, 2**70, 1))),
@@ -107,16 +90,12 @@ REFUSED = {
     "a number for a row": (422, request(data=[[[1, 1], 1]])),
     "texts as pixels": (422, request(data=["1"] * 4)),
     "truth values": (422, request(data=[True] * 4)),
-    "null": (422, request(data=[None] * 4)),
-    "objects": (422, request(data=[{"MARKER": 1}] * 4)),
     "256": (422, request(data=[1, 1, 1, 256])),
     "-1": (422, request(data=[1, 1, 1, -1])),
     "UINT8 with a point": (422, request(data=[1, 1, 1, 1.5])),
     "scaled already": (422, request(datatype="FP32", data=[0, 0.5, 1, 1])),
-    "-0.5": (422, request(datatype="FP32", data=[1, 1, 1, -0.5])),
     "above the scale": (422, request(datatype="FP32", data=[0, 1, 1, 2], parameters={"scale": 1})),
     "a scale for encoded images": (422, request((1,), "BYTES", [PNG64], parameters={"scale": 1})),
-    "256 as FP32": (422, request(datatype="FP32", data=[1, 1, 1, 255.5])),
     "BYTES that are numbers": (422, request((1,), "BYTES", [5])),
     "BYTES that are no base64": (422, request((1,), "BYTES", ["MARKER!"])),
     "BYTES that are no picture": (415, request((1,), "BYTES", ["TUFSS0VS"])),
@@ -160,11 +139,14 @@ def test_what_is_wrong_is_refused_in_the_words_of_the_protocol(case, http, proto
     assert http.post(INFER, json=request()).status_code == 200
 
 
-def binary(size=None, tail=bytes(4), shape=(1, 2, 2), datatype="UINT8", length=None, **more):
+def binary(
+    size=None, tail=bytes(4), shape=(1, 2, 2), datatype="UINT8", length=None, scale=255, **more
+):
     """A request with binary data, of which each part can be made wrong: content and headers."""
     size = len(tail) if size is None else size
     found = {"name": "image", "shape": list(shape), "datatype": datatype}
-    header = json.dumps({"inputs": [found | {"parameters": {"binary_data_size": size}} | more]})
+    inputs = [found | {"parameters": {"binary_data_size": size}} | more]
+    header = json.dumps({"inputs": inputs, "parameters": {"scale": scale}})
     shown = str(len(header)) if length is None else length
     return header.encode() + tail, [("Inference-Header-Content-Length", shown)]
 
@@ -188,8 +170,6 @@ MALFORMED = {
     "a size of zero": (400, binary(0)),
     "a negative size": (422, binary(-4)),
     "a size that is true": (422, binary(True)),
-    "a size that is text": (422, binary("4")),
-    "a size beyond 64 bits": (400, binary(2**70)),
     "more data than the shape says": (400, binary(tail=bytes(5))),
     "less data than the shape says": (400, binary(tail=bytes(3))),
     "no binary data": (400, binary(tail=b"")),
@@ -200,17 +180,13 @@ MALFORMED = {
     "binary data beside JSON's": (400, binary(parameters={}, data=[1] * 4)),
     "a product that overflows": (413, binary(shape=(4, 2**31, 2**31))),
     "NaN": (422, floats(1, 1, 1, np.nan)),
-    "a signalling NaN": (
-        422,
-        binary(tail=struct.pack("<4I", 0, 0, 0, 0x7F800001), datatype="FP32"),
-    ),
     "infinity": (422, floats(1, 1, 1, np.inf)),
     "scaled already": (422, floats(0, 0.5, 1, 1)),
     "-1": (422, floats(1, 1, 1, -1)),
+    "above the scale": (422, binary(tail=bytes([0, 1, 1, 2]), scale=1)),
     "BYTES without a length": (400, elements(PNG)),
     "BYTES cut in the length": (400, elements(ELEMENT[:3])),
     "BYTES cut in the data": (400, elements(ELEMENT[:-1])),
-    "BYTES and one more": (400, elements(ELEMENT + b"\0")),
     "an element too many": (400, elements(ELEMENT * 2)),
     "an element too few": (400, elements(ELEMENT, 2)),
     "an element of 4 GB": (400, elements(element(b"MARKER", 2**32 - 1))),
@@ -220,8 +196,6 @@ MALFORMED = {
     "a negative length": (400, binary(length="-1")),
     "a length with a sign": (400, binary(length="+5")),
     "a length that is no number": (400, binary(length="MARKER")),
-    "a length with a point": (400, binary(length="1.0")),
-    "a length in hex": (400, binary(length="0x10")),
     "an empty length": (400, binary(length="")),
     "a length beyond the body": (400, binary(length="100000")),
     "a length of 5,000 digits": (400, binary(length="9" * 5000)),
@@ -251,10 +225,9 @@ def test_two_lengths_are_refused(http, protocol_error):
         ("Content-Type", "application/octet-stream", 200),
         ("Content-Type", "Application/JSON ; charset=utf-8", 200),
         ("Content-Type", "text/plain", 415),
-        ("Content-Type", "image/png", 415),
-        ("Content-Type", "application/x-www-form-urlencoded", 415),
         ("Content-Encoding", "gzip", 415),
         ("Inference-Header-Content-Length", str(len(json.dumps(request()))), 200),
+        ("Inference-Header-Content-Length", str(len(json.dumps(request())) + 1), 400),
     ],
 )
 def test_headers_say_how_a_body_is_read(name, value, status, http, protocol_error):
@@ -268,17 +241,13 @@ def test_headers_say_how_a_body_is_read(name, value, status, http, protocol_erro
         ("GET", "/v2/MARKER", 404),
         ("POST", "/v2", 405),
         ("GET", INFER, 405),
-        ("DELETE", f"/v2/models/{MLP}", 405),
-        ("PUT", INFER, 405),
         ("GET", "/v2/models/MARKER", 404),
-        ("GET", "/v2/models/MARKER/ready", 404),
         ("POST", "/v2/models/MARKER/infer", 404),
         ("POST", f"/v2/models/{MLP}/versions/9/infer", 404),
         ("POST", f"/v2/models/{MLP}/versions/01/infer", 404),
         ("POST", f"/v2/models/{MLP}/versions/MARKER/infer", 404),
         ("GET", f"/v2/models/{MLP}/versions/0/ready", 404),
         ("GET", "/v2/models/..%2f..%2fMARKER", 404),
-        ("GET", "/v2/models/%2e%2e/ready", 404),
         ("POST", "/v2/models/%00MARKER/infer", 404),
         ("GET", f"/v2/models/{MLP}/config", 404),
     ],
