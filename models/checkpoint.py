@@ -109,7 +109,7 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
 
     tensors, path = module.state_dict(), Path(WEIGHTS)
     weights = storage.dump_tensors(path, tensors)
-    # By the reader's own checks: a version that would be refused must not come to be.
+    # By the reader's own checks: a version that it would refuse is not written.
     _check_tensors(path, storage.parse_tensors(path, weights), tensors)
     sha256 = hashlib.sha256(weights).hexdigest()
     about = _dump_metadata(replace(metadata, sha256=sha256, torch_version=torch.__version__))

@@ -299,7 +299,7 @@ def _held_out(names: Sequence[str], labels: Tensor) -> Tensor:
     for label in range(int(labels.max()) + 1):
         members = sorted((labels == label).nonzero().flatten().tolist(), key=digests.__getitem__)
         if len(members) < 2:
-            raise DataError(f"{names[members[0]]} is alone in its class: there is none to test on")
+            raise DataError(f"{names[members[0]]} is alone in its class: none is left for testing")
         chosen[members[0]], chosen[members[-1]] = True, False
     return chosen
 

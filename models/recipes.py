@@ -97,9 +97,9 @@ def imported(
     `weights` is a safetensors file of all its tensors, `classes` are in the order of its logits.
     """
     if len(set(classes)) < len(classes) or not all(classes):
-        raise ConfigError("classes need names, each another one")
+        raise ConfigError("class names must be distinct and not empty")
     if not all(0 <= m <= 1 for m in preprocessing.mean) or max(preprocessing.std) > 1:
-        raise ConfigError("mean and std are of pixels 0 to 1: divide those of pixels to 255 by 255")
+        raise ConfigError("mean and std must be of pixels 0 to 1: divide those of 0 to 255 by 255")
     config = _config(network, preprocessing, len(classes), asked)
     blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
     module = build_checked(config, preprocessing.normalize(blank), seed=0)
@@ -121,7 +121,7 @@ def evaluation_images(
         raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
     data = _load_for(metadata, name, data_dir, skip_broken=skip_broken, whole=not metadata.data)
     if dataset is None and data.digest() != metadata.data.get("digest"):
-        raise DataError(f"{name} is not the data that {metadata.name} was trained on any more")
+        raise DataError(f"{name} has changed since {metadata.name} was trained on it")
     return data.test
 
 

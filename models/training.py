@@ -306,7 +306,7 @@ def claimed(folder: Path) -> Iterator[None]:
             try:
                 held.enter_context(storage.alone_in(folder))
             except BlockingIOError as error:
-                raise ConfigError(f"{folder}: another run of this model is going on") from error
+                raise ConfigError(f"{folder}: another run of this model is in progress") from error
         yield
 
 

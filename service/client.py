@@ -295,7 +295,7 @@ class _EventReader:
                 raise error
             if kind in EVENTS:  # else a comment, or an event of a newer service
                 event: Callable[[bytes], StreamEvent] = EVENTS[kind].model_validate_json
-                yield _parse(event, data, "the stream did not go on")
+                yield _parse(event, data, "the stream did not continue")
                 self._ended = kind == "end"
 
     def finish(self) -> None:

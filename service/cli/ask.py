@@ -147,7 +147,7 @@ def send_all(
     request in flight, in the order of the images.
 
     Raises:
-        DropserveError: the service is gone, or refuses whatever the image.
+        DropserveError: the service is unreachable, or refuses any image.
     """
     requests = batches(images, batch)
     ask = partial(getattr(client, action), **how)

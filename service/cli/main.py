@@ -50,7 +50,7 @@ class Group(TyperGroup):
         return command
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  likewise
-        """Run a command; errors that are no bugs become lines on stderr and an exit code."""
+        """Run a command; expected errors become lines on stderr and an exit code."""
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:

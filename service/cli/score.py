@@ -114,7 +114,7 @@ def progress_file(out: Path, *, restart: bool) -> "Iterator[ProgressFile]":
     """Lock and read OUT.part; remove it after the block, except rows of a block that fails."""
     path = out.with_name(out.name + ".part")
     if out.exists() and not path.exists() and not restart:
-        raise Refused(f"{out} is there already: give --restart to write it anew")
+        raise Refused(f"{out} exists: give --restart to overwrite it")
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,7 +169,7 @@ class ProgressFile:
             )
 
     def missing(self, found: Sequence[Path]) -> list[Path]:
-        """Forget the rows with errors and those of images that are gone; return what has none."""
+        """Drop rows with errors or of deleted images; return the images without a row."""
         paths = {_text(path): path for path in found}
         self.rows = [row for row in self.rows if row["error"] is None and row["path"] in paths]
         known = {row["path"] for row in self.rows}

@@ -165,7 +165,7 @@ def check_encoded(scale: int | None) -> None:
     """Refuse a scale for encoded images, whose numbers have one."""
     if scale == 1:
         raise InvalidRequest(
-            "scale: 1 is for numbers only; encoded images have theirs: leave it out"
+            "scale: 1 is for numbers only; leave it out for encoded images"
         )
 
 
@@ -259,7 +259,7 @@ def _read_headers(part: Part, headers: dict[bytes, bytes]) -> None:
 
 def _read_part(part: Part, limits: BodyLimits) -> ImageSource:
     if part.name != "file":
-        raise InvalidRequest("a part has another name than `file`")
+        raise InvalidRequest("a part is not named `file`")
     if not part.has_filename:
         raise InvalidRequest("a `file` part has no filename")
     return encoded(part.data, part.content_type, limits.image)
@@ -328,7 +328,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(_name: str) -> None:
-    raise InvalidRequest("NaN and Infinity are no numbers of JSON")
+    raise InvalidRequest("NaN and Infinity are not JSON numbers")
 
 
 def from_base64(item: object) -> bytes:

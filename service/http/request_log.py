@@ -74,7 +74,7 @@ class RequestLog:
             sent, line = failure(error, scope), scope["state"]["log"]
             if line["status"]:
                 line["status"] = sent.status
-                raise  # half an answer is out: let the server break the connection
+                raise  # the response has begun: the server closes the connection
             response = error_response(scope, sent.status, str(sent), sent.headers)
             await response(scope, receive, send)
 

@@ -237,7 +237,7 @@ class ModelStore:
                 await run(self._loader, self.update)
                 await self._control.all_acknowledged(message)
         except TimeoutError:
-            text = "some workers have not done it yet, and will: ask for the index"
+            text = "not all workers have done it yet; poll the index"
             raise Overloaded(text, "no_model") from None
 
     async def watch(self) -> None:
