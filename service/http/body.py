@@ -164,9 +164,7 @@ def read_each(items: Sequence[Item], read: Callable[[Item], ImageSource]) -> lis
 def check_encoded(scale: int | None) -> None:
     """Refuse a scale for encoded images, whose numbers have one."""
     if scale == 1:
-        raise InvalidRequest(
-            "scale: 1 is for numbers only; leave it out for encoded images"
-        )
+        raise InvalidRequest("scale: 1 is for numbers only; leave it out for encoded images")
 
 
 def check_count(count: int, limits: BodyLimits) -> None:
