@@ -65,7 +65,7 @@ screenshots: setup browser ## Take the playground's pictures for README and docs
 	@fc-list | grep -q Inter || apt-get install -y --no-install-recommends fonts-inter
 	$(PYTHON) docs/screenshots.py
 
-docs: setup ## Write the tables of docs/api.md anew
+docs: setup ## Update the tables of docs/api.md
 	$(PYTHON) docs/generate.py
 
 format: setup ## Format the code and fix what ruff can

@@ -1,1 +1,1 @@
-"""What is learned: networks, training, evaluation, checkpoints and Monte Carlo dropout. No HTTP."""
+"""Networks, training, evaluation, checkpoints and Monte Carlo dropout. No HTTP."""

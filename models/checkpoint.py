@@ -7,7 +7,7 @@ the size and SHA-256 of both other files: it shows damage and changes, not who m
 
 What is missing raises CheckpointNotFound; what is damaged or was tampered with CheckpointRefused,
 which names the file or tensor. PyTorch is imported by the functions that need it: listing and
-pinning versions is quick without.
+pinning versions do not load it.
 """
 
 import hashlib
@@ -109,7 +109,7 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
 
     tensors, path = module.state_dict(), Path(WEIGHTS)
     weights = storage.dump_tensors(path, tensors)
-    # By the reader's own checks: a version that would be refused must not come to be.
+    # By the reader's own checks: a version that it would refuse is not written.
     _check_tensors(path, storage.parse_tensors(path, weights), tensors)
     sha256 = hashlib.sha256(weights).hexdigest()
     about = _dump_metadata(replace(metadata, sha256=sha256, torch_version=torch.__version__))
@@ -206,7 +206,6 @@ def _dump_json(values: Mapping[str, Any]) -> bytes:
 
 
 def _digests(about: bytes, weights: bytes) -> dict[str, dict[str, Any]]:
-    """Return what a manifest says of each file of a version."""
     return {
         name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         for name, raw in ((METADATA, about), (WEIGHTS, weights))

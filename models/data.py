@@ -161,7 +161,7 @@ def load_dataset(
             size or (32, 32), 3, (0.0,) * 3, (1.0,) * 3, invert, fit, draft=True
         )
         own, train, test = _folder(Path(name), how, found, skip_broken=skip_broken, whole=whole)
-        shown = f"{Path(name).resolve().name}/"  # the slash tells it from the named datasets
+        shown = f"{Path(name).resolve().name}/"  # the slash marks it as a folder
     else:
         raise DataError(f"no dataset {name!r}: give {', '.join(NAMED)}, or a folder of images")
     if preprocessing is None:
@@ -299,7 +299,7 @@ def _held_out(names: Sequence[str], labels: Tensor) -> Tensor:
     for label in range(int(labels.max()) + 1):
         members = sorted((labels == label).nonzero().flatten().tolist(), key=digests.__getitem__)
         if len(members) < 2:
-            raise DataError(f"{names[members[0]]} is alone in its class: there is none to test on")
+            raise DataError(f"{names[members[0]]} is alone in its class: none is left for testing")
         chosen[members[0]], chosen[members[-1]] = True, False
     return chosen
 

@@ -1,4 +1,4 @@
-"""How a network is trained, and what we suggest where nobody says otherwise; loads no PyTorch."""
+"""Training hyperparameters and their defaults by dataset; loads no PyTorch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,11 +48,11 @@ _SUGGESTED: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """What differs from a recipe's own defaults, by dataset, or by dataset and network."""
 _STEPS = 20
-"""An epoch should have so many at least: few images are no reason for few steps."""
+"""Least steps of an epoch: with few images the batches are smaller."""
 
 
 def default_recipe(dataset: str, network: str, images: int) -> Recipe:
-    """Suggest how to train on so many images."""
+    """Return the default recipe for so many images."""
     suggestion = _SUGGESTED.get(dataset, _SUGGESTED.get(f"{dataset} {network}"))
     if suggestion is not None:
         return Recipe(**suggestion)
@@ -61,7 +61,7 @@ def default_recipe(dataset: str, network: str, images: int) -> Recipe:
 
 
 def suggested(field: str) -> str:
-    """Say what a field of a recipe is where nobody chooses: "20; digits 60", for example."""
+    """Describe the defaults of a recipe's field, as in "20; digits 60"."""
     values = {"": getattr(Recipe, field)}
     values |= {where: fields[field] for where, fields in _SUGGESTED.items() if field in fields}
     words = {True: "on", False: "off"}

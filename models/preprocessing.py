@@ -108,7 +108,6 @@ class Preprocessing:
         return 255 - pixels if self.invert else pixels
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """Resize an image, "L" or "RGB", to the network's size."""
         (height, width), (w, h) = self.size, image.size
         scales = width / w, height / h
         box = (0.0, 0.0, float(w), float(h))  # the part of the image that is used

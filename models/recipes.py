@@ -1,4 +1,4 @@
-"""From what is asked for to what is trained, imported and scored, checked beforehand.
+"""Checks and prepares what is to be trained, imported or scored.
 
 What cannot be done raises ConfigError, DataError, CheckpointError or UnsupportedModule.
 """
@@ -36,7 +36,7 @@ class Plan:
         return {"network": self.config.to_json(), "from": dict(self.start)}
 
     def metadata(self, name: str, recipe: Recipe) -> Metadata:
-        """Describe the model that comes of it."""
+        """Describe the trained model."""
         made = asdict(recipe) | ({"from": dict(self.start)} if self.start else {})
         data = self.data
         return Metadata(name, self.config, data.preprocessing, data.classes, made, data.origin())
@@ -51,7 +51,7 @@ def plan(
     asked: Mapping[str, Any] | None = None,
     **how: Any,  # noqa: ANN401  what `load_dataset` takes
 ) -> Plan:
-    """Suggest all that is not asked for, and see that it can be trained and sampled.
+    """Fill in defaults, and check that the network can be trained and sampled.
 
     `recipe` has the fields of `Recipe` that are asked for; `asked` those of `NetworkConfig`: of an
     mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
@@ -92,14 +92,14 @@ def imported(
     classes: Sequence[str],
     asked: Mapping[str, Any],
 ) -> tuple[nn.Module, Metadata]:
-    """Make a model of a network that was trained elsewhere, by the checks of one to be trained.
+    """Make a model of a network trained elsewhere, with the checks of `plan`.
 
     `weights` is a safetensors file of all its tensors, `classes` are in the order of its logits.
     """
     if len(set(classes)) < len(classes) or not all(classes):
-        raise ConfigError("classes need names, each another one")
+        raise ConfigError("class names must be distinct and not empty")
     if not all(0 <= m <= 1 for m in preprocessing.mean) or max(preprocessing.std) > 1:
-        raise ConfigError("mean and std are of pixels 0 to 1: divide those of pixels to 255 by 255")
+        raise ConfigError("mean and std must be of pixels 0 to 1: divide those of 0 to 255 by 255")
     config = _config(network, preprocessing, len(classes), asked)
     blank = torch.zeros(1, *preprocessing.shape, dtype=torch.uint8)
     module = build_checked(config, preprocessing.normalize(blank), seed=0)
@@ -121,12 +121,12 @@ def evaluation_images(
         raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
     data = _load_for(metadata, name, data_dir, skip_broken=skip_broken, whole=not metadata.data)
     if dataset is None and data.digest() != metadata.data.get("digest"):
-        raise DataError(f"{name} is not the data that {metadata.name} was trained on any more")
+        raise DataError(f"{name} has changed since {metadata.name} was trained on it")
     return data.test
 
 
 def check_run(name: str, accelerator: str = "auto") -> None:
-    """Refuse before the training what would fail after it, or in another library."""
+    """Raise errors early that would otherwise come after the training."""
     if not checkpoint.is_name(name):
         raise ConfigError(f"{name!r} cannot name a model: {checkpoint.NAME_RULE}")
     if accelerator == "cuda" and not torch.cuda.is_available():
@@ -134,7 +134,7 @@ def check_run(name: str, accelerator: str = "auto") -> None:
 
 
 def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Module:
-    """Make the module with fresh weights, and see that Monte Carlo dropout will run on it.
+    """Make the module with fresh weights, and check that it can be sampled.
 
     `example` is normalised images [B, C, H, W]. PyTorch's global generator is left as it was.
     """

@@ -117,7 +117,6 @@ def steps(
 
 
 def _fused(leaves: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    """Fuse batch normalisation into the layer before it."""
     remaining = list(leaves)
     while remaining:
         leaf = remaining.pop(0)

@@ -2,7 +2,7 @@
 
 Everything random (weights' initialisation aside) is drawn from generators seeded by (seed, epoch),
 so the state of a run between two epochs is its tensors and a few numbers, and a resumed run on the
-CPU ends with the very bits of an unbroken one. Lightning Fabric carries device, precision and
+CPU ends with the same bits as an unbroken one. Lightning Fabric handles device, precision and
 distribution over processes. A state file that is damaged raises CheckpointRefused.
 """
 
@@ -44,7 +44,7 @@ _PARTS = {"module": "network", "from": "version to start from", "on": "precision
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images came to."""
+    """Results of one pass over the training images."""
 
     number: int  # from 1
     loss: float
@@ -207,7 +207,7 @@ def _derived_seed(seed: int, epoch: int, rank: int) -> int:
 
 
 class State:
-    """What a run must remember between two epochs to go on as if it had never stopped.
+    """State of a run between two epochs, from which it resumes exactly.
 
     `made_with` describes the run, for JSON; a state of another description is not continued.
     """
@@ -306,7 +306,7 @@ def claimed(folder: Path) -> Iterator[None]:
             try:
                 held.enter_context(storage.alone_in(folder))
             except BlockingIOError as error:
-                raise ConfigError(f"{folder}: another run of this model is going on") from error
+                raise ConfigError(f"{folder}: another run of this model is in progress") from error
         yield
 
 
@@ -327,15 +327,14 @@ def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a state file and the strings of its header."""
     raw = storage.read_once(path, _MAX_STATE_BYTES)
     parts = _CHECKSUM.split(raw, 1)
     if len(parts) == 1:
         reason = "damaged, or written by an earlier release of Dropserve, which can finish the run"
         raise CheckpointRefused(path, f"without a checksum: {reason}; --restart discards it")
-    head, told, rest = parts
-    if (got := _digest(head, rest)) != told:
-        reason = f"damaged: its SHA-256 is {got.decode()}, it says {told.decode()}"
+    head, stated, rest = parts
+    if (got := _digest(head, rest)) != stated:
+        reason = f"damaged: its SHA-256 is {got.decode()}, it says {stated.decode()}"
         raise CheckpointRefused(path, f"{reason}; --restart discards it")
     metadata = storage.check_header(path, raw)["__metadata__"]
     if not re.fullmatch("[1-9][0-9]*", metadata.get("epoch", "")):

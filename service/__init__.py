@@ -1,1 +1,1 @@
-"""Traffic: an HTTP service over what `models` has learned, its client and its command line."""
+"""The HTTP service for `models`, its client and its command line."""

@@ -31,16 +31,16 @@ def create_app(
 
     Args:
         settings: what the deployer set.
-        inference: models and their thread; made from the settings at start-up if None.
-        line: where it waits for the other workers, if there are any.
+        inference: models and their threads; made from the settings at start-up if None.
+        line: start-up barrier of the workers, if there are several.
 
     Raises:
-        OSError: there is no API key in the file that should have them.
-        ServerError: OpenTelemetry is not installed and should trace.
+        OSError: the file of API keys has none.
+        ServerError: tracing is on, and OpenTelemetry is not installed.
     """
     app = FastAPIOffline(
         title="Dropserve",
-        description="Predictions that say how sure they are.",
+        description="Image classification with Monte Carlo dropout.",
         version=version("dropserve"),
         lifespan=lambda app: _lifespan(app, inference, line),
         docs_url=None,

@@ -295,7 +295,7 @@ class _EventReader:
                 raise error
             if kind in EVENTS:  # else a comment, or an event of a newer service
                 event: Callable[[bytes], StreamEvent] = EVENTS[kind].model_validate_json
-                yield _parse(event, data, "the stream did not go on")
+                yield _parse(event, data, "the stream did not continue")
                 self._ended = kind == "end"
 
     def finish(self) -> None:
@@ -368,8 +368,6 @@ def _async(
 
 
 class _Client(Generic[Http, Transport, Sleep]):
-    """The connections of either client."""
-
     _http_class: Callable[..., Http]
 
     def __init__(

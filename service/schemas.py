@@ -1,4 +1,4 @@
-"""What goes over the wire, as the service writes it and the client reads it. No torch, no NumPy."""
+"""Request and response schemas, shared by service and client. No torch, no NumPy."""
 
 import re
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from pydantic_core import PydanticCustomError
 DEFAULT_SAMPLES = 100
 MAX_SAMPLES = 1000
 SCALES = (255, 1)
-"""Numbers that white may be."""
+"""Values that may mean white."""
 MaskKind = Literal["stratified", "independent"]
 Probabilities = list[float]
-"""One number a class, in the order of the model's classes."""
+"""One number per class, in the order of the model's classes."""
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="Seed of the dropout masks.")]
 _SAFE_NAME = re.compile(r"[a-zA-Z_]{1,32}")
 """Names of unknown parameters that an error repeats."""
@@ -55,13 +55,13 @@ def _check_scale(value: int) -> int:
 
 
 class PredictOptions(Sent):
-    """How numbers are read; encoded images take no scale but 255."""
+    """How numbers are read; encoded images accept only 255."""
 
     scale: Annotated[
         int,
         AfterValidator(_check_scale),
         Field(
-            description="Number that is white in `instances` and tensors; 1 if they are scaled.",
+            description="Value of white in `instances` and tensors; 1 if they are scaled.",
             json_schema_extra={"enum": list(SCALES)},
         ),
     ] = 255
@@ -89,7 +89,7 @@ class CompareOptions(PredictOptions):
 
     passes: Annotated[int, Field(ge=1, le=32, description="Train-mode passes, k.")] = 8
     seed: Seed = 0
-    p: Annotated[float | None, Field(ge=0, lt=1, description="Every dropout's rate.")] = None
+    p: Annotated[float | None, Field(ge=0, lt=1, description="Rate of every dropout.")] = None
 
 
 class Prediction(Answer):
@@ -123,17 +123,17 @@ class UncertainPrediction(Answer):
     label: str
     index: int
     mean: Probabilities
-    variance: Probabilities | None = Field(description="With T-1; null at T = 1.")
+    variance: Probabilities | None = Field(description="Sample variance (T-1); null at T = 1.")
     standard_error: Probabilities | None = Field(
         description="Of the mean; null where it cannot be estimated."
     )
     degrees_of_freedom: int | None = Field(
-        None, description="Of the standard error, for Student's quantiles; null likewise."
+        None, description="Of the standard error, for Student's t quantiles; null if that is null."
     )
     predictive_entropy: float = Field(description="H[mean]: total uncertainty.")
     expected_entropy: float = Field(description="Mean of H[p_t]: aleatoric.")
-    mutual_information: float = Field(description="Their difference: epistemic (BALD).")
-    variation_ratio: float = Field(description="Share of samples off the modal class.")
+    mutual_information: float = Field(description="Difference of the entropies: epistemic (BALD).")
+    variation_ratio: float = Field(description="Share of samples not voting for the modal class.")
     interval: Interval
     sample_probabilities: list[Probabilities] | None = Field(
         None, description="T rows; only with include_samples=true."
@@ -159,7 +159,7 @@ class UncertaintyResponse(Sampled):
 
 
 class ComparedPrediction(Answer):
-    """One image through both modes."""
+    """One image in both modes."""
 
     eval: list[Probabilities] = Field(description="Two passes in eval mode: identical.")
     train: list[Probabilities] = Field(description="k passes with dropout on: different.")
@@ -191,19 +191,19 @@ class CompareResponse(Answer):
     version: int
     passes: int
     seed: int
-    p: float | None = Field(None, description="Of every dropout in train mode; where asked for.")
+    p: float | None = Field(None, description="Dropout rate in train mode, if the request set one.")
     predictions: list[ComparedPrediction]
     layers: list[ComparedLayer]
 
 
 class DropoutSite(Answer):
-    """One dropout call of the network: where masks go."""
+    """One dropout call of the network, to which masks are applied."""
 
     name: str
     kind: str
     p: float
     shape: list[int]
-    units: int | None = Field(None, description="How many are kept or dropped, each as one.")
+    units: int | None = Field(None, description="Number of units of a mask.")
 
 
 class StreamInput(Answer):
@@ -218,7 +218,7 @@ class StreamInput(Answer):
 class StreamSite(DropoutSite):
     """A dropout of the network, whose mask is in each sample."""
 
-    units: int = Field(description="Bits of its mask: what is kept or dropped as one.")
+    units: int = Field(description="Number of units, one bit of a mask each.")
 
 
 class StreamStart(Sampled):
@@ -226,7 +226,7 @@ class StreamStart(Sampled):
 
     level: float
     classes: list[str]
-    eval: Probabilities = Field(description="Of eval mode, to compare with.")
+    eval: Probabilities = Field(description="Probabilities in eval mode.")
     input: StreamInput
     sites: list[StreamSite]
 
@@ -234,7 +234,7 @@ class StreamStart(Sampled):
 class StreamSample(Answer):
     """Event `sample`: the probabilities of thinned network t, and statistics of the first t."""
 
-    t: int = Field(description="From 1.")
+    t: int = Field(description="Number of the sample, from 1.")
     probabilities: Probabilities
     mean: Probabilities
     standard_error: Probabilities | None
@@ -243,7 +243,7 @@ class StreamSample(Answer):
     expected_entropy: float
     mutual_information: float
     kept: list[str] = Field(
-        description="Base64 of a mask a site: one bit a unit, the most significant first, 1 = kept."
+        description="One base64 mask per site: a bit per unit, most significant first, 1 = kept."
     )
 
 
@@ -257,7 +257,7 @@ EVENTS: Mapping[str, type[StreamEvent]] = {
     "sample": StreamSample,
     "end": StreamEnd,
 }
-"""Events by name: one start, a sample a thinned network, one end. `error` is a `Problem`."""
+"""Events by name: one start, one sample per thinned network, one end. `error` is a `Problem`."""
 
 
 class Input(Answer):
@@ -270,7 +270,7 @@ class Input(Answer):
     std: list[float]
     invert: bool
     fit: Literal["stretch", "crop", "pad"] = Field(
-        "stretch", description="How images of other proportions get this height and width."
+        "stretch", description="How images of another aspect ratio get this size."
     )
 
 
@@ -278,8 +278,8 @@ class Precision(Answer):
     """What Monte Carlo samples are computed in."""
 
     dtype: Literal["float32", "bfloat16"]
-    speedup: float | None = Field(description="Of bfloat16 here; null: not measured.")
-    error: float | None = Field(description="Most that bfloat16 moved a mean on the probe.")
+    speedup: float | None = Field(description="Of bfloat16 over float32; null: not measured.")
+    error: float | None = Field(description="Largest change of a mean by bfloat16 on the probe.")
 
 
 class Refused(Answer):
@@ -290,27 +290,27 @@ class Refused(Answer):
 
 
 class ModelState(Answer):
-    """The versions of a model that are ready, and what keeps others from it."""
+    """Which versions of a model are served, and why others are not."""
 
-    version: int | None = Field(None, description="The one that answers where none is named.")
+    version: int | None = Field(None, description="Version for requests that name none.")
     versions: list[int]
     refused: list[Refused] = Field([], description="Versions that cannot be served, and why.")
     changed: list[Refused] = Field(
         [],
-        description="Versions that are served from memory: why their files could not be any more.",
+        description="Versions served from memory, and why their files cannot be loaded any more.",
     )
-    pinned: int | None = Field(None, description="To answer; null: the latest does.")
-    pin_problem: str | None = Field(None, description="Why another than the pinned one answers.")
+    pinned: int | None = Field(None, description="Pinned version; null: the latest answers.")
+    pin_problem: str | None = Field(None, description="Why the pinned version does not answer.")
 
 
 class ModelSummary(ModelState):
     """A model in the list of models."""
 
     name: str
-    version: int = Field(description="The one that answers where none is named.")
-    default: bool = Field(description="Whether /predict means this model.")
+    version: int = Field(description="Version for requests that name none.")
+    default: bool = Field(description="Whether /predict uses this model.")
     manifest_sha256: str | None = Field(
-        None, description="Of manifest.json, hence of all files; null: the version has none."
+        None, description="Digest of manifest.json, hence of all files; null: no manifest."
     )
 
 
@@ -325,7 +325,7 @@ class ModelDetails(ModelSummary):
 
     classes: list[str]
     input: Input
-    training: Literal[False] = Field(description="Always: the module is served in eval mode.")
+    training: Literal[False] = Field(description="Always false: the module is served in eval mode.")
     parameters: int
     sites: list[DropoutSite]
     path: Literal["folded", "vmap", "loop"] = Field(
@@ -343,12 +343,12 @@ class Example(Answer):
     """An image from the test set that the model was scored on."""
 
     label: str
-    index: int = Field(description="Of the class that it is of.")
-    url: str = Field(description="Where it is, as a PNG.")
+    index: int = Field(description="Index of its class.")
+    url: str = Field(description="Path of the PNG.")
 
 
 class ExampleList(Answer):
-    """Images to try a version of a model with; none where it was saved without."""
+    """Test images that are stored with a version; empty if none are."""
 
     model: str
     version: int
@@ -356,13 +356,13 @@ class ExampleList(Answer):
 
 
 class Health(Answer):
-    """`/livez`."""
+    """Answer of `/livez`."""
 
     status: Literal["ok"]
 
 
 class Readiness(Answer):
-    """`/readyz`, `/healthz`."""
+    """Answer of `/readyz` and `/healthz`."""
 
     status: Literal["ready"]
     models: dict[str, ModelState]

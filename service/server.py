@@ -90,7 +90,6 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
 
 
 def _as_text(value: object) -> str:
-    """Write a setting as its environment variable has it."""
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     return ",".join(value) if isinstance(value, tuple) else str(value)

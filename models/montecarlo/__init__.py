@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: many thinned networks at once, and what they say together.
+"""Monte Carlo dropout: samples of thinned networks, and their statistics.
 
 Gal and Ghahramani, "Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep
 Learning" (ICML 2016).

@@ -57,7 +57,7 @@ _MULTIPLY = 1.5  # of such a weight for an image: itself, and what is gathered f
 _GATHER = 150  # of gathering such a weight
 
 _ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Identity)
-"""Modules that treat every number alike, however the numbers lie."""
+"""Elementwise modules, which accept any memory layout."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _run_rows(
 
 
 def _layers(leaves: Sequence[nn.Module]) -> list[_Layer]:
-    """See modules, the first a mask, as linear layers with masks between; [] if they are not."""
+    """Group modules, the first a mask, as linear layers with masks between; [] if they differ."""
     found: list[_Layer] = []
     for leaf in leaves[1:]:
         if hooked(leaf):
@@ -267,7 +267,7 @@ def _layers(leaves: Sequence[nn.Module]) -> list[_Layer]:
 
 
 def _may_overwrite(leaf: nn.Module) -> bool:
-    """Say if a module may change its input: torch's own do where they are told to."""
+    """Say if a module may change its input: torch's own do with `inplace=True`."""
     return any(
         getattr(part, "inplace", False)
         or hooked(part)

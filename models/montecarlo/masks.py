@@ -9,7 +9,7 @@ hypercube (McKay, Beckman and Conover, 1979) in blocks of ten samples: a unit's 
 fall one into each tenth of [0, 1), in an order of its own, and it is dropped where its draw is
 below p. Each sample alone still drops each unit with probability exactly p, independently of the
 other units; but within a block a unit is dropped 10p times, to rounding, so the average over the
-block depends little on the luck of the draw, as far as units act one by one. Blocks are independent
+block has a lower variance, as far as units act independently. Blocks are independent
 of each other, so that the spread of their means says how far off the mean of all is.
 """
 

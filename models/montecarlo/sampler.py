@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
 MAX_ERROR = 0.002  # that precision "auto" lets any predictive mean move
 BATCHES = (1, 8, 64)  # numbers of images at which bfloat16 must be faster to be taken by "auto"
-MIN_SPEEDUP = 1.2  # less may be the noise of a measurement, and is not worth the digits
+MIN_SPEEDUP = 1.2  # a smaller gain may be measurement noise
 _ROUNDS = 5
 _CHUNK_ELEMENTS = 2**21
 """Widest result that the vmap path holds at once: 8 MiB of float32, or what one sample of all
@@ -54,8 +54,8 @@ class Sampler:
     not T x batch x units; each image alone still meets T draws from the right distribution.
 
     The module maps images [B, ...] to logits [B, C]. It is in eval mode, and left as it is: masks
-    are put into a copy in training mode. `example` is a batch [B, ...] to try it on. Make a sampler
-    anew when weights change.
+    are put into a copy in training mode. `example` is a batch [B, ...] to try it on. Make a new
+    sampler when weights change.
 
     Attributes:
         training_copy: what runs with masks on every path but "folded"; it shares the weights.
@@ -77,7 +77,7 @@ class Sampler:
         self._module = module
         self._parts = tuple(module.modules())
         self._require_eval_mode()
-        # Noise beside the first image: two images that no path may mix up.
+        # The second image is noise, which shows a path that mixes images.
         noise = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0))
         probe = torch.cat([example[:1], noise.to(example)])
         self._found = trace(module, probe)

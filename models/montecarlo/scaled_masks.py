@@ -21,7 +21,7 @@ _Key = tuple[MaskKind, int, int, torch.device]
 class ScaledMasks:
     """What T thinned networks multiply by: for each site [T, *template], zero for a dropped unit.
 
-    If they are `pinned` they are kept for good, so that what is made of them is made only once:
+    If they are `pinned` they are never evicted, so that what is made of them is made only once:
     groups of `thinned` networks, as `Kernels` gathers them.
     """
 
@@ -68,7 +68,7 @@ class MaskStore:
     def get(
         self, kind: MaskKind, seed: int, samples: range, device: torch.device, pin: bool = False
     ) -> ScaledMasks:
-        """Return the masks of a chunk of samples; `pin` keeps them for good."""
+        """Return the masks of a chunk of samples; `pin` never evicts them."""
         key = (kind, seed, samples.start, device)
         with self._lock:
             if self._latest is not None and not self._kept[self._latest].pinned:

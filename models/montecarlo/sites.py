@@ -173,7 +173,6 @@ def trace(module: nn.Module, probe: Tensor) -> Trace:
 
 
 def _refuse_unreachable(module: nn.Module) -> None:
-    """Refuse dropout that cannot be intercepted."""
     for name, child in module.named_modules():
         where = name or "the module"
         if isinstance(child, nn.RNNBase) and child.dropout > 0 and child.num_layers > 1:
@@ -288,7 +287,6 @@ def _state(module: nn.Module) -> object:
 
 
 def _digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes]:
-    """Return the SHA-256 of each tensor's bytes."""
     rows = ((name, tensor.detach().cpu().contiguous().flatten()) for name, tensor in tensors)
     return {name: hashlib.sha256(row.view(torch.uint8).numpy().data).digest() for name, row in rows}
 

@@ -1,4 +1,4 @@
-"""What T thinned networks say together: mean, spread, and where the uncertainty comes from.
+"""Statistics of T thinned networks: mean, spread, and the sources of uncertainty.
 
 p_tc is the probability of class c under thinned network t. Natural logarithms; sums in float64.
 Predictive entropy = expected entropy (the data's own ambiguity) + mutual information (the model's
@@ -130,7 +130,7 @@ class Statistics:
         return self._count >= self._total
 
     def summary(self) -> Summary:
-        """Say what the samples say together; SamplingError unless all T of them came."""
+        """Return the statistics; SamplingError unless all T samples were added."""
         if self._count != self._total:
             raise SamplingError(f"{self._count} samples of {self._total} came")
         total = self._total

@@ -1,4 +1,4 @@
-"""Monte Carlo dropout as it happens: one image, what is known after each sample, and its masks."""
+"""Streams Monte Carlo dropout over one image: each sample, its masks, statistics so far."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dropserve.models.montecarlo.statistics import (
 
 @dataclass(frozen=True)
 class Sample:
-    """Thinned network number t, and what it and those before it say together of one image.
+    """Thinned network number t on one image, and statistics of the first t.
 
     All float32. Figures of the first t samples are those of `Summary`.
 

@@ -187,7 +187,6 @@ def _reachable(values: Iterable[object], seen: set[int]) -> Iterator[object]:
 
 
 def _held(value: object) -> Iterable[object]:
-    """List what an object holds."""
     for kind, names in _ATTRIBUTES:
         if isinstance(value, kind):
             return [getattr(value, name) for name in names]

@@ -147,7 +147,7 @@ def send_all(
     request in flight, in the order of the images.
 
     Raises:
-        DropserveError: the service is gone, or refuses whatever the image.
+        DropserveError: the service is unreachable, or refuses any image.
     """
     requests = batches(images, batch)
     ask = partial(getattr(client, action), **how)
@@ -161,7 +161,7 @@ def send_all(
                 await send(some[len(some) // 2 :])
                 return
             if not isinstance(error, OSError):
-                await ask([_GOOD_IMAGE])  # if this fails too, it is not the image's fault
+                await ask([_GOOD_IMAGE])  # if this fails too, the image is not the cause
             answer = error
         done(some, answer)
 
@@ -218,8 +218,8 @@ def show_uncertainty(
     _show_rows(rows)
     say(f"  █▓ up to the mean; ▓░ and [ ]: where {level:.0%} of the thinned networks lie")
     parts = (
-        ("doubt in all", "predictive entropy", f", at most {math.log(len(mean)):.3f}"),
-        ("from the data", "expected entropy", ": each network wavers by itself"),
+        ("uncertainty", "predictive entropy", f", at most {math.log(len(mean)):.3f}"),
+        ("from the data", "expected entropy", ": each network alone is unsure"),
         ("from the model", "mutual information", ": the networks disagree"),
     )
     rows = []

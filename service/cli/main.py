@@ -32,7 +32,7 @@ _WRONG = (
     Refused, RequestError, ModelsError, ModelStoreError,
     FileNotFoundError, IsADirectoryError, PermissionError,
 )  # fmt: skip
-"""What whoever typed the command can fix: exit code 2."""
+"""Errors that the user of the command can fix: exit code 2."""
 
 
 class Group(TyperGroup):
@@ -50,14 +50,14 @@ class Group(TyperGroup):
         return command
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  likewise
-        """Run a command; errors that are no bugs become lines on stderr and an exit code."""
+        """Run a command; expected errors become lines on stderr and an exit code."""
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
             if not isinstance(error.__cause__, ValidationError) or error.param is None:
                 raise
-            told = "; ".join(map(options.plain, error.__cause__.errors()))
-            typer.echo(f"error: {' / '.join(error.param.opts)}: {told}", err=True)
+            reason = "; ".join(map(options.plain, error.__cause__.errors()))
+            typer.echo(f"error: {' / '.join(error.param.opts)}: {reason}", err=True)
             raise typer.Exit(2) from error
         except BrokenPipeError:  # the reader has left; Typer exits silently
             raise
@@ -92,15 +92,15 @@ def main(
 
 def serve(
     checkpoints: options.Checkpoints = None,
-    host: Annotated[str | None, Opt(help="Address to listen on, or DROPSERVE_HOST.")] = None,
-    port: Annotated[int | None, Opt(help="Port to listen on, or DROPSERVE_PORT.")] = None,
-    workers: Annotated[int | None, Opt(help="Processes, or DROPSERVE_WORKERS.")] = None,
+    host: Annotated[str | None, Opt(help="Address to listen on (DROPSERVE_HOST).")] = None,
+    port: Annotated[int | None, Opt(help="Port to listen on (DROPSERVE_PORT).")] = None,
+    workers: Annotated[int | None, Opt(help="Server processes (DROPSERVE_WORKERS).")] = None,
 ) -> None:
     """Serve the saved models over HTTP, until SIGTERM or Ctrl-C."""
     settings = options.read_settings(checkpoints=checkpoints, host=host, port=port, workers=workers)
     check_free(settings.host, settings.port)
     if sys.stderr.isatty() and settings.port:
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # the log is of requests that came
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # log requests received, not sent
         threading.Thread(target=_announce, args=(settings.url,), daemon=True).start()
 
     from dropserve.service import server
@@ -122,7 +122,7 @@ def check_free(host: str, port: int) -> None:
                 probe.bind(address)
         except PermissionError as error:
             raise PermissionError(error.errno, error.strerror, f"{host}:{port}") from error
-        except OSError as error:  # of other errors, the server itself tells
+        except OSError as error:  # the server reports other errors itself
             if error.errno == errno.EADDRINUSE:
                 raise Refused(
                     f"{host}:{port} is in use by another program: stop it, or choose another port "
@@ -131,7 +131,6 @@ def check_free(host: str, port: int) -> None:
 
 
 def _announce(url: str) -> None:
-    """Print a line once the service is ready."""
     with DropserveClient(url, timeout=1.0) as client:
         while True:
             with suppress(DropserveError):
@@ -143,7 +142,7 @@ def _announce(url: str) -> None:
 
 
 def settings(as_json: options.AsJson = False) -> None:
-    """List the settings, all environment variables: what they mean and what they are now."""
+    """List the settings (environment variables): meaning and current value."""
     values = options.read_settings().model_dump(mode="json")
     defaults = Settings.model_construct().model_dump(mode="json")  # reads no environment
     table = Table()

@@ -84,14 +84,14 @@ def allow_local_modules() -> None:
 
 Opt = typer.Option
 AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
-Checkpoints = Annotated[Path | None, Opt(help="Folder of models, or DROPSERVE_CHECKPOINTS.")]
-DataDir = Annotated[Path | None, Opt(help="Folder of datasets, or DROPSERVE_DATA_DIR.")]
+Checkpoints = Annotated[Path | None, Opt(help="Folder of models (DROPSERVE_CHECKPOINTS).")]
+DataDir = Annotated[Path | None, Opt(help="Folder of datasets (DROPSERVE_DATA_DIR).")]
 Url = Annotated[
     str | None,
-    Opt(parser=base_url, metavar="URL", help="Of the service; from DROPSERVE_HOST and _PORT."),
+    Opt(parser=base_url, metavar="URL", help="Service; default: DROPSERVE_HOST and _PORT."),
 ]
-Port = Annotated[int | None, Opt(min=1, max=65535, metavar="N", help="Of a local service.")]
-Model = Annotated[str | None, Opt(help="Or the default one.", autocompletion=model_names)]
-Version = Annotated[int | None, Opt(min=1, metavar="N", help="Or the one that answers.")]
-Samples = Annotated[int, Opt(min=1, max=1000, metavar="T", help="Thinned networks.")]
-Seed = Annotated[int, Opt(min=0, metavar="N", help="Of the dropout masks.")]
+Port = Annotated[int | None, Opt(min=1, max=65535, metavar="N", help="Port of a local service.")]
+Model = Annotated[str | None, Opt(help="Model, if not the default.", autocompletion=model_names)]
+Version = Annotated[int | None, Opt(min=1, metavar="N", help="Version, if not the default.")]
+Samples = Annotated[int, Opt(min=1, max=1000, metavar="T", help="Number of thinned networks.")]
+Seed = Annotated[int, Opt(min=0, metavar="N", help="Seed of the dropout masks.")]

@@ -33,7 +33,7 @@ Sort = Literal[
 
 
 def score(
-    folder: Annotated[Path, typer.Argument(help="Of images, in sub-folders as well.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images, searched with sub-folders.")],
     out: Annotated[Path, Opt(help="File to write: .csv or .parquet.")],
     url: options.Url = None,
     port: options.Port = None,
@@ -41,16 +41,14 @@ def score(
     version: options.Version = None,
     samples: options.Samples = 100,
     seed: options.Seed = 0,
-    sort: Annotated[
-        Sort, Opt(metavar="BY", help="path, or a measure: the largest first.")
-    ] = "path",
-    batch: Annotated[int, Opt(min=1, metavar="N", help="Images a request.")] = ask.BATCH,
+    sort: Annotated[Sort, Opt(metavar="BY", help="path, or a measure, largest first.")] = "path",
+    batch: Annotated[int, Opt(min=1, metavar="N", help="Images per request.")] = ask.BATCH,
     in_flight: Annotated[int, Opt(min=1, metavar="N", help="Requests at a time.")] = 4,
     restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
 ) -> None:
-    """Score the images of a folder: which of them should a person look at?
+    """Score the images of a folder, to find those that a person should review.
 
-    Interrupted, the same command continues. Of an image without an answer, "error" says why.
+    If interrupted, the same command continues. The column "error" says why an image has none.
     """
     service = options.find_service(url, port)
     _check_format(out)
@@ -116,7 +114,7 @@ def progress_file(out: Path, *, restart: bool) -> "Iterator[ProgressFile]":
     """Lock and read OUT.part; remove it after the block, except rows of a block that fails."""
     path = out.with_name(out.name + ".part")
     if out.exists() and not path.exists() and not restart:
-        raise Refused(f"{out} is there already: give --restart to write it anew")
+        raise Refused(f"{out} exists: give --restart to overwrite it")
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +169,7 @@ class ProgressFile:
             )
 
     def missing(self, found: Sequence[Path]) -> list[Path]:
-        """Forget the rows with errors and those of images that are gone; return what has none."""
+        """Drop rows with errors or of deleted images; return the images without a row."""
         paths = {_text(path): path for path in found}
         self.rows = [row for row in self.rows if row["error"] is None and row["path"] in paths]
         known = {row["path"] for row in self.rows}

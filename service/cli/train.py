@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dropserve.models.training import Epoch
 
 _SCORES = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
-_FEW = 1000  # test images; of fewer, scores differ much from one sample to the next
+_FEW = 1000  # test images; with fewer, scores vary much by chance
 
 
 def _parsed(must: str, metavar: str, text: str, parse: Callable[[str], object]) -> Any:  # noqa: ANN401  Typer's own type
@@ -44,7 +44,7 @@ def _parsed(must: str, metavar: str, text: str, parse: Callable[[str], object]) 
 
 
 def _recipe(name: str, text: str, **more: Any) -> Any:  # noqa: ANN401  likewise
-    """Make the option of a recipe's field; its help says what is suggested."""
+    """Make the option of a recipe's field, with its default by dataset in the help."""
     return Opt(help=text, show_default=suggested(name), **more)
 
 
@@ -80,12 +80,12 @@ _NAMES = "names with commas between them, or a file of a name a line"
 # Any is what the parser returns.
 Hidden = Annotated[Any, _parsed(_LIST, "N,..", "Widths of the hidden layers.", _list(int))]
 Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate after each hidden layer.", _list(float))]
-Arguments = Annotated[Any, _parsed('a JSON object, as {"a": 1}', "JSON", "Of a factory.", _object)]
+Arguments = Annotated[Any, _parsed('a JSON object, as {"a": 1}', "JSON", "For a factory.", _object)]
 Size = Annotated[Any, _parsed(_HXW, "HxW", "Pixels of the input; 32 for a folder.", _size)]
-Classes = Annotated[Any, _parsed(_NAMES, "A,B,..", "By logit; or a file, a name a line.", _names)]
-Mean = Annotated[Any, _parsed(_LIST, "M,..", "Of each channel, in units of 0 to 1.", _list(float))]
-Std = Annotated[Any, _parsed(_LIST, "S,..", "Of each channel, likewise.", _list(float))]
-Invert = Annotated[bool, Opt("--invert", help="Turn dark into light.")]
+Classes = Annotated[Any, _parsed(_NAMES, "A,B,..", "In logit order; or a file.", _names)]
+Mean = Annotated[Any, _parsed(_LIST, "M,..", "Per channel, in units of 0 to 1.", _list(float))]
+Std = Annotated[Any, _parsed(_LIST, "S,..", "Per channel, in units of 0 to 1.", _list(float))]
+Invert = Annotated[bool, Opt("--invert", help="Invert the brightness.")]
 Fit = Annotated[
     Literal["stretch", "crop", "pad"],
     Opt(metavar="HOW", help="Images of other proportions: stretch, crop (centre), or pad."),
@@ -95,23 +95,23 @@ Samples = Annotated[int, Opt(min=0, metavar="T", help="Thinned networks to score
 
 
 def train(
-    dataset: Annotated[str, Opt(help=f"{_DATASETS}: a sub-folder a class.")] = "digits",
+    dataset: Annotated[str, Opt(help=f"{_DATASETS}: one sub-folder per class.")] = "digits",
     network: Annotated[Text, Opt(show_default="mlp", help=_NETWORKS)] = None,
-    name: Annotated[Text, Opt(help="Of the model, else DATASET-NETWORK or that of --from.")] = None,
+    name: Annotated[Text, Opt(help="Model; default: DATASET-NETWORK, or that of --from.")] = None,
     start: Annotated[Text, Opt("--from", metavar="NAME[/N]", help="Train this further.")] = None,
-    if_missing: Annotated[bool, Opt("--if-missing", help="Do nothing if there is one.")] = False,
+    if_missing: Annotated[bool, Opt("--if-missing", help="Do nothing if it exists.")] = False,
     resume: Annotated[bool, Opt("--resume", help="Continue an interrupted run.")] = False,
     restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
     epochs: Annotated[Int, _recipe("epochs", "Most epochs.")] = None,
-    batch_size: Annotated[Int, _recipe("batch_size", "Images a step.")] = None,
+    batch_size: Annotated[Int, _recipe("batch_size", "Images per step.")] = None,
     learning_rate: Annotated[Float, _recipe("learning_rate", "Peak; a tenth with --from.")] = None,
-    weight_decay: Annotated[Float, _recipe("weight_decay", "Of matrices and kernels.")] = None,
+    weight_decay: Annotated[Float, _recipe("weight_decay", "Matrices and kernels only.")] = None,
     optimizer: Annotated[Optimizer, _recipe("optimizer", "adamw or sgd.", metavar="O")] = None,
     label_smoothing: Annotated[Float, _recipe("label_smoothing", "Share for all classes.")] = None,
     shift: Annotated[Int, _recipe("shift", "Augment: most pixels to shift by.")] = None,
     flip: Annotated[bool | None, _recipe("flip", "Augment: mirror half.")] = None,
     patience: Annotated[Int, _recipe("patience", "Epochs without a gain, then stop.")] = None,
-    seed: Annotated[int, Opt(help="Of everything random.")] = 0,
+    seed: Annotated[int, Opt(help="Seed of everything random.")] = 0,
     threads: Annotated[Int, Opt(help="CPU threads.", show_default="by the network's size")] = None,
     hidden: Hidden = None,
     dropout: Dropout = None,
@@ -197,14 +197,14 @@ def import_(
     mean: Mean,
     std: Std,
     size: Size,
-    name: Annotated[str, Opt(help="Of the model.")],
+    name: Annotated[str, Opt(help="Model.")],
     channels: Annotated[Int, Opt(metavar="C", help="1 or 3, else as many as means.")] = None,
     network_arguments: Arguments = None,
     hidden: Hidden = None,
     dropout: Dropout = None,
     invert: Invert = False,
     fit: Fit = "stretch",
-    evaluate: Annotated[Text, Opt(metavar="DATASET", help="To score it, as in train.")] = None,
+    evaluate: Annotated[Text, Opt(metavar="DATASET", help="Test data, as of train.")] = None,
     skip_broken: SkipBroken = False,
     samples: Samples = 100,
     checkpoints: options.Checkpoints = None,
@@ -230,11 +230,11 @@ def import_(
 
 
 def evaluate(
-    name: Annotated[str, Opt(help="Of the model.")],
-    version: Annotated[Int, Opt(min=1, metavar="N", help="Of the model, or the latest.")] = None,
-    dataset: Annotated[Text, Opt(help="Other than that of the training, or a folder.")] = None,
+    name: Annotated[str, Opt(help="Model.")],
+    version: Annotated[Int, Opt(min=1, metavar="N", help="Version; default: latest.")] = None,
+    dataset: Annotated[Text, Opt(help="Default: that of the training.")] = None,
     samples: Samples = 100,
-    confusion: Annotated[bool, Opt("--confusion", help="Show classes taken for others.")] = False,
+    confusion: Annotated[bool, Opt("--confusion", help="Show confused classes.")] = False,
     skip_broken: SkipBroken = False,
     checkpoints: options.Checkpoints = None,
     data_dir: options.DataDir = None,

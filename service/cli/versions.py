@@ -14,12 +14,12 @@ from dropserve.service.cli.options import Checkpoints, Opt, allow_local_modules,
 from dropserve.service.cli.terminal import Refused, say
 from dropserve.service.settings import Settings
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the model.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Model.")]
 
 
 def manifest(
     name: Name,
-    version: Annotated[int | None, Opt(min=1, metavar="N", help="Of the model, or all.")] = None,
+    version: Annotated[int | None, Opt(min=1, metavar="N", help="Version; default: all.")] = None,
     checkpoints: Checkpoints = None,
 ) -> None:
     """Verify a model's versions, all or one, and write the manifest of those that have none."""
@@ -40,10 +40,10 @@ def manifest(
 
 def pin(
     name: Name,
-    version: Annotated[str, typer.Argument(metavar="N|latest", help="Which is to answer.")],
+    version: Annotated[str, typer.Argument(metavar="N|latest", help="Version to answer.")],
     checkpoints: Checkpoints = None,
 ) -> None:
-    """Let one version of a model answer even when newer ones come; or the latest again."""
+    """Pin the version of a model that answers; `latest` removes the pin."""
     if version != "latest" and not (version.isascii() and version.isdecimal()):
         raise Refused("give the number of a version, or latest")
     settings = read_settings(checkpoints=checkpoints)
@@ -99,12 +99,10 @@ def _pin(settings: Settings, name: str, version: int | None) -> None:
 
 
 def _fixed(settings: Settings, name: str) -> int | None:
-    """Return the version of the model that the settings fix, if they do."""
     return settings.default_version if settings.default_model in (None, name) else None
 
 
 def _answering(settings: Settings, name: str) -> int:
-    """Return the version that a service would answer with."""
     checkpoint.choose(settings.checkpoints, name)
     wanted = _fixed(settings, name) or checkpoint.pinned(settings.checkpoints, name)
     there = checkpoint.versions(settings.checkpoints, name)

@@ -1,4 +1,4 @@
-"""`dropserve watch`: what a service does now, from the difference of its metrics at two moments."""
+"""`dropserve watch`: live figures of a service, from two snapshots of its metrics."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def watch(
     once: Annotated[bool, Opt("--once", help="Print the figures of one interval.")] = False,
     as_json: Annotated[bool, Opt("--json", help="Print a line of JSON an interval.")] = False,
 ) -> None:
-    """Show what a running service does: traffic, latency, queue, and how sure its models are.
+    """Show a running service live: traffic, latency, queue, confidence and uncertainty.
 
     Where the output is no terminal, a line an interval.
     """
@@ -69,7 +69,7 @@ def watch_figures(
     """Yield each interval the figures of the last few, or why the service does not answer.
 
     Raises:
-        RequestError, ServerError: it never will: it wants a key, or has no metrics.
+        RequestError, ServerError: it needs a key, or has no metrics.
     """
     snapshots: deque[Snapshot] = deque(maxlen=_WINDOW + 1)
     while True:
@@ -113,7 +113,7 @@ class Snapshot:
 
 
 def between(before: Snapshot, after: Snapshot) -> Figures:
-    """Return what happened between two snapshots; None where it did not."""
+    """Return the figures between two snapshots; None without observations."""
     seconds = max(after.time - before.time, 1e-9)
 
     def gained(name: str, **labels: str) -> float:

@@ -170,7 +170,7 @@ class Connection(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(seconds, handler)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection. The timer runs on while requests are answered: it is dear."""
+        """Close an idle connection. The timer runs on during requests: resetting it is slow."""
         busy = self._request is not None or self._partial
         idle = 0.0 if busy else self.loop.time() - self._answered
         if idle < self.timeout_keep_alive:
@@ -321,7 +321,6 @@ class _Message:
         self._messages = 0
 
     def read(self, data: bytes) -> None:
-        """Parse bytes from the beginning of a message."""
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):

@@ -1,4 +1,4 @@
-"""From a request's body to its images: raw, multipart or JSON. Read with limits, strictly."""
+"""Reads request bodies within limits, and parses images: raw, multipart or JSON."""
 
 import asyncio
 import base64
@@ -164,9 +164,7 @@ def read_each(items: Sequence[Item], read: Callable[[Item], ImageSource]) -> lis
 def check_encoded(scale: int | None) -> None:
     """Refuse a scale for encoded images, whose numbers have one."""
     if scale == 1:
-        raise InvalidRequest(
-            "scale: 1 is for numbers only; encoded images have theirs: leave it out"
-        )
+        raise InvalidRequest("scale: 1 is for numbers only; leave it out for encoded images")
 
 
 def check_count(count: int, limits: BodyLimits) -> None:
@@ -259,7 +257,7 @@ def _read_headers(part: Part, headers: dict[bytes, bytes]) -> None:
 
 def _read_part(part: Part, limits: BodyLimits) -> ImageSource:
     if part.name != "file":
-        raise InvalidRequest("a part has another name than `file`")
+        raise InvalidRequest("a part is not named `file`")
     if not part.has_filename:
         raise InvalidRequest("a `file` part has no filename")
     return encoded(part.data, part.content_type, limits.image)
@@ -328,7 +326,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(_name: str) -> None:
-    raise InvalidRequest("NaN and Infinity are no numbers of JSON")
+    raise InvalidRequest("NaN and Infinity are not JSON numbers")
 
 
 def from_base64(item: object) -> bytes:

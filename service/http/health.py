@@ -22,10 +22,10 @@ async def livez() -> Health:
 @router.get("/readyz", responses=errors(503))
 @router.get("/healthz", name="healthz", responses=errors(503))
 async def readyz(request: Request) -> Readiness:
-    """Models are loaded: nothing listens before they are, nor from the moment of shutdown.
+    """Models are loaded. The port is closed before that and from the start of a shutdown.
 
     A version that cannot be served does not change that; it is listed as refused, with the reason.
-    Where no model is served, because an operator unloaded all, it is 503.
+    It is 503 if no model is served, because an operator unloaded all.
     """
     inference = inference_of(request)
     if not any(inference.store):
@@ -37,7 +37,7 @@ async def readyz(request: Request) -> Readiness:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """What the service has done and does, for Prometheus; all workers together."""
+    """Metrics of all workers, in Prometheus' text format."""
     found = request.app.state.metrics
     found.flush(inference_of(request))
     accept = request.headers.get("accept", "")

@@ -1,4 +1,4 @@
-"""From a file's bytes to an image: limits first, decoding second.
+"""Decodes images, after their limits are checked.
 
 What Pillow is given has been recognised by its first bytes, and this module reads its dimensions
 from its header: the memory that decoding takes is known before Pillow starts.
@@ -126,7 +126,6 @@ def prepared(
 
 
 def _check(data: bytes, content_type: str | None, limits: ImageLimits) -> tuple[str, Size]:
-    """Return the format and the size of what may be decoded."""
     if not data:
         raise MalformedRequest("the image has no bytes")
     kind, size = _recognise(data)

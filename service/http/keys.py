@@ -135,7 +135,6 @@ def _offered(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 
 def _read(path: Path) -> tuple[bytes, ...]:
-    """Return the digests of a file's keys."""
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise KeysError(f"{path}: no file of API keys")
     lines = [line.strip() for line in path.read_bytes().splitlines()]

@@ -1,4 +1,4 @@
-"""GET the models that are served, what is known of each, and images to try it with."""
+"""Routes that describe models: list, details, example images."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def _summary(inference: "Inference", model: "Classifier") -> dict[str, Any]:
 
 
 async def examples(request: Request) -> Response:
-    """List images of the test set; none where the model was saved without."""
+    """List test images of the version; empty if it has none."""
     model = find_model(request)
     base = f"/v1/models/{model.name}/versions/{model.version}/examples"
     listed = [
@@ -73,7 +73,7 @@ _EXAMPLE = VERSION + "/examples/{number}"
     openapi_extra=described(_EXAMPLE),
 )
 async def example(request: Request) -> Response:
-    """Send one as a PNG: posted back, it is the test set's image to the bit."""
+    """Send an example as a PNG. Posted to a task, it gives exactly the test set's pixels."""
     model = find_model(request)
     number = plain_number(request.path_params["number"])
     if not 0 <= number < len(model.examples):

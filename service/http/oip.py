@@ -147,7 +147,7 @@ class IndexRequest(Strict):
 
 
 class LoadRequest(Strict):
-    """Body of `load`; none of Triton's parameters, which bring a configuration or files along."""
+    """Body of `load`; Triton's parameters (a configuration, files) are refused."""
 
     parameters: Strict = Strict()
 
@@ -187,7 +187,7 @@ async def live() -> dict[str, bool]:
 
 @router.get("/health/ready", responses=routes.errors(503))
 async def ready(request: Request) -> dict[str, bool]:
-    """Models are loaded: nothing listens before they are, nor from the moment of shutdown."""
+    """Models are loaded. The port is closed before that and from the start of a shutdown."""
     if not any(routes.inference_of(request).store):
         raise errors.Overloaded("no model is served", "no_model")
     return {"ready": True}
@@ -267,7 +267,7 @@ def _split(body: bytes, lengths: Sequence[str]) -> tuple[bytes, memoryview]:
         return body, memoryview(b"")
     end = int(lengths[0]) if lengths[0].isdecimal() and len(lengths[0]) < 19 else 0
     if len(lengths) > 1 or not 0 < end <= len(body):
-        raise errors.MalformedRequest(f"{HEADER} must be there once, from 1 to the body's bytes")
+        raise errors.MalformedRequest(f"{HEADER} must occur once, from 1 to the body's length")
     return body[:end], memoryview(body)[end:]
 
 
@@ -325,7 +325,7 @@ def _plan(request: InferRequest, max_samples: int) -> tuple[dict[str, bool], lis
     """Return the outputs to send, each with whether as binary data, and the tasks they need."""
     parameters, asked = request.parameters, {o.name: o.parameters for o in request.outputs}
     if len(asked) < len(request.outputs):
-        raise errors.InvalidRequest("outputs: one is there twice")
+        raise errors.InvalidRequest("outputs: a duplicate name")
     sampled = not asked.keys().isdisjoint(SAMPLED)
     uncertainty = sampled if parameters.mode is None else parameters.mode == "uncertainty"
     if not uncertainty and (sampled or not parameters.model_fields_set.isdisjoint(_SAMPLING)):
@@ -383,7 +383,6 @@ def _write(name: str, values: Sequence[Any], *, binary: bool) -> tuple[dict[str,
 
 
 def _post(path: str, body: type[BaseModel], response: object) -> Callable[..., Any]:
-    """Declare a route that reads a body."""
     infers = body is InferRequest  # the others are the repository's: bodies may be left out
     schema = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
     content = {"required": infers, "content": {"application/json": schema}}
@@ -430,7 +429,7 @@ async def _read(request: Request, kind: type[Message]) -> Message:
     """Check the admin token, and read a body that may be left out."""
     token, reader = request.app.state.settings.admin_token, request.app.state.reader
     if token is None:
-        raise errors.Forbidden("the repository is closed here: DROPSERVE_ADMIN_TOKEN opens it")
+        raise errors.Forbidden("the repository is disabled: set DROPSERVE_ADMIN_TOKEN")
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     right = hmac.compare_digest(given.strip().encode("latin-1"), token.get_secret_value().encode())
     if scheme.lower() != "bearer" or not right:

@@ -1,4 +1,4 @@
-"""What a request for a task asks for: read from its path and its query."""
+"""Parses the options of a task from a request's path and query."""
 
 import re
 from collections.abc import Mapping
@@ -43,12 +43,12 @@ def route_template(name: str | None, version: str | None, kind: str) -> str:
 
 @dataclass(frozen=True)
 class ParsedOptions:
-    """What a query asks for.
+    """The options of a query.
 
     Attributes:
         task: what to do.
-        head: what the answer repeats of it.
-        scale: the number that is white; None: it does not say.
+        head: what the answer repeats.
+        scale: value of white; None: not given.
     """
 
     task: Task

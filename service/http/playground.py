@@ -30,7 +30,6 @@ class _Files(StaticFiles):
     """The folder's files, with the page's policy on every response."""
 
     def file_response(self, full_path: Any, *args: Any, **kwargs: Any) -> Response:  # noqa: ANN401
-        """Answer with a file, or with 304 if the browser has it."""
         response = super().file_response(full_path, *args, **kwargs)
         response.headers.update(_HEADERS)
         if "content-type" in response.headers:

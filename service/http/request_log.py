@@ -64,7 +64,6 @@ class RequestLog:
             record(scope["app"].state.metrics, line, started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer by the application, or with the error that it raises."""
         try:
             # the framework's patterns ignore a newline at the end
             app = self._app if scope["path"].isprintable() else _refuse_path
@@ -72,11 +71,11 @@ class RequestLog:
         except ClientDisconnect:
             raise
         except (Exception, asyncio.CancelledError) as error:
-            told, line = failure(error, scope), scope["state"]["log"]
+            sent, line = failure(error, scope), scope["state"]["log"]
             if line["status"]:
-                line["status"] = told.status
-                raise  # half an answer is out: let the server break the connection
-            response = error_response(scope, told.status, str(told), told.headers)
+                line["status"] = sent.status
+                raise  # the response has begun: the server closes the connection
+            response = error_response(scope, sent.status, str(sent), sent.headers)
             await response(scope, receive, send)
 
 
@@ -85,7 +84,7 @@ async def _refuse_path(_scope: Scope, _receive: Receive, _send: Send) -> None:
 
 
 def failure(error: BaseException, scope: Scope) -> DropserveError:
-    """Log what the service is to blame for; return the error that the client is told."""
+    """Log failures of the service; return the error to send."""
     state = scope["state"]
     about = {FIELDS: {"request_id": state["request_id"]}}
     if isinstance(error, asyncio.CancelledError):  # the time for open requests is over at shutdown

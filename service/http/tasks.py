@@ -67,13 +67,13 @@ class EventStream(StreamingResponse):
         headers = {
             "content-type": "text/event-stream",
             "cache-control": "no-store",
-            "x-accel-buffering": "no",  # nginx would hold events back until it has a page of them
+            "x-accel-buffering": "no",  # nginx would buffer events
         }
         super().__init__(self._events(request, head, first), headers=headers)
         self._rest = rest
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, as long as the client stays."""
+        """Send the events while the client is connected."""
         async with while_connected(receive), aclosing(self._rest):
             await self.stream_response(send)
 
@@ -83,9 +83,9 @@ class EventStream(StreamingResponse):
             async for step in self._rest:
                 yield _write_events(step, head)
         except Exception as error:
-            told = failure(error, request.scope)
-            request.state.log["status"] = told.status  # the one that was sent, 200, came too early
-            content = problem(told.status, str(told), request.state.request_id)
+            sent = failure(error, request.scope)
+            request.state.log["status"] = sent.status  # the header said 200
+            content = problem(sent.status, str(sent), request.state.request_id)
             yield _write_events({"error": [content]}, {})
 
 
@@ -106,7 +106,7 @@ async def predict(request: Request) -> Response:
 
 @_post("uncertainty", response_model=UncertaintyResponse)
 async def uncertainty(request: Request) -> Response:
-    """Classify images by Monte Carlo dropout, and say how sure the answer is."""
+    """Classify images by Monte Carlo dropout, with measures of uncertainty."""
     return await _answer(request, "uncertainty")
 
 
@@ -123,7 +123,6 @@ async def compare(request: Request) -> Response:
 
 
 async def _answer(request: Request, kind: str) -> Response:
-    """Find the model, read the options and the images, run the task and write the answer."""
     inference, state = inference_of(request), request.app.state
     model = find_model(request, log=True)
     options = read_options(kind, request.scope["query_string"], state.settings.max_samples)

@@ -93,7 +93,7 @@ class Batcher(Generic[Key, Item, Result]):
         max_jobs: most jobs under way; other keys then wait, except urgent ones.
         inline: says if a batch of a key and weight takes so little time that it may run on the
             event loop, which saves two changes of thread.
-        observe: told of each batch that starts: key, weight, and the seconds that items waited.
+        observe: called as a batch starts, with key, weight, and the seconds that items waited.
     """
 
     def __init__(
@@ -215,7 +215,6 @@ class Batcher(Generic[Key, Item, Result]):
             self._executor.submit(self._step, job, loop)
 
     def _step(self, job: _Job[Key, Item, Result], loop: asyncio.AbstractEventLoop) -> None:
-        """Run a step, on the executor."""
         job.advance(self._run)
         loop.call_soon_threadsafe(self._after_step, job, loop)
 

@@ -89,8 +89,6 @@ class Decoder:
 
 
 class _Work(Generic[Result]):
-    """Steps and their result."""
-
     def __init__(self, steps: Steps[Result]) -> None:
         self.steps: Steps[Result] | None = steps
         self.result: Result

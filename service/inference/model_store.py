@@ -237,7 +237,7 @@ class ModelStore:
                 await run(self._loader, self.update)
                 await self._control.all_acknowledged(message)
         except TimeoutError:
-            text = "some workers have not done it yet, and will: ask for the index"
+            text = "not all workers have done it yet; poll the index"
             raise Overloaded(text, "no_model") from None
 
     async def watch(self) -> None:
@@ -418,7 +418,6 @@ class ModelStore:
         return NotFound(f"no such model; served are {_listed(self)}{did_you_mean(name, self)}")
 
     def _without_path(self, text: str) -> str:
-        """Leave out where the checkpoints are."""
         return text.replace(f"{self._settings.checkpoints}/", "")
 
 

@@ -71,8 +71,6 @@ class _Buffer(defaultdict[tuple[Any, ...], list[float]]):
 
 
 class _Histogram(Histogram):
-    """A histogram that observes many values at once."""
-
     def observe_all(self, values: Sequence[float]) -> None:
         buckets = np.searchsorted(self._upper_bounds, values)  # the first bound >= value
         self._sum.inc(float(np.sum(values, dtype=np.float64)))
@@ -122,11 +120,11 @@ class Metrics:
         text, labels = "Versions loaded or refused.", ["model", "result"]
         self._loads = counter("model_loads_total", text, labels)
         self._loaded = total("model_loaded", "Workers that serve it.", ["model", "version"])
-        text = "Version that answers where none is named."
+        text = "Version for requests that name none."
         self._latest = smallest("model_version", text, ["model"])
-        self._refused = largest("model_refused_versions", "Not served.", ["model"])
+        self._refused = largest("model_refused_versions", "Not loadable.", ["model"])
         self._changed = largest("model_changed_versions", "Served from memory.", ["model"])
-        text = "Whether another than the pinned answers."
+        text = "Whether the pinned version does not answer."
         self._pin_failed = largest("model_pin_failed", text, ["model"])
         total("workers", "Processes that serve.").set(1)
         largest("info", "The release.", ["version"]).labels(version("dropserve")).set(1)
@@ -177,7 +175,7 @@ class Metrics:
             await asyncio.sleep(FLUSH_SECONDS)
 
     def flush(self, source: _Source) -> None:
-        """Bring the metrics up to date; on the event loop alone."""
+        """Update the metrics; call it on the event loop only."""
         for (route, model, number, status), seconds in self.requests.drain():
             self._requests.labels(route, model, number, status).inc(len(seconds))
             self._seconds.labels(route, model, status).observe_all(seconds)
@@ -217,5 +215,5 @@ def _remove_dead(folder: Path) -> None:
         try:
             os.kill(process, 0)
         except OSError:  # it is dead, or another user's by now
-            with suppress(FileNotFoundError):  # another thread was quicker
+            with suppress(FileNotFoundError):  # another thread removed it
                 mark_process_dead(process, folder)  # type: ignore[no-untyped-call]

@@ -124,7 +124,7 @@ def test_uncertainty_marks_the_interval_and_says_where_the_uncertainty_comes_fro
     assert lines[1].split()[:2] == ["dog", "█" * 15 + "▓" * 6 + "░" * 6]
     assert "70.0%  [50.0%, 90.0%]" in lines[1]
     said = " ".join(result.stdout.split())
-    assert f"doubt in all 0.802 nats predictive entropy, at most {math.log(3):.3f}" in said
+    assert f"uncertainty 0.802 nats predictive entropy, at most {math.log(3):.3f}" in said
     assert "from the data 0.700 nats expected entropy" in said
     assert "from the model 0.102 nats mutual information" in said
     assert "votes against 4.0% of the networks variation ratio" in said

@@ -124,7 +124,7 @@ def test_images_are_scored_by_the_names_of_their_classes(run):
         (["--weights", "none.safetensors"], "none.safetensors: cannot be opened: No such file"),
         (["--classes", "red"], "--classes: must be names with commas between them, or a file"),
         (["--classes", "red,green"], "makes 3 logits for 2 classes"),
-        (["--classes", "red,green,red"], "classes need names, each another one"),
+        (["--classes", "red,green,red"], "class names must be distinct and not empty"),
         (["--mean", "0.1,0.2"], "mean and std need one value a channel"),
         (["--mean", "a"], "--mean: must be numbers"),
         (["--mean", "123"], "to 255 by 255"),
