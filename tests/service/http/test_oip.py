@@ -345,7 +345,7 @@ def test_only_what_the_outputs_need_runs(post, inference):
 
 
 def test_a_request_that_waits_longer_than_its_timeout_is_refused(inference):
-    model = inference.registry.find(MLP)
+    model = inference.store.find(MLP)
     model.inline = {}  # or nothing would wait
 
     def slow():

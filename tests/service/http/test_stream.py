@@ -237,7 +237,7 @@ def inference(checkpoints):
 
 @pytest.fixture
 def model(inference):
-    return inference.registry.find("digits-mlp", "1")
+    return inference.store.find("digits-mlp", "1")
 
 
 PIXELS = np.zeros((1, 1, 8, 8), np.uint8)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from dropserve.service.http.orders import read_options
 
 from dropserve.service.errors import InvalidRequest, Overloaded
+from dropserve.service.http.options import read_options
 from dropserve.service.inference.classifier import (
     Classifier,
     Compare,
