@@ -1,7 +1,6 @@
 """Bodies and parameters that are refused, over a socket: with which status, and saying what."""
 
 import base64
-import io
 import json
 
 import httpx
@@ -9,14 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import PNG, encode
 
-def _png():
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), 77).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = _png()
 BASE64 = base64.b64encode(PNG).decode()
 FORM = "multipart/form-data; boundary="
 FILE = b'Content-Disposition: form-data; name="file"; filename="MARKER.png"\r\n'
@@ -175,9 +168,7 @@ def test_multipart(case, http, problem):
 
 
 def test_a_sound_form_of_several_files_is_a_batch(http):
-    dark = io.BytesIO()
-    Image.new("L", (8, 8), 0).save(dark, "PNG")
-    body = form(part(), part(data=dark.getvalue()), part())
+    body = form(part(), part(data=encode(Image.new("L", (8, 8), 0))), part())
     first, second, third = post(http, body, FORM + "cut").json()["predictions"]
     assert first == third != second
 

@@ -1,14 +1,14 @@
 """Open Inference Protocol v2, sent wrong: refused, with which status, in the protocol's words."""
 
 import base64
-import io
 import json
 import struct
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+
+from tests.helpers import PNG
 
 MLP = "digits-mlp"
 INFER = f"/v2/models/{MLP}/infer"
@@ -30,8 +30,6 @@ def raw(data):
     return json.dumps(request(data="DATA")).replace('"DATA"', data).encode()
 
 
-Image.new("L", (8, 8), 77).save(buffer := io.BytesIO(), "PNG")
-PNG = buffer.getvalue()
 PNG64 = base64.b64encode(PNG).decode()
 REFUSED = {
     "nothing": (400, b""),
