@@ -1,17 +1,20 @@
 """What tests of several folders use: pictures as files, free ports, conditions to wait for."""
 
+import asyncio
+import inspect
 import io
 import socket
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image
 from typer.testing import CliRunner
 
 from dropserve.service.cli.main import app
+from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
 
 def encode(picture, kind="PNG", **options):
@@ -69,8 +72,33 @@ def eventually(condition, seconds=30, pause=0.05):
 
 def workers(server):
     """Process ids of a server's workers: its children that are no tracker of resources."""
-    children = psutil.Process(server.process.pid).children()
-    return [child.pid for child in children if any("spawn_main" in x for x in child.cmdline())]
+    root = Path("/proc", str(server.process.pid), "task", str(server.process.pid), "children")
+    children = root.read_text().split()
+    return [
+        int(pid) for pid in children if b"spawn_main" in Path("/proc", pid, "cmdline").read_bytes()
+    ]
+
+
+class Caller:
+    """Calls a method of one of the two clients; a stream comes back as a list."""
+
+    def __init__(self, kind, url, **options):
+        self.kind, self.url, self.options = kind, url, options
+
+    def __call__(self, method, *arguments, **given):
+        if self.kind == "sync":
+            with DropserveClient(self.url, **self.options) as client:
+                answer = getattr(client, method)(*arguments, **given)
+                return list(answer) if inspect.isgenerator(answer) else answer
+
+        async def run():
+            async with AsyncDropserveClient(self.url, **self.options) as client:
+                answer = getattr(client, method)(*arguments, **given)
+                if inspect.isasyncgen(answer):
+                    return [event async for event in answer]
+                return await answer
+
+        return asyncio.run(run())
 
 
 def invoke(*arguments, stdin=None, **environment):

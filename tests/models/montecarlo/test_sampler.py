@@ -232,9 +232,3 @@ def test_arguments_out_of_range_are_refused(arguments, reason):
     _, x, sampler = tiny()
     with pytest.raises(SamplingError, match=reason):
         sampler.sample(x, **arguments)
-
-
-@any_path
-def test_the_largest_seed_is_taken(path):
-    _, x, _ = tiny()
-    assert on(path).sample(x, 3, 2**63 - 1).shape == (3, 3, 3)

@@ -177,15 +177,6 @@ def test_what_has_begun_within_its_time_takes_as_long_as_it_takes():
     assert run(scenario) == [("a", [1])]
 
 
-def test_an_empty_queue_takes_even_what_is_heavier_than_itself():
-    async def scenario(batcher, runner):
-        async with busy(batcher, runner):
-            (task,) = await queued(batcher.submit("a", 1, 99))
-        assert await task == ("a", 1)
-
-    run(scenario, max_queue=4)
-
-
 def test_what_weighs_nothing_is_taken_however_much_waits():
     async def scenario(batcher, runner):
         async with busy(batcher, runner):
