@@ -303,6 +303,7 @@ def test_a_model_that_is_not_served_is_answered_with_those_that_are(
         ),
         (["uncertainty", "IMAGE", "--samples", "many"], "--samples: must be a valid integer"),
         (["score", "FOLDER", "--out", "nodir/x.csv"], "there is no folder nodir: make it first"),
+        (["score", "FOLDER", "--out", "x.xlsx"], "must end in .csv or .parquet"),
         (["watch", "--interval", 0], "--interval: must be greater than or equal to 0.1"),
     ],
 )

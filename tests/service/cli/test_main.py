@@ -90,12 +90,21 @@ def test_a_person_is_told_when_it_is_ready_and_where(checkpoints):
     )
 
 
-def test_serve_says_that_there_is_nothing_to_serve(tmp_path):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, ": no checkpoint in it"),
+        ({"API_KEYS_FILE": os.devnull, "WORKERS": "2"}, "no API key in it"),
+    ],
+    ids=["no checkpoint", "no key"],
+)
+def test_serve_says_what_it_lacks(tmp_path, given, said):
     # In a process of its own, because serving takes over the process's logging.
-    command = [DROPSERVE, "serve", "--checkpoints", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [DROPSERVE, "serve", "--port", str(free_port()), "--checkpoints", tmp_path]
+    environment = os.environ | {f"DROPSERVE_{name}": value for name, value in given.items()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
-    assert f"error: {tmp_path}: no checkpoint in it" in done.stderr
+    assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -66,25 +66,18 @@ class Runner:
             raise StopIteration
 
 
-def run(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
+def run(scenario, **limits):
     """Run `scenario(batcher, runner)` in an event loop; return the batches."""
-    return run_steps(scenario, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs).batches
+    return run_steps(scenario, **limits).batches
 
 
-def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, inline=lambda *_: False):
+def run_steps(scenario, **limits):
     """Run `scenario(batcher, runner)` in an event loop; return the runner."""
-    runner = Runner()
+    runner, limits = Runner(), {"max_batch": 8, "max_queue": 100, "max_jobs": 16} | limits
 
     async def main():
         with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(
-                runner,
-                executor,
-                max_batch=max_batch,
-                max_queue=max_queue,
-                max_jobs=max_jobs,
-                inline=inline,
-            )
+            batcher = Batcher(runner, executor, **limits)
             async with asyncio.timeout(20):
                 await scenario(batcher, runner)
 
