@@ -132,14 +132,14 @@ class Inference:
             Overloaded: the queue is full, or the time is over before the run has started.
             RequestError: the images could not be decoded.
         """
-        submit: Callable[..., Awaitable[Answer]] = self._batcher.submit
-        if self.tracing is not None:
-            submit = self.tracing.staged(submit)
-        urgent = isinstance(task, Predict)
+        key, urgent = _key(classifier, task), isinstance(task, Predict)
+
+        def submit(pixels: Pixels | Read) -> Awaitable[Answer]:
+            request = (task, pixels)
+            return self._batcher.submit(key, request, images, urgent=urgent, max_wait=max_wait)
+
         try:
-            return await submit(
-                _key(classifier, task), (task, pixels), images, urgent=urgent, max_wait=max_wait
-            )
+            return await (self.tracing.staged(submit) if self.tracing else submit)(pixels)
         except QueueFull as error:
             raise Overloaded(_QUEUE_FULL, "queue") from error
         except QueueTimeout as error:

@@ -49,9 +49,9 @@ class Tracing:
         return self.tracer.start_as_current_span(name)
 
     def staged(self, submit: Callable[..., Awaitable[Result]]) -> Callable[..., Awaitable[Result]]:
-        """Wrap the queue's `submit`: an item, or what reads it, is traced from stage to stage."""
+        """Wrap what submits an item, or a function that reads it: each stage becomes a span."""
 
-        async def traced(key: Any, item: Any, weight: int, **options: Any) -> Result:  # noqa: ANN401
+        async def traced(item: Any) -> Result:  # noqa: ANN401
             starts = [("queue", time_ns())]
 
             def read() -> Any:  # noqa: ANN401  on the worker thread
@@ -63,7 +63,7 @@ class Tracing:
                     starts.append(("run", time_ns()))
 
             try:
-                return await submit(key, read, weight, **options)
+                return await submit(read)
             finally:
                 for (name, start), (_, end) in pairwise([*starts, ("end", time_ns())]):
                     self.tracer.start_span(name, start_time=start).end(end)

@@ -163,7 +163,7 @@ def test_a_phone_shows_the_pad_at_once_scrolls_no_line_sideways_and_takes_touche
     page.locator("#pad").tap()
     played(page)
     assert sum(pixels(page, "#seen")) > 0
-    below = page.locator("#inline-verdict")  # the answer itself is out of sight
+    below = page.locator("#short-verdict")  # the answer itself is out of sight
     assert below.inner_text() in page.locator("#verdict").inner_text()
     assert "networks say" in below.inner_text()
     box = below.bounding_box()

@@ -113,6 +113,6 @@ def test_encoded_pictures_take_no_other_scale(http, problem):
         {"files": [("file", ("a.png", png))]},
         {"json": text},
     ):
-        assert "encoded pictures" in problem(http.post("/predict?scale=1", **sent), 422)
+        assert "encoded images" in problem(http.post("/predict?scale=1", **sent), 422)
         assert http.post("/predict?scale=255", **sent).status_code == 200
     assert "leave one out" in problem(http.post("/predict?scale=1", json=text | {"scale": 1}), 422)
