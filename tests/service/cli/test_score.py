@@ -221,13 +221,11 @@ def test_two_runs_do_not_write_the_same_file(scored, tmp_path):
     assert "another run is writing it" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [(["--samples", 5000], "samples"), (["--seed", -1], "seed")]
-)
-def test_what_is_not_the_images_fault_ends_the_run(scored, tmp_path, options, message):
+@pytest.mark.parametrize("options", [["--samples", 5000], ["--seed", -1]])
+def test_what_is_not_the_images_fault_ends_the_run(scored, tmp_path, options):
     result, _ = scored(*options)
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert options[0].removeprefix("--") in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
 
 

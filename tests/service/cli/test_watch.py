@@ -185,7 +185,7 @@ def asked(server):
     )
     command = [sys.executable, "-c", program, server.url]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as traffic:
-        traffic.stdin.write(file.getvalue())
+        traffic.stdin.write(PNG)
         traffic.stdin.close()
         with DropserveClient(server.url) as client:
             counted = 'dropserve_mutual_information_nats_count{model="digits-mlp"}'
