@@ -92,21 +92,10 @@ def seconds(duration):
 # The Compose file
 
 
-def compose_validator():
+def test_compose_file_follows_the_compose_specification():
     folder = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
     schema = json.loads((folder / "compose-spec.json").read_text())
-    return jsonschema.validators.validator_for(schema)(schema)
-
-
-def test_compose_file_follows_the_compose_specification():
-    compose_validator().validate(COMPOSE)
-
-
-def test_compose_specification_refuses_a_misspelt_key():
-    broken = json.loads(json.dumps(COMPOSE))
-    broken["services"]["service"]["stop_grace"] = "30s"
-    with pytest.raises(jsonschema.ValidationError, match="stop_grace"):
-        compose_validator().validate(broken)
+    jsonschema.validators.validator_for(schema)(schema).validate(COMPOSE)
 
 
 @pytest.mark.parametrize("name", SERVICES)

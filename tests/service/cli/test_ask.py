@@ -207,8 +207,9 @@ def test_where_no_model_is_the_default_one_must_be_named(run, stub, image):
     assert (result.exit_code, result.stderr) == (2, "error: give --model: there are pets\n")
 
 
-def test_a_service_that_is_not_there_is_a_line(run):
-    result = run("models", "--url", "http://127.0.0.1:1")
+@pytest.mark.parametrize("command", [["models"], ["watch", "--once"]])
+def test_a_service_that_is_not_there_is_a_line(run, command):
+    result = run(*command, "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: no answer from http://127.0.0.1:1 (")
 

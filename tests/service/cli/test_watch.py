@@ -19,7 +19,7 @@ from dropserve.service.cli import watch
 from dropserve.service.cli.watch import Snapshot, between, quantile
 from dropserve.service.client import DropserveClient
 from dropserve.service.schemas import Readiness
-from tests.helpers import eventually
+from tests.helpers import PNG, eventually
 
 READY = {
     "status": "ready",
@@ -238,9 +238,3 @@ def test_where_nobody_watches_it_is_a_line_an_interval_until_ctrl_c(program, opt
         run.send_signal(signal.SIGINT)
     assert all(line.startswith(start + "no answer from http://127.0.0.1:1 (") for line in lines)
     assert run.returncode == 0
-
-
-def test_once_fails_where_nothing_answers(run):
-    result = run("watch", "--url", "http://127.0.0.1:1", "--once")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: no answer from http://127.0.0.1:1")

@@ -99,7 +99,6 @@ JSON = {
     "four dimensions": (422, numbers([[[[1]]]])),
     "256": (422, numbers([[256]])),
     "-1": (422, numbers([[-1]])),
-    "a picture 20,000 wide": (413, numbers([[1] * 20_000])),
     "bad base64": (422, b'{"images": ["MARKER!"]}'),
     "base64 without padding": (422, json.dumps({"images": [BASE64.rstrip("=") + "a"]}).encode()),
     "base64 of no picture": (415, b'{"images": ["TUFSS0VS"]}'),

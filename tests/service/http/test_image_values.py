@@ -24,52 +24,43 @@ def pixels(data, channels, size, content_type=None):
 GREY = [[10, 20, 30, 40], [50, 60, 70, 80]]
 
 
-def test_grey_is_read_as_it_is():
-    assert pixels(png(4, 2, rows=GREY), 1, (2, 4)) == [GREY]
+PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 255, 0])) + chunk(b"tRNS", bytes([255, 0]))
+READ = {  # a file, and its pixels [C, H, W]
+    "grey": (png(4, 2, rows=GREY), [GREY]),
+    "a pixel": (png(1, 1, rows=[[9]]), [[[9]], [[9]], [[9]]]),
+    "a pixel, enlarged": (png(1, 1, rows=[[9]]), [[[9, 9], [9, 9]]]),
+    "one bit": (
+        png(4, 2, bits=1, rows=[[0b10100000], [0b01100000]]),
+        [[[255, 0, 255, 0], [0, 255, 255, 0]]],
+    ),
+    "two bits": (png(4, 1, bits=2, rows=[[0b00011011]]), [[[0, 85, 170, 255]]]),
+    "four bits": (png(4, 1, bits=4, rows=[[0x01, 0x23]]), [[[0, 17, 34, 51]]]),
+    "colour": (png(2, 1, colour=2, rows=[[1, 2, 3, 4, 5, 6]]), [[[1, 4]], [[2, 5]], [[3, 6]]]),
+    "transparent colour, over white": (
+        png(3, 1, colour=6, rows=[[0, 0, 0, 255, 0, 0, 0, 0, 200, 100, 0, 51]]),
+        [[[0, 255, 244]], [[0, 255, 224]], [[0, 255, 204]]],
+    ),
+    "transparent grey": (png(3, 1, colour=4, rows=[[0, 255, 0, 0, 100, 51]]), [[[0, 255, 224]]]),
+    "a transparent colour of a palette": (
+        png(2, 1, colour=3, rows=[[0, 1]], before=PALETTE),
+        [[[255, 255]], [[0, 255]], [[0, 255]]],
+    ),
+    "a grey that is named transparent": (
+        png(3, 1, rows=[[7, 8, 9]], before=chunk(b"tRNS", struct.pack(">H", 8))),
+        [[[7, 255, 9]]],
+    ),
+    "lossless WebP with alpha": (
+        encode(np.uint8([[[0, 0, 0, 255], [200, 100, 0, 51]]]), "WEBP", lossless=True, exact=True),
+        [[[0, 244]], [[0, 224]], [[0, 204]]],
+    ),
+}
 
 
-def test_a_single_pixel_is_a_picture():
-    assert pixels(png(1, 1, rows=[[9]]), 3, (1, 1)) == [[[9]], [[9]], [[9]]]
-    assert pixels(png(1, 1, rows=[[9]]), 1, (2, 2)) == [[[9, 9], [9, 9]]]
-
-
-def test_one_bit_is_black_and_white():
-    data = png(4, 2, bits=1, rows=[[0b10100000], [0b01100000]])
-    assert pixels(data, 1, (2, 4)) == [[[255, 0, 255, 0], [0, 255, 255, 0]]]
-
-
-@pytest.mark.parametrize(("bits", "step"), [(2, 85), (4, 17)])
-def test_two_and_four_bits_are_scaled_to_eight(bits, step):
-    row = [0b00011011] if bits == 2 else [0x01, 0x23]
-    data = png(4, 1, bits=bits, rows=[row])
-    assert pixels(data, 1, (1, 4)) == [[[0, step, 2 * step, 3 * step]]]
-
-
-def test_colour_is_read_in_the_order_red_green_blue():
-    data = png(2, 1, colour=2, rows=[[1, 2, 3, 4, 5, 6]])
-    assert pixels(data, 3, (1, 2)) == [[[1, 4]], [[2, 5]], [[3, 6]]]
-
-
-def test_transparent_pixels_show_white():
-    data = png(3, 1, colour=6, rows=[[0, 0, 0, 255, 0, 0, 0, 0, 200, 100, 0, 51]])
-    red, green, blue = pixels(data, 3, (1, 3))
-    assert (red[0], green[0], blue[0]) == ([0, 255, 244], [0, 255, 224], [0, 255, 204])
-
-
-def test_grey_with_alpha_is_laid_over_white():
-    data = png(3, 1, colour=4, rows=[[0, 255, 0, 0, 100, 51]])
-    assert pixels(data, 1, (1, 3)) == [[[0, 255, 224]]]
-
-
-def test_a_palette_with_alpha_is_laid_over_white():
-    palette = chunk(b"PLTE", bytes([255, 0, 0, 0, 255, 0])) + chunk(b"tRNS", bytes([255, 0]))
-    data = png(2, 1, colour=3, rows=[[0, 1]], before=palette)
-    assert pixels(data, 3, (1, 2)) == [[[255, 255]], [[0, 255]], [[0, 255]]]
-
-
-def test_a_grey_that_is_named_transparent_shows_white():
-    data = png(3, 1, rows=[[7, 8, 9]], before=chunk(b"tRNS", struct.pack(">H", 8)))
-    assert pixels(data, 1, (1, 3)) == [[[7, 255, 9]]]
+@pytest.mark.parametrize("case", READ)
+def test_a_picture_is_read_to_the_pixel_with_white_behind_it(case):
+    data, expected = READ[case]
+    channels, *size = np.shape(expected)
+    assert pixels(data, channels, tuple(size)) == expected
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -117,15 +108,6 @@ def test_the_first_picture_of_a_jpeg_with_previews_is_taken():
     first, second = Image.new("RGB", (8, 8), (9, 9, 9)), Image.new("RGB", (8, 8), (200, 0, 0))
     data = encode(first, "MPO", save_all=True, append_images=[second])
     assert pixels(data, 3, (1, 1), "image/jpeg") == [[[9]], [[9]], [[9]]]
-
-
-def test_lossless_webp_and_its_alpha_are_exact():
-    image = Image.fromarray(np.uint8([[[0, 0, 0, 255], [200, 100, 0, 51]]]))
-    assert pixels(encode(image, "WEBP", lossless=True, exact=True), 3, (1, 2)) == [
-        [[0, 244]],
-        [[0, 224]],
-        [[0, 204]],
-    ]
 
 
 @pytest.mark.parametrize("content_type", [None, "application/octet-stream", "image/png"])

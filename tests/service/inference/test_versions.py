@@ -32,28 +32,25 @@ PIXELS = noise(8, 8)
 PICTURE = encode(PIXELS)
 
 
-def damage_a_byte(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+def rewritten(change):
+    """Change the bytes of the weights."""
+
+    def harm(folder):
+        weights = folder / "model.safetensors"
+        weights.write_bytes(change(weights.read_bytes()))
+
+    return harm
 
 
-def leave_no_weights(folder):
-    (folder / "model.safetensors").unlink()
+def edited(change):
+    """Change the description."""
 
+    def harm(folder):
+        about = json.loads((folder / "model.json").read_text())
+        change(about)
+        (folder / "model.json").write_text(json.dumps(about))
 
-def cut_the_weights(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def break_the_json(folder):
-    (folder / "model.json").write_text("{")
-
-
-def edit(folder, change):
-    about = json.loads((folder / "model.json").read_text())
-    change(about)
-    (folder / "model.json").write_text(json.dumps(about))
+    return harm
 
 
 def leave_no_manifest(folder):
@@ -61,24 +58,8 @@ def leave_no_manifest(folder):
 
 
 def ask_for_a_factory(folder):
-    edit(folder, lambda about: about["network"].update(kind="os:system"))
+    edited(lambda about: about["network"].update(kind="os:system"))(folder)
     leave_no_manifest(folder)
-
-
-def reverse_the_classes(folder):
-    edit(folder, lambda about: about["classes"].reverse())
-
-
-def change_the_mean(folder):
-    edit(folder, lambda about: about["preprocessing"].update(mean=[0.9]))
-
-
-def change_the_rates(folder):
-    edit(folder, lambda about: about["network"].update(dropout=[0.01, 0.01]))
-
-
-def raise_the_accuracy(folder):
-    edit(folder, lambda about: about.update(evaluation={"accuracy": 0.999}))
 
 
 def link_the_weights(folder):
@@ -86,13 +67,21 @@ def link_the_weights(folder):
     weights.symlink_to(weights.rename(folder / "elsewhere").name)
 
 
+cut_the_weights = rewritten(lambda raw: raw[:-100])
+reverse_the_classes = edited(lambda about: about["classes"].reverse())
 BAD = {
-    4: damage_a_byte,
-    7: leave_no_weights,
+    4: rewritten(lambda raw: raw[:-1] + b"\1"),
+    7: lambda folder: (folder / "model.safetensors").unlink(),
     11: cut_the_weights,
-    15: break_the_json,
+    15: lambda folder: (folder / "model.json").write_text("{"),
     18: ask_for_a_factory,
 }
+TAMPERED = [
+    reverse_the_classes,
+    edited(lambda about: about["preprocessing"].update(mean=[0.9])),
+    edited(lambda about: about["network"].update(dropout=[0.01, 0.01])),
+    edited(lambda about: about.update(evaluation={"accuracy": 0.999})),
+]
 
 
 class Publisher:
@@ -236,9 +225,6 @@ def gauge(server, name):
 def wait_for_gauge(server, name, value):
     """Wait, because another worker's figures are half a second old."""
     eventually(lambda: gauge(server, name) == [value])
-
-
-TAMPERED = [reverse_the_classes, change_the_mean, change_the_rates, raise_the_accuracy]
 
 
 def test_versions_that_are_bad_at_the_start_are_refused_and_the_others_served(
