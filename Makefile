@@ -31,7 +31,7 @@ test: check browser ## Run every check and every test
 
 # Some minutes. When a route, a type or the OpenAPI document has changed.
 test-openapi: setup ## Hold a server to its OpenAPI document with many requests, by Schemathesis
-	OPENAPI_EXAMPLES=300 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/service/test_openapi.py
+	OPENAPI_EXAMPLES=300 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/service/http/test_openapi.py
 
 # In an environment of its own: KServe wants another protobuf than we do. When /v2 has changed.
 test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client

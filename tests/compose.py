@@ -4,12 +4,10 @@ The tests follow one another: what one leaves behind, the next finds. They have 
 and a port of their own. The image is built first, unless BUILD=no says that `dropserve` is there.
 """
 
-import io
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -19,7 +17,8 @@ import httpx
 import pytest
 import yaml
 from PIL import Image
-from sklearn.datasets import load_digits
+
+from tests.helpers import free_port, zero
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -113,8 +112,8 @@ class Stack:
             time.sleep(0.2)
 
     def ask(self, path, **options):
-        request = {"content": png_of_zero(), "headers": {"Content-Type": "image/png"}} | options
-        return httpx.post(self.url + path, timeout=30, **request).raise_for_status().json()
+        answer = httpx.post(self.url + path, timeout=30, **zero() | options)
+        return answer.raise_for_status().json()
 
     def _labelled(self, *command, **labels):
         labels = {"project": PROJECT, **labels}
@@ -142,13 +141,6 @@ def find_tools():
     return None
 
 
-def png_of_zero():
-    pixels = (load_digits().images[0] * (255 / 16)).round().astype("uint8")
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def make_stack():
     """Make stacks that leave nothing behind, one after the other."""
@@ -157,8 +149,7 @@ def make_stack():
         pytest.skip("neither a Docker engine with Compose runs here nor podman with podman-compose")
 
     def make(folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            made.append(Stack(*tools, folder, free.getsockname()[1]))
+        made.append(Stack(*tools, folder, free_port()))
         made[-1].compose("down", "--volumes")  # what an interrupted run left
         return made[-1]
 

@@ -18,6 +18,7 @@ from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.schemas import Problem
 from dropserve.service.settings import environment_name
+from tests.helpers import eventually
 
 SERVE = (
     "from dropserve.service.server import serve; from dropserve.service.settings import Settings;"
@@ -85,12 +86,11 @@ class Server:
 
     def line(self, request_id: str) -> dict:
         """The log's line about a request, once it is there."""
-        for _ in range(500):
-            found = [e for e in self.lines() if e.get("request_id") == request_id]
-            if found:
-                return found[-1]
-            time.sleep(0.01)
-        raise AssertionError(f"no line about {request_id} in the log")
+
+        def found():
+            return [line for line in self.lines() if line.get("request_id") == request_id]
+
+        return eventually(found, 5, 0.01)[-1]
 
     def start(self, seconds: float = 60) -> "Server":
         """Wait until it answers /readyz."""

@@ -10,13 +10,12 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
-from typer.testing import CliRunner
 
 from dropserve.service.app import create_app
-from dropserve.service.cli.main import app as command_line
 from dropserve.service.http.keys import OPEN
 from dropserve.service.http.openapi import common, examples
 from dropserve.service.settings import Settings
+from tests.helpers import dropserve
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-of-examples"  # noqa: S105  opens nothing
@@ -134,8 +133,7 @@ def test_no_example_is_of_a_route_that_is_not_there():
 def answered(tmp_path_factory, make_server):
     """What a service with the digits model answers now, by the script that asks for examples."""
     root = tmp_path_factory.mktemp("examples")
-    train = ["train", "--dataset", "digits", "--epochs", "1", "--samples", "2"]
-    assert CliRunner().invoke(command_line, [*train, "--checkpoints", str(root)]).exit_code == 0
+    dropserve("train", "--epochs", 1, "--samples", 2, "--checkpoints", root)
     server = make_server(root, default_model=None, admin_token=TOKEN).start()
     ask = runpy.run_path(str(ROOT / "docs/examples.py"))["ask"]
     headers = {"Authorization": f"Bearer {TOKEN}"}

@@ -21,6 +21,7 @@ from bench.networks import with_dropout
 from dropserve.models import checkpoint
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
+from tests.helpers import encode, noise
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,12 +143,7 @@ def served(tmp_path_factory):
         network.logits.weight.mul_(20)
     metadata = checkpoint.Metadata("a", config, shown, tuple("abcd"))
     version = checkpoint.save(tmp_path_factory.mktemp("bench-http"), network, metadata)
-    files = []
-    for pixels in np.random.default_rng(0).integers(0, 256, (400, 8, 8), np.uint8):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        files.append(file.getvalue())
-    asked = reference.unsure(version, files)
+    asked = reference.unsure(version, [encode(pixels) for pixels in noise(400, 8, 8)])
     pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(png)))) for png in asked]
     x = (torch.stack(pixels).float().div(255).unsqueeze(1) - 0.5) / 0.1
     return network, x, reference.expected(version, asked, T)

@@ -3,7 +3,6 @@
 Needs Fashion-MNIST, in the folder that DROPSERVE_DATA_DIR names or in `../shared/data`.
 """
 
-import io
 import os
 import subprocess
 import sys
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dropserve.models import checkpoint
 from dropserve.models.data import load_dataset
 from dropserve.models.dropout import InvertedDropout
 from dropserve.service.client import DropserveClient
+from tests.helpers import encode
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DROPSERVE_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -44,12 +43,6 @@ def test_split():
     return load_dataset("fashion-mnist", DATA).test
 
 
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(0).numpy()).save(file, "PNG")
-    return file.getvalue()
-
-
 def test_two_epochs_are_enough_for_85_percent(fashion):
     _, metadata = checkpoint.load(fashion / "fashion-mnist-mlp" / "1")
     assert metadata.evaluation["images"] == 10_000
@@ -62,7 +55,7 @@ def test_served_monte_carlo_mean_is_that_of_a_plain_loop_in_train_mode(
     images = test_split.images[:IMAGES]
     server = make_server(fashion, default_model=None, max_images=IMAGES).start()
     with DropserveClient(server.url, timeout=60) as client:
-        answer = client.uncertainty([png(i) for i in images], samples=PASSES)
+        answer = client.uncertainty([encode(i.squeeze(0).numpy()) for i in images], samples=PASSES)
     served = np.array([p.mean for p in answer.predictions])
 
     module, metadata = checkpoint.load(fashion / "fashion-mnist-mlp" / "1")

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dropserve.service.cli.main import app as command_line
+from tests.helpers import free_port
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DROPSERVE_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -50,8 +50,7 @@ class Reader:
         self._folder = folder
         self._service: subprocess.Popen[bytes] | None = None
         self._followed: list[str] = []
-        with socket.create_server(("127.0.0.1", 0)) as place:
-            port = place.getsockname()[1]
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         given = {"PORT": str(port), "DATA_DIR": str(DATA), "POLL_SECONDS": "0.1"}
         given["PRECISION"] = "float32"  # as shown; where there is bfloat16, a measurement chooses

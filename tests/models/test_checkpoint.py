@@ -186,22 +186,13 @@ def test_a_missing_version_is_not_found(tmp_path):
         load(tmp_path / "net" / "1")
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, METADATA])
-def test_a_missing_file_is_refused(path, file):
-    (path / file).unlink()
-    refused(path, "cannot be opened: No such file", file)
-
-
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda raw: raw[:-1], "invalid safetensors"),
-        (lambda raw: raw[: len(raw) // 4], "truncated in its header|invalid safetensors"),
-        (lambda raw: raw + b"\0", "invalid safetensors"),
-        (lambda raw: (2**40).to_bytes(8, "little") + raw[8:], "a header of 1099511627776 bytes"),
         (lambda _: pickle.dumps(MLP.build().state_dict()), "not safetensors"),
     ],
-    ids=["truncated", "truncated early", "trailing byte", "huge header", "a renamed pickle"],
+    ids=["truncated", "a renamed pickle"],
 )
 def test_damaged_weights_are_refused_even_if_their_sha_was_forged(path, damage, reason):
     change_weights(path, damage((path / WEIGHTS).read_bytes()))
@@ -309,13 +300,6 @@ def test_tensors_that_are_not_the_networks_are_refused_by_name(path, change, rea
     refused(path, reason)
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, METADATA, MANIFEST])
-def test_a_link_is_refused_and_called_one(path, file):
-    (path / file).rename(path / "elsewhere")
-    (path / file).symlink_to("elsewhere")
-    refused(path, "cannot be opened: a symbolic link", file)
-
-
 def test_more_weights_than_8_gib_are_refused_unread(path):
     os.truncate(path / WEIGHTS, 2**33 + 1)  # a sparse file
     refused(path, "8589934593 bytes, more than 8589934592")
@@ -323,7 +307,12 @@ def test_more_weights_than_8_gib_are_refused_unread(path):
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("file", [WEIGHTS, METADATA, MANIFEST])
-def test_a_pipe_is_refused_and_does_not_hang(path, file):
+def test_only_plain_files_are_read_and_none_hangs(path, file):
+    (path / file).rename(path / "elsewhere")
+    if file != MANIFEST:
+        refused(path, "cannot be opened: No such file", file)
+    (path / file).symlink_to("elsewhere")
+    refused(path, "cannot be opened: a symbolic link", file)
     (path / file).unlink()
     os.mkfifo(path / file)
     refused(path, "not a plain file", file)
@@ -332,13 +321,11 @@ def test_a_pipe_is_refused_and_does_not_hang(path, file):
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"", "invalid JSON"),
-        (b"{}", "missing|KeyError"),
-        (b"[]", "not a JSON object"),
-        (b"{" + b" " * 1_000_001 + b"}", "more than 1000000"),
         (b'{"name": "a", "name": "b"}', "duplicate name"),
+        (b"{}", "missing|KeyError"),
+        (b"{" + b" " * 1_000_001 + b"}", "more than 1000000"),
     ],
-    ids=["empty", "no values", "a list", "too long", "a duplicate name"],
+    ids=["a duplicate name", "no values", "too long"],
 )
 def test_metadata_that_are_no_metadata_are_refused(path, raw, reason):
     forge(path, METADATA, raw)

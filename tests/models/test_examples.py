@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import struct
 import zlib
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from dropserve.models.errors import CheckpointRefused
 from dropserve.models.examples import COUNT, choose
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
+from tests.helpers import chunk, encode, noise
 
 GREY = Preprocessing((8, 6), 1, (0.5,), (0.25,))
 COLOUR = Preprocessing((6, 8), 3, (0.5,) * 3, (0.25,) * 3)
@@ -25,9 +25,8 @@ CLASSES = ("a", "b", "c")
 
 
 def split(preprocessing, labels):
-    shape = (len(labels), *preprocessing.shape)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return Split(torch.from_numpy(pixels), torch.tensor(labels))
+    pixels = torch.from_numpy(noise(len(labels), *preprocessing.shape))
+    return Split(pixels, torch.tensor(labels))
 
 
 def opened(example):
@@ -94,13 +93,7 @@ def test_an_older_checkpoint_has_none(path):
 
 
 def png(*size, mode="L", **options):
-    buffer = io.BytesIO()
-    Image.new(mode, size or (6, 8)).save(buffer, options.pop("format", "PNG"), **options)
-    return buffer.getvalue()
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return encode(Image.new(mode, size or (6, 8)), options.pop("format", "PNG"), **options)
 
 
 def with_text(data):

@@ -5,9 +5,8 @@ import shutil
 import httpx
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from typer.testing import CliRunner
 
-from dropserve.service.cli.main import app
+from tests.helpers import dropserve
 
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 
@@ -30,9 +29,7 @@ def servers(tmp_path_factory, make_server, checkpoints):
     """A usual server and a narrow one; their digits-mlp has a trained version 3, with examples."""
     root = tmp_path_factory.mktemp("playground") / "checkpoints"
     shutil.copytree(checkpoints, root)
-    train = ["train", "--dataset", "digits", "--epochs", "3", "--samples", "0"]
-    result = CliRunner().invoke(app, [*train, "--checkpoints", str(root)])
-    assert result.exit_code == 0, result.output
+    dropserve("train", "--epochs", 3, "--samples", 0, "--checkpoints", root)
     both = [make_server(root), make_server(root, max_images=2, max_samples=20, max_pixels=100_000)]
     return [server.start().url for server in both]
 

@@ -13,6 +13,8 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect
 
+from tests.helpers import encode
+
 ROOT = Path(__file__).parents[2]
 THREE = ROOT / "docs/images/three.png"
 FOLDER = ROOT / "service/playground"
@@ -25,9 +27,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
 
 
 def picture(kind="PNG", size=(40, 40), colour=200):
-    file = io.BytesIO()
-    Image.new("L", size, colour).save(file, kind)
-    return file.getvalue()
+    return encode(Image.new("L", size, colour), kind)
 
 
 def draw(page, points):

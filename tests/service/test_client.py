@@ -1,12 +1,7 @@
 """The client against a transport that answers without a network."""
 
-import asyncio
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +9,7 @@ import pytest
 
 from dropserve.service import errors
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
+from tests.helpers import Caller
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
 JPEG = b"\xff\xd8\xff picture"
@@ -28,42 +24,31 @@ PREDICTED = {
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
-class Caller:
-    """Calls a method of one of the two clients; notes what was sent and how long it waited."""
+class StubCaller(Caller):
+    """Asks a handler; notes what was sent and how long it waited."""
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
+        super().__init__(kind, "http://service.test/prefix")
         self.sent: list[httpx.Request] = []
         self.waited: list[float] = []
 
     def __call__(self, handler: Handler, method: str, *args: Any, **kwargs: Any) -> Any:
-        options = {k: kwargs.pop(k) for k in ("retries", "max_wait", "api_key") if k in kwargs}
-        options["transport"] = httpx.MockTransport(self._noting(handler))
-        url = "http://service.test/prefix"
-        if self.kind == "sync":
-            with DropserveClient(url, sleep=self.waited.append, **options) as client:
-                return getattr(client, method)(*args, **kwargs)
-
-        async def sleep(seconds: float) -> None:
-            self.waited.append(seconds)
-
-        async def run() -> Any:
-            async with AsyncDropserveClient(url, sleep=sleep, **options) as client:
-                return await getattr(client, method)(*args, **kwargs)
-
-        return asyncio.run(run())
-
-    def _noting(self, handler: Handler) -> Handler:
         def handle(request: httpx.Request) -> httpx.Response:
             self.sent.append(request)
             return handler(request)
 
-        return handle
+        async def sleep(seconds: float) -> None:
+            self.waited.append(seconds)
+
+        self.options = {k: kwargs.pop(k) for k in ("retries", "max_wait", "api_key") if k in kwargs}
+        self.options["transport"] = httpx.MockTransport(handle)
+        self.options["sleep"] = self.waited.append if self.kind == "sync" else sleep
+        return super().__call__(method, *args, **kwargs)
 
 
 @pytest.fixture(params=["sync", "async"])
 def call(request):
-    return Caller(request.param)
+    return StubCaller(request.param)
 
 
 def answering(status: int, body: object, headers: dict[str, str] | None = None) -> Handler:
@@ -323,14 +308,3 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_repeated(client, key)
     with pytest.raises(ValueError, match="printable ASCII") as caught:
         client(api_key=key)
     assert "s3cr" not in str(caught.value)
-
-
-def test_importing_it_loads_nothing_heavy():
-    code = (
-        "import sys, json; from dropserve import DropserveClient; "
-        "heavy = ('torch', 'numpy', 'fastapi', 'dropserve.models');"
-        "print(json.dumps([m for m in heavy if m in sys.modules]))"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
-    assert json.loads(done.stdout) == []

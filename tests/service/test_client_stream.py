@@ -11,6 +11,7 @@ import pytest
 from dropserve.service import errors
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
 from dropserve.service.schemas import StreamEnd, StreamSample, StreamStart
+from tests.helpers import Caller
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
 START = {
@@ -69,54 +70,23 @@ class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
         self.closed = True
 
 
-class Streamer:
-    """Reads a stream with one of the two clients."""
-
-    def __init__(self, kind):
-        self.kind = kind
-        self.sent = []
-
-    def __call__(self, answers, *, most=None, **how):
-        """Return the events, the first so many of them if `most` is given."""
-
-        def handle(request):
-            self.sent.append(request)
-            answer = answers.pop(0)
-            return (
-                answer if isinstance(answer, httpx.Response) else httpx.Response(200, stream=answer)
-            )
-
-        transport = httpx.MockTransport(handle)
-        found = []
-        if self.kind == "sync":
-            with DropserveClient(
-                "http://a.test", transport=transport, sleep=lambda _: None
-            ) as client:
-                for told in client.uncertainty_stream(PNG, **how):
-                    found.append(told)
-                    if len(found) == most:
-                        break
-            return found
-
-        async def run():
-            async with (
-                AsyncDropserveClient(
-                    "http://a.test", transport=transport, sleep=lambda _: asyncio.sleep(0)
-                ) as client,
-                aclosing(client.uncertainty_stream(PNG, **how)) as events,
-            ):
-                async for told in events:
-                    found.append(told)
-                    if len(found) == most:
-                        break
-
-        asyncio.run(run())
-        return found
-
-
 @pytest.fixture(params=["sync", "async"])
 def stream(request):
-    return Streamer(request.param)
+    """Reads a stream, of these answers, with one of the two clients."""
+
+    def read(answers, **how):
+        def handle(request):
+            read.sent.append(request)
+            answer = answers.pop(0)
+            whole = isinstance(answer, httpx.Response)
+            return answer if whole else httpx.Response(200, stream=answer)
+
+        sleep = {"sync": lambda _: None, "async": lambda _: asyncio.sleep(0)}[request.param]
+        options = {"transport": httpx.MockTransport(handle), "sleep": sleep}
+        return Caller(request.param, "http://a.test", **options)("uncertainty_stream", PNG, **how)
+
+    read.sent = []
+    return read
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10**6])
@@ -175,10 +145,24 @@ def test_an_event_of_something_else_is_an_error(stream, body):
         stream([Pieces(body, 100)])
 
 
-def test_a_stream_that_is_left_is_closed(stream):
-    pieces = Pieces(WHOLE, 10)
-    assert len(stream([pieces], most=2)) == 2
+def test_a_stream_that_is_left_is_closed():
+    pieces, more = Pieces(WHOLE, 10), Pieces(WHOLE, 10)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=pieces))
+    with DropserveClient(transport=transport) as client:
+        next(events := client.uncertainty_stream(PNG))
+        events.close()
+
+    async def leave():
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=more))
+        async with (
+            AsyncDropserveClient(transport=transport) as client,
+            aclosing(client.uncertainty_stream(PNG)) as events,
+        ):
+            await anext(events)
+
+    asyncio.run(leave())
     assert pieces.closed
+    assert more.closed
 
 
 def test_several_images_are_refused():

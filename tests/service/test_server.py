@@ -1,6 +1,5 @@
 """The process: what it refuses to start with, how it stops, and several workers."""
 
-import io
 import json
 import shutil
 import socket
@@ -17,22 +16,10 @@ from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.server import uvicorn_options
 from dropserve.service.settings import Settings
+from tests.helpers import encode, free_port
 
-
-def _png():
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (9, 99, 199)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = _png()
+PNG = encode(Image.new("RGB", (16, 16), (9, 99, 199)))
 HEADERS = {"Content-Type": "image/png"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Sampling leaves the module, and everybody else who uses it, alone."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -91,18 +92,13 @@ def test_two_threads_sample_at_once_each_with_its_own_masks(path):
     sampler = Sampler(module, x)
     sampler.path = path
     expected = [sampler.sample(x, 10, seed) for seed in range(4)]
-    wrong = []
 
     def sample(seed):
-        got = [sampler.sample(x, 10, seed) for _ in range(8)]
-        wrong.extend(seed for one in got if not torch.equal(one, expected[seed]))
+        return [sampler.sample(x, 10, seed) for _ in range(8)]
 
-    threads = [threading.Thread(target=sample, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as threads:
+        for seed, got in enumerate(threads.map(sample, range(4))):
+            assert all(torch.equal(one, expected[seed]) for one in got)
     assert not torch.equal(expected[0], expected[1])
 
 
@@ -111,17 +107,14 @@ def test_two_threads_may_cut_the_same_thinned_networks():
     x = torch.randn(200, 300)
     expected = Sampler(module.eval(), x).sample(x, 100, 1)
     for _ in range(5):
-        sampler, start, samples = Sampler(module, x), threading.Barrier(4), []
+        sampler, start = Sampler(module, x), threading.Barrier(4)
 
-        def sample(sampler=sampler, start=start, samples=samples):
+        def sample(_, sampler=sampler, start=start):
             start.wait()
-            samples.append(sampler.sample(x, 100, 1))
+            return sampler.sample(x, 100, 1)
 
-        threads = [threading.Thread(target=sample) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as threads:
+            samples = list(threads.map(sample, range(4)))
         for got in (*samples, sampler.sample(x, 100, 1)):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 

@@ -340,19 +340,6 @@ def test_a_request_for_more_samples_changes_no_bits_of_one_for_fewer():
     assert torch.equal(sampler.sample(x, 20, 7), first)
 
 
-def test_masks_of_many_seeds_are_not_all_kept():
-    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(2000, 200), nn.Linear(200, 3)).eval()
-    x = torch.randn(1, 2000)
-    sampler = Sampler(module, x)
-    sampler.warm_up(x)
-    for seed in range(1, 200):
-        sampler.sample(x, 100, seed)
-    kept = sampler._store._kept
-    assert ("stratified", 0, 0, x.device) in kept
-    assert 2 < len(kept) < 150
-    assert sum(masks.nbytes for masks in kept.values()) < 2**27
-
-
 def test_what_a_hook_sees_or_gives_is_not_overwritten():
     module = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 3)).eval()
     seen, mine = [], torch.randn(1, 5)

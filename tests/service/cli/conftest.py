@@ -3,9 +3,8 @@
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
-from dropserve.service.cli.main import app
+from tests.helpers import invoke
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +19,5 @@ def program():
 
 @pytest.fixture(scope="session")
 def run():
-    """Run a command in this process: as in a pipe, whatever the terminal of the tests is."""
-
-    def invoke(*arguments, stdin=None, **environment):
-        plain = {"FORCE_COLOR": None, "TTY_COMPATIBLE": None, "COLUMNS": "100"}
-        runner = CliRunner(env=plain | {"NO_PROXY": "127.0.0.1"} | environment)
-        return runner.invoke(app, [str(argument) for argument in arguments], input=stdin)
-
+    """Runs a command in this process."""
     return invoke

@@ -207,8 +207,9 @@ def test_where_no_model_is_the_default_one_must_be_named(run, stub, image):
     assert (result.exit_code, result.stderr) == (2, "error: give --model: there are pets\n")
 
 
-def test_a_service_that_is_not_there_is_a_line(run):
-    result = run("models", "--url", "http://127.0.0.1:1")
+@pytest.mark.parametrize("command", [["models"], ["watch", "--once"]])
+def test_a_service_that_is_not_there_is_a_line(run, command):
+    result = run(*command, "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: no answer from http://127.0.0.1:1 (")
 
@@ -303,6 +304,7 @@ def test_a_model_that_is_not_served_is_answered_with_those_that_are(
         ),
         (["uncertainty", "IMAGE", "--samples", "many"], "--samples: must be a valid integer"),
         (["score", "FOLDER", "--out", "nodir/x.csv"], "there is no folder nodir: make it first"),
+        (["score", "FOLDER", "--out", "x.xlsx"], "must end in .csv or .parquet"),
         (["watch", "--interval", 0], "--interval: must be greater than or equal to 0.1"),
     ],
 )

@@ -14,6 +14,7 @@ from PIL import Image
 from dropserve.models import checkpoint, recipes
 from dropserve.models.training import fit, with_threads
 from dropserve.service.inference.classifier import Classifier, Predict
+from dropserve.service.inference.decoder import finish
 
 NETS = """
 from torch import nn
@@ -85,10 +86,8 @@ def test_an_imported_network_is_a_version_that_is_scored_and_served(run, here):
     wide[:, 45:155] = (0, 0, 255)  # what a crop of 3:2 leaves of it, and a little more
     pixels = served.prepare(Image.fromarray(wide))
     np.testing.assert_array_equal(pixels.transpose(1, 2, 0), np.full((6, 9, 3), (0, 0, 255)))
-    steps = served.run(Predict(), [pixels[None]])
-    with pytest.raises(StopIteration) as end:
-        next(steps)
-    assert end.value.value[0]["predictions"][0]["label"] == "blue"
+    (answer,) = finish(served.run(Predict(), [pixels[None]]))
+    assert answer["predictions"][0]["label"] == "blue"
     assert json.loads((path / "model.json").read_text())["recipe"] == {"imported": "w.safetensors"}
 
 

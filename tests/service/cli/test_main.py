@@ -17,6 +17,7 @@ import pytest
 from dropserve.service.cli import main
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.settings import Settings, environment_name
+from tests.helpers import free_port
 
 DROPSERVE = Path(sys.executable).with_name("dropserve")
 
@@ -34,12 +35,9 @@ def test_a_port_that_is_taken_is_refused_by_its_name(taken, host):
         main.check_free(host, taken)
 
 
-def test_a_free_port_and_any_port_are_fine(taken):
+def test_a_free_port_and_any_port_are_fine():
     main.check_free("127.0.0.1", 0)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        free = listener.getsockname()[1]
-    assert free != taken
-    main.check_free("127.0.0.1", free)
+    main.check_free("127.0.0.1", free_port())
 
 
 def test_an_address_that_is_none_is_refused():
@@ -70,8 +68,7 @@ def test_a_taken_port_is_a_line_before_anything_is_loaded(taken, checkpoints):
 
 
 def test_a_person_is_told_when_it_is_ready_and_where(checkpoints):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     ours, theirs = pty.openpty()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DROPSERVE_")}
     environment |= {"DROPSERVE_DEFAULT_MODEL": "digits-mlp", "OMP_NUM_THREADS": "1"}
@@ -93,12 +90,21 @@ def test_a_person_is_told_when_it_is_ready_and_where(checkpoints):
     )
 
 
-def test_serve_says_that_there_is_nothing_to_serve(tmp_path):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, ": no checkpoint in it"),
+        ({"API_KEYS_FILE": os.devnull, "WORKERS": "2"}, "no API key in it"),
+    ],
+    ids=["no checkpoint", "no key"],
+)
+def test_serve_says_what_it_lacks(tmp_path, given, said):
     # In a process of its own, because serving takes over the process's logging.
-    command = [DROPSERVE, "serve", "--checkpoints", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [DROPSERVE, "serve", "--port", str(free_port()), "--checkpoints", tmp_path]
+    environment = os.environ | {f"DROPSERVE_{name}": value for name, value in given.items()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
-    assert f"error: {tmp_path}: no checkpoint in it" in done.stderr
+    assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -168,9 +174,11 @@ def test_help_leaves_room_to_read_on_a_narrow_terminal(run, command):
         ["score", "--help"],
         ["settings"],
         ["watch", "--once", "--url", "http://127.0.0.1:1"],
+        ["pin", "digits-mlp", "latest"],
     ],
 )
-def test_commands_that_only_talk_import_no_torch(arguments):
+def test_commands_that_load_no_model_import_no_torch(arguments, checkpoints, monkeypatch):
+    monkeypatch.setenv(environment_name("checkpoints"), str(checkpoints))
     code = (
         "import sys; from dropserve.service.cli.main import app; app(standalone_mode=False);"
         "assert not {'torch', 'numpy', 'fastapi'} & set(sys.modules)"

@@ -221,31 +221,12 @@ def test_two_runs_do_not_write_the_same_file(scored, tmp_path):
     assert "another run is writing it" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--samples", 5000], "samples"),
-        (["--seed", -1], "seed"),
-        (["--model", "none"], "model"),
-        (["--version", 1], "give --model"),
-        (["--model", "digits-mlp", "--version", 9], "version"),
-    ],
-)
-def test_what_is_not_the_images_fault_ends_the_run(scored, tmp_path, options, message):
+@pytest.mark.parametrize("options", [["--samples", 5000], ["--seed", -1]])
+def test_what_is_not_the_images_fault_ends_the_run(scored, tmp_path, options):
     result, _ = scored(*options)
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert options[0].removeprefix("--") in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
-
-
-@pytest.mark.parametrize(
-    ("out", "message"),
-    [("scores.xlsx", "must end in .csv or .parquet"), ("none/scores.csv", "none: make it first")],
-)
-def test_a_file_that_cannot_be_written_is_named_before_the_work(scored, out, message):
-    result, _ = scored(out=out)
-    assert result.exit_code == 2
-    assert message in result.stderr
 
 
 def test_a_folder_without_images_is_a_line(run, tmp_path):

@@ -1,19 +1,13 @@
 """The commands that keep versions in order, on real folders: manifest, pin, rollback, prune."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from dropserve.models import checkpoint
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
-from dropserve.service.cli.main import app
 from dropserve.service.settings import environment_name
+from tests.helpers import dropserve, invoke
 
 PREPROCESSING = Preprocessing((8, 8), 1, (0.3,), (0.4,))
 NETWORK = NetworkConfig("mlp", PREPROCESSING.shape, 3, (6,), (0.5,))
@@ -35,18 +29,12 @@ def damage(root, version):
     weights.write_bytes(weights.read_bytes()[:-1])
 
 
-def run(root, *arguments):
-    return CliRunner().invoke(app, [*map(str, arguments), "--checkpoints", str(root)])
-
-
 def done(root, *arguments):
-    result = run(root, *arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return dropserve(*arguments, "--checkpoints", root)
 
 
 def refused(root, *arguments):
-    result = run(root, *arguments)
+    result = invoke(*arguments, "--checkpoints", root)
     assert result.exit_code == 2, result.output
     assert result.stderr.splitlines()[-1].startswith("error: ")
     return result.stderr
@@ -57,7 +45,7 @@ def test_manifests_are_written_where_none_is_and_verified_where_one_is(root):
     before = manifests[1].read_bytes()
     manifests[1].unlink()
     manifests[3].unlink()
-    result = run(root, "manifest", "m")
+    result = invoke("manifest", "m", "--checkpoints", root)
     assert manifests[1].read_bytes() == before
     lines = result.stdout.splitlines()
     assert [line.partition(",")[0] for line in lines] == [
@@ -69,9 +57,8 @@ def test_manifests_are_written_where_none_is_and_verified_where_one_is(root):
     assert "m 2: verified" in done(root, "manifest", "m", "--version", 2)
 
 
-def test_a_pin_is_a_small_file_that_the_next_one_replaces(root):
+def test_a_pin_stays_until_the_next_one(root):
     assert "version 2 is pinned" in done(root, "pin", "m", 2)
-    assert json.loads((root / "m" / checkpoint.PIN).read_text()) == {"version": 2}
     done(root, "pin", "m", 4)
     assert checkpoint.pinned(root, "m") == 4
     assert "no version is pinned" in done(root, "pin", "m", "latest")
@@ -94,9 +81,8 @@ def test_a_version_that_could_not_answer_is_not_pinned(root, version, reason):
     assert checkpoint.pinned(root, "m") is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[2]", "{}", '{"version": true}', '{"version": "2"}'])
-def test_a_damaged_pin_is_refused_and_can_be_replaced(root, content):
-    (root / "m" / checkpoint.PIN).write_text(content)
+def test_a_damaged_pin_is_refused_and_can_be_replaced(root):
+    (root / "m" / checkpoint.PIN).write_text("{}")
     for command in (["rollback", "m"], ["prune", "m", "--keep", 1]):
         assert "m/pin.json: " in refused(root, *command)
     assert checkpoint.versions(root, "m") == [1, 2, 3, 4, 5]
@@ -106,7 +92,7 @@ def test_a_damaged_pin_is_refused_and_can_be_replaced(root, content):
 
 def test_a_rollback_goes_to_the_version_before_that_can_be_served(root):
     damage(root, 5)  # so that 4 answers
-    result = run(root, "rollback", "m")
+    result = invoke("rollback", "m", "--checkpoints", root)
     assert "version 5 is not served" in result.stderr
     assert "version 3 is not served" in result.stderr
     assert result.stdout.startswith("m: version 2 is pinned; services that read ")
@@ -157,13 +143,6 @@ def test_nothing_is_pruned_where_it_is_not_known_which_version_answers(root):
     assert checkpoint.versions(root, "m") == [1, 2, 3, 4, 5]
 
 
-def test_a_version_that_is_pinned_at_the_last_moment_is_not_removed(root):
-    checkpoint.pin(root, "m", 1)
-    assert not checkpoint.remove(root, "m", 1)
-    assert checkpoint.remove(root, "m", 2)
-    assert checkpoint.versions(root, "m") == [1, 3, 4, 5]
-
-
 @pytest.mark.parametrize(
     "command", [["manifest"], ["pin", 1], ["pin", "latest"], ["rollback"], ["prune", "--keep", 1]]
 )
@@ -171,16 +150,3 @@ def test_a_model_that_is_not_there_is_named(root, command):
     name, *rest = command
     assert "no model 'other'" in refused(root, name, "other", *rest)
     assert not (root / "other").exists()
-
-
-def test_pinning_the_latest_loads_no_torch(root):
-    code = (
-        "import sys; from typer.testing import CliRunner;"
-        "from dropserve.service.cli.main import app;"
-        f"result = CliRunner().invoke(app, ['pin', 'm', 'latest', '--checkpoints', {str(root)!r}]);"
-        "print(result.exit_code, 'torch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code]
-    folder = Path(__file__).parents[3]
-    run = subprocess.run(command, cwd=folder, capture_output=True, check=True)
-    assert run.stdout == b"0 False\n"

@@ -4,7 +4,6 @@ The server runs in a thread, so that a test can see which path a request took. A
 piece may take the fast path; the same bytes cut within their headers never do.
 """
 
-import io
 import json
 import logging
 import socket
@@ -13,12 +12,10 @@ import time
 import zlib
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -28,16 +25,14 @@ from dropserve.service.inference.inference import Inference
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.server import uvicorn_options
 from dropserve.service.settings import Settings
+from tests.helpers import encode, eventually, noise
 
 ID = b"X-Request-ID: this\r\n"
 
 
 def png(mode="L", size=(8, 8), seed=0, **options):
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", **options)
-    return buffer.getvalue()
+    return encode(noise(*shape, seed=seed), **options)
 
 
 PNG = png()
@@ -156,13 +151,6 @@ def busy(service):
         gate.set()
         for model, inline in zip(models, before, strict=True):
             model.inline.update(inline)
-
-
-def eventually(holds):
-    end = time.monotonic() + 20
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert holds()
 
 
 @pytest.mark.parametrize(
@@ -436,10 +424,6 @@ def test_the_most_samples_are_those_of_the_asgi_path(checkpoints):
 def test_middleware_that_is_not_known_switches_the_fast_path_off(checkpoints):
     with serving(checkpoints, middleware=[Middleware(CORSMiddleware)]) as service:
         assert service.both_paths(post())[1] is False
-
-
-def test_a_setting_switches_the_fast_path_off():
-    assert uvicorn_options(Settings(fast_path=False))["http"] == "httptools"
 
 
 def test_a_key_is_asked_for(checkpoints, tmp_path):

@@ -1,7 +1,6 @@
 """Bodies and parameters that are refused, over a socket: with which status, and saying what."""
 
 import base64
-import io
 import json
 
 import httpx
@@ -9,14 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import PNG, encode
 
-def _png():
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), 77).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = _png()
 BASE64 = base64.b64encode(PNG).decode()
 FORM = "multipart/form-data; boundary="
 FILE = b'Content-Disposition: form-data; name="file"; filename="MARKER.png"\r\n'
@@ -106,9 +99,6 @@ JSON = {
     "four dimensions": (422, numbers([[[[1]]]])),
     "256": (422, numbers([[256]])),
     "-1": (422, numbers([[-1]])),
-    "pixels that are scaled already": (422, numbers([[0.0, 0.5, 1.0]])),
-    "-0.1": (422, numbers([[-0.1, 200]])),
-    "a picture 20,000 wide": (413, numbers([[1] * 20_000])),
     "bad base64": (422, b'{"images": ["MARKER!"]}'),
     "base64 without padding": (422, json.dumps({"images": [BASE64.rstrip("=") + "a"]}).encode()),
     "base64 of no picture": (415, b'{"images": ["TUFSS0VS"]}'),
@@ -122,7 +112,6 @@ JSON = {
     "a scale that is true": (422, b'{"instances": [[[1]]], "scale": true}'),
     "a scale that is null": (422, b'{"instances": [[[1]]], "scale": null}'),
     "a scale alone": (422, b'{"scale": 1}'),
-    "a scale for encoded pictures": (422, json.dumps({"images": [BASE64], "scale": 1}).encode()),
     "options in the body": (422, json.dumps({"images": [BASE64], "samples": 5}).encode()),
     "a list": (422, b'["MARKER"]'),
     "a string": (422, b'"MARKER"'),
@@ -175,9 +164,7 @@ def test_multipart(case, http, problem):
 
 
 def test_a_sound_form_of_several_files_is_a_batch(http):
-    dark = io.BytesIO()
-    Image.new("L", (8, 8), 0).save(dark, "PNG")
-    body = form(part(), part(data=dark.getvalue()), part())
+    body = form(part(), part(data=encode(Image.new("L", (8, 8), 0))), part())
     first, second, third = post(http, body, FORM + "cut").json()["predictions"]
     assert first == third != second
 
@@ -208,26 +195,17 @@ def test_parameters(path, query, http, problem):
 
 
 @pytest.mark.parametrize(
-    "version", ["0", "01", "-1", "3", "9" * 20, "9" * 5000, "٣", "1.0", "MARKER"]
-)
-def test_a_version_that_is_not_there(version, http, problem):
-    for path in ("/v1/models/digits-mlp/versions/{}", "/v1/models/digits-mlp/versions/{}/predict"):
-        method = "POST" if path.endswith("predict") else "GET"
-        problem(http.request(method, path.format(version), content=PNG), 404)
-
-
-@pytest.mark.parametrize(
     "name",
     [
         *("MARKER", "..%2f", "..%2fdigits-mlp", "%2e%2e", "%00", "digits-mlp%00", "%ff", "%20"),
         *("digits-mlp%2f1", "%2fetc%2fpasswd", "DIGITS-MLP", "a" * 5000, "digits-mlp;x", "%"),
+        *(f"digits-mlp/versions/{n}" for n in ("0", "01", "3", "9" * 5000, "%D9%A3", "MARKER")),
     ],
 )
-def test_a_name_that_is_not_there(name, http, problem):
+def test_a_name_or_a_version_that_is_not_there(name, http, problem):
     # not through httpx's own normalisation: the path goes out as it stands
-    for path in (f"/v1/models/{name}", f"/v1/models/{name}/predict"):
-        method = "POST" if path.endswith("predict") else "GET"
-        url = httpx.URL(http.base_url, raw_path=path.encode())
+    for method, end in (("GET", ""), ("POST", "/predict")):
+        url = httpx.URL(http.base_url, raw_path=f"/v1/models/{name}{end}".encode())
         problem(http.request(method, url, content=PNG), 404)
 
 

@@ -1,7 +1,6 @@
 """Bodies alone: how they are read into pictures."""
 
 import base64
-import io
 import json
 
 import numpy as np
@@ -12,14 +11,13 @@ from dropserve.service.errors import InvalidRequest, MalformedRequest, TooLarge
 from dropserve.service.http.body import BodyLimits, parse_images
 from dropserve.service.http.images import ImageLimits
 from dropserve.service.inference.decoder import finish
+from tests.helpers import encode
 
 LIMITS = BodyLimits(max_bytes=2**20, max_images=3, timeout=1, image=ImageLimits(100, 20))
 
 
 def png(shade, size=(2, 2)):
-    buffer = io.BytesIO()
-    Image.new("L", size, shade).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.new("L", size, shade))
 
 
 def base64_body(*pictures):

@@ -1,9 +1,6 @@
 """Examples over HTTP: listed, sent as PNG, and the test set's pixels when they are posted back."""
 
 import base64
-import subprocess
-import sys
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -14,9 +11,9 @@ from dropserve.models import checkpoint
 from dropserve.models.data import load_dataset
 from dropserve.models.networks import default_config
 from dropserve.service.schemas import ExampleList
+from tests.helpers import dropserve
 
 MODEL = "/v1/models/digits"
-DROPSERVE = Path(sys.executable).with_name("dropserve")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def http(tmp_path_factory, make_server, digits):
         torch.manual_seed(0)
         checkpoint.save(root, network.build(), about)  # as before there were examples
     train = "train --dataset digits --invert --epochs 1 --samples 0 --name digits --checkpoints"
-    subprocess.run([DROPSERVE, *train.split(), root], check=True, stdout=subprocess.DEVNULL)
+    dropserve(*train.split(), root)
     server = make_server(root, default_model=None).start()
     with httpx.Client(base_url=server.url) as client:
         yield client
@@ -78,17 +75,7 @@ def test_a_version_that_was_saved_without_has_none(http, problem):
 
 
 @pytest.mark.parametrize("number", ["20", "-1", "x", "1.0", "%D9%A1", "9" * 5000, "0x1", "%00"])
-def test_another_number_is_404(number, http, problem):
-    problem(http.get(f"{MODEL}/versions/2/examples/{number}"), 404)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/models/MARKER/examples",
-        MODEL + "/versions/3/examples",
-        MODEL + "/versions/3/examples/0",
-    ],
-)
-def test_another_model_or_version_is_404(path, http, problem):
-    problem(http.get(path), 404)
+def test_another_number_model_or_version_is_404(number, http, problem):
+    for path in (f"2/examples/{number}", "3/examples", "3/examples/0"):
+        problem(http.get(f"{MODEL}/versions/{path}"), 404)
+    problem(http.get("/v1/models/MARKER/examples"), 404)

@@ -1,6 +1,5 @@
 """The edges of HTTP, over a socket: ids, methods, slow and broken connections, large bodies."""
 
-import io
 import re
 import socket
 import time
@@ -11,14 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.helpers import PNG, encode
 
-def _png():
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), 77).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = _png()
 PNG_TYPE = {"Content-Type": "image/png"}
 
 
@@ -250,10 +243,9 @@ def test_a_client_that_leaves_its_pipelined_requests_leaves_no_traceback(server)
 
 def test_what_pillow_warns_of_stays_out_of_the_log(server):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x09\0"  # nine entries, and none follows
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), 77).save(buffer, "JPEG", exif=exif)
+    file = encode(Image.new("L", (8, 8), 77), "JPEG", exif=exif)
     headers = {"Content-Type": "image/jpeg"}
-    response = httpx.post(server.url + "/predict", content=buffer.getvalue(), headers=headers)
+    response = httpx.post(server.url + "/predict", content=file, headers=headers)
     assert response.status_code == 200
     assert server.errors.read_text() == ""
 

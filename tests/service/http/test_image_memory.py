@@ -3,7 +3,6 @@ than there is room for."""
 
 import asyncio
 import gc
-import io
 import json
 import multiprocessing
 import re
@@ -28,6 +27,7 @@ from dropserve.service.http.body import json_memory, load_json
 from dropserve.service.http.images import ImageLimits, ImageSource, encoded, prepared
 from dropserve.service.inference.decoder import _SMALL, Decoder, finish
 from dropserve.service.settings import Settings
+from tests.helpers import encode
 
 MB = 2**20
 
@@ -195,9 +195,7 @@ KINDS = [
 
 
 def image(size, kind, mode, options):
-    file = io.BytesIO()
-    Image.new(mode, size).save(file, kind, **options)
-    return file.getvalue()
+    return encode(Image.new(mode, size), kind, **options)
 
 
 def taken(data, channels):
@@ -267,9 +265,8 @@ def test_a_jpeg_of_very_many_scans_is_refused():
 
 
 def photo(size, **options):
-    file = io.BytesIO()
-    Image.effect_noise((60, 40), 90).resize(size).convert("RGB").save(file, "JPEG", **options)
-    return file.getvalue()
+    noise = Image.effect_noise((60, 40), 90).resize(size).convert("RGB")
+    return encode(noise, "JPEG", **options)
 
 
 def test_photos_of_a_phone_are_read_and_two_in_one_request(http):
@@ -286,5 +283,3 @@ def test_who_sends_too_much_learns_which_setting_says_so(http, problem):
     assert "DROPSERVE_MAX_SIDE" in problem(wide, 413)
     body = http.post("/predict", content=bytes(2 * MB), headers={"Content-Type": "image/png"})
     assert "DROPSERVE_MAX_BODY_BYTES" in problem(body, 413)
-    many = http.post("/predict", json={"instances": [[[1]]] * 65})
-    assert "DROPSERVE_MAX_IMAGES" in problem(many, 413)

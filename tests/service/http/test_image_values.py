@@ -1,8 +1,6 @@
 """Pictures that are read, and the pixels that they come to."""
 
-import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -10,27 +8,10 @@ from PIL import Image, ImageCms
 
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.http.images import ImageLimits, decode
+from tests.helpers import chunk, encode, png
 
 LIMITS = ImageLimits(16 * 10**6, 16_384)
 WIDTH, HEIGHT = 4, 2
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width, height, *, bits=8, colour=0, rows, before=b""):
-    """A PNG from its unfiltered rows."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    pixels = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows))
-    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before
-    return head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def pixels(data, channels, size, content_type=None):
@@ -43,52 +24,43 @@ def pixels(data, channels, size, content_type=None):
 GREY = [[10, 20, 30, 40], [50, 60, 70, 80]]
 
 
-def test_grey_is_read_as_it_is():
-    assert pixels(png(4, 2, rows=GREY), 1, (2, 4)) == [GREY]
+PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 255, 0])) + chunk(b"tRNS", bytes([255, 0]))
+READ = {  # a file, and its pixels [C, H, W]
+    "grey": (png(4, 2, rows=GREY), [GREY]),
+    "a pixel": (png(1, 1, rows=[[9]]), [[[9]], [[9]], [[9]]]),
+    "a pixel, enlarged": (png(1, 1, rows=[[9]]), [[[9, 9], [9, 9]]]),
+    "one bit": (
+        png(4, 2, bits=1, rows=[[0b10100000], [0b01100000]]),
+        [[[255, 0, 255, 0], [0, 255, 255, 0]]],
+    ),
+    "two bits": (png(4, 1, bits=2, rows=[[0b00011011]]), [[[0, 85, 170, 255]]]),
+    "four bits": (png(4, 1, bits=4, rows=[[0x01, 0x23]]), [[[0, 17, 34, 51]]]),
+    "colour": (png(2, 1, colour=2, rows=[[1, 2, 3, 4, 5, 6]]), [[[1, 4]], [[2, 5]], [[3, 6]]]),
+    "transparent colour, over white": (
+        png(3, 1, colour=6, rows=[[0, 0, 0, 255, 0, 0, 0, 0, 200, 100, 0, 51]]),
+        [[[0, 255, 244]], [[0, 255, 224]], [[0, 255, 204]]],
+    ),
+    "transparent grey": (png(3, 1, colour=4, rows=[[0, 255, 0, 0, 100, 51]]), [[[0, 255, 224]]]),
+    "a transparent colour of a palette": (
+        png(2, 1, colour=3, rows=[[0, 1]], before=PALETTE),
+        [[[255, 255]], [[0, 255]], [[0, 255]]],
+    ),
+    "a grey that is named transparent": (
+        png(3, 1, rows=[[7, 8, 9]], before=chunk(b"tRNS", struct.pack(">H", 8))),
+        [[[7, 255, 9]]],
+    ),
+    "lossless WebP with alpha": (
+        encode(np.uint8([[[0, 0, 0, 255], [200, 100, 0, 51]]]), "WEBP", lossless=True, exact=True),
+        [[[0, 244]], [[0, 224]], [[0, 204]]],
+    ),
+}
 
 
-def test_a_single_pixel_is_a_picture():
-    assert pixels(png(1, 1, rows=[[9]]), 3, (1, 1)) == [[[9]], [[9]], [[9]]]
-    assert pixels(png(1, 1, rows=[[9]]), 1, (2, 2)) == [[[9, 9], [9, 9]]]
-
-
-def test_one_bit_is_black_and_white():
-    data = png(4, 2, bits=1, rows=[[0b10100000], [0b01100000]])
-    assert pixels(data, 1, (2, 4)) == [[[255, 0, 255, 0], [0, 255, 255, 0]]]
-
-
-@pytest.mark.parametrize(("bits", "step"), [(2, 85), (4, 17)])
-def test_two_and_four_bits_are_scaled_to_eight(bits, step):
-    row = [0b00011011] if bits == 2 else [0x01, 0x23]
-    data = png(4, 1, bits=bits, rows=[row])
-    assert pixels(data, 1, (1, 4)) == [[[0, step, 2 * step, 3 * step]]]
-
-
-def test_colour_is_read_in_the_order_red_green_blue():
-    data = png(2, 1, colour=2, rows=[[1, 2, 3, 4, 5, 6]])
-    assert pixels(data, 3, (1, 2)) == [[[1, 4]], [[2, 5]], [[3, 6]]]
-
-
-def test_transparent_pixels_show_white():
-    data = png(3, 1, colour=6, rows=[[0, 0, 0, 255, 0, 0, 0, 0, 200, 100, 0, 51]])
-    red, green, blue = pixels(data, 3, (1, 3))
-    assert (red[0], green[0], blue[0]) == ([0, 255, 244], [0, 255, 224], [0, 255, 204])
-
-
-def test_grey_with_alpha_is_laid_over_white():
-    data = png(3, 1, colour=4, rows=[[0, 255, 0, 0, 100, 51]])
-    assert pixels(data, 1, (1, 3)) == [[[0, 255, 224]]]
-
-
-def test_a_palette_with_alpha_is_laid_over_white():
-    palette = chunk(b"PLTE", bytes([255, 0, 0, 0, 255, 0])) + chunk(b"tRNS", bytes([255, 0]))
-    data = png(2, 1, colour=3, rows=[[0, 1]], before=palette)
-    assert pixels(data, 3, (1, 2)) == [[[255, 255]], [[0, 255]], [[0, 255]]]
-
-
-def test_a_grey_that_is_named_transparent_shows_white():
-    data = png(3, 1, rows=[[7, 8, 9]], before=chunk(b"tRNS", struct.pack(">H", 8)))
-    assert pixels(data, 1, (1, 3)) == [[[7, 255, 9]]]
+@pytest.mark.parametrize("case", READ)
+def test_a_picture_is_read_to_the_pixel_with_white_behind_it(case):
+    data, expected = READ[case]
+    channels, *size = np.shape(expected)
+    assert pixels(data, channels, tuple(size)) == expected
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -108,43 +80,34 @@ def test_exif_orientation_is_applied_once(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = (upright if undo is None else upright.transpose(undo)).convert("RGB")
-    data = encoded(stored, kind, exif=exif, **({} if kind == "PNG" else {"quality": 100}))
+    data = encode(stored, kind, exif=exif, **({} if kind == "PNG" else {"quality": 100}))
     (got,) = pixels(data, 1, (32, 32))
     assert np.abs(np.int16(got) - np.int16(upright)).max() <= (0 if kind == "PNG" else 6)
 
 
 def test_cmyk_is_converted_to_colour():
     ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
-    red, green, blue = pixels(encoded(ink, "JPEG", quality=100), 3, (8, 8), "image/jpeg")
+    red, green, blue = pixels(encode(ink, "JPEG", quality=100), 3, (8, 8), "image/jpeg")
     assert np.abs(np.int16([red, green, blue]).mean((1, 2)) - [255, 0, 0]).max() <= 3
 
 
 def test_a_colour_profile_is_ignored():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     plain = Image.new("RGB", (2, 2), (200, 100, 50))
-    for data in (encoded(plain, "PNG", icc_profile=profile), encoded(plain, "PNG")):
+    for data in (encode(plain, "PNG", icc_profile=profile), encode(plain, "PNG")):
         assert pixels(data, 3, (1, 1)) == [[[200]], [[100]], [[50]]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_trailing_bytes_change_nothing(kind):
-    data = encoded(Image.new("RGB", (8, 8), (200, 100, 50)), kind)
+    data = encode(Image.new("RGB", (8, 8), (200, 100, 50)), kind)
     assert pixels(data + b"\0MARKER" * 99, 3, (8, 8)) == pixels(data, 3, (8, 8))
 
 
 def test_the_first_picture_of_a_jpeg_with_previews_is_taken():
     first, second = Image.new("RGB", (8, 8), (9, 9, 9)), Image.new("RGB", (8, 8), (200, 0, 0))
-    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    data = encode(first, "MPO", save_all=True, append_images=[second])
     assert pixels(data, 3, (1, 1), "image/jpeg") == [[[9]], [[9]], [[9]]]
-
-
-def test_lossless_webp_and_its_alpha_are_exact():
-    image = Image.fromarray(np.uint8([[[0, 0, 0, 255], [200, 100, 0, 51]]]))
-    assert pixels(encoded(image, "WEBP", lossless=True, exact=True), 3, (1, 2)) == [
-        [[0, 244]],
-        [[0, 224]],
-        [[0, 204]],
-    ]
 
 
 @pytest.mark.parametrize("content_type", [None, "application/octet-stream", "image/png"])
@@ -166,7 +129,7 @@ def test_a_part_need_not_say_what_it_is(content_type):
 )
 def test_unusual_pictures_are_answered_by_the_server(image, http):
     response = http.post(
-        "/predict", content=encoded(image, "PNG"), headers={"Content-Type": "image/png"}
+        "/predict", content=encode(image, "PNG"), headers={"Content-Type": "image/png"}
     )
     assert response.status_code == 200, response.text
 
@@ -189,5 +152,5 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_is_large_enough(
 ):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.new("RGB", (800, 400)), kind, exif=exif)
+    data = encode(Image.new("RGB", (800, 400)), kind, exif=exif)
     assert decode(data, None, ImageLimits(10**6, 1000), least).size == expected

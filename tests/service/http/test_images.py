@@ -1,6 +1,5 @@
 """Pictures that are refused: each is built here, byte by byte, and sent to a server as well."""
 
-import io
 import struct
 import tracemalloc
 import zlib
@@ -16,6 +15,7 @@ from dropserve.service.errors import (
     UnsupportedMediaType,
 )
 from dropserve.service.http.images import ImageLimits, decode, is_small_png
+from tests.helpers import chunk, encode, png
 
 LIMITS = ImageLimits(16 * 10**6, 16_384)
 ERRORS = {
@@ -26,32 +26,14 @@ ERRORS = {
 }
 
 
-def chunk(kind, data, crc=None):
-    checksum = zlib.crc32(kind + data) if crc is None else crc
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-
-def png(width=4, height=4, *, bits=8, colour=0, rows=None, before=b"", data=True):
-    """A PNG of grey 77; `before` goes between its header and its pixels."""
-    if rows is None:
-        rows = (b"\0" + b"\x4d" * width) * height if data else b""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(rows)) if data else b""
-    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return head + before + pixels + chunk(b"IEND", b"")
-
-
 def encoded(kind, size=(8, 8), mode="RGB", **options):
-    buffer = io.BytesIO()
-    Image.new(mode, size, 77 if mode == "L" else (10, 20, 30)).save(buffer, kind, **options)
-    return buffer.getvalue()
+    image = Image.new(mode, size, 77 if mode == "L" else (10, 20, 30))
+    return encode(image, kind, **options)
 
 
 def animated(kind, **options):
     frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 99, 200)]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], **options)
-    return buffer.getvalue()
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
 
 
 def jpeg_of(width, height):
@@ -100,7 +82,7 @@ REFUSED = {
     "no bytes": (400, PNG, b""),
     "truncated JPEG": (422, JPEG, encoded("JPEG", (64, 64))[:-200]),
     "JPEG of its first bytes alone": (422, JPEG, b"\xff\xd8\xff\xe0"),
-    "truncated PNG": (422, PNG, png(64, 64, rows=(b"\0" + bytes(range(64))) * 64)[:90]),
+    "truncated PNG": (422, PNG, png(64, 64, rows=[range(64)] * 64)[:90]),
     "PNG of its header alone": (422, PNG, png()[:33]),
     "PNG cut in its header": (422, PNG, png()[:20]),
     "PNG without IDAT": (422, PNG, png(data=False)),
@@ -135,8 +117,8 @@ REFUSED = {
         JPEG,
         encoded("JPEG")[:-2].replace(b"\xff\xda", jpeg_frame(99, 99) + b"\xff\xda", 1),
     ),
-    "PNG of 16 bits, grey": (422, PNG, png(bits=16, rows=(b"\0" + bytes(8)) * 4)),
-    "PNG of 16 bits, colour": (422, PNG, png(bits=16, colour=2, rows=(b"\0" + bytes(24)) * 4)),
+    "PNG of 16 bits, grey": (422, PNG, png(bits=16, rows=[bytes(8)] * 4)),
+    "PNG of 16 bits, colour": (422, PNG, png(bits=16, colour=2, rows=[bytes(24)] * 4)),
     "PNG that is animated": (422, PNG, animated("PNG")),
     "PNG with EXIF in hexadecimal that is none": (
         422,
@@ -239,7 +221,7 @@ def test_what_may_stand_before_a_jpeg_s_frame_is_passed_over():
         (png(before=chunk(b"zTXt", TEXT)), PNG, False),
         (png()[:-12] + chunk(b"tEXt", TEXT) + png()[-12:], PNG, False),
         (png()[:-1], PNG, False),
-        (png(colour=6, rows=bytes(17 * 4)), PNG, True),
+        (png(colour=6, rows=[bytes(16)] * 4), PNG, True),
     ],
     ids=[str(n) for n in range(15)],
 )
@@ -255,8 +237,6 @@ def test_a_plain_png_is_decoded_as_pillow_would(mode, side, noise):
     noisy = np.random.default_rng(side).integers(0, 256, shape, np.uint8)
     smooth = np.indices(shape).sum(0).astype(np.uint8)
     pixels = noisy if noise else smooth
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    image = decode(buffer.getvalue(), "image/png", ImageLimits(10**6, 10**4))
+    image = decode(encode(pixels), "image/png", ImageLimits(10**6, 10**4))
     assert image.mode == mode
     np.testing.assert_array_equal(np.asarray(image), pixels)

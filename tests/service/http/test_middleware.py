@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -73,11 +74,31 @@ def test_it_covers_refused_and_failed_requests_too(client, monkeypatch):
         assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def raising(error):
-    async def app(_scope, _receive, _send):
+def ask_log(error, *, begun):
+    """Have an application raise an error, in its answer if begun; return metrics, messages."""
+    sent = []
+
+    async def fails(_scope, _receive, send):
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
         raise error
 
-    return app
+    async def send(message):
+        sent.append(message)
+
+    app = create_app(Settings())
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": [], "app": app}
+    with pytest.raises(type(error)) if begun else nullcontext():
+        asyncio.run(RequestLog(fails)(scope, None, send))
+    return app.state.metrics, sent
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(asyncio.CancelledError(), 503), (ValueError(), 500)], ids=repr
+)
+def test_half_an_answer_is_not_counted_as_a_whole_one(error, status):
+    metrics, _ = ask_log(error, begun=True)
+    assert list(metrics.requests) == [("other", "", "", status)]
 
 
 @pytest.mark.parametrize(
@@ -90,19 +111,12 @@ def raising(error):
     ids=str,
 )
 def test_the_cause_of_a_503_is_logged_and_counted(error, reason, caplog):
-    app = create_app(Settings())
-    scope = {"type": "http", "method": "GET", "path": "/x", "headers": [], "app": app}
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
     with caplog.at_level("INFO", "dropserve.requests"):
-        asyncio.run(RequestLog(raising(error))(scope, None, send))
+        metrics, sent = ask_log(error, begun=False)
     assert sent[0]["status"] == (503 if reason else 500)
     assert ((b"retry-after", b"1") in sent[0]["headers"]) == bool(reason)
     assert getattr(caplog.records[-1], FIELDS).get("reason") == reason
-    text = app.state.metrics.write("")[0].decode()
+    text = metrics.write("")[0].decode()
     assert re.findall(r'dropserve_shed_total{reason="(\w+)"} 1.0', text) == [reason] * bool(reason)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import re
 import time
@@ -12,7 +11,6 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from PIL import Image
 
 from dropserve.service.app import create_app
 from dropserve.service.errors import Overloaded
@@ -20,6 +18,7 @@ from dropserve.service.http.oip import PLAIN, ROWS, SAMPLED
 from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.inference.inference import Inference
 from dropserve.service.settings import Settings
+from tests.helpers import encode, noise
 
 MLP, CNN = "digits-mlp", "colour-cnn"
 SHAPES = {MLP: (8, 8), CNN: (16, 16, 3)}
@@ -29,13 +28,7 @@ IMAGE = {"name": "image", "shape": [1, 2, 2], "datatype": "UINT8", "data": [1, 2
 
 
 def images(model, count, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, *SHAPES[model]), np.uint8)
-
-
-def file(image, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
-    return buffer.getvalue()
+    return noise(count, *SHAPES[model], seed=seed)
 
 
 def tensor(values, *, binary):
@@ -46,7 +39,7 @@ def tensor(values, *, binary):
 
 
 def encoded(values, *, text):
-    data = [base64.b64encode(file(v)) if text else file(v) for v in values]
+    data = [base64.b64encode(encode(v)) if text else encode(v) for v in values]
     return np.array(data, dtype=object)
 
 
@@ -188,7 +181,7 @@ def test_only_outputs_that_are_asked_for_come_in_their_order_each_as_it_should(h
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
 def test_images_of_any_size_are_converted_and_numbers_rounded(binary, http, client):
-    large = np.random.default_rng(0).integers(0, 256, (2, 120, 90, 3), np.uint8)  # not small
+    large = noise(2, 120, 90, 3)  # not small
     numbers = np.linspace(0, 255, 64, dtype=np.float32).reshape(1, 8, 8)
     for values, sent in (
         (large, large),
@@ -300,10 +293,10 @@ def post(inference):
     [
         (images(MLP, 1), 0),
         (np.zeros((2, 50, 100), np.uint8), 2),
-        ([file(images(MLP, 1)[0])], 0),
-        ([file(images(MLP, 1)[0])] * 2, 0),
-        ([file(images(MLP, 1)[0], "JPEG")], 0),
-        ([file(np.random.default_rng(0).integers(0, 256, (130, 130), np.uint8))], 2),
+        ([encode(images(MLP, 1)[0])], 0),
+        ([encode(images(MLP, 1)[0])] * 2, 0),
+        ([encode(images(MLP, 1)[0], "JPEG")], 0),
+        ([encode(noise(130, 130))], 2),
     ],
     ids=["pixels", "many pixels", "a small PNG", "two", "a JPEG", "a large PNG"],
 )

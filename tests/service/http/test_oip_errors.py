@@ -1,14 +1,14 @@
 """Open Inference Protocol v2, sent wrong: refused, with which status, in the protocol's words."""
 
 import base64
-import io
 import json
 import struct
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+
+from tests.helpers import PNG
 
 MLP = "digits-mlp"
 INFER = f"/v2/models/{MLP}/infer"
@@ -30,8 +30,6 @@ def raw(data):
     return json.dumps(request(data="DATA")).replace('"DATA"', data).encode()
 
 
-Image.new("L", (8, 8), 77).save(buffer := io.BytesIO(), "PNG")
-PNG = buffer.getvalue()
 PNG64 = base64.b64encode(PNG).decode()
 REFUSED = {
     "nothing": (400, b""),
@@ -93,8 +91,6 @@ REFUSED = {
     "256": (422, request(data=[1, 1, 1, 256])),
     "-1": (422, request(data=[1, 1, 1, -1])),
     "UINT8 with a point": (422, request(data=[1, 1, 1, 1.5])),
-    "scaled already": (422, request(datatype="FP32", data=[0, 0.5, 1, 1])),
-    "above the scale": (422, request(datatype="FP32", data=[0, 1, 1, 2], parameters={"scale": 1})),
     "a scale for encoded images": (422, request((1,), "BYTES", [PNG64], parameters={"scale": 1})),
     "BYTES that are numbers": (422, request((1,), "BYTES", [5])),
     "BYTES that are no base64": (422, request((1,), "BYTES", ["MARKER!"])),
@@ -181,8 +177,6 @@ MALFORMED = {
     "a product that overflows": (413, binary(shape=(4, 2**31, 2**31))),
     "NaN": (422, floats(1, 1, 1, np.nan)),
     "infinity": (422, floats(1, 1, 1, np.inf)),
-    "scaled already": (422, floats(0, 0.5, 1, 1)),
-    "-1": (422, floats(1, 1, 1, -1)),
     "above the scale": (422, binary(tail=bytes([0, 1, 1, 2]), scale=1)),
     "BYTES without a length": (400, elements(PNG)),
     "BYTES cut in the length": (400, elements(ELEMENT[:3])),
@@ -244,8 +238,6 @@ def test_headers_say_how_a_body_is_read(name, value, status, http, protocol_erro
         ("GET", "/v2/models/MARKER", 404),
         ("POST", "/v2/models/MARKER/infer", 404),
         ("POST", f"/v2/models/{MLP}/versions/9/infer", 404),
-        ("POST", f"/v2/models/{MLP}/versions/01/infer", 404),
-        ("POST", f"/v2/models/{MLP}/versions/MARKER/infer", 404),
         ("GET", f"/v2/models/{MLP}/versions/0/ready", 404),
         ("GET", "/v2/models/..%2f..%2fMARKER", 404),
         ("POST", "/v2/models/%00MARKER/infer", 404),

@@ -1,17 +1,17 @@
 """Pixels that are scaled to 0..1: refused with the remedy, or read by `scale=1`, on every route."""
 
 import base64
-import io
 import json
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
+
+from tests.helpers import encode, noise
 
 MLP = "digits-mlp"
 INFER = f"/v2/models/{MLP}/infer"
-PIXELS = np.random.default_rng(0).integers(0, 256, (2, 8, 8), np.uint8)
+PIXELS = noise(2, 8, 8)
 SCALED = np.float32(PIXELS) / np.float32(255)
 TASKS = ["predict", "uncertainty?samples=20", "uncertainty/stream?samples=5", "compare?passes=2"]
 REMEDY = "no pixel is above 1 and some are not whole: .*Send 0 to 255, or scale=1 if 1 is white"
@@ -106,9 +106,7 @@ def test_numbers_out_of_the_scale_are_refused(
 
 
 def test_encoded_pictures_take_no_other_scale(http, problem):
-    file = io.BytesIO()
-    Image.fromarray(PIXELS[0]).save(file, "PNG")
-    png, kind = file.getvalue(), {"Content-Type": "image/png"}
+    png, kind = encode(PIXELS[0]), {"Content-Type": "image/png"}
     text = {"images": [base64.b64encode(png).decode()]}
     for sent in (
         {"content": png, "headers": kind},

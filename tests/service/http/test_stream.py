@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import gc
-import io
 import json
 import socket
 import weakref
@@ -12,18 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 
 from dropserve.models import checkpoint
 from dropserve.service.app import create_app
-from dropserve.service.errors import InvalidRequest, Overloaded
+from dropserve.service.errors import Overloaded
 from dropserve.service.http.tasks import EventStream
 from dropserve.service.inference.classifier import Predict, Stream
 from dropserve.service.inference.inference import MAX_STREAMS, Inference
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.schemas import Problem, StreamEnd, StreamSample, StreamStart
 from dropserve.service.settings import Settings
+from tests.helpers import encode, noise
 
 MLP, CNN = "/v1/models/digits-mlp", "/v1/models/colour-cnn"
 EVENTS = {"start": StreamStart, "sample": StreamSample, "end": StreamEnd, "error": Problem}
@@ -36,18 +35,11 @@ TOLD = (
 
 
 def picture(model, seed=0):
-    shape = (8, 8) if model == MLP else (16, 16, 3)
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return noise(*((8, 8) if model == MLP else (16, 16, 3)), seed=seed)
 
 
 def post(http, path, pixels):
-    return http.post(path, content=png(pixels), headers=PNG_TYPE)
+    return http.post(path, content=encode(pixels), headers=PNG_TYPE)
 
 
 def parse(text):
@@ -163,7 +155,7 @@ def test_it_is_neither_stored_nor_held_back_on_its_way(http):
 
 def test_every_body_that_holds_one_picture_is_taken(http):
     path = "/uncertainty/stream?samples=3"
-    image = png(picture(MLP))
+    image = encode(picture(MLP))
     first = post(http, path, picture(MLP)).content
     text = {"images": [base64.b64encode(image).decode()]}
     assert http.post(path, files=[("file", ("a.png", image))]).content == first
@@ -191,7 +183,7 @@ def test_what_is_wrong_before_it_begins_is_an_ordinary_error(path, status, http,
 def test_pictures_that_cannot_be_watched_are_refused(http, problem):
     two = http.post("/uncertainty/stream", json={"instances": [[[0]], [[1]]]})
     assert "one image" in problem(two, 422)
-    damaged = http.post("/uncertainty/stream", content=png(picture(MLP))[:-40], headers=PNG_TYPE)
+    damaged = http.post("/uncertainty/stream", content=encode(picture(MLP))[:-40], headers=PNG_TYPE)
     problem(damaged, 422)
     problem(http.get("/uncertainty/stream"), 405)
 
@@ -207,7 +199,7 @@ def test_many_are_watched_at_once_and_each_is_told_the_same(http):
 
 
 def test_the_work_stops_when_the_one_who_watches_has_left(server, http):
-    body = png(picture(CNN))
+    body = encode(picture(CNN))
     head = (
         f"POST {CNN}/uncertainty/stream?samples=1000&seed=1 HTTP/1.1\r\nHost: x\r\n"
         f"X-Request-ID: watcher\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -404,19 +396,3 @@ def test_an_error_after_the_first_step_is_an_event_and_counts_as_one(
     route = "/v1/models/{name}/versions/{version}/uncertainty/stream"
     assert list(app.state.metrics.requests) == [(route, "digits-mlp", 1, status)]
     assert caplog.records[-1].__dict__[FIELDS]["status"] == status
-
-
-def test_an_error_before_the_first_step_sends_no_stream(inference, model):
-    def damaged():
-        raise InvalidRequest("damaged")
-
-    with pytest.raises(InvalidRequest, match="damaged"):
-        asyncio.run(anext(inference.stream(model, Stream(), damaged)))
-
-
-def test_the_mean_is_that_of_the_samples_told_so_far(model):
-    _, sample, *_ = model.stream(Stream(samples=10), PIXELS)
-    assert [s["t"] for s in sample["sample"]] == list(range(1, 11))
-    probabilities = np.array([s["probabilities"] for s in sample["sample"]])
-    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
-    np.testing.assert_allclose(sample["sample"][-1]["mean"], probabilities.mean(0), atol=1e-6)

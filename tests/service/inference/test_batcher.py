@@ -66,25 +66,18 @@ class Runner:
             raise StopIteration
 
 
-def run(scenario, *, max_batch=8, max_queue=100, max_jobs=16):
+def run(scenario, **limits):
     """Run `scenario(batcher, runner)` in an event loop; return the batches."""
-    return run_steps(scenario, max_batch=max_batch, max_queue=max_queue, max_jobs=max_jobs).batches
+    return run_steps(scenario, **limits).batches
 
 
-def run_steps(scenario, *, max_batch=8, max_queue=100, max_jobs=16, inline=lambda *_: False):
+def run_steps(scenario, **limits):
     """Run `scenario(batcher, runner)` in an event loop; return the runner."""
-    runner = Runner()
+    runner, limits = Runner(), {"max_batch": 8, "max_queue": 100, "max_jobs": 16} | limits
 
     async def main():
         with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(
-                runner,
-                executor,
-                max_batch=max_batch,
-                max_queue=max_queue,
-                max_jobs=max_jobs,
-                inline=inline,
-            )
+            batcher = Batcher(runner, executor, **limits)
             async with asyncio.timeout(20):
                 await scenario(batcher, runner)
 
@@ -175,15 +168,6 @@ def test_what_has_begun_within_its_time_takes_as_long_as_it_takes():
         assert await begun == ("a", 1)
 
     assert run(scenario) == [("a", [1])]
-
-
-def test_an_empty_queue_takes_even_what_is_heavier_than_itself():
-    async def scenario(batcher, runner):
-        async with busy(batcher, runner):
-            (task,) = await queued(batcher.submit("a", 1, 99))
-        assert await task == ("a", 1)
-
-    run(scenario, max_queue=4)
 
 
 def test_what_weighs_nothing_is_taken_however_much_waits():

@@ -17,6 +17,7 @@ from dropserve.service.inference.classifier import (
     Stream,
     Uncertainty,
 )
+from dropserve.service.inference.decoder import finish
 from dropserve.service.inference.inference import Inference, _is_inline, _key
 from dropserve.service.schemas import DEFAULT_SAMPLES
 from dropserve.service.settings import Settings
@@ -25,15 +26,6 @@ from dropserve.service.settings import Settings
 @pytest.fixture(scope="module")
 def classifier(checkpoints):
     return Classifier("digits-mlp", 1, checkpoints / "digits-mlp" / "1")
-
-
-def finish(steps):
-    """Run a generator to its end; return what it returns."""
-    try:
-        while True:
-            next(steps)
-    except StopIteration as end:
-        return end.value
 
 
 def test_more_than_fits_at_once_is_answered_in_parts_that_agree(classifier):

@@ -1,7 +1,6 @@
 """More than the server can do: refused with 503, and it stays awake."""
 
 import asyncio
-import io
 import json
 import socket
 import statistics
@@ -9,18 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
-from PIL import Image
 
+from tests.helpers import encode, noise
 
-def _png():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = _png()
+PNG = encode(noise(16, 16, 3))
 SLOW = "/v1/models/colour-cnn/uncertainty?samples=1000&seed={}"  # no two seeds share a batch
 HEADERS = {"Content-Type": "image/png"}
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -13,50 +12,45 @@ from bisect import bisect
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from typer.testing import CliRunner
 
 from dropserve.models import checkpoint
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
-from dropserve.service.cli.main import app as command_line
+from tests.helpers import dropserve, encode, eventually, noise, workers
 
 POLL = 0.3
 CONNECTIONS = 32
 PREPROCESSING = Preprocessing((8, 8), 1, (0.3,), (0.4,))
 NETWORK = NetworkConfig("mlp", PREPROCESSING.shape, 10, (32, 32), (0.2, 0.5))
 CLASSES = tuple(f"class {k}" for k in range(10))
-PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+PIXELS = noise(8, 8)
+PICTURE = encode(PIXELS)
 
 
-def damage_a_byte(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+def rewritten(change):
+    """Change the bytes of the weights."""
+
+    def harm(folder):
+        weights = folder / "model.safetensors"
+        weights.write_bytes(change(weights.read_bytes()))
+
+    return harm
 
 
-def leave_no_weights(folder):
-    (folder / "model.safetensors").unlink()
+def edited(change):
+    """Change the description."""
 
+    def harm(folder):
+        about = json.loads((folder / "model.json").read_text())
+        change(about)
+        (folder / "model.json").write_text(json.dumps(about))
 
-def cut_the_weights(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def break_the_json(folder):
-    (folder / "model.json").write_text("{")
-
-
-def edit(folder, change):
-    about = json.loads((folder / "model.json").read_text())
-    change(about)
-    (folder / "model.json").write_text(json.dumps(about))
+    return harm
 
 
 def leave_no_manifest(folder):
@@ -64,24 +58,8 @@ def leave_no_manifest(folder):
 
 
 def ask_for_a_factory(folder):
-    edit(folder, lambda about: about["network"].update(kind="os:system"))
+    edited(lambda about: about["network"].update(kind="os:system"))(folder)
     leave_no_manifest(folder)
-
-
-def reverse_the_classes(folder):
-    edit(folder, lambda about: about["classes"].reverse())
-
-
-def change_the_mean(folder):
-    edit(folder, lambda about: about["preprocessing"].update(mean=[0.9]))
-
-
-def change_the_rates(folder):
-    edit(folder, lambda about: about["network"].update(dropout=[0.01, 0.01]))
-
-
-def raise_the_accuracy(folder):
-    edit(folder, lambda about: about.update(evaluation={"accuracy": 0.999}))
 
 
 def link_the_weights(folder):
@@ -89,13 +67,21 @@ def link_the_weights(folder):
     weights.symlink_to(weights.rename(folder / "elsewhere").name)
 
 
+cut_the_weights = rewritten(lambda raw: raw[:-100])
+reverse_the_classes = edited(lambda about: about["classes"].reverse())
 BAD = {
-    4: damage_a_byte,
-    7: leave_no_weights,
+    4: rewritten(lambda raw: raw[:-1] + b"\1"),
+    7: lambda folder: (folder / "model.safetensors").unlink(),
     11: cut_the_weights,
-    15: break_the_json,
+    15: lambda folder: (folder / "model.json").write_text("{"),
     18: ask_for_a_factory,
 }
+TAMPERED = [
+    reverse_the_classes,
+    edited(lambda about: about["preprocessing"].update(mean=[0.9])),
+    edited(lambda about: about["network"].update(dropout=[0.01, 0.01])),
+    edited(lambda about: about.update(evaluation={"accuracy": 0.999})),
+]
 
 
 class Publisher:
@@ -146,17 +132,11 @@ def running(tmp_path_factory, make_server):
     assert server.errors.read_text() == ""
 
 
-def picture():
-    buffer = io.BytesIO()
-    Image.fromarray(PIXELS).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @contextmanager
 def load(url, seen, connections=CONNECTIONS):
     """Ask from all connections at once until the block ends; some answers are `seen` before it."""
     stop = threading.Event()
-    body, headers = picture(), {"Content-Type": "image/png"}
+    body, headers = PICTURE, {"Content-Type": "image/png"}
 
     async def ask(client, path):
         while not stop.is_set():
@@ -186,13 +166,12 @@ def load(url, seen, connections=CONNECTIONS):
 
 def wait_for(lines, message, version, count):
     """Return the log's lines of that message about a version, once there are as many."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        found = [e for e in lines() if (e["message"], e.get("version")) == (message, version)]
-        if len(found) >= count:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{message!r} of version {version} is not in the log of all workers")
+
+    def found():
+        told = [e for e in lines() if (e["message"], e.get("version")) == (message, version)]
+        return told if len(told) >= count else None
+
+    return eventually(found, 60)
 
 
 def test_twenty_versions_under_load_and_five_of_them_bad(running):
@@ -212,7 +191,7 @@ def test_twenty_versions_under_load_and_five_of_them_bad(running):
             good = sorted(publisher.answers)
             for number, status in [*((v, 200) for v in good[-3:]), *((v, 404) for v in good[:-3])]:
                 path = f"{server.url}/v1/models/m/versions/{number}/predict"
-                files = {"file": ("x", picture())}
+                files = {"file": ("x", PICTURE)}
                 assert httpx.post(path, files=files, timeout=60).status_code == status
         refused = httpx.get(server.url + "/v1/models/m").json()["refused"]
         assert httpx.get(server.url + "/readyz").json()["models"]["m"]["refused"] == refused
@@ -245,19 +224,7 @@ def gauge(server, name):
 
 def wait_for_gauge(server, name, value):
     """Wait, because another worker's figures are half a second old."""
-    end = time.monotonic() + 20
-    while gauge(server, name) != [value]:
-        assert time.monotonic() < end, f"{name} is not {value} but {gauge(server, name)}"
-        time.sleep(0.1)
-
-
-def dropserve(*arguments, root):
-    result = CliRunner().invoke(command_line, [*map(str, arguments), "--checkpoints", str(root)])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-TAMPERED = [reverse_the_classes, change_the_mean, change_the_rates, raise_the_accuracy]
+    eventually(lambda: gauge(server, name) == [value])
 
 
 def test_versions_that_are_bad_at_the_start_are_refused_and_the_others_served(
@@ -291,11 +258,11 @@ def test_versions_that_are_bad_at_the_start_are_refused_and_the_others_served(
     sha256 = hashlib.sha256(manifests[1].read_bytes()).hexdigest()
     assert ask(server, "/v1/models/m/versions/1")["manifest_sha256"] == sha256
     assert ask(server, "/v1/models/m")["manifest_sha256"] is None
-    dropserve("manifest", "m", "--version", 2, root=publisher.root)
+    dropserve("manifest", "m", "--version", 2, "--checkpoints", publisher.root)
     wait_for(server.lines, "version ready", 2, 2)
     sha256 = hashlib.sha256(manifests[2].read_bytes()).hexdigest()
     assert ask(server, "/v1/models/m")["manifest_sha256"] == sha256
-    listed = CliRunner().invoke(command_line, ["models", "--url", server.url, "--json"]).stdout
+    listed = dropserve("models", "--url", server.url, "--json")
     assert json.loads(listed)["models"][0]["manifest_sha256"] == sha256
 
     reverse_the_classes(manifests[2].parent)
@@ -307,7 +274,7 @@ def test_versions_that_are_bad_at_the_start_are_refused_and_the_others_served(
     assert 2 not in [refused["version"] for refused in state["refused"]]
     assert gauge(server, "dropserve_model_changed_versions{") == [1]
     assert gauge(server, "dropserve_model_refused_versions{") == [5]
-    (found,) = httpx.post(server.url + "/predict", files={"file": ("x", picture())}).json()[
+    (found,) = httpx.post(server.url + "/predict", files={"file": ("x", PICTURE)}).json()[
         "predictions"
     ]
     assert found["label"] == f"class {found['index']}"  # not by the reversed names
@@ -331,7 +298,7 @@ def test_pins_rollbacks_and_prunes_reach_all_workers_and_fail_no_request(running
 
     seen = []
     with load(server.url, seen, 8):
-        dropserve("pin", "m", first, root=root)
+        dropserve("pin", "m", first, "--checkpoints", root)
         answers(first)
         publisher.publish(newest)
         wait_for(server.lines, "version ready", newest, 2)
@@ -339,15 +306,15 @@ def test_pins_rollbacks_and_prunes_reach_all_workers_and_fail_no_request(running
         assert (state["version"], state["pinned"], state["pin_problem"]) == (first, first, None)
         assert state["versions"] == [first, last - 1, last, newest]
         path = f"{server.url}/v1/models/m/versions/{newest}/predict"
-        answer = httpx.post(path, files={"file": ("x", picture())}, timeout=60)
+        answer = httpx.post(path, files={"file": ("x", PICTURE)}, timeout=60)
         assert answer.json()["version"] == newest
-        dropserve("rollback", "m", root=root)
+        dropserve("rollback", "m", "--checkpoints", root)
         answers(before)
-        dropserve("pin", "m", "latest", root=root)
+        dropserve("pin", "m", "latest", "--checkpoints", root)
         answers(newest)
-        dropserve("rollback", "m", root=root)
+        dropserve("rollback", "m", "--checkpoints", root)
         answers(last)
-        dropserve("prune", "m", "--keep", 1, root=root)
+        dropserve("prune", "m", "--keep", 1, "--checkpoints", root)
         assert checkpoint.versions(root, "m") == [last, newest]
         time.sleep(2 * POLL)
         checkpoint.pin(root, "m", first)  # which is there no more
@@ -376,26 +343,11 @@ def test_pins_rollbacks_and_prunes_reach_all_workers_and_fail_no_request(running
     assert {line["message"] for line in errors} == {"pin not followed"}
 
 
-def workers(server):
-    """Process ids of the workers: children that are no tracker of resources."""
-    root = Path("/proc", str(server.process.pid), "task", str(server.process.pid), "children")
-    commands = {
-        int(pid): Path("/proc", pid, "cmdline").read_bytes() for pid in root.read_text().split()
-    }
-    return [pid for pid, command in commands.items() if b"spawn_main" in command]
-
-
 def kill_a_worker(server):
     """Kill one; wait until another has taken its place."""
     before = workers(server)
     os.kill(before[0], signal.SIGKILL)
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        now = workers(server)
-        if len(now) == len(before) and before[0] not in now:
-            return
-        time.sleep(0.1)
-    raise AssertionError("no worker has come up")
+    eventually(lambda: len(workers(server)) == len(before) and before[0] not in workers(server), 60)
 
 
 def test_a_worker_that_takes_a_dead_ones_place_serves_what_is_good(publisher, make_server):
@@ -419,7 +371,7 @@ def test_a_worker_that_takes_a_dead_ones_place_serves_what_is_good(publisher, ma
         if act == "unload":
             kill_a_worker(server)
             time.sleep(3)
-        body = {"content": picture(), "headers": {"Content-Type": "image/png"}, "timeout": 60}
+        body = {"content": PICTURE, "headers": {"Content-Type": "image/png"}, "timeout": 60}
         for _ in range(20):
             answer = httpx.post(server.url + "/predict", **body)
             assert answer.status_code == status

@@ -1,7 +1,6 @@
 """/metrics of real servers, after requests that we know; and the parts it is made of."""
 
 import asyncio
-import io
 import os
 import signal
 import socket
@@ -12,10 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType, SimpleNamespace
 
 import httpx
-import numpy as np
-import psutil
 import pytest
-from PIL import Image
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,13 +25,11 @@ from dropserve.service.observability.metrics import (
     _Histogram,
     _remove_dead,
 )
+from tests.helpers import encode, eventually, noise, workers
 
 
 def png(seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    return data.getvalue()
+    return encode(noise(8, 8, seed=seed))
 
 
 def post(client, path, content=None):
@@ -185,11 +179,12 @@ def settled(server, condition):
 
     A worker that dies while it is asked if it lives is missed for 30 seconds (`server.py`).
     """
-    deadline = time.monotonic() + 50
-    while not condition(scrape := Scrape(server.url)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return scrape
+
+    def holds():
+        scrape = Scrape(server.url)
+        return scrape if condition(scrape) else None
+
+    return eventually(holds, 50)
 
 
 def test_two_workers_add_up_and_a_dead_ones_gauges_go(make_server):
@@ -216,7 +211,7 @@ def test_two_workers_add_up_and_a_dead_ones_gauges_go(make_server):
     assert scrape("dropserve_model_loaded", model="digits-mlp", version="2") == 2
     assert scrape("dropserve_model_version", model="digits-mlp") == 2
 
-    os.kill(workers(server.process.pid)[0], signal.SIGKILL)
+    os.kill(workers(server)[0], signal.SIGKILL)
     scrape = settled(server, lambda s: s("dropserve_workers") == 1)
     assert scrape("dropserve_model_loaded", model="digits-mlp", version="2") == 1
     assert scrape("dropserve_requests_total", route="/predict", status="200") == sent
@@ -237,11 +232,6 @@ def test_scrapes_at_once_do_not_trip_over_a_dead_worker(tmp_path):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(scrape, range(4)))
     assert not list(tmp_path.iterdir())
-
-
-def workers(parent):
-    children = psutil.Process(parent).children()
-    return [child.pid for child in children if any("spawn_main" in x for x in child.cmdline())]
 
 
 def test_open_metrics_are_written_for_who_asks_for_them(fresh):

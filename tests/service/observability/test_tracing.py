@@ -1,7 +1,6 @@
 """Spans, as a collector gets them from a real server; and nothing of them where tracing is off."""
 
 import asyncio
-import io
 import subprocess
 import sys
 import threading
@@ -9,7 +8,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
-import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -17,14 +15,14 @@ from opentelemetry.trace import StatusCode
 from PIL import Image
 
 from dropserve.service.observability.tracing import TracedRequests, Tracing
+from tests.helpers import encode, eventually
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 def png(side):
-    data = io.BytesIO()
-    Image.fromarray(np.zeros((side, side), np.uint8)).save(data, "PNG")
-    return {"content": data.getvalue(), "headers": {"content-type": "image/png"}}
+    file = encode(Image.new("L", (side, side)))
+    return {"content": file, "headers": {"content-type": "image/png"}}
 
 
 class Collector:
@@ -60,13 +58,13 @@ class Collector:
 
     def trace(self, request_id):
         """Wait for a request's span; return it and its children by name."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            for span in list(self.spans):
-                if attributes(span).get("dropserve.request_id") == request_id:
-                    return span, {s.name: s for s in self.spans if s.parent_span_id == span.span_id}
-            time.sleep(0.05)
-        raise AssertionError(f"no span of {request_id}")
+
+        def found():
+            spans = list(self.spans)
+            return [s for s in spans if attributes(s).get("dropserve.request_id") == request_id]
+
+        (span,) = eventually(found)
+        return span, {s.name: s for s in self.spans if s.parent_span_id == span.span_id}
 
 
 def attributes(span):
