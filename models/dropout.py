@@ -4,7 +4,8 @@ Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout: A Simple 
 Neural Networks from Overfitting", JMLR 15 (2014). There `p` is the probability of *keeping* a
 unit; here, as in PyTorch, `p` is the probability of dropping it, everywhere.
 
-Monte Carlo dropout intercepts the functions by PyTorch's `__torch_function__` protocol.
+Monte Carlo dropout intercepts the functions by PyTorch's `__torch_function__` protocol: a new one
+needs an entry in `montecarlo/interception.py`, and its module one in `sequential.py` to be fast.
 """
 
 from collections.abc import Callable

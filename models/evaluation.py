@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
 
 from dropserve.models.data import Split
 from dropserve.models.errors import NoDropout
-from dropserve.models.montecarlo import Sampler
+from dropserve.models.montecarlo import SAMPLES, Sampler
 
 
 def score(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -38,7 +38,7 @@ def evaluate(
     module: nn.Module,
     data: Split,
     normalize: Callable[[Tensor], Tensor],
-    samples: int = 100,
+    samples: int = SAMPLES,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     *,

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import ClassVar, Literal
 
-Reason = Literal["queue", "decode", "body_memory", "streams", "draining", "no_model"]
+Reason = Literal["queue", "decode", "body_memory", "streams", "draining", "no_model", "workers"]
 """Why a request was answered 503; the label of the metric, and a field of the log."""
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dropserve.service.errors import did_you_mean
+from dropserve.service.schemas import MAX_SAMPLES
 
 PREFIX = "DROPSERVE_"
 
@@ -63,7 +64,9 @@ class Settings(BaseSettings):
     )
     max_side: int = Field(16_384, ge=1, description="Pixels of one image's longer side.")
     max_images: int = Field(64, ge=1, le=1000, description="Images in one request.")
-    max_samples: int = Field(1000, ge=1, le=1000, description="Samples of one request.")
+    max_samples: int = Field(
+        MAX_SAMPLES, ge=1, le=MAX_SAMPLES, description="Samples of one request."
+    )
     fast_path: bool = Field(True, description="Answer small PNG requests without ASGI.")
     body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
     drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")

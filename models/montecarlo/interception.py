@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from inspect import signature
 from math import nan, sqrt
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,24 @@ Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "atten
 """`bernoulli` is a mask that the network's own code draws by `Tensor.bernoulli_` and scales itself,
 as stochastic depth does (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016)."""
 
-CHANNELWISE = ("spatial", "feature_alpha")
-"""Kinds that drop whole channels."""
 
+class KindRules(NamedTuple):
+    """How masks of a kind are drawn and scaled."""
+
+    channelwise: bool  # whole channels are dropped
+    rescaled: bool  # kept units are multiplied by 1/(1-p)
+    adjustable: bool  # another p may be put in place of the module's
+
+
+KINDS: Mapping[Kind, KindRules] = {
+    "dropout": KindRules(channelwise=False, rescaled=True, adjustable=True),
+    "vanilla": KindRules(channelwise=False, rescaled=False, adjustable=True),
+    "spatial": KindRules(channelwise=True, rescaled=True, adjustable=True),
+    "alpha": KindRules(channelwise=False, rescaled=False, adjustable=False),
+    "feature_alpha": KindRules(channelwise=True, rescaled=False, adjustable=False),
+    "attention": KindRules(channelwise=False, rescaled=True, adjustable=True),
+    "bernoulli": KindRules(channelwise=False, rescaled=False, adjustable=False),
+}
 ScaleFor = Callable[[Kind, float, torch.Size], Tensor | None]
 """`(kind, p, mask shape) -> what to multiply by`, zero where a unit is dropped; None: as eval mode
 has it, without noise."""
@@ -145,7 +160,7 @@ class _Dropout:
         given = train if training is None else training
         on = self.on if given is None else given
         shape = input.shape
-        if self.kind in CHANNELWISE:
+        if KINDS[self.kind].channelwise:
             kept = 1 if input.dim() == self.unbatched else 2
             shape = torch.Size((*shape[:kept], *(1 for _ in shape[kept:])))
         return _drop(input, self.kind, float(p), shape, scale_for if on else lambda *_: None)

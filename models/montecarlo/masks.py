@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 MaskKind = Literal["stratified", "independent"]
+SAMPLES = 100
+"""T where nobody says otherwise."""
 MASK_KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
 BLOCK = 10
 """Samples in a block of stratified masks."""

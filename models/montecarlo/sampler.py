@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dropserve.models.errors import SamplingError, UnsupportedModule
 from dropserve.models.montecarlo.interception import Interception, Kind
 from dropserve.models.montecarlo.kernels import Kernel, Kernels
-from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, MaskKind
+from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, SAMPLES, MaskKind
 from dropserve.models.montecarlo.scaled_masks import MaskStore, ScaledMasks
 from dropserve.models.montecarlo.sites import Site, require_close, trace
 from dropserve.models.montecarlo.statistics import Statistics, Summary
@@ -106,7 +106,11 @@ class Sampler:
         self._kernels = {self._dtype: self._kernels.get(self._dtype)}
 
     def sample(
-        self, x: Tensor, samples: int = 100, seed: Seeds = 0, masks: MaskKind = "stratified"
+        self,
+        x: Tensor,
+        samples: int = SAMPLES,
+        seed: Seeds = 0,
+        masks: MaskKind = "stratified",
     ) -> Tensor:
         """Run `samples` thinned networks over images [B, ...]: probabilities [T, B, C].
 
@@ -119,7 +123,7 @@ class Sampler:
     def summarize(
         self,
         x: Tensor,
-        samples: int = 100,
+        samples: int = SAMPLES,
         seed: Seeds = 0,
         masks: MaskKind = "stratified",
         level: float = 0.9,
@@ -131,7 +135,11 @@ class Sampler:
         return statistics.summary()
 
     def chunks(
-        self, x: Tensor, samples: int = 100, seed: Seeds = 0, masks: MaskKind = "stratified"
+        self,
+        x: Tensor,
+        samples: int = SAMPLES,
+        seed: Seeds = 0,
+        masks: MaskKind = "stratified",
     ) -> Iterator[Tensor]:
         """Yield what `sample` returns as probabilities [C, B, t], for `Statistics.add`.
 
@@ -177,7 +185,7 @@ class Sampler:
         """Return what the samples of a chunk multiply by."""
         return self._store.get(masks, seed, chunk, device)
 
-    def warm_up(self, x: Tensor, samples: int = 100) -> None:
+    def warm_up(self, x: Tensor, samples: int = SAMPLES) -> None:
         """Draw the default seed's first masks, for good, and run them over `x` [B, ...]."""
         with torch.inference_mode():
             chosen = range(min(samples, self._store.chunk))

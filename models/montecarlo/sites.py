@@ -18,16 +18,13 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropserve.models.errors import NoDropout, UnsupportedModule, unsupported_if_it_fails
-from dropserve.models.montecarlo.interception import CHANNELWISE, Interception, Kind
+from dropserve.models.montecarlo.interception import KINDS, Interception, Kind
 from dropserve.models.montecarlo.training_copy import (
     NumPyGenerator,
     numpy_generators,
     share_parameters,
     training_copy,
 )
-
-_RESCALED = ("dropout", "spatial", "attention")
-"""Kinds that divide what they keep by 1-p."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Site:
     @property
     def survivor(self) -> float:
         """What a kept unit is multiplied by."""
-        return 1 / (1 - self.p) if self.kind in _RESCALED else 1.0
+        return 1 / (1 - self.p) if KINDS[self.kind].rescaled else 1.0
 
     def at(self, p: float) -> "Site":
         """Return the site with another rate, and what is kept scaled to match.
@@ -69,7 +66,7 @@ class Site:
         Alpha dropout and masks of `bernoulli_` keep their own: what follows them is worked out from
         the module's p.
         """
-        return replace(self, p=p) if self.kind in (*_RESCALED, "vanilla") else self
+        return replace(self, p=p) if KINDS[self.kind].adjustable else self
 
     def fit(self, scale: Tensor, shape: torch.Size) -> Tensor | None:
         """Spread a mask `scale` [*template] over a call's `shape`; None if it does not fit.
@@ -275,7 +272,7 @@ def _site(call: _Call, three: torch.Size) -> Site:
     dim = grows[0]
     template = (*two[:dim], rows[0], *two[dim + 1 :])
     units = template if rows[0] > 1 else template[:dim] + template[dim + 1 :]
-    if call.kind in CHANNELWISE:
+    if KINDS[call.kind].channelwise:
         units = units[:1]
     return Site(call.name, call.kind, call.p, tuple(units), template, dim)
 

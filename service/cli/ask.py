@@ -51,7 +51,7 @@ def uncertainty(
     port: options.Port = None,
     model: options.Model = None,
     version: options.Version = None,
-    samples: options.Samples = 100,
+    samples: options.Samples = schemas.DEFAULT_SAMPLES,
     seed: options.Seed = 0,
     masks: Annotated[
         schemas.MaskKind, Opt(metavar="KIND", help="Masks: stratified, or independent.")

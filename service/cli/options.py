@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import DropserveClient, base_url, credentials
 from dropserve.service.errors import DropserveError, NotFound
-from dropserve.service.schemas import ModelDetails
+from dropserve.service.schemas import MAX_SAMPLES, ModelDetails
 from dropserve.service.settings import Settings, environment_name
 
 
@@ -93,5 +93,7 @@ Url = Annotated[
 Port = Annotated[int | None, Opt(min=1, max=65535, metavar="N", help="Port of a local service.")]
 Model = Annotated[str | None, Opt(help="Model, if not the default.", autocompletion=model_names)]
 Version = Annotated[int | None, Opt(min=1, metavar="N", help="Version, if not the default.")]
-Samples = Annotated[int, Opt(min=1, max=1000, metavar="T", help="Number of thinned networks.")]
+Samples = Annotated[
+    int, Opt(min=1, max=MAX_SAMPLES, metavar="T", help="Number of thinned networks.")
+]
 Seed = Annotated[int, Opt(min=0, metavar="N", help="Seed of the dropout masks.")]

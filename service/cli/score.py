@@ -20,7 +20,7 @@ from dropserve.service.cli import ask, options, terminal
 from dropserve.service.cli.options import Opt
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
-from dropserve.service.schemas import UncertaintyResponse
+from dropserve.service.schemas import DEFAULT_SAMPLES, UncertaintyResponse
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
@@ -39,7 +39,7 @@ def score(
     port: options.Port = None,
     model: options.Model = None,
     version: options.Version = None,
-    samples: options.Samples = 100,
+    samples: options.Samples = DEFAULT_SAMPLES,
     seed: options.Seed = 0,
     sort: Annotated[Sort, Opt(metavar="BY", help="path, or a measure, largest first.")] = "path",
     batch: Annotated[int, Opt(min=1, metavar="N", help="Images per request.")] = ask.BATCH,

@@ -19,6 +19,7 @@ from dropserve.models.hyperparameters import Recipe, suggested
 from dropserve.service.cli import options, terminal
 from dropserve.service.cli.options import Opt
 from dropserve.service.cli.terminal import Refused, console, say
+from dropserve.service.schemas import DEFAULT_SAMPLES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,7 +121,7 @@ def train(
     invert: Invert = False,
     fit: Fit | None = None,
     skip_broken: SkipBroken = False,
-    samples: Samples = 100,
+    samples: Samples = DEFAULT_SAMPLES,
     accelerator: Annotated[Accelerator, Opt(metavar="A", help="auto, cpu or cuda.")] = "auto",
     devices: Annotated[int, Opt(min=1, metavar="N", help="Processes that share the work.")] = 1,
     precision: Annotated[
@@ -206,7 +207,7 @@ def import_(
     fit: Fit = "stretch",
     evaluate: Annotated[Text, Opt(metavar="DATASET", help="Test data, as of train.")] = None,
     skip_broken: SkipBroken = False,
-    samples: Samples = 100,
+    samples: Samples = DEFAULT_SAMPLES,
     checkpoints: options.Checkpoints = None,
     data_dir: options.DataDir = None,
 ) -> None:
@@ -233,7 +234,7 @@ def evaluate(
     name: Annotated[str, Opt(help="Model.")],
     version: Annotated[Int, Opt(min=1, metavar="N", help="Version; default: latest.")] = None,
     dataset: Annotated[Text, Opt(help="Default: that of the training.")] = None,
-    samples: Samples = 100,
+    samples: Samples = DEFAULT_SAMPLES,
     confusion: Annotated[bool, Opt("--confusion", help="Show confused classes.")] = False,
     skip_broken: SkipBroken = False,
     checkpoints: options.Checkpoints = None,

@@ -28,7 +28,7 @@ from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 """Pillow's name of every format that is read, by media type."""
-ACCEPTED = "{}, {} or {}".format(*FORMATS)
+ACCEPTED = " or ".join(FORMATS)
 SMALL_BYTES = 16_384
 _SMALL_PIXELS = 64 * 64
 Size = tuple[int, int]  # (width, height)

@@ -84,7 +84,9 @@ def _parse(kind: str, query: bytes, max_samples: int) -> ParsedOptions:
     if isinstance(options, CompareOptions):
         head = {name: value for name, value in given.items() if value is not None}
         return ParsedOptions(Compare(**given), head, scale)
-    return ParsedOptions(Predict(), {}, scale)
+    if type(options) is PredictOptions:
+        return ParsedOptions(Predict(), {}, scale)
+    raise TypeError(f"{kind}: no task is made of its options")
 
 
 _cached = lru_cache(256)(_parse)

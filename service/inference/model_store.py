@@ -238,7 +238,7 @@ class ModelStore:
                 await self._control.all_acknowledged(message)
         except TimeoutError:
             text = "not all workers have done it yet; poll the index"
-            raise Overloaded(text, "no_model") from None
+            raise Overloaded(text, "workers") from None
 
     async def watch(self) -> None:
         """Follow the source and the shared control state, until cancelled."""
