@@ -117,18 +117,6 @@ def test_the_batcher_knows_neither_torch_nor_http():
     assert packages(FILES["dropserve.service.inference.batcher"]) <= sys.stdlib_module_names
 
 
-def test_the_command_line_loads_no_torch_before_it_is_needed():
-    seen, left = set(), ["dropserve.service.cli.main"]
-    while left:
-        module = left.pop()
-        seen.add(module)
-        assert "torch" not in {
-            name.partition(".")[0] for name in imports(FILES[module], deferred=False)
-        }
-        left += ours(module, deferred=False) - seen
-    assert len(seen) > 5
-
-
 def test_importing_starts_no_thread_and_opens_no_socket():
     code = (
         "import sys, threading\n"

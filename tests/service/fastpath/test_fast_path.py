@@ -275,12 +275,6 @@ def test_all_else_takes_the_asgi_path(service, raw, status):
     assert taken == (DAMAGED in raw or CUT in raw)
 
 
-def test_damage_that_only_decoding_finds_is_reported_by_the_asgi_path(service):
-    (status, _, body), taken = service.both_paths(post(body=DAMAGED))
-    assert (status, taken) == (422, True)
-    assert json.loads(body)["request_id"] == "this"
-
-
 MANY = [
     post(path, headers=b"X-Request-ID: %d\r\n" % k)
     for k, path in enumerate(
