@@ -1,4 +1,4 @@
-"""Datasets: digits, Fashion-MNIST, MNIST, and folders of images with one sub-folder a class.
+"""Datasets: digits, Fashion-MNIST, MNIST, and folders of images with a sub-folder per class.
 
 A dataset is held in memory whole, as uint8. Training images are augmented batch by batch.
 """

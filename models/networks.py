@@ -38,7 +38,7 @@ class NetworkConfig:
         input: shape of one image, (channels, height, width).
         classes: number of logits.
         hidden: widths of the fully connected layers before the logits.
-        dropout: rate after each of them, one a layer.
+        dropout: rate after each of them.
         channels: output channels of a CNN's blocks, each convolution, batch norm, ReLU, pool.
         spatial_dropout: rate at which a CNN drops whole channels between its blocks.
         arguments: JSON keyword arguments for a factory.

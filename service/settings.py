@@ -29,7 +29,7 @@ class Settings(BaseSettings):
         None, min_length=16, description="Token that may load and unload models."
     )
     api_keys_file: Path | None = Field(
-        None, description="File of keys, one a line; requests except probes must have one."
+        None, description="File of keys, one per line; requests except probes must have one."
     )
     api_key: SecretStr | None = Field(None, description="Key that the commands send to a service.")
     default_model: str | None = Field(

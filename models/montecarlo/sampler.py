@@ -61,7 +61,7 @@ class Sampler:
         training_copy: what runs with masks on every path but "folded"; it shares the weights.
         sites: its dropout calls, in the order of a forward pass.
         path: "folded" (sequential modules; the fastest), "vmap" (any other; like "folded" it runs
-            once what comes before the first mask) or "loop" (a pass a sample, where the module
+            once what comes before the first mask) or "loop" (one pass per sample, where the module
             cannot be vectorised).
         precision: what was chosen, and why (`choose_precision`).
         classes: C.

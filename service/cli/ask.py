@@ -20,7 +20,7 @@ from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
 Image = Path | bytes
 Images = Annotated[list[Path], typer.Argument(help="PNG, JPEG or WebP files; - is standard input.")]
-BATCH = 16  # images a request
+BATCH = 16  # images per request
 _MAX_BYTES = 16 * 2**20  # of a request: half of what a service takes by default
 _BAD_IMAGE = (
     errors.MalformedRequest, errors.TooLarge, errors.UnsupportedMediaType, errors.InvalidRequest,

@@ -39,7 +39,7 @@ def watch(
 ) -> None:
     """Show a running service live: traffic, latency, queue, confidence and uncertainty.
 
-    Where the output is no terminal, a line an interval.
+    Without a terminal, one line per interval.
     """
     service = find_service(url, port)
     client = DropserveClient(**service, retries=0, timeout=5.0)

@@ -78,7 +78,7 @@ class Tracing:
 
 
 class TracedRequests:
-    """ASGI middleware: a span a request, as part of its sender's trace if it names one.
+    """ASGI middleware: one span per request, as part of its sender's trace if it names one.
 
     Its attributes are method, route as declared and status, and from `scope["state"]` the request's
     id and what its log line has of model, version and images. `excluded` paths have no span.
