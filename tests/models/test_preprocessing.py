@@ -20,11 +20,15 @@ COLOUR = Preprocessing((2, 3), 3, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
 PIXELS = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 14  # [H, W, C]
 
 
+@pytest.mark.parametrize("turned", [1, 3])
 @pytest.mark.parametrize(("preprocessing", "pixels"), [(GREY, PIXELS[..., 0]), (COLOUR, PIXELS)])
-def test_a_file_that_is_open_but_not_read_yet_is_prepared(preprocessing, pixels):
-    opened = Image.open(io.BytesIO(encode(pixels)))
-    assert not opened.info
+def test_a_file_that_is_open_but_not_read_yet_is_prepared(preprocessing, pixels, turned):
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    opened = Image.open(io.BytesIO(encode(pixels, **({"exif": exif} if turned > 1 else {}))))
+    assert bool(opened.info) == (turned > 1)
     found = preprocessing.prepare(opened)
+    pixels = np.rot90(pixels, turned - 1)
     np.testing.assert_array_equal(found, pixels.reshape(2, 3, -1).transpose(2, 0, 1))
     found += 1  # it may be written to
 

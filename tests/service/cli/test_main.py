@@ -91,19 +91,20 @@ def test_a_person_is_told_when_it_is_ready_and_where(checkpoints):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "code", "said"),
     [
-        ({}, ": no checkpoint in it"),
-        ({"API_KEYS_FILE": os.devnull, "WORKERS": "2"}, "no API key in it"),
+        ({}, 2, ": no checkpoint in it"),
+        ({"API_KEYS_FILE": os.devnull, "WORKERS": "2"}, 1, "no file of API keys"),
     ],
     ids=["no checkpoint", "no key"],
 )
-def test_serve_says_what_it_lacks(tmp_path, given, said):
+def test_serve_says_what_it_lacks(tmp_path, checkpoints, given, code, said):
     # In a process of its own, because serving takes over the process's logging.
-    command = [DROPSERVE, "serve", "--port", str(free_port()), "--checkpoints", tmp_path]
+    command = [DROPSERVE, "serve", "--checkpoints", checkpoints if given else tmp_path]
+    given = given | {"DEFAULT_MODEL": "digits-mlp", "PORT": "0"}
     environment = os.environ | {f"DROPSERVE_{name}": value for name, value in given.items()}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 2
+    assert done.returncode == code
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -112,6 +112,7 @@ JSON = {
     "a scale that is true": (422, b'{"instances": [[[1]]], "scale": true}'),
     "a scale that is null": (422, b'{"instances": [[[1]]], "scale": null}'),
     "a scale alone": (422, b'{"scale": 1}'),
+    "a scale for encoded pictures": (422, json.dumps({"images": [BASE64], "scale": 1}).encode()),
     "options in the body": (422, json.dumps({"images": [BASE64], "samples": 5}).encode()),
     "a list": (422, b'["MARKER"]'),
     "a string": (422, b'"MARKER"'),
