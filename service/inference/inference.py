@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -42,8 +41,8 @@ Waiting = Entry[Key, Request, Answer]
 MAX_STREAMS = 64
 """Most streams at once: each is remembered until its last answer."""
 _QUEUE_FULL = "too many images are waiting; try again in a second"
-_STEP = 0.002
-"""Seconds after which other jobs may run between the seeds of a batch."""
+_SEEDS = 4
+"""Seeds that run together: a quarter less work an image than alone, and hardly less with more."""
 
 
 class Inference:
@@ -245,15 +244,16 @@ def _answers(
     for number, (task, _) in enumerate(requests):
         if not isinstance(answers[number], Exception):
             seeds.setdefault(getattr(task, "seed", 0), []).append(number)
-    started = perf_counter()
-    for numbers in seeds.values():
-        if perf_counter() - started > _STEP:
-            yield
-            started = perf_counter()
-        task, _ = requests[numbers[0]]
-        found = yield from classifier.run(task, [answers[number] for number in numbers])
+    while seeds:
+        some = [seeds.popitem() for _ in range(min(_SEEDS, len(seeds)))]
+        numbers = [n for _, group in some for n in group]
+        each = [s for s, group in some for n in group for _ in answers[n]] if some[1:] else []
+        task, pixels = requests[numbers[0]][0], [answers[n] for n in numbers]
+        found = yield from classifier.run(task, pixels, each)
         for number, answer in zip(numbers, found, strict=True):
             answers[number] = answer
+        if seeds:
+            yield
     return answers
 
 

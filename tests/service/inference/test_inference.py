@@ -79,9 +79,9 @@ def test_an_image_that_cannot_be_decoded_fails_alone_in_its_batch(error, checkpo
     sizes = []
     run = model.run
 
-    def counted(task, requests):
+    def counted(task, requests, seeds):
         sizes.append(len(requests))
-        return run(task, requests)
+        return run(task, requests, seeds)
 
     model.run = counted
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 1, 8, 8), np.uint8)
