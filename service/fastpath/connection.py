@@ -281,14 +281,15 @@ def _candidate(data: bytes, max_samples: int) -> Options | None:
     """Decide by what a parser is not needed for; None: it takes the ASGI path."""
     if not data.startswith(b"POST ") or b"image/png" not in data:
         return None
-    return _options(data[5 : data.find(b" ", 5)], max_samples)
+    url = data[5 : data.find(b" ", 5)]
+    return _options(url, max_samples) if len(url) <= _MAX_URL else None
 
 
 @lru_cache(256)
 def _options(url: bytes, max_samples: int) -> Options | None:
     """Parse a URL; None: it takes the ASGI path."""
     path, _, query = url.partition(b"?")
-    if len(url) > _MAX_URL or not url.isascii() or b"%" in path or b"#" in url:
+    if not url.isascii() or b"%" in path or b"#" in url:
         return None
     found = PATHS.fullmatch(path.decode())
     if found is None:

@@ -42,6 +42,8 @@ _SCAN = 0xDA  # of the pixels,
 _BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))  # and those that no length follows
 
 # limits of what a small file may cost: time,
+_SCAN_MARKER = b"\xff\xda"
+_PLAIN_HEADER = 1024  # bytes before the scan of a JPEG: tables take 600, metadata the rest
 _MOST_SCANS = 100  # of a JPEG: usual are ten, and each costs time for all pixels
 _MOST_SEGMENTS = 10_000  # of a JPEG before its pixels, or chunks of a PNG that are not its pixels
 # and bytes of memory
@@ -67,10 +69,12 @@ class ImageSource:
     Attributes:
         decode: decodes it, or raises an error; takes the `draft_size` of `decode` below.
         memory: bytes that this takes at most, and converting it to a network's pixels.
+        plain: its pixels are all that there is to read, so few bytes take little time.
     """
 
     decode: Callable[[Size | None], Image.Image]
     memory: int
+    plain: bool = True
 
 
 def decode(
@@ -102,13 +106,17 @@ def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Image
     if kind == "WEBP" and (b"VP8L" in data or b"ALPH" in data):
         groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_GROUPS)
         memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_PER_BYTE)
-    return ImageSource(partial(_load, data, kind, size), memory)
+    # text, profiles and many small parts may take long to read however small the image is
+    plain = kind == "PNG" and len(data) <= SMALL_BYTES and bool(_chunks(data))
+    if kind == "JPEG":
+        plain = data.find(_SCAN_MARKER) < _PLAIN_HEADER and data.count(_SCAN_MARKER) == 1
+    return ImageSource(partial(_load, data, kind, size), memory, plain)
 
 
 def are_small(images: Sequence[ImageSource]) -> bool:
     """Say if decoding is so little work that another thread would cost more."""
     most = _SMALL_PIXELS * BYTES_PER_PIXEL + SMALL_BYTES * _BYTES_PER_BYTE
-    return sum(image.memory for image in images) <= most
+    return all(x.plain for x in images) and sum(x.memory for x in images) <= most
 
 
 def prepared(
@@ -283,7 +291,7 @@ def _jpeg_size(data: bytes) -> Size:
 
     All of them are walked, because Pillow keeps as many as there are.
     """
-    if data.count(b"\xff\xda") > _MOST_SCANS:
+    if data.count(_SCAN_MARKER) > _MOST_SCANS:
         raise InvalidRequest(f"the JPEG has more than {_MOST_SCANS} scans: save it with fewer")
     start, size = 2, None
     for _ in range(_MOST_SEGMENTS):

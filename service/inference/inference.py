@@ -200,7 +200,7 @@ class Inference:
             self.metrics.batch(type(key[1]).__name__.lower(), images, waits)
 
     def _run(
-        self, key: Key, requests: Sequence[Request]
+        self, key: Key, requests: Sequence[Request | None]
     ) -> Generator[None, None, list[Answer | Exception]]:
         classifier, task, steps = key
         if steps is None:
@@ -236,19 +236,23 @@ def _steps(classifier: Classifier, task: Stream, pixels: Pixels | Read) -> Answe
 
 
 def _answers(
-    classifier: Classifier, requests: Sequence[Request]
+    classifier: Classifier, requests: Sequence[Request | None]
 ) -> Generator[None, None, list[Answer | Exception]]:
-    """Decode what is left to be decoded, and run tasks that differ in their seed at most."""
-    answers: list[Any] = [_decoded(pixels) for _, pixels in requests]
+    """Decode what is left to be decoded, and run tasks that differ in their seed at most.
+
+    A request whose client has left is None from then on, and is not run.
+    """
+    tasks: list[Any] = [request and request[0] for request in requests]
+    answers: list[Any] = [request and _decoded(request[1]) for request in requests]
     seeds: dict[int, list[int]] = {}
-    for number, (task, _) in enumerate(requests):
+    for number, task in enumerate(tasks):
         if not isinstance(answers[number], Exception):
             seeds.setdefault(getattr(task, "seed", 0), []).append(number)
-    while seeds:
+    while seeds := {s: g for s, g in seeds.items() if any(requests[n] for n in g)}:
         some = [seeds.popitem() for _ in range(min(_SEEDS, len(seeds)))]
-        numbers = [n for _, group in some for n in group]
-        each = [s for s, group in some for n in group for _ in answers[n]] if some[1:] else []
-        task, pixels = requests[numbers[0]][0], [answers[n] for n in numbers]
+        numbers = [n for _, group in some for n in group if requests[n]]
+        each = [tasks[n].seed for n in numbers for _ in answers[n]] if some[1:] else []
+        task, pixels = tasks[numbers[0]], [answers[n] for n in numbers]
         found = yield from classifier.run(task, pixels, each)
         for number, answer in zip(numbers, found, strict=True):
             answers[number] = answer

@@ -277,7 +277,9 @@ class ModelStore:
         except OSError as error:
             _log.warning(f"the checkpoints cannot be listed: {error}")
             return
-        for name in sorted({*self._models, *found}):
+        known = self._models.keys()  # a name without versions was perhaps never a model
+        found = {name: versions for name, versions in found.items() if versions or name in known}
+        for name in sorted({*known, *found}):
             versions = found.get(name, ())
             self._change(name, found=versions)
             if name in found and name not in unloaded:

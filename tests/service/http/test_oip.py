@@ -297,8 +297,19 @@ def post(inference):
         ([encode(images(MLP, 1)[0])] * 2, 0),
         ([encode(images(MLP, 1)[0], "JPEG")], 0),
         ([encode(noise(130, 130))], 2),
+        ([encode(images(MLP, 1)[0], icc_profile=bytes(2000))], 1),
+        ([encode(images(MLP, 1)[0], "JPEG", comment=bytes(1000))], 1),
     ],
-    ids=["pixels", "many pixels", "a small PNG", "two", "a JPEG", "a large PNG"],
+    ids=[
+        "pixels",
+        "many pixels",
+        "a small PNG",
+        "two",
+        "a JPEG",
+        "a large PNG",
+        "a profile",
+        "a comment",
+    ],
 )
 def test_prediction_and_sampling_share_the_pixels(data, decoded, post, inference):
     image = {"name": "image", "shape": [len(data)], "datatype": "BYTES"}

@@ -18,7 +18,7 @@ from dropserve.service.inference.classifier import (
     Uncertainty,
 )
 from dropserve.service.inference.decoder import finish
-from dropserve.service.inference.inference import Inference, _is_inline, _key
+from dropserve.service.inference.inference import Inference, _answers, _is_inline, _key
 from dropserve.service.schemas import DEFAULT_SAMPLES
 from dropserve.service.settings import Settings
 
@@ -140,3 +140,27 @@ def test_requests_of_several_seeds_share_a_batch_and_are_answered_each_by_its_ow
         for name in ("mean", "variance"):
             found, expected = (a["predictions"][0][name] for a in (answer, alone))
             np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_seeds_whose_clients_have_left_are_not_run():
+    ran = []
+
+    class Recorder:
+        def run(self, task, pixels, seeds):
+            ran.extend(seeds or [task.seed])
+            yield
+            return [{"n": len(one)} for one in pixels]
+
+    def steps():
+        answers.extend((yield from _answers(Recorder(), requests)))
+
+    answers, pixels = [], np.zeros((1, 1, 8, 8), np.uint8)
+    requests = [(Uncertainty(seed=seed), pixels) for seed in range(1, 11)]
+    run = steps()
+    next(run)
+    first = set(ran)
+    stays = next(n for n in range(10) if n + 1 not in first)
+    requests[:] = [request if n == stays else None for n, request in enumerate(requests)]
+    assert list(run)
+    assert set(ran) == first | {stays + 1}
+    assert answers[stays] == {"n": 1}

@@ -411,3 +411,10 @@ def test_a_start_that_cannot_be_meant_fails_and_a_workers_does_not(there, models
     with pytest.raises(ModelStoreError, match=reason):
         started(there, **settings)
     started(there, check=False, **settings)
+
+
+def test_a_name_without_versions_is_no_model_and_its_pin_is_not_read(there):
+    there.models = {"m": {1: "good"}, "README.md": {}}
+    there.pins = {"README.md": NotADirectoryError("README.md")}
+    store = started(there, strict_start=True)
+    assert store.models() == ["m"]
