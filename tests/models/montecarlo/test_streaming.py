@@ -1,4 +1,4 @@
-"""Streaming: what it holds between its steps. What it says is in tests/service/test_stream.py."""
+"""Streaming: what it holds between its steps. What it says: tests/service/http/test_stream.py."""
 
 import torch
 from torch import nn
