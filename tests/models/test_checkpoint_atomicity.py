@@ -28,7 +28,7 @@ from dropserve.models.preprocessing import Preprocessing
 
 # One process imports torch once, and forks for each script it is sent.
 FORKER = """
-import itertools, json, os, pathlib, resource, signal, sys
+import itertools, json, os, pathlib, resource, signal, sys, tempfile
 import torch
 from dropserve.models.checkpoint import Metadata, load, save, versions
 from dropserve.models.errors import CheckpointError, CheckpointRefused
@@ -38,6 +38,8 @@ from dropserve.models.preprocessing import Preprocessing
 network = NetworkConfig("mlp", (1, 8, 8), 3, (64,), (0.5,))
 about = Metadata("net", network, Preprocessing((8, 8), 1, (0.5,), (0.25,)), ("a", "b", "c"))
 module = network.build()
+with tempfile.TemporaryDirectory() as folder:  # what it imports when it saves is not to be killed
+    load(save(pathlib.Path(folder), module, about))
 for line in sys.stdin:
     script, root = json.loads(line)
     root = pathlib.Path(root)
