@@ -1,5 +1,6 @@
 """Runs the application under uvicorn: in this process, or in several."""
 
+import gc
 import os
 import signal
 import sys
@@ -30,7 +31,9 @@ def serve(settings: Settings) -> None:
         import dropserve.service.observability.tracing  # noqa: F401  for its error, too
     from dropserve.service.inference.inference import Inference  # loads PyTorch, which may log
 
-    inference, options = Inference(settings), uvicorn_options(settings)
+    options = uvicorn_options(settings)
+    gc.freeze()  # a full collection of all that PyTorch's import made takes a tenth of a second
+    inference = Inference(settings)
     if settings.workers > 1:  # this was to check the start: the workers do not
         inference.close()
         if inference.store.default is not None:  # a worker that starts later might find another
@@ -61,6 +64,7 @@ def worker_app() -> "FastAPI":
     logs.configure(settings.log_level)
     from dropserve.service.app import create_app
 
+    gc.freeze()  # as above; models come later, and are collected once they are replaced
     return create_app(settings, line=StartupBarrier.of_this_worker(settings.workers))
 
 
