@@ -58,7 +58,9 @@ def create_app(
     app.state.settings, app.state.metrics, app.state.keys = settings, Metrics(), keys
     app.state.reader = BodyReader(limits, settings.max_held_bytes)
     app.state.tracing = None
-    for routes in (tasks, oip, models, health, playground):  # in this order they are tried
+    app.include_router(tasks.router)  # in this order routes are tried
+    app.include_router(oip.infer_router)
+    for routes in (oip, models, health, playground):
         app.include_router(routes.router)
     complete_document(app, settings)
     app.add_exception_handler(HTTPException, _describe_http_error)

@@ -39,6 +39,7 @@ Ignored = str | int | float | bool | None
 _SAMPLING = ("samples", "seed", "masks", "level")
 Message = TypeVar("Message", bound=BaseModel)
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+infer_router = APIRouter(prefix="/v2", tags=router.tags, route_class=routes.PlainRoute)
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -386,7 +387,7 @@ def _post(path: str, body: type[BaseModel], response: object) -> Callable[..., A
     infers = body is InferRequest  # the others are the repository's: bodies may be left out
     schema = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
     content = {"required": infers, "content": {"application/json": schema}}
-    return router.post(
+    return (infer_router if infers else router).post(
         path,
         response_model=response,
         responses=routes.errors(*routes.TASK_ERRORS, *(() if infers else (401, 403))),
