@@ -32,7 +32,7 @@ def serve(settings: Settings) -> None:
     from dropserve.service.inference.inference import Inference  # loads PyTorch, which may log
 
     options = uvicorn_options(settings)
-    _configure_collector()
+    gc.freeze()  # a full collection of all that PyTorch's import made takes a tenth of a second
     inference = Inference(settings)
     if settings.workers > 1:  # this was to check the start: the workers do not
         inference.close()
@@ -64,17 +64,8 @@ def worker_app() -> "FastAPI":
     logs.configure(settings.log_level)
     from dropserve.service.app import create_app
 
-    _configure_collector()
+    gc.freeze()  # as above; models come later, and are collected once they are replaced
     return create_app(settings, line=StartupBarrier.of_this_worker(settings.workers))
-
-
-def _configure_collector() -> None:
-    """Collect garbage less often, and nothing of what was imported: that took 120 us a request.
-
-    It is called before models are loaded, which are collected once they are replaced.
-    """
-    gc.set_threshold(5_000)  # more than the objects of some tens of requests in flight
-    gc.freeze()
 
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
