@@ -25,14 +25,14 @@ from dropserve.service.settings import Settings
 
 
 def create_app(
-    settings: Settings, inference: Inference | None = None, line: StartupBarrier | None = None
+    settings: Settings, inference: Inference | None = None, barrier: StartupBarrier | None = None
 ) -> FastAPI:
     """Make the application.
 
     Args:
         settings: what the deployer set.
         inference: models and their threads; made from the settings at start-up if None.
-        line: start-up barrier of the workers, if there are several.
+        barrier: start-up barrier of the workers, if there are several.
 
     Raises:
         OSError: the file of API keys has none.
@@ -42,7 +42,7 @@ def create_app(
         title="Dropserve",
         description="Image classification with Monte Carlo dropout.",
         version=version("dropserve"),
-        lifespan=lambda app: _lifespan(app, inference, line),
+        lifespan=lambda app: _lifespan(app, inference, barrier),
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -77,21 +77,21 @@ def create_app(
 
 @asynccontextmanager
 async def _lifespan(
-    app: FastAPI, inference: Inference | None, line: StartupBarrier | None
+    app: FastAPI, inference: Inference | None, barrier: StartupBarrier | None
 ) -> AsyncIterator[None]:
     """Load the models, wait for the other workers, and keep models, keys and metrics up to date."""
     state = app.state
-    board = ControlState.of_this_worker() if line is not None else None
+    control = ControlState.of_this_worker() if barrier is not None else None
     try:
-        running = inference or Inference(state.settings, control=board, check=line is None)
+        running = inference or Inference(state.settings, control=control, check=barrier is None)
     finally:  # a worker that fails must not leave the others waiting
-        if line is not None:
-            line.ready(str(os.getpid()))
+        if barrier is not None:
+            barrier.ready(str(os.getpid()))
     state.inference = running
     running.adopt_this_thread()
     running.metrics, running.tracing = state.metrics, state.tracing
-    if line is not None:
-        await line.wait()
+    if barrier is not None:
+        await barrier.wait()
     loops = [running.store.watch(), state.metrics.flush_loop(running)]
     if state.keys is not None:
         loops.append(state.keys.watch())

@@ -65,7 +65,7 @@ def worker_app() -> "FastAPI":
     from dropserve.service.app import create_app
 
     gc.freeze()  # as above; models come later, and are collected once they are replaced
-    return create_app(settings, line=StartupBarrier.of_this_worker(settings.workers))
+    return create_app(settings, barrier=StartupBarrier.of_this_worker(settings.workers))
 
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dropserve.service.errors import Overloaded
-from dropserve.service.http.routes import errors, inference_of
+from dropserve.service.http.routes import errors, inference_of, require_model
 from dropserve.service.schemas import Health, ModelState, Readiness
 
 router = APIRouter(tags=["operations"])
@@ -27,11 +26,9 @@ async def readyz(request: Request) -> Readiness:
     A version that cannot be served does not change that; it is listed as refused, with the reason.
     It is 503 if no model is served, because an operator unloaded all.
     """
-    inference = inference_of(request)
-    if not any(inference.store):
-        raise Overloaded("no model is served", "no_model")
-    repository = inference.store
-    models = {n: ModelState.model_validate(repository.state(n)) for n in repository.models()}
+    require_model(request)
+    store = inference_of(request).store
+    models = {name: ModelState.model_validate(store.state(name)) for name in store.models()}
     return Readiness(status="ready", models=models)
 
 

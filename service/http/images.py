@@ -107,8 +107,10 @@ def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> Image
         groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_GROUPS)
         memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_PER_BYTE)
     # text, profiles and many small parts may take long to read however small the image is
-    plain = kind == "PNG" and len(data) <= SMALL_BYTES and bool(_chunks(data))
-    if kind == "JPEG":
+    plain = False
+    if len(data) <= SMALL_BYTES and kind == "PNG":
+        plain = bool(_chunks(data))
+    elif len(data) <= SMALL_BYTES and kind == "JPEG":
         plain = data.find(_SCAN_MARKER) < _PLAIN_HEADER and data.count(_SCAN_MARKER) == 1
     return ImageSource(partial(_load, data, kind, size), memory, plain)
 

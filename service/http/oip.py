@@ -23,7 +23,7 @@ from dropserve.service.http import body as bodies
 from dropserve.service.http import images, routes
 from dropserve.service.http.options import invalid, limit_samples
 from dropserve.service.inference.classifier import Answer, Classifier, Predict, Task, Uncertainty
-from dropserve.service.inference.decoder import Pixels, Steps, finish
+from dropserve.service.inference.decoder import Pixels, Steps
 from dropserve.service.schemas import SamplingOptions, Sent
 
 HEADER = "Inference-Header-Content-Length"
@@ -189,8 +189,7 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready", responses=routes.errors(503))
 async def ready(request: Request) -> dict[str, bool]:
     """Models are loaded. The port is closed before that and from the start of a shutdown."""
-    if not any(routes.inference_of(request).store):
-        raise errors.Overloaded("no model is served", "no_model")
+    routes.require_model(request)
     return {"ready": True}
 
 
@@ -226,16 +225,16 @@ async def infer(request: Request) -> Response:
     del body  # its memory is free as soon as it is parsed
     try:
         async with routes.while_connected(request.receive):
-            small = size <= images.SMALL_BYTES
-            sent, sources = finish(parsing) if small else await inference.decode(parsing)
-            request.state.log["images"] = len(sources)
+            sent, sources = await routes.parsed(inference, parsing, size)
+            request.state.log["images"] = count = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
             pixels = await routes.decoded(inference, model, sources)
+            del sources  # and with them the body
             if callable(pixels):
                 pixels = cache(pixels)  # by the first task, once for both
             wait = sent.parameters.timeout / 1e6
             answers = {
-                task: await inference.run(model, task, pixels, len(sources), wait) for task in tasks
+                task: await inference.run(model, task, pixels, count, wait) for task in tasks
             }
     finally:
         state.reader.release(size)

@@ -10,12 +10,12 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError
+from dropserve.service.errors import DropserveError, NotFound, Overloaded
 from dropserve.service.http.routes import JsonResponse
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
@@ -71,32 +71,39 @@ class RequestLog:
         except ClientDisconnect:
             raise
         except (Exception, asyncio.CancelledError) as error:
-            sent, line = failure(error, scope), scope["state"]["log"]
+            failed, line = failure(error, scope), scope["state"]["log"]
             if line["status"]:
-                line["status"] = sent.status
+                line["status"] = failed.status
                 raise  # the response has begun: the server closes the connection
-            response = error_response(scope, sent.status, str(sent), sent.headers)
-            await response(scope, receive, send)
+            await error_response(scope, *failed)(scope, receive, send)
 
 
 async def _refuse_path(_scope: Scope, _receive: Receive, _send: Send) -> None:
     raise NotFound("Not Found")
 
 
-def failure(error: BaseException, scope: Scope) -> DropserveError:
-    """Log failures of the service; return the error to send."""
+class Failure(NamedTuple):
+    """What is sent of an error: the error itself would hold its frames, and so the body."""
+
+    status: int
+    detail: str
+    headers: Mapping[str, str]
+
+
+def failure(error: BaseException, scope: Scope) -> Failure:
+    """Log failures of the service; return what to send."""
     state = scope["state"]
     about = {FIELDS: {"request_id": state["request_id"]}}
     if isinstance(error, asyncio.CancelledError):  # the time for open requests is over at shutdown
         error = Overloaded("the service is stopping", "draining")
     if not isinstance(error, DropserveError):
         _log.error("request failed", exc_info=error, extra=about)
-        return ServerError("the service failed; its log says why")
+        return Failure(500, "the service failed; its log says why", {})
     if isinstance(error, Overloaded):
         state["log"]["reason"] = error.reason
     if error.status == 500:
         _log.error(str(error), extra=about)
-    return error
+    return Failure(error.status, str(error), error.headers)
 
 
 def error_response(

@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from fastapi.routing import APIRoute
@@ -19,13 +19,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
-from dropserve.service.http.images import ImageSource, are_small, prepared
+from dropserve.service.errors import Overloaded
+from dropserve.service.http.images import SMALL_BYTES, ImageSource, are_small, prepared
 from dropserve.service.inference.decoder import Pixels, Steps, finish
 
 if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Classifier
     from dropserve.service.inference.inference import Inference, Read
 
+Result = TypeVar("Result")
 TASK_ERRORS = (400, 404, 408, 413, 415, 422, 503)
 """Statuses of the errors of a route that reads a body and runs a model."""
 _WATCH_AFTER = 0.1
@@ -97,6 +99,17 @@ def find_model(request: Request, *, log: bool = False) -> "Classifier":
     if log:
         request.state.log.update(model=model.name, version=model.version)
     return model
+
+
+def require_model(request: Request) -> None:
+    """Raise Overloaded if no model is served."""
+    if not any(inference_of(request).store):
+        raise Overloaded("no model is served", "no_model")
+
+
+async def parsed(inference: "Inference", steps: Steps[Result], size: int) -> Result:
+    """Parse a body of so many bytes: small ones here, others on a decoding thread."""
+    return finish(steps) if size <= SMALL_BYTES else await inference.decode(steps)
 
 
 async def decoded(

@@ -11,7 +11,6 @@ from starlette.types import Receive, Scope, Send
 
 from dropserve.service.errors import InvalidRequest, TooLarge
 from dropserve.service.http.body import BodyReader, parse_images
-from dropserve.service.http.images import SMALL_BYTES
 from dropserve.service.http.options import MODEL, OPTIONS, VERSION, read_options
 from dropserve.service.http.request_log import failure, problem
 from dropserve.service.http.routes import (
@@ -23,11 +22,11 @@ from dropserve.service.http.routes import (
     errors,
     find_model,
     inference_of,
+    parsed,
     to_json,
     while_connected,
 )
 from dropserve.service.inference.classifier import Answer, Classifier, Stream, Task, Uncertainty
-from dropserve.service.inference.decoder import finish
 from dropserve.service.schemas import CompareResponse, PredictResponse, UncertaintyResponse
 
 MAX_NUMBERS = 1_000_000
@@ -83,9 +82,9 @@ class EventStream(StreamingResponse):
             async for step in self._rest:
                 yield _write_events(step, head)
         except Exception as error:
-            sent = failure(error, request.scope)
-            request.state.log["status"] = sent.status  # the header said 200
-            content = problem(sent.status, str(sent), request.state.request_id)
+            status, detail, _ = failure(error, request.scope)
+            request.state.log["status"] = status  # the header said 200
+            content = problem(status, detail, request.state.request_id)
             yield _write_events({"error": [content]}, {})
 
 
@@ -132,13 +131,13 @@ async def _answer(request: Request, kind: str) -> Response:
     body = await reader.read(request)
     size, parsing = len(body), parse_images(body, content_type, reader.limits, options.scale)
     del body  # its memory is free as soon as it is parsed
-
     try:
         async with while_connected(request.receive):
-            sources = finish(parsing) if size <= SMALL_BYTES else await inference.decode(parsing)
+            sources = await parsed(inference, parsing, size)
             request.state.log["images"] = images = len(sources)
             _check_length(options.task, model, images)
             pixels = await decoded(inference, model, sources)
+            del sources  # and with them the body
             if isinstance(options.task, Stream):
                 steps = inference.stream(model, options.task, pixels)
                 return EventStream(request, head, await anext(steps), steps)

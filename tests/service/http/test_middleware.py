@@ -1,7 +1,9 @@
 """What surrounds every route: middleware that others add, and causes of a 503 in log and metric."""
 
 import asyncio
+import gc
 import re
+import weakref
 from contextlib import nullcontext
 
 import httpx
@@ -118,6 +120,33 @@ def test_the_cause_of_a_503_is_logged_and_counted(error, reason, caplog):
     assert getattr(caplog.records[-1], FIELDS).get("reason") == reason
     text = metrics.write("")[0].decode()
     assert re.findall(r'dropserve_shed_total{reason="(\w+)"} 1.0', text) == [reason] * bool(reason)
+
+
+def test_a_failed_request_keeps_no_memory():
+    """Not even until the next garbage collection: an image's body has megabytes."""
+    died = []
+
+    class Body:
+        def __init__(self):
+            weakref.finalize(self, died.append, True)
+
+    async def fails(_scope, _receive, _send):
+        body = Body()
+        raise Overloaded(f"{type(body).__name__} is too large", "queue")
+
+    async def main(scope):
+        async def send(message):
+            pass
+
+        gc.disable()
+        try:
+            await RequestLog(fails)(scope, None, send)
+            assert died
+        finally:
+            gc.enable()
+
+    app = create_app(Settings())
+    asyncio.run(main({"type": "http", "method": "GET", "path": "/x", "headers": [], "app": app}))
 
 
 def test_a_body_that_finds_no_memory_says_so(client):
