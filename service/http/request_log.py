@@ -10,12 +10,12 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dropserve.service.errors import DropserveError, NotFound, Overloaded
+from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError
 from dropserve.service.http.routes import JsonResponse
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
@@ -71,39 +71,37 @@ class RequestLog:
         except ClientDisconnect:
             raise
         except (Exception, asyncio.CancelledError) as error:
-            failed, line = failure(error, scope), scope["state"]["log"]
+            sent, line = failure(error, scope), scope["state"]["log"]
             if line["status"]:
-                line["status"] = failed.status
+                line["status"] = sent.status
                 raise  # the response has begun: the server closes the connection
-            await error_response(scope, *failed)(scope, receive, send)
+            response = error_response(scope, sent.status, str(sent), sent.headers)
+            await response(scope, receive, send)
 
 
 async def _refuse_path(_scope: Scope, _receive: Receive, _send: Send) -> None:
     raise NotFound("Not Found")
 
 
-class Failure(NamedTuple):
-    """What is sent of an error: the error itself would hold its frames, and so the body."""
-
-    status: int
-    detail: str
-    headers: Mapping[str, str]
-
-
-def failure(error: BaseException, scope: Scope) -> Failure:
-    """Log failures of the service; return what to send."""
+def failure(error: BaseException, scope: Scope) -> DropserveError:
+    """Log failures of the service; return the error to send."""
     state = scope["state"]
     about = {FIELDS: {"request_id": state["request_id"]}}
-    if isinstance(error, asyncio.CancelledError):  # the time for open requests is over at shutdown
-        error = Overloaded("the service is stopping", "draining")
-    if not isinstance(error, DropserveError):
+    if isinstance(error, DropserveError):
+        sent = error
+        if error.status == 500:
+            _log.error(str(error), extra=about)
+    elif isinstance(error, asyncio.CancelledError):  # the time for open requests is over
+        sent = Overloaded("the service is stopping", "draining")
+    else:
+        sent = ServerError("the service failed; its log says why")
         _log.error("request failed", exc_info=error, extra=about)
-        return Failure(500, "the service failed; its log says why", {})
-    if isinstance(error, Overloaded):
-        state["log"]["reason"] = error.reason
-    if error.status == 500:
-        _log.error(str(error), extra=about)
-    return Failure(error.status, str(error), error.headers)
+    if isinstance(sent, Overloaded):
+        state["log"]["reason"] = sent.reason
+    # Its frames hold the request's body, and futures that hold the error: with the traceback, they
+    # would stay until the next garbage collection.
+    error.__traceback__ = None
+    return sent
 
 
 def error_response(

@@ -82,9 +82,9 @@ class EventStream(StreamingResponse):
             async for step in self._rest:
                 yield _write_events(step, head)
         except Exception as error:
-            status, detail, _ = failure(error, request.scope)
-            request.state.log["status"] = status  # the header said 200
-            content = problem(status, detail, request.state.request_id)
+            sent = failure(error, request.scope)
+            request.state.log["status"] = sent.status  # the header said 200
+            content = problem(sent.status, str(sent), request.state.request_id)
             yield _write_events({"error": [content]}, {})
 
 

@@ -131,8 +131,9 @@ def test_a_failed_request_keeps_no_memory():
             weakref.finalize(self, died.append, True)
 
     async def fails(_scope, _receive, _send):
-        body = Body()
-        raise Overloaded(f"{type(body).__name__} is too large", "queue")
+        body, future = Body(), asyncio.get_running_loop().create_future()
+        future.set_exception(Overloaded(f"{type(body).__name__} is too large", "queue"))
+        await future
 
     async def main(scope):
         async def send(message):
