@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from dropserve.models.constants import IMAGE_FORMATS, IMAGE_SUFFIXES
 from dropserve.models.errors import DataError
 from dropserve.models.preprocessing import Fit, Pixels, Preprocessing
 from dropserve.models.storage import replace_durably
@@ -311,19 +312,17 @@ def _read_images(
     rows = []
     for label, name in enumerate(classes):
         files = [path for path in _visible(root / name, "**/*") if path.is_file()]
-        images = [
-            path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-        ]
+        images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         found.others += len(files) - len(images)
         if not images:
-            raise DataError(f"{root / name}: no .png, .jpg or .webp image in it")
+            raise DataError(f"{root / name}: no {', '.join(IMAGE_SUFFIXES)} in it")
         for path in images:
             try:
                 raw = path.read_bytes()
                 if raw[:4] == b"\x89PNG" and raw[24:25] == b"\x10":  # Pillow would clip them
                     found.broken.append(f"{path}: 16 bits a channel: save it with 8")
                     continue
-                with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")) as image:
+                with Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS) as image:
                     size = image.height, image.width
                     preprocessing.set_scale(image)
                     pixels = preprocessing.prepare(image)

@@ -12,9 +12,10 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
+from dropserve.models.constants import DEFAULT_SAMPLES
 from dropserve.models.data import Split
 from dropserve.models.errors import NoDropout
-from dropserve.models.montecarlo import SAMPLES, Sampler
+from dropserve.models.montecarlo import Sampler
 
 
 def score(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -38,7 +39,7 @@ def evaluate(
     module: nn.Module,
     data: Split,
     normalize: Callable[[Tensor], Tensor],
-    samples: int = SAMPLES,
+    samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     *,

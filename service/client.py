@@ -32,6 +32,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from dropserve.models.constants import MaskKind
 from dropserve.service import errors, schemas
 from dropserve.service.schemas import EVENTS, StreamEvent
 
@@ -69,7 +70,7 @@ class Streaming(Target, total=False):
 
     samples: int
     seed: int
-    masks: schemas.MaskKind
+    masks: MaskKind
     level: float
 
 

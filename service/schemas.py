@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-DEFAULT_SAMPLES = 100
+from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
+
 MAX_SAMPLES = 1000
 SCALES = (255, 1)
 """Values that may mean white."""
-MaskKind = Literal["stratified", "independent"]
 Probabilities = list[float]
 """One number per class, in the order of the model's classes."""
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="Seed of the dropout masks.")]

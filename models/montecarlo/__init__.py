@@ -4,7 +4,7 @@ Gal and Ghahramani, "Dropout as a Bayesian Approximation: Representing Model Unc
 Learning" (ICML 2016).
 """
 
-from dropserve.models.montecarlo.masks import MASK_KINDS, SAMPLES, MaskKind
+from dropserve.models.montecarlo.masks import MASK_KINDS
 from dropserve.models.montecarlo.sampler import PRECISIONS, Precision, Sampler
 from dropserve.models.montecarlo.sites import Site
 from dropserve.models.montecarlo.statistics import Statistics, Summary, summarize
@@ -13,8 +13,6 @@ from dropserve.models.montecarlo.streaming import Sample, stream_samples
 __all__ = [
     "MASK_KINDS",
     "PRECISIONS",
-    "SAMPLES",
-    "MaskKind",
     "Precision",
     "Sample",
     "Sampler",

@@ -14,14 +14,13 @@ of each other, so that the spread of their means says how far off the mean of al
 """
 
 from itertools import combinations
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
-MaskKind = Literal["stratified", "independent"]
-SAMPLES = 100
-"""T where nobody says otherwise."""
+from dropserve.models.constants import MaskKind
+
 MASK_KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
 BLOCK = 10
 """Samples in a block of stratified masks."""

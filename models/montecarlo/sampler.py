@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
 from dropserve.models.errors import SamplingError, UnsupportedModule
 from dropserve.models.montecarlo.interception import Interception, Kind
 from dropserve.models.montecarlo.kernels import Kernel, Kernels
-from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, SAMPLES, MaskKind
+from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS
 from dropserve.models.montecarlo.scaled_masks import MaskStore, ScaledMasks
 from dropserve.models.montecarlo.sites import Site, require_close, trace
 from dropserve.models.montecarlo.statistics import Statistics, Summary
@@ -108,7 +109,7 @@ class Sampler:
     def sample(
         self,
         x: Tensor,
-        samples: int = SAMPLES,
+        samples: int = DEFAULT_SAMPLES,
         seed: Seeds = 0,
         masks: MaskKind = "stratified",
     ) -> Tensor:
@@ -123,7 +124,7 @@ class Sampler:
     def summarize(
         self,
         x: Tensor,
-        samples: int = SAMPLES,
+        samples: int = DEFAULT_SAMPLES,
         seed: Seeds = 0,
         masks: MaskKind = "stratified",
         level: float = 0.9,
@@ -137,7 +138,7 @@ class Sampler:
     def chunks(
         self,
         x: Tensor,
-        samples: int = SAMPLES,
+        samples: int = DEFAULT_SAMPLES,
         seed: Seeds = 0,
         masks: MaskKind = "stratified",
     ) -> Iterator[Tensor]:
@@ -185,7 +186,7 @@ class Sampler:
         """Return what the samples of a chunk multiply by."""
         return self._store.get(masks, seed, chunk, device)
 
-    def warm_up(self, x: Tensor, samples: int = SAMPLES) -> None:
+    def warm_up(self, x: Tensor, samples: int = DEFAULT_SAMPLES) -> None:
         """Draw the default seed's first masks, for good, and run them over `x` [B, ...]."""
         with torch.inference_mode():
             chosen = range(min(samples, self._store.chunk))

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropserve.models.montecarlo.masks import BLOCK, MaskKind, draw
+from dropserve.models.constants import MaskKind
+from dropserve.models.montecarlo.masks import BLOCK, draw
 from dropserve.models.montecarlo.sites import Site
 
 CHUNK = 100

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dropserve.models.constants import MaskKind
 from dropserve.models.errors import SamplingError
-from dropserve.models.montecarlo.masks import BLOCK, MaskKind
+from dropserve.models.montecarlo.masks import BLOCK
 
 Array = npt.NDArray[Any]
 

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dropserve.models.montecarlo.masks import BLOCK, MaskKind
+from dropserve.models.constants import MaskKind
+from dropserve.models.montecarlo.masks import BLOCK
 from dropserve.models.montecarlo.sampler import Sampler
 from dropserve.models.montecarlo.statistics import (
     Array,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
 from dropserve.service import errors, schemas
 from dropserve.service.cli import options, terminal
 from dropserve.service.cli.options import Opt
@@ -51,10 +52,10 @@ def uncertainty(
     port: options.Port = None,
     model: options.Model = None,
     version: options.Version = None,
-    samples: options.Samples = schemas.DEFAULT_SAMPLES,
+    samples: options.Samples = DEFAULT_SAMPLES,
     seed: options.Seed = 0,
     masks: Annotated[
-        schemas.MaskKind, Opt(metavar="KIND", help="Masks: stratified, or independent.")
+        MaskKind, Opt(metavar="KIND", help="Masks: stratified, or independent.")
     ] = "stratified",
     level: Annotated[
         float, Opt(min=0.001, max=0.999, metavar="L", help="Share of networks in the interval.")

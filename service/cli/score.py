@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from dropserve.models.constants import DEFAULT_SAMPLES, IMAGE_SUFFIXES
 from dropserve.service.cli import ask, options, terminal
 from dropserve.service.cli.options import Opt
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
-from dropserve.service.schemas import DEFAULT_SAMPLES, UncertaintyResponse
+from dropserve.service.schemas import UncertaintyResponse
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
 COLUMNS = ("path", "label", "index", "probability", *MEASURES, "model", "version", "error")
 PARAMETERS = ("folder", "model", "version", "sha256", "samples", "seed")
@@ -88,12 +88,12 @@ def images(folder: Path) -> list[Path]:
         Path(root, name)
         for root, _, names in os.walk(folder, onerror=errors.append)
         for name in names
-        if name.lower().endswith(SUFFIXES)
+        if name.lower().endswith(IMAGE_SUFFIXES)
     ]
     if errors:
         raise errors[0]
     if not found:
-        raise Refused(f"{folder}: no {', '.join(SUFFIXES)} in it")
+        raise Refused(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} in it")
     return sorted(found)
 
 

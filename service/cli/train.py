@@ -14,12 +14,12 @@ from rich.progress import TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dropserve.models import checkpoint
+from dropserve.models.constants import DEFAULT_SAMPLES
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.hyperparameters import Recipe, suggested
 from dropserve.service.cli import options, terminal
 from dropserve.service.cli.options import Opt
 from dropserve.service.cli.terminal import Refused, console, say
-from dropserve.service.schemas import DEFAULT_SAMPLES
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.ExifTags import Base as Exif
 from PIL.WebPImagePlugin import WebPImageFile
 
+from dropserve.models.constants import IMAGE_FORMATS
 from dropserve.service.errors import (
     InvalidRequest,
     MalformedRequest,
@@ -26,7 +27,7 @@ from dropserve.service.errors import (
 )
 from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
 
-FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+FORMATS = {f"image/{kind.lower()}": kind for kind in IMAGE_FORMATS}
 """Pillow's name of every format that is read, by media type."""
 ACCEPTED = " or ".join(FORMATS)
 SMALL_BYTES = 16_384

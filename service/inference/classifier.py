@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dropserve.models import checkpoint
 from dropserve.models.comparison import Moments, compare
+from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
 from dropserve.models.montecarlo import (
     Precision,
     Sample,
@@ -26,7 +27,6 @@ from dropserve.models.montecarlo import (
 from dropserve.models.sequential import compile_for_inference, convert_memory_format
 from dropserve.service.errors import ServerError
 from dropserve.service.inference.decoder import Pixels
-from dropserve.service.schemas import DEFAULT_SAMPLES, MaskKind
 
 _INLINE = 0.005
 """Seconds that a step may block the event loop: as long as Python lets a thread block another."""

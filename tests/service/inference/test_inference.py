@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
+from dropserve.models.constants import DEFAULT_SAMPLES
 from dropserve.service.errors import InvalidRequest, Overloaded
 from dropserve.service.http.options import read_options
 from dropserve.service.inference.classifier import (
@@ -19,7 +20,6 @@ from dropserve.service.inference.classifier import (
 )
 from dropserve.service.inference.decoder import finish
 from dropserve.service.inference.inference import Inference, _answers, _is_inline, _key
-from dropserve.service.schemas import DEFAULT_SAMPLES
 from dropserve.service.settings import Settings
 
 
