@@ -70,19 +70,15 @@ class Preprocessing:
         """Input shape of the network: (channels, height, width)."""
         return (self.channels, *self.size)
 
-    @property
-    def draft_size(self) -> tuple[int, int] | None:
-        """Least (width, height), upright, that JPEGs are decoded at; None: their own."""
-        return (2 * self.size[1], 2 * self.size[0]) if self.draft else None
-
     def set_scale(self, image: Image.Image) -> None:
-        """Have an open JPEG decoded at the smallest scale of at least `draft_size`, or in full.
+        """Have an open JPEG decoded at the smallest scale of at least twice the network's size.
 
-        That is twice the network's size, to which `prepare` averages before it interpolates.
+        To that size `prepare` averages before it interpolates. Without `draft`: in full.
         """
-        if self.draft_size is not None:
+        if self.draft:
+            height, width = 2 * self.size[0], 2 * self.size[1]
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            image.draft(None, self.draft_size[::-1] if turned else self.draft_size)
+            image.draft(None, (height, width) if turned else (width, height))
 
     def prepare(self, image: Image.Image) -> Pixels:
         """Turn an image of any size and mode into the network's pixels, uint8 [C, H, W].

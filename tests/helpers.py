@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from dropserve.service.cli.main import app
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
+from dropserve.service.http.images import encoded
 
 
 def encode(picture, kind="PNG", **options):
@@ -23,6 +24,11 @@ def encode(picture, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def decode(data, content_type, limits):
+    """Decode an image at full size."""
+    return encoded(data, content_type, limits).decode(lambda _image: None)
 
 
 def noise(*shape, seed=0):

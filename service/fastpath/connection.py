@@ -17,19 +17,18 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httptools
-import numpy as np
 import orjson
 from starlette.applications import Starlette
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from dropserve.service.errors import DropserveError, NotFound, Overloaded
-from dropserve.service.http.images import SMALL_BYTES, decode, is_small_png
+from dropserve.service.errors import DropserveError, Overloaded
+from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared
 from dropserve.service.http.keys import KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
 from dropserve.service.http.request_log import RequestLog, record, request_id
 from dropserve.service.inference.classifier import Predict, Uncertainty
-from dropserve.service.inference.decoder import Pixels
+from dropserve.service.inference.decoder import Pixels, finish
 from dropserve.service.observability.metrics import CLIENT_CLOSED
 
 if TYPE_CHECKING:
@@ -229,24 +228,22 @@ class FastPathRequest:
     ) -> "FastPathRequest | None":
         """Queue a request; None: it takes the ASGI path."""
         headers, body = message.headers, message.body
-        if not is_small_png(body, "image/png"):
-            return None
         if state.keys is not None and not state.keys.admit(headers):
             return None
         name, version, route, parsed = options
         inference: Inference = state.inference
         reader = state.reader
         try:
+            images = [encoded(body, "image/png", reader.limits.image)]
             model = inference.store.find(name, version)
-        except NotFound:
+        except DropserveError:
             return None
-        if len(body) > reader.limits.max_bytes or not reader.hold(body):
+        small = are_small(images) and len(body) <= reader.limits.max_bytes
+        if not small or not reader.hold(body):
             return None
 
         def read() -> Pixels:
-            image = decode(body, "image/png", reader.limits.image)
-            pixels: Pixels = model.prepare(image)[np.newaxis]
-            return pixels
+            return finish(prepared(images, model))
 
         try:
             waiting = inference.queue(model, parsed.task, read)

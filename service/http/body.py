@@ -390,5 +390,5 @@ def from_pixels(pixels: Pixels) -> list[ImageSource]:
     return [ImageSource(partial(_from_array, image), memory) for image in pixels]
 
 
-def _from_array(image: Pixels, _draft_size: object) -> Image.Image:
+def _from_array(image: Pixels, _set_scale: object) -> Image.Image:
     return Image.fromarray(image)

@@ -10,10 +10,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from PIL.ExifTags import Base as Exif
 from PIL.WebPImagePlugin import WebPImageFile
 
 from dropserve.models.constants import IMAGE_FORMATS
@@ -27,12 +27,16 @@ from dropserve.service.errors import (
 )
 from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
 
+if TYPE_CHECKING:
+    from dropserve.service.inference.classifier import Classifier
+
 FORMATS = {f"image/{kind.lower()}": kind for kind in IMAGE_FORMATS}
 """Pillow's name of every format that is read, by media type."""
 ACCEPTED = " or ".join(FORMATS)
 SMALL_BYTES = 16_384
 _SMALL_PIXELS = 64 * 64
 Size = tuple[int, int]  # (width, height)
+SetScale = Callable[[Image.Image], None]
 _SIZE, _CHUNK = struct.Struct(">II"), struct.Struct(">I4s")
 # length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs
 _PLAIN = {b"\0\0\0\r\x08\0\0\0\0": "L", b"\0\0\0\r\x08\2\0\0\0": "RGB"}
@@ -68,52 +72,47 @@ class ImageSource:
     """An image within limits, not decoded yet.
 
     Attributes:
-        decode: decodes it, or raises an error; takes the `draft_size` of `decode` below.
+        decode: decodes it, or raises InvalidRequest; is given `Preprocessing.set_scale`.
         memory: bytes that this takes at most, and converting it to a network's pixels.
         plain: its pixels are all that there is to read, so few bytes take little time.
     """
 
-    decode: Callable[[Size | None], Image.Image]
+    decode: Callable[[SetScale], Image.Image]
     memory: int
     plain: bool = True
 
 
-def decode(
-    data: bytes, content_type: str | None, limits: ImageLimits, draft_size: Size | None = None
-) -> Image.Image:
-    """Decode a PNG, JPEG or WebP image at once.
+def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> ImageSource:
+    """Read the header alone of a PNG, JPEG or WebP image.
 
     Args:
         data: the file's bytes.
         content_type: what the sender calls it; None or `application/octet-stream` says nothing.
         limits: of its size.
-        draft_size: a JPEG may be decoded at a smaller scale that has at least this size upright.
 
     Raises:
         MalformedRequest: there are no bytes.
         UnsupportedMediaType: another format, or not the format that `content_type` says.
         TooLarge: more pixels than `limits` allow.
-        InvalidRequest: damaged, animated, or 16 bits a channel.
+        InvalidRequest: damaged, or 16 bits a channel.
     """
-    return _load(data, *_check(data, content_type, limits), draft_size)
-
-
-def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> ImageSource:
-    """Read an image's header alone; arguments and errors are those of `decode`."""
     kind, size = _check(data, content_type, limits)
     memory = memory_of(size) + _BYTES_PER_BYTE * len(data)
-    if kind == "PNG" and (b"zTXt" in data or b"iTXt" in data):
+    plain = len(data) <= SMALL_BYTES and _is_plain(data, kind)
+    if kind == "PNG" and not plain and (b"zTXt" in data or b"iTXt" in data):
         memory += _TEXT
     if kind == "WEBP" and (b"VP8L" in data or b"ALPH" in data):
         groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_GROUPS)
         memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_PER_BYTE)
-    # text, profiles and many small parts may take long to read however small the image is
-    plain = False
-    if len(data) <= SMALL_BYTES and kind == "PNG":
-        plain = bool(_chunks(data))
-    elif len(data) <= SMALL_BYTES and kind == "JPEG":
-        plain = data.find(_SCAN_MARKER) < _PLAIN_HEADER and data.count(_SCAN_MARKER) == 1
     return ImageSource(partial(_load, data, kind, size), memory, plain)
+
+
+def _is_plain(data: bytes, kind: str) -> bool:
+    """Say if there is little but pixels: text and profiles may take long to read."""
+    if kind == "PNG":
+        return bool(_chunks(data))
+    scans = data.count(_SCAN_MARKER)
+    return kind == "JPEG" and scans == 1 and data.find(_SCAN_MARKER) < _PLAIN_HEADER
 
 
 def are_small(images: Sequence[ImageSource]) -> bool:
@@ -122,17 +121,14 @@ def are_small(images: Sequence[ImageSource]) -> bool:
     return all(x.plain for x in images) and sum(x.memory for x in images) <= most
 
 
-def prepared(
-    images: Sequence[ImageSource],
-    prepare: Callable[[Image.Image], Pixels],
-    draft_size: Size | None = None,
-) -> Steps[Pixels]:
-    """Decode images, each prepared before the next is decoded: uint8 [B, C, H, W]."""
+def prepared(images: Sequence[ImageSource], model: "Classifier") -> Steps[Pixels]:
+    """Decode images for a model, each prepared before the next is decoded: uint8 [B, C, H, W]."""
+    how = model.preprocessing
     rows = []
     for number, image in enumerate(images):
         yield image.memory
         with about(number, len(images)):
-            rows.append(prepare(image.decode(draft_size)))
+            rows.append(how.prepare(image.decode(how.set_scale)))
     return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
 
 
@@ -153,18 +149,6 @@ def memory_of(size: Size) -> int:
     return size[0] * size[1] * BYTES_PER_PIXEL
 
 
-def is_small_png(data: bytes, content_type: str) -> bool:
-    """Say if decoding is so little work that handing it to a thread would cost more.
-
-    That is a small PNG of few chunks, and none but its pixels': text and profiles may take long to
-    read however small the image is.
-    """
-    if content_type != "image/png" or not 33 <= len(data) <= SMALL_BYTES:
-        return False
-    width, height = _SIZE.unpack_from(data, 16)
-    return data[:4] == b"\x89PNG" and width * height <= _SMALL_PIXELS and bool(_chunks(data))
-
-
 def check_size(size: Size, limits: ImageLimits) -> None:
     """Raise TooLarge, or InvalidRequest for nothing at all, if a size is out of bounds."""
     if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
@@ -176,10 +160,10 @@ def check_size(size: Size, limits: ImageLimits) -> None:
         raise InvalidRequest("the image has no pixels")
 
 
-def _load(data: bytes, kind: str, size: Size, draft_size: Size | None) -> Image.Image:
+def _load(data: bytes, kind: str, size: Size, set_scale: SetScale) -> Image.Image:
     try:
         plain = _load_plain_png(data) if kind == "PNG" else None
-        return plain or _load_any(data, kind, size, draft_size)
+        return plain or _load_any(data, kind, size, set_scale)
     except (RequestError, MemoryError):
         raise
     except Exception as error:
@@ -188,7 +172,7 @@ def _load(data: bytes, kind: str, size: Size, draft_size: Size | None) -> Image.
         raise _damaged(kind) from error
 
 
-def _load_any(data: bytes, kind: str, size: Size, draft_size: Size | None) -> Image.Image:
+def _load_any(data: bytes, kind: str, size: Size, set_scale: SetScale) -> Image.Image:
     """Decode by Pillow's own reader: the first frame."""
     if kind == "PNG":
         _check_chunks(data)
@@ -197,9 +181,9 @@ def _load_any(data: bytes, kind: str, size: Size, draft_size: Size | None) -> Im
         raise _damaged(kind)
     if kind != "JPEG" and getattr(opened, "n_frames", 1) > 1:  # a JPEG's others are its previews
         raise InvalidRequest("the image is animated: send one frame")
-    turned = opened.getexif().get(Exif.Orientation) in (5, 6, 7, 8)  # catches damaged EXIF, too
-    if draft_size is not None:  # only JPEG has scales
-        opened.draft(None, draft_size[::-1] if turned else draft_size)
+    _ = opened.getexif()  # damaged EXIF is found here
+    if kind == "JPEG":
+        set_scale(opened)
     image = _load_webp(opened) if isinstance(opened, WebPImageFile) else opened
     image.load()
     _ = image.has_transparency_data  # and here a palette that is not there

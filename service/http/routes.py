@@ -118,7 +118,7 @@ async def decoded(
     """Decode images on threads; small ones later, with their batch."""
 
     def steps() -> Steps[Pixels]:
-        return prepared(images, model.prepare, model.draft_size)
+        return prepared(images, model)
 
     return (lambda: finish(steps())) if are_small(images) else await inference.decode(steps())
 

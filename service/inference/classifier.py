@@ -106,8 +106,6 @@ class Classifier:
         self.classes = self._metadata.classes
         self.examples = self._metadata.examples
         self.preprocessing = self._metadata.preprocessing
-        self.prepare = self.preprocessing.prepare
-        self.draft_size = self.preprocessing.draft_size
         convert_memory_format(self._module)
         x = self._input(np.zeros((1, *self.preprocessing.shape), np.uint8))
         self._eval = compile_for_inference(self._module, x)

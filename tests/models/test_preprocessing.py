@@ -117,7 +117,7 @@ def test_metadata_of_earlier_releases_stretch_and_decode_in_full():
     values = replace(GREY, fit="crop", draft=True).to_json()
     del values["fit"], values["draft"]
     old = Preprocessing.from_json(values)
-    assert (old.fit, old.draft, old.draft_size) == ("stretch", False, None)
+    assert (old.fit, old.draft) == ("stretch", False)
     image = Image.open(jpeg(64, 48))
     old.set_scale(image)
     np.testing.assert_array_equal(old.prepare(image), GREY.prepare(Image.open(jpeg(64, 48))))

@@ -252,7 +252,7 @@ CUT = b"".join(
         (post(body=DAMAGED), 422),
         (post(body=CUT), 422),
         (post(body=PNG[:-12]), 422),
-        (post(body=png(size=(65, 64))), 200),
+        (post(body=png(size=(100, 100))), 200),
         (post(body=png().replace(b"IDAT", b"tEXt\0\0\0\0", 1)), 422),
         (post(headers=ID + b"Content-Type: image/jpeg\r\n"), 200),  # the first of a name counts
         (post(headers=ID + b"Content-Encoding: gzip\r\n"), 415),

@@ -12,6 +12,7 @@ import weakref
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,15 +166,14 @@ def test_who_leaves_while_it_waits_leaves_no_body_behind_and_takes_no_room():
 def test_a_picture_is_let_go_of_before_the_next_is_decoded():
     alive = []
 
-    def decode(_draft_size):
+    def decode(_set_scale):
         assert not any(left() for left in alive)
         image = Image.new("L", (1, 1))
         alive.append(weakref.ref(image))
         return image
 
-    pixels = finish(
-        prepared([ImageSource(decode, 1)] * 3, lambda image: np.uint8([[[image.width]]]))
-    )
+    how = SimpleNamespace(set_scale=None, prepare=lambda image: np.uint8([[[image.width]]]))
+    pixels = finish(prepared([ImageSource(decode, 1)] * 3, SimpleNamespace(preprocessing=how)))
     assert pixels.shape == (3, 1, 1, 1)
     assert len(alive) == 3
 
@@ -203,12 +203,12 @@ def taken(data, channels):
     into = Preprocessing((32, 32), channels, (0.5,) * channels, (0.5,) * channels)
     picture = encoded(data, None, ImageLimits(10**7, 2000))
     with suppress(InvalidRequest):
-        into.prepare(picture.decode(None))
+        into.prepare(picture.decode(into.set_scale))
     release_freed_memory()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     with suppress(InvalidRequest):
-        into.prepare(picture.decode(None))
+        into.prepare(picture.decode(into.set_scale))
     return memory("VmHWM") - before, picture.memory
 
 

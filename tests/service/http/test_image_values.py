@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from dropserve.models.preprocessing import Preprocessing
-from dropserve.service.http.images import ImageLimits, decode
-from tests.helpers import chunk, encode, png
+from dropserve.service.http.images import ImageLimits
+from tests.helpers import chunk, decode, encode, png
 
 LIMITS = ImageLimits(16 * 10**6, 16_384)
 WIDTH, HEIGHT = 4, 2
@@ -132,25 +132,3 @@ def test_unusual_pictures_are_answered_by_the_server(image, http):
         "/predict", content=encode(image, "PNG"), headers={"Content-Type": "image/png"}
     )
     assert response.status_code == 200, response.text
-
-
-@pytest.mark.parametrize(
-    ("kind", "orientation", "least", "expected"),
-    [
-        ("JPEG", 1, (100, 50), (100, 50)),
-        ("JPEG", 1, (101, 50), (200, 100)),
-        ("JPEG", 1, (50, 101), (400, 200)),
-        ("JPEG", 1, (900, 10), (800, 400)),
-        ("JPEG", 6, (50, 100), (100, 50)),
-        ("JPEG", 6, (100, 50), (200, 100)),
-        ("JPEG", 1, None, (800, 400)),
-        ("PNG", 1, (100, 50), (800, 400)),
-    ],
-)
-def test_a_jpeg_is_decoded_at_the_smallest_scale_that_is_large_enough(
-    kind, orientation, least, expected
-):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(Image.new("RGB", (800, 400)), kind, exif=exif)
-    assert decode(data, None, ImageLimits(10**6, 1000), least).size == expected

@@ -14,8 +14,9 @@ from dropserve.service.errors import (
     TooLarge,
     UnsupportedMediaType,
 )
-from dropserve.service.http.images import ImageLimits, decode, is_small_png
-from tests.helpers import chunk, encode, png
+from dropserve.service.http.images import ImageLimits, are_small
+from dropserve.service.http.images import encoded as read_header
+from tests.helpers import chunk, decode, encode, png
 
 LIMITS = ImageLimits(16 * 10**6, 16_384)
 ERRORS = {
@@ -205,28 +206,28 @@ def test_what_may_stand_before_a_jpeg_s_frame_is_passed_over():
 
 
 @pytest.mark.parametrize(
-    ("data", "content_type", "quick"),
+    ("data", "small"),
     [
-        (png(), PNG, True),
-        (png(64, 64), PNG, True),
-        (png(64, 65), PNG, False),
-        (png()[:20], PNG, False),
-        (png() + bytes(20_000), PNG, False),
-        (png(), "application/json", False),
-        (encoded("JPEG"), JPEG, False),
-        (encoded("WEBP"), WEBP, False),
-        (png(before=chunk(b"IDAT", b"") * 5), PNG, True),
-        (png(before=chunk(b"IDAT", b"") * 6), PNG, False),  # a thousand take a millisecond
-        (png(before=chunk(b"tEXt", TEXT)), PNG, False),
-        (png(before=chunk(b"zTXt", TEXT)), PNG, False),
-        (png()[:-12] + chunk(b"tEXt", TEXT) + png()[-12:], PNG, False),
-        (png()[:-1], PNG, False),
-        (png(colour=6, rows=[bytes(16)] * 4), PNG, True),
+        (png(), True),
+        (png(64, 64), True),
+        (png(100, 100), False),
+        (png() + bytes(20_000), False),
+        (encoded("JPEG"), True),
+        (encoded("JPEG", progressive=True), False),  # several scans
+        (encoded("JPEG", comment=b"x" * 1000), False),
+        (encoded("WEBP"), False),
+        (png(before=chunk(b"IDAT", b"") * 5), True),
+        (png(before=chunk(b"IDAT", b"") * 6), False),  # a thousand take a millisecond
+        (png(before=chunk(b"tEXt", TEXT)), False),
+        (png(before=chunk(b"zTXt", TEXT)), False),
+        (png()[:-12] + chunk(b"tEXt", TEXT) + png()[-12:], False),
+        (png()[:-1], False),
+        (png(colour=6, rows=[bytes(16)] * 4), True),
     ],
     ids=[str(n) for n in range(15)],
 )
-def test_only_a_small_png_of_few_chunks_is_quick(data, content_type, quick):
-    assert is_small_png(data, content_type) is quick
+def test_a_small_image_has_few_bytes_and_pixels_and_little_else(data, small):
+    assert are_small([read_header(data, None, LIMITS)]) is small
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
