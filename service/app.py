@@ -13,8 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dropserve.service.http import health, models, oip, playground, tasks
-from dropserve.service.http.body import BodyLimits, BodyReader
-from dropserve.service.http.images import ImageLimits
+from dropserve.service.http.body import BodyReader
 from dropserve.service.http.keys import OPERATIONS, KeyCheck, Keys
 from dropserve.service.http.openapi import complete_document
 from dropserve.service.http.request_log import RequestLog, error_response
@@ -48,15 +47,9 @@ def create_app(
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked of each request
     )
-    limits = BodyLimits(
-        max_bytes=settings.max_body_bytes,
-        max_images=settings.max_images,
-        timeout=settings.body_timeout,
-        image=ImageLimits(settings.max_pixels, settings.max_side),
-    )
     keys = Keys(settings.api_keys_file, kept_keys()) if settings.api_keys_file else None
     app.state.settings, app.state.metrics, app.state.keys = settings, Metrics(), keys
-    app.state.reader = BodyReader(limits, settings.max_held_bytes)
+    app.state.reader = BodyReader(settings)
     app.state.tracing = None
     app.include_router(tasks.router)  # in this order routes are tried
     app.include_router(oip.infer_router)

@@ -234,11 +234,11 @@ class FastPathRequest:
         inference: Inference = state.inference
         reader = state.reader
         try:
-            images = [encoded(body, "image/png", reader.limits.image)]
+            images = [encoded(body, "image/png", state.settings)]
             model = inference.store.find(name, version)
         except DropserveError:
             return None
-        small = are_small(images) and len(body) <= reader.limits.max_bytes
+        small = are_small(images) and len(body) <= state.settings.max_body_bytes
         if not small or not reader.hold(body):
             return None
 

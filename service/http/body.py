@@ -27,7 +27,6 @@ from dropserve.service.errors import (
 )
 from dropserve.service.http.images import (
     ACCEPTED,
-    ImageLimits,
     ImageSource,
     check_size,
     encoded,
@@ -35,6 +34,7 @@ from dropserve.service.http.images import (
 )
 from dropserve.service.inference.decoder import Pixels, Steps
 from dropserve.service.schemas import SCALES
+from dropserve.service.settings import Settings
 
 MAX_ELEMENTS = 1_000_000
 MAX_NAMES = 10_000  # a hundred at most are known; each takes 300 bytes of memory
@@ -43,22 +43,11 @@ NUMBERS: frozenset[type] = frozenset((int, float))
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class BodyLimits:
-    """What one request may send."""
-
-    max_bytes: int
-    max_images: int
-    timeout: float
-    image: ImageLimits
-
-
 class BodyReader:
-    """Reads bodies of bounded size in bounded time, and no more than `max_held` bytes of all."""
+    """Reads bodies of bounded size in bounded time, and no more than `max_held_bytes` of all."""
 
-    def __init__(self, limits: BodyLimits, max_held: int) -> None:
-        self.limits = limits
-        self._max_held, self._held = max_held, 0
+    def __init__(self, limits: Settings) -> None:
+        self._limits, self._held = limits, 0
 
     async def read(self, request: Request) -> bytes:
         """Read a request's body, which counts as held until it is released.
@@ -70,20 +59,20 @@ class BodyReader:
             Overloaded: too many bytes are held already.
             ClientDisconnect: the client went away.
         """
-        headers = request.headers
+        headers, most = request.headers, self._limits.max_body_bytes
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("the body is compressed: send it as it is")
-        if "expect" in headers and int(headers.get("content-length", "0")) > self.limits.max_bytes:
+        if "expect" in headers and int(headers.get("content-length", "0")) > most:
             raise self._too_large()
         chunks: list[bytes] = []
         try:
-            async with asyncio.timeout(self.limits.timeout):
+            async with asyncio.timeout(self._limits.body_timeout):
                 await self._append(request, chunks)
         except BaseException as error:
             self._held -= sum(map(len, chunks))
             if isinstance(error, TimeoutError):
                 raise RequestTimeout(
-                    f"the body did not arrive within {self.limits.timeout:g} seconds",
+                    f"the body did not arrive within {self._limits.body_timeout:g} seconds",
                     headers={"Connection": "close"},
                 ) from None
             raise
@@ -95,7 +84,7 @@ class BodyReader:
         A sender of more than allowed is read for as many bytes again, so that it gets to see the
         answer; then the connection is closed.
         """
-        size, most = 0, self.limits.max_bytes
+        size, most = 0, self._limits.max_body_bytes
         async for chunk in request.stream():
             size += len(chunk)
             if size > 2 * most:
@@ -103,7 +92,7 @@ class BodyReader:
             if chunk and size <= most:
                 chunks.append(chunk)
                 self._held += len(chunk)
-                if self._held > self._max_held:
+                if self._held > self._limits.max_held_bytes:
                     raise Overloaded(
                         "too many bodies at once; try again in a second", "body_memory"
                     )
@@ -111,14 +100,15 @@ class BodyReader:
             raise self._too_large()
 
     def _too_large(self) -> TooLarge:
+        most = self._limits.max_body_bytes
         return TooLarge(
-            f"the body is larger than {self.limits.max_bytes} bytes (DROPSERVE_MAX_BODY_BYTES)",
+            f"the body is larger than {most} bytes (DROPSERVE_MAX_BODY_BYTES)",
             headers={"Connection": "close"},
         )
 
     def hold(self, body: bytes) -> bool:
         """Count a body that was read already as held until it is released, if it fits."""
-        fits = self._held + len(body) <= self._max_held
+        fits = self._held + len(body) <= self._limits.max_held_bytes
         self._held += len(body) if fits else 0
         return fits
 
@@ -128,7 +118,7 @@ class BodyReader:
 
 
 def parse_images(
-    body: bytes, content_type: str, limits: BodyLimits, scale: int | None = None
+    body: bytes, content_type: str, limits: Settings, scale: int | None = None
 ) -> Steps[list[ImageSource]]:
     """Find the images of a body, in order, at least one; they are not decoded yet.
 
@@ -140,7 +130,7 @@ def parse_images(
         return _parse_json(body, limits, scale)
     check_encoded(scale)
     if media_type.startswith("image/"):
-        return [encoded(body, media_type, limits.image)]
+        return [encoded(body, media_type, limits)]
     if media_type == "multipart/form-data":
         yield 2 * len(body)
         parts = parse_multipart(body, content_type)
@@ -167,7 +157,7 @@ def check_encoded(scale: int | None) -> None:
         raise InvalidRequest("scale: 1 is for numbers only; leave it out for encoded images")
 
 
-def check_count(count: int, limits: BodyLimits) -> None:
+def check_count(count: int, limits: Settings) -> None:
     """Raise an error if there are no images, or more than one body may have."""
     if count == 0:
         raise MalformedRequest("the body has no image")
@@ -255,15 +245,15 @@ def _read_headers(part: Part, headers: dict[bytes, bytes]) -> None:
     part.content_type = media_type.decode("latin-1") or None
 
 
-def _read_part(part: Part, limits: BodyLimits) -> ImageSource:
+def _read_part(part: Part, limits: Settings) -> ImageSource:
     if part.name != "file":
         raise InvalidRequest("a part is not named `file`")
     if not part.has_filename:
         raise InvalidRequest("a `file` part has no filename")
-    return encoded(part.data, part.content_type, limits.image)
+    return encoded(part.data, part.content_type, limits)
 
 
-def _parse_json(body: bytes, limits: BodyLimits, scale: int | None) -> list[ImageSource]:
+def _parse_json(body: bytes, limits: Settings, scale: int | None) -> list[ImageSource]:
     values = load_json(body)
     if isinstance(values, dict) and "scale" in values:
         if scale is not None:
@@ -284,9 +274,9 @@ def _parse_json(body: bytes, limits: BodyLimits, scale: int | None) -> list[Imag
         raise InvalidRequest(f"`{key}` must be a list")
     check_count(len(items), limits)
     if key == "instances":
-        return read_each(items, lambda item: _read_numbers(item, limits.image, scale or 255))
+        return read_each(items, lambda item: _read_numbers(item, limits, scale or 255))
     check_encoded(scale)
-    return read_each(items, lambda item: encoded(from_base64(item), None, limits.image))
+    return read_each(items, lambda item: encoded(from_base64(item), None, limits))
 
 
 def load_json(body: bytes) -> Any:  # noqa: ANN401  JSON is anything
@@ -339,7 +329,7 @@ def from_base64(item: object) -> bytes:
     raise InvalidRequest("encoded images must be base64 strings: one is not")
 
 
-def _read_numbers(item: object, limits: ImageLimits, scale: int) -> ImageSource:
+def _read_numbers(item: object, limits: Settings, scale: int) -> ImageSource:
     not_array = InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
     try:
         items = np.array(item, dtype=object)  # no other dtype: it would pad and convert strings

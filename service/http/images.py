@@ -26,6 +26,7 @@ from dropserve.service.errors import (
     about,
 )
 from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
+from dropserve.service.settings import Settings
 
 if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Classifier
@@ -59,14 +60,6 @@ _MOST_GROUPS = 65_536
 _TABLE_BYTES_PER_BYTE = 1200  # and for the tables that a byte of the file can describe
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """What an image may be, checked before a pixel of it is decoded."""
-
-    max_pixels: int
-    max_side: int
-
-
 @dataclass(frozen=True, slots=True)
 class ImageSource:
     """An image within limits, not decoded yet.
@@ -82,7 +75,7 @@ class ImageSource:
     plain: bool = True
 
 
-def encoded(data: bytes, content_type: str | None, limits: ImageLimits) -> ImageSource:
+def encoded(data: bytes, content_type: str | None, limits: Settings) -> ImageSource:
     """Read the header alone of a PNG, JPEG or WebP image.
 
     Args:
@@ -132,7 +125,7 @@ def prepared(images: Sequence[ImageSource], model: "Classifier") -> Steps[Pixels
     return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
 
 
-def _check(data: bytes, content_type: str | None, limits: ImageLimits) -> tuple[str, Size]:
+def _check(data: bytes, content_type: str | None, limits: Settings) -> tuple[str, Size]:
     if not data:
         raise MalformedRequest("the image has no bytes")
     kind, size = _recognise(data)
@@ -149,7 +142,7 @@ def memory_of(size: Size) -> int:
     return size[0] * size[1] * BYTES_PER_PIXEL
 
 
-def check_size(size: Size, limits: ImageLimits) -> None:
+def check_size(size: Size, limits: Settings) -> None:
     """Raise TooLarge, or InvalidRequest for nothing at all, if a size is out of bounds."""
     if max(size) > limits.max_side or size[0] * size[1] > limits.max_pixels:
         raise TooLarge(

@@ -25,6 +25,7 @@ from dropserve.service.http.options import invalid, limit_samples
 from dropserve.service.inference.classifier import Answer, Classifier, Predict, Task, Uncertainty
 from dropserve.service.inference.decoder import Pixels, Steps
 from dropserve.service.schemas import SamplingOptions, Sent
+from dropserve.service.settings import Settings
 
 HEADER = "Inference-Header-Content-Length"
 Output = StrEnum(
@@ -221,7 +222,7 @@ async def infer(request: Request) -> Response:
         raise errors.UnsupportedMediaType("send application/json or application/octet-stream")
     lengths, state = request.headers.getlist(HEADER), request.app.state
     body = await state.reader.read(request)
-    size, parsing = len(body), _parse(body, lengths, model, state.reader.limits)
+    size, parsing = len(body), _parse(body, lengths, model, state.settings)
     del body  # its memory is free as soon as it is parsed
     try:
         async with routes.while_connected(request.receive):
@@ -242,7 +243,7 @@ async def infer(request: Request) -> Response:
 
 
 def _parse(
-    body: bytes, lengths: Sequence[str], model: Classifier, limits: bodies.BodyLimits
+    body: bytes, lengths: Sequence[str], model: Classifier, limits: Settings
 ) -> Steps[tuple[InferRequest, list[images.ImageSource]]]:
     """Read a request and its images, which are not decoded yet."""
     head, binary = _split(body, lengths)
@@ -258,7 +259,7 @@ def _parse(
     data = _read_images(request.inputs[0], binary, limits, request.parameters.scale)
     if isinstance(data, np.ndarray):
         return request, bodies.from_pixels(data)
-    return request, bodies.read_each(data, lambda data: images.encoded(data, None, limits.image))
+    return request, bodies.read_each(data, lambda data: images.encoded(data, None, limits))
 
 
 def _split(body: bytes, lengths: Sequence[str]) -> tuple[bytes, memoryview]:
@@ -272,7 +273,7 @@ def _split(body: bytes, lengths: Sequence[str]) -> tuple[bytes, memoryview]:
 
 
 def _read_images(
-    tensor: InputTensor, binary: memoryview, limits: bodies.BodyLimits, scale: int
+    tensor: InputTensor, binary: memoryview, limits: Settings, scale: int
 ) -> Pixels | list[bytes]:
     """Return the pixels [B, H, W] or [B, H, W, C] of an input, or its encoded images."""
     shape, size = tuple(tensor.shape), tensor.parameters.binary_data_size
@@ -291,7 +292,7 @@ def _read_images(
         if size is not None:
             return _split_bytes(binary, shape[0])
         return [bodies.from_base64(item) for item in _elements(tensor).flat]
-    images.check_size((shape[2], shape[1]), limits.image)
+    images.check_size((shape[2], shape[1]), limits)
     if size is None:
         kinds = frozenset([int]) if whole else bodies.NUMBERS
         return bodies.to_pixels(_elements(tensor), scale, kinds)

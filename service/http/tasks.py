@@ -129,7 +129,7 @@ async def _answer(request: Request, kind: str) -> Response:
     reader: BodyReader = state.reader
     content_type = request.headers.get("content-type", "")
     body = await reader.read(request)
-    size, parsing = len(body), parse_images(body, content_type, reader.limits, options.scale)
+    size, parsing = len(body), parse_images(body, content_type, state.settings, options.scale)
     del body  # its memory is free as soon as it is parsed
     try:
         async with while_connected(request.receive):

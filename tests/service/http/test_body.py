@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from dropserve.service.errors import InvalidRequest, MalformedRequest, TooLarge
-from dropserve.service.http.body import BodyLimits, parse_images
-from dropserve.service.http.images import ImageLimits
+from dropserve.service.http.body import parse_images
 from dropserve.service.inference.decoder import finish
+from dropserve.service.settings import Settings
 from tests.helpers import encode
 
-LIMITS = BodyLimits(max_bytes=2**20, max_images=3, timeout=1, image=ImageLimits(100, 20))
+LIMITS = Settings(max_images=3, max_pixels=100, max_side=20)
 
 
 def png(shade, size=(2, 2)):

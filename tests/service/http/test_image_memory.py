@@ -25,7 +25,7 @@ from dropserve.models.memory import release_freed_memory
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.errors import InvalidRequest
 from dropserve.service.http.body import json_memory, load_json
-from dropserve.service.http.images import ImageLimits, ImageSource, encoded, prepared
+from dropserve.service.http.images import ImageSource, encoded, prepared
 from dropserve.service.inference.decoder import _SMALL, Decoder, finish
 from dropserve.service.settings import Settings
 from tests.helpers import encode
@@ -201,7 +201,7 @@ def image(size, kind, mode, options):
 def taken(data, channels):
     """Return the bytes that reading an image takes, and those it is counted with."""
     into = Preprocessing((32, 32), channels, (0.5,) * channels, (0.5,) * channels)
-    picture = encoded(data, None, ImageLimits(10**7, 2000))
+    picture = encoded(data, None, Settings(max_pixels=10**7, max_side=2000))
     with suppress(InvalidRequest):
         into.prepare(picture.decode(into.set_scale))
     release_freed_memory()
@@ -261,7 +261,7 @@ def test_nor_does_json(text, fresh):
 
 def test_a_jpeg_of_very_many_scans_is_refused():
     with pytest.raises(InvalidRequest, match="more than 100 scans"):
-        encoded(bombs.jpeg_of_scans(64, 100), None, ImageLimits(10**7, 2000))
+        encoded(bombs.jpeg_of_scans(64, 100), None, Settings(max_pixels=10**7, max_side=2000))
 
 
 def photo(size, **options):

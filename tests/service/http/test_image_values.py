@@ -7,10 +7,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from dropserve.models.preprocessing import Preprocessing
-from dropserve.service.http.images import ImageLimits
+from dropserve.service.settings import Settings
 from tests.helpers import chunk, decode, encode, png
 
-LIMITS = ImageLimits(16 * 10**6, 16_384)
+LIMITS = Settings(max_pixels=16 * 10**6, max_side=16_384)
 WIDTH, HEIGHT = 4, 2
 
 

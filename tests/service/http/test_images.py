@@ -14,11 +14,12 @@ from dropserve.service.errors import (
     TooLarge,
     UnsupportedMediaType,
 )
-from dropserve.service.http.images import ImageLimits, are_small
+from dropserve.service.http.images import are_small
 from dropserve.service.http.images import encoded as read_header
+from dropserve.service.settings import Settings
 from tests.helpers import chunk, decode, encode, png
 
-LIMITS = ImageLimits(16 * 10**6, 16_384)
+LIMITS = Settings(max_pixels=16 * 10**6, max_side=16_384)
 ERRORS = {
     400: MalformedRequest,
     413: TooLarge,
@@ -191,11 +192,11 @@ def test_the_native_memory_of_a_bomb_is_not_allocated(name, http, server):
 
 
 def test_the_limits_are_the_ones_given():
-    assert decode(png(20, 10), PNG, ImageLimits(200, 20)).size == (20, 10)
+    assert decode(png(20, 10), PNG, Settings(max_pixels=200, max_side=20)).size == (20, 10)
     with pytest.raises(TooLarge, match=r"at most 199 in all \(DROPSERVE_MAX_PIXELS\) and 20 "):
-        decode(png(20, 10), PNG, ImageLimits(199, 20))
+        decode(png(20, 10), PNG, Settings(max_pixels=199, max_side=20))
     with pytest.raises(TooLarge):
-        decode(png(20, 10), PNG, ImageLimits(200, 19))
+        decode(png(20, 10), PNG, Settings(max_pixels=200, max_side=19))
 
 
 def test_what_may_stand_before_a_jpeg_s_frame_is_passed_over():
@@ -238,6 +239,6 @@ def test_a_plain_png_is_decoded_as_pillow_would(mode, side, noise):
     noisy = np.random.default_rng(side).integers(0, 256, shape, np.uint8)
     smooth = np.indices(shape).sum(0).astype(np.uint8)
     pixels = noisy if noise else smooth
-    image = decode(encode(pixels), "image/png", ImageLimits(10**6, 10**4))
+    image = decode(encode(pixels), "image/png", Settings(max_pixels=10**6, max_side=10**4))
     assert image.mode == mode
     np.testing.assert_array_equal(np.asarray(image), pixels)
