@@ -291,16 +291,16 @@ def _options(url: bytes, max_samples: int) -> Options | None:
     found = PATHS.fullmatch(path.decode())
     if found is None:
         return None
-    name, version, kind = found.groups()
+    name, version, action = found.groups()
     try:
-        options = read_options(kind, query, max_samples)
+        options = read_options(action, query, max_samples)
     except DropserveError:
         return None
     task = options.task
     plain = type(task) is Predict or (type(task) is Uncertainty and not task.include_samples)
     if not plain or options.scale == 1:
         return None
-    return name, version, route_template(name, version, kind), options
+    return name, version, route_template(name, version, action), options
 
 
 class _Message:

@@ -24,21 +24,21 @@ OPTIONS: Mapping[str, type[PredictOptions]] = {
     "uncertainty/stream": SamplingOptions,
     "compare": CompareOptions,
 }
-"""The options of each task, by the end of its path."""
+"""The options of each action: what a path ends with."""
 MODEL = "/v1/models/{name}"
 VERSION = MODEL + "/versions/{version}"
 PATHS = re.compile(
-    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?/(?P<kind>"
+    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?)?/(?P<action>"
     + "|".join(OPTIONS)
     + ")"
 )
 """Paths of the task routes, whole."""
 
 
-def route_template(name: str | None, version: str | None, kind: str) -> str:
+def route_template(name: str | None, version: str | None, action: str) -> str:
     """Return the path of a task route as it is declared."""
     prefix = "" if name is None else MODEL if version is None else VERSION
-    return f"{prefix}/{kind}"
+    return f"{prefix}/{action}"
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,22 @@ class ParsedOptions:
     scale: int | None
 
 
-def read_options(kind: str, query: bytes, max_samples: int) -> ParsedOptions:
-    """Read the options of a task from a query; the last few are cached, if they are short.
+def read_options(action: str, query: bytes, max_samples: int) -> ParsedOptions:
+    """Read the options of an action from a query; the last few are cached, if they are short.
 
     Raises:
         InvalidRequest: says which is wrong and what is allowed, and nothing of what was sent.
     """
-    return (_cached if len(query) <= 256 else _parse)(kind, query, max_samples)
+    return (_cached if len(query) <= 256 else _parse)(action, query, max_samples)
 
 
-def _parse(kind: str, query: bytes, max_samples: int) -> ParsedOptions:
+def _parse(action: str, query: bytes, max_samples: int) -> ParsedOptions:
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     sent = dict(pairs)
     if len(sent) < len(pairs):
         raise InvalidRequest("a parameter is given twice")
     try:
-        options = OPTIONS[kind].model_validate(sent)
+        options = OPTIONS[action].model_validate(sent)
     except ValidationError as error:
         raise invalid(error) from None
     scale = options.scale if "scale" in sent else None
@@ -86,7 +86,7 @@ def _parse(kind: str, query: bytes, max_samples: int) -> ParsedOptions:
         return ParsedOptions(Compare(**given), head, scale)
     if type(options) is PredictOptions:
         return ParsedOptions(Predict(), {}, scale)
-    raise TypeError(f"{kind}: no task is made of its options")
+    raise TypeError(f"{action}: no task is made of its options")
 
 
 _cached = lru_cache(256)(_parse)

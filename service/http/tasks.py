@@ -37,13 +37,13 @@ router = APIRouter(route_class=PlainRoute, tags=["models"], responses=errors(*TA
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def _post(kind: str, body: Answer = _IMAGES, **answer: Any) -> Callable[[Handler], Handler]:  # noqa: ANN401
+def _post(action: str, body: Answer = _IMAGES, **answer: Any) -> Callable[[Handler], Handler]:  # noqa: ANN401
     """Declare the routes of a task: by the default model, a named one, and one of its versions."""
 
     def declare(handler: Handler) -> Handler:
         for prefix in ("", MODEL, VERSION):
-            path = f"{prefix}/{kind}"
-            extra = described(path, OPTIONS[kind], body)
+            path = f"{prefix}/{action}"
+            extra = described(path, OPTIONS[action], body)
             router.post(path, openapi_extra=extra, **answer)(handler)
         return handler
 
@@ -121,10 +121,10 @@ async def compare(request: Request) -> Response:
     return await _answer(request, "compare")
 
 
-async def _answer(request: Request, kind: str) -> Response:
+async def _answer(request: Request, action: str) -> Response:
     inference, state = inference_of(request), request.app.state
     model = find_model(request, log=True)
-    options = read_options(kind, request.scope["query_string"], state.settings.max_samples)
+    options = read_options(action, request.scope["query_string"], state.settings.max_samples)
     head = {"model": model.name, "version": model.version, **options.head}
     reader: BodyReader = state.reader
     content_type = request.headers.get("content-type", "")
