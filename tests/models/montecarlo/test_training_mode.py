@@ -242,6 +242,8 @@ def if_training(change):
         (lambda x: x * (torch.rand_like(x) > 0.5) * 2, "aten.rand.default"),
         (lambda x: F.rrelu(x, training=True), "aten.rrelu_with_noise"),
         (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), "aten.bernoulli.default"),
+        (lambda x: x * torch.empty_like(x).bernoulli_(x.sigmoid()), "aten.bernoulli_.Tensor"),
+        (lambda x: x * x.int().bernoulli_(0.5), "aten.bernoulli_.float"),
         (lambda x: x * torch.ops.aten.dropout(x, 0.5, True), "dropout|bernoulli"),
         (lambda x: x * random.choice((1.0, 1.0)), "Python's random"),  # noqa: S311
         (lambda x: x * PRIVATE.choice((1.0, 1.0)), "Python's random"),
@@ -255,6 +257,13 @@ def test_other_randomness_is_refused_by_name_with_the_remedy(change, source):
     module = nn.Sequential(nn.Identity(), if_training(change)).eval()
     with pytest.raises(UnsupportedModule, match=rf"^1: draws from .*({source}).*bernoulli_\(keep"):
         Sampler(module, X)
+
+
+def test_random_numbers_of_the_compiler_are_none_of_the_module():
+    layer, drop = nn.Linear(6, 3), nn.Dropout(0.5)
+    compiled = nn.Sequential(drop, torch.compile(layer, backend="eager")).eval()
+    expected = Sampler(nn.Sequential(drop, layer).eval(), X).sample(X, 12)
+    torch.testing.assert_close(Sampler(compiled, X).sample(X, 12), expected)
 
 
 class Auxiliary(nn.Module):
