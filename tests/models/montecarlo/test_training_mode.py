@@ -1,6 +1,7 @@
 """Noise that a module switches by `self.training`: found, sampled, and told apart."""
 
 import ctypes
+import logging
 import random
 import weakref
 from functools import partial
@@ -26,8 +27,10 @@ SITES = {
     "torch.nn.TransformerEncoder": ["attention", "dropout", "dropout", "dropout"] * 2,
     "LSTM, dropout on its outputs": ["dropout"],
 }
+LOG = logging.getLogger(__name__)
 PRIVATE = random.Random(1)  # noqa: S311
 NUMPYS = np.random.default_rng(1)
+OLDER = np.random.RandomState(1)
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
@@ -191,6 +194,16 @@ def test_a_reference_that_a_copy_cannot_follow_is_refused(build):
         Sampler(build().eval(), X)
 
 
+def test_what_a_logger_leads_to_is_not_searched(monkeypatch):
+    def drop(_, x):
+        LOG.debug("this is read by the module's code")
+        return F.dropout(x, 0.5)
+
+    module = Function(drop).eval()
+    monkeypatch.setattr(LOG, "held", [module], raising=False)
+    assert len(Sampler(module, X).sites) == 1
+
+
 class BatchNormByHand(nn.Module):
     """Normalises as user code does, by the flag, and drops likewise."""
 
@@ -249,6 +262,7 @@ def if_training(change):
         (lambda x: x * PRIVATE.choice((1.0, 1.0)), "Python's random"),
         (lambda x: x * float(np.random.rand() < 2), "a generator of NumPy"),
         (lambda x: x * float(NUMPYS.random() < 2), "a generator of NumPy"),
+        (lambda x: x * float(OLDER.rand() < 2), "a generator of NumPy"),
         (lambda x: x * float(np.random.default_rng().random() < 2), "Python's random"),
         (lambda x: x * float(random.SystemRandom().random() < 2), "Python's random"),
     ],
