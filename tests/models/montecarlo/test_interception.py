@@ -62,6 +62,12 @@ def test_attention_is_the_oracles_under_a_mask_and_without_dropout(arguments, p)
         got = F.scaled_dot_product_attention(*tensors, dropout_p=p, **given)
     torch.testing.assert_close(got, oracle(*tensors, keep, **given))
     assert calls == ([("attention", p, shape)] if p else [])
+    if "enable_gqa" not in given:
+        with Interception(lambda *_: keep[0, 0]):  # one head alone, as matrices
+            alone = F.scaled_dot_product_attention(
+                *(t[0, 0] for t in tensors), dropout_p=p, **given
+            )
+        torch.testing.assert_close(alone, got[0, 0])
 
 
 def test_bernoulli_asks_for_the_mask_of_a_rate_and_is_its_mean_where_there_is_none():
