@@ -56,10 +56,9 @@ def test_attention_is_the_oracles_under_a_mask_and_without_dropout(arguments, p)
     query, key, _ = tensors
     shape = (*query.shape[:3], key.shape[2])
     keep = (torch.rand(shape) < 0.75) / 0.75 if p else torch.ones(shape)
-    calls = []
-
+    calls, rate = [], {"dropout_p": p} if p else {}
     with Interception(lambda *call: calls.append(call) or keep):
-        got = F.scaled_dot_product_attention(*tensors, dropout_p=p, **given)
+        got = F.scaled_dot_product_attention(*tensors, **rate, **given)
     torch.testing.assert_close(got, oracle(*tensors, keep, **given))
     assert calls == ([("attention", p, shape)] if p else [])
     if "enable_gqa" not in given:
