@@ -141,24 +141,22 @@ class Interception(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Dropout:
-    """Takes the place of a dropout function of PyTorch's or ours."""
+    """Takes the place of a dropout function of PyTorch's or ours, which is given all arguments."""
 
     kind: Kind
-    on: bool = True  # if its argument `training` is not given
     unbatched: int | None = None  # dimensions of an input that is one image: its first are channels
 
     def __call__(
         self,
         scale_for: ScaleFor,
         input: Tensor,  # noqa: A002  torch's name for it
-        p: float = 0.5,
+        p: float,
         training: bool | None = None,
         *_: object,
         train: bool | None = None,
         **__: object,
     ) -> Tensor:
-        given = train if training is None else training
-        on = self.on if given is None else given
+        on = train if training is None else training
         shape = input.shape
         if KINDS[self.kind].channelwise:
             kept = 1 if input.dim() == self.unbatched else 2
@@ -268,9 +266,9 @@ _DROPOUTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.dropout3d: _Dropout("spatial", unbatched=4),
     torch.feature_dropout: _Dropout("spatial"),
     spatial_dropout: _Dropout("spatial"),
-    F.alpha_dropout: _Dropout("alpha", on=False),
+    F.alpha_dropout: _Dropout("alpha"),
     torch.alpha_dropout: _Dropout("alpha"),
-    F.feature_alpha_dropout: _Dropout("feature_alpha", on=False),
+    F.feature_alpha_dropout: _Dropout("feature_alpha"),
     torch.feature_alpha_dropout: _Dropout("feature_alpha"),
     F.scaled_dot_product_attention: _attention,
     torch.Tensor.bernoulli_: _bernoulli,

@@ -167,6 +167,17 @@ def test_alpha_dropout_keeps_mean_0_and_variance_1(kind, p):
     assert logits.var().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [nn.Dropout, VanillaDropout, SpatialDropout, nn.AlphaDropout, nn.FeatureAlphaDropout],
+)
+def test_another_rate_is_that_of_a_module_made_with_it_but_for_alpha_dropout(kind):
+    x = torch.randn(4, 500)
+    p = P if "Alpha" in kind.__name__ else 0.6
+    got = Sampler(kind(P).eval(), x).thinned(x, 8, "independent", 3, p=0.6)
+    assert torch.equal(got, Sampler(kind(p).eval(), x).thinned(x, 8, "independent", 3))
+
+
 def test_alpha_dropout_has_the_values_of_torchs_own():
     x = torch.randn(4, 500)
     torchs = F.alpha_dropout(x, P, training=True)

@@ -1,4 +1,4 @@
-"""What stands for attention is attention, with the given masks on its weights."""
+"""What stands for functions of PyTorch's is what they are, with the given masks."""
 
 import numpy as np
 import torch
@@ -56,9 +56,23 @@ def test_attention_is_the_oracles_under_a_mask_and_without_dropout(arguments, p)
     query, key, _ = tensors
     shape = (*query.shape[:3], key.shape[2])
     keep = (torch.rand(shape) < 0.75) / 0.75 if p else torch.ones(shape)
-    calls = []
-
+    calls, rate = [], {"dropout_p": p} if p else {}
     with Interception(lambda *call: calls.append(call) or keep):
-        got = F.scaled_dot_product_attention(*tensors, dropout_p=p, **given)
+        got = F.scaled_dot_product_attention(*tensors, **rate, **given)
     torch.testing.assert_close(got, oracle(*tensors, keep, **given))
     assert calls == ([("attention", p, shape)] if p else [])
+    if "enable_gqa" not in given:
+        with Interception(lambda *_: keep[0, 0]):  # one head alone, as matrices
+            alone = F.scaled_dot_product_attention(
+                *(t[0, 0] for t in tensors), dropout_p=p, **given
+            )
+        torch.testing.assert_close(alone, got[0, 0])
+
+
+def test_bernoulli_asks_for_the_mask_of_a_rate_and_is_its_mean_where_there_is_none():
+    for arguments, keep in (((), 0.5), ((0.75,), 0.75), ((torch.tensor(0.75),), 0.75), ((1,), 1)):
+        calls = []
+        with Interception(lambda *call, calls=calls: calls.append(call)):
+            got = torch.zeros(2, 3).bernoulli_(*arguments)
+        assert torch.equal(got, torch.full((2, 3), keep))
+        assert calls == ([("bernoulli", 1 - keep, (2, 3))] if keep < 1 else [])

@@ -1,5 +1,6 @@
 """Sampling leaves the module, and everybody else who uses it, alone."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,7 +36,21 @@ def test_sampling_leaves_flags_buffers_parameters_and_hooks_as_they_are(path):
     assert int(after["norm1.num_batches_tracked"]) == 3
     assert not any(m.training for m in module.modules())
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    for m in (*module.modules(), *sampler.training_copy.modules()):
+        assert not m._forward_hooks
+        assert not m._forward_pre_hooks
+
+
+def test_a_profile_function_is_put_back():
+    def mine(*_):
+        pass
+
+    sys.setprofile(mine)
+    try:
+        Sampler(network(), torch.randn(2, 1, 8, 8))
+        assert sys.getprofile() is mine
+    finally:
+        sys.setprofile(None)
 
 
 def test_batch_norm_uses_its_running_statistics_while_sampling():

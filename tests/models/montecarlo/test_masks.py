@@ -1,6 +1,6 @@
 """Masks: a pure function of (seed, site, sample), with the law that is claimed for them."""
 
-from itertools import combinations
+from itertools import combinations, product
 from math import sqrt
 
 import numpy as np
@@ -41,17 +41,17 @@ def words(seed, site, row, width):
 
 @pytest.mark.parametrize(("seed", "site"), [(0, 0), (2**63 - 1, 3)])
 def test_independent_masks_come_from_philox_by_the_counter(seed, site):
-    p, width = 0.37, 11
-    for t in (0, 1, 57):
-        halves = [h for w in words(seed, site, t, 6) for h in (w % 2**32, w >> 32)]
+    p = 0.37
+    for t, width in product((0, 1, 57), (8, 9, 11)):
+        halves = [h for w in words(seed, site, t, -(-width // 2)) for h in (w % 2**32, w >> 32)]
         expected = [h >= p * 2**32 for h in halves[:width]]
         assert draw("independent", seed, site, width, p, range(t, t + 1))[0].tolist() == expected
 
 
 @pytest.mark.parametrize(("seed", "site"), [(0, 0), (2**63 - 1, 3)])
 def test_stratified_masks_come_from_philox_by_the_counter(seed, site):
-    p, width = 0.37, 11  # three or, with probability .7, four of ten are dropped
-    for block in (0, 1, 5):
+    p = 0.37  # three or, with probability .7, four of ten are dropped
+    for block, width in product((0, 1, 5), (8, 9, 11)):
         got = draw("stratified", seed, site, width, p, range(block * 10, block * 10 + 10))
         for unit, word in enumerate(words(seed, site, block, width)[:width]):
             size = 4 if int(word) >> 32 < 0.7 * 2**32 else 3

@@ -1,7 +1,5 @@
 """float32 or bfloat16: what is taken, and that it computes what it says."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -127,23 +125,21 @@ def test_bfloat16_answers_hardly_differ(name, path):
     assert all(p.dtype == torch.float32 for p in module.parameters())
 
 
-def test_auto_takes_float32_where_a_module_cannot_compute_in_bfloat16():
+def test_auto_takes_float32_where_a_module_cannot_compute_in_bfloat16(monkeypatch):
     class Scale(nn.Module):
         by = torch.ones(5)  # neither parameter nor buffer
 
         def forward(self, x):
             return x * self.by
 
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 5), Scale(), nn.Linear(5, 3)).eval()
     x = torch.randn(4, 6)
-    sampler = Sampler(module, x)
-    exact = sampler.sample(x, 5)
-    run = partial(sampler._probe_mean, x)
-    assert choose_precision("auto", run, native=True) == Choice("float32")
+    sampler = Sampler(module, x, "auto")
+    assert sampler.precision == Choice("float32")
+    assert torch.equal(sampler.sample(x, 5), Sampler(module, x).sample(x, 5))
     with pytest.raises(UnsupportedModule, match="cannot compute in bfloat16"):
-        choose_precision("bfloat16", run, native=True)
-    sampler._dtype = torch.float32
-    assert torch.equal(sampler.sample(x, 5), exact)
+        Sampler(module, x, "bfloat16")
 
 
 def test_a_single_thinned_network_is_computed_in_float32():

@@ -1,5 +1,7 @@
 """Sites: where a network drops units, and what cannot be sampled is refused with advice."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,20 @@ def test_the_default_networks_name_their_sites():
 def test_a_function_in_a_forward_is_named_after_the_module_and_the_kind():
     sites = Sampler(nn.Sequential(Calls(lambda x: F.dropout(x, P))).eval(), X).sites
     assert [s.name for s in sites] == ["0:dropout"]
+
+
+def test_a_site_behind_a_module_that_failed_has_the_name_of_its_own_module():
+    class Fallback(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow = nn.Linear(5, 6)
+
+        def forward(self, x):
+            with suppress(RuntimeError):
+                x = self.narrow(x)
+            return F.dropout(x, P)
+
+    assert [s.name for s in Sampler(Fallback().eval(), X).sites] == ["root:dropout"]
 
 
 def test_a_zero_rate_is_no_site():

@@ -1,6 +1,7 @@
 """Noise that a module switches by `self.training`: found, sampled, and told apart."""
 
 import ctypes
+import logging
 import random
 import weakref
 from functools import partial
@@ -26,8 +27,10 @@ SITES = {
     "torch.nn.TransformerEncoder": ["attention", "dropout", "dropout", "dropout"] * 2,
     "LSTM, dropout on its outputs": ["dropout"],
 }
+LOG = logging.getLogger(__name__)
 PRIVATE = random.Random(1)  # noqa: S311
 NUMPYS = np.random.default_rng(1)
+OLDER = np.random.RandomState(1)
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
@@ -157,16 +160,15 @@ def in_a_list():
 HELD = {}
 
 
-class InATable(nn.Module):
-    """Looks itself up in a global variable."""
+def in_a_table():
+    def drop(_, x):
+        def is_training():
+            return HELD["module"].training
 
-    def __init__(self):
-        super().__init__()
-        HELD["module"] = self
-        self.drop = nn.Dropout(0.5)
+        return F.dropout(x, 0.5) if is_training() else x
 
-    def forward(self, x):
-        return self.drop(F.dropout(x, 0.5) if HELD["module"].training else x)
+    HELD["module"] = Function(drop)
+    return HELD["module"]
 
 
 class InItsClass(nn.Module):
@@ -185,10 +187,20 @@ class InItsClass(nn.Module):
         return self.drop(F.dropout(x, 0.5) if self.is_training else x)
 
 
-@pytest.mark.parametrize("build", [in_a_class, in_a_list, InATable, InItsClass])
+@pytest.mark.parametrize("build", [in_a_class, in_a_list, in_a_table, InItsClass])
 def test_a_reference_that_a_copy_cannot_follow_is_refused(build):
     with pytest.raises(UnsupportedModule, match=r"refers to a module .* make that module"):
         Sampler(build().eval(), X)
+
+
+def test_what_a_logger_leads_to_is_not_searched(monkeypatch):
+    def drop(_, x):
+        LOG.debug("this is read by the module's code")
+        return F.dropout(x, 0.5)
+
+    module = Function(drop).eval()
+    monkeypatch.setattr(LOG, "held", [module], raising=False)
+    assert len(Sampler(module, X).sites) == 1
 
 
 class BatchNormByHand(nn.Module):
@@ -242,11 +254,14 @@ def if_training(change):
         (lambda x: x * (torch.rand_like(x) > 0.5) * 2, "aten.rand.default"),
         (lambda x: F.rrelu(x, training=True), "aten.rrelu_with_noise"),
         (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), "aten.bernoulli.default"),
+        (lambda x: x * torch.empty_like(x).bernoulli_(x.sigmoid()), "aten.bernoulli_.Tensor"),
+        (lambda x: x * x.int().bernoulli_(0.5), "aten.bernoulli_.float"),
         (lambda x: x * torch.ops.aten.dropout(x, 0.5, True), "dropout|bernoulli"),
         (lambda x: x * random.choice((1.0, 1.0)), "Python's random"),  # noqa: S311
         (lambda x: x * PRIVATE.choice((1.0, 1.0)), "Python's random"),
         (lambda x: x * float(np.random.rand() < 2), "a generator of NumPy"),
         (lambda x: x * float(NUMPYS.random() < 2), "a generator of NumPy"),
+        (lambda x: x * float(OLDER.rand() < 2), "a generator of NumPy"),
         (lambda x: x * float(np.random.default_rng().random() < 2), "Python's random"),
         (lambda x: x * float(random.SystemRandom().random() < 2), "Python's random"),
     ],
@@ -255,6 +270,13 @@ def test_other_randomness_is_refused_by_name_with_the_remedy(change, source):
     module = nn.Sequential(nn.Identity(), if_training(change)).eval()
     with pytest.raises(UnsupportedModule, match=rf"^1: draws from .*({source}).*bernoulli_\(keep"):
         Sampler(module, X)
+
+
+def test_random_numbers_of_the_compiler_are_none_of_the_module():
+    layer, drop = nn.Linear(6, 3), nn.Dropout(0.5)
+    compiled = nn.Sequential(drop, torch.compile(layer, backend="eager")).eval()
+    expected = Sampler(nn.Sequential(drop, layer).eval(), X).sample(X, 12)
+    torch.testing.assert_close(Sampler(compiled, X).sample(X, 12), expected)
 
 
 class Auxiliary(nn.Module):
