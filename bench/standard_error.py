@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from scipy.stats import t as student
 
-from dropserve.models.constants import MaskKind
+from dropserve.models.defaults import MaskKind
 from dropserve.models.montecarlo import summarize
 from dropserve.models.montecarlo.masks import draw
 from dropserve.models.montecarlo.statistics import degrees_of_freedom

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dropserve.models.constants import IMAGE_FORMATS, IMAGE_SUFFIXES
 from dropserve.models.errors import DataError
+from dropserve.models.image_formats import IMAGE_FORMATS, IMAGE_SUFFIXES
 from dropserve.models.preprocessing import Fit, Pixels, Preprocessing
 from dropserve.models.storage import replace_durably
 

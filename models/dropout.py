@@ -5,7 +5,8 @@ Neural Networks from Overfitting", JMLR 15 (2014). There `p` is the probability 
 unit; here, as in PyTorch, `p` is the probability of dropping it, everywhere.
 
 Monte Carlo dropout intercepts the functions by PyTorch's `__torch_function__` protocol: a new one
-needs an entry in `montecarlo/interception.py`, and its module one in `sequential.py` to be fast.
+needs an entry in `montecarlo/interception.py`, and its module one in `sequential.py` to be fast, if
+it does nothing in eval mode.
 """
 
 from collections.abc import Callable

@@ -12,8 +12,8 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from dropserve.models.constants import DEFAULT_SAMPLES
 from dropserve.models.data import Split
+from dropserve.models.defaults import DEFAULT_SAMPLES
 from dropserve.models.errors import NoDropout
 from dropserve.models.montecarlo import Sampler
 

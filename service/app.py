@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dropserve.service.http import health, models, oip, playground, tasks
 from dropserve.service.http.body import BodyReader
 from dropserve.service.http.keys import OPERATIONS, KeyCheck, Keys
 from dropserve.service.http.openapi import complete_document
 from dropserve.service.http.request_log import RequestLog, error_response
+from dropserve.service.http.routes import health, models, oip, playground, tasks
 from dropserve.service.inference.inference import Inference
 from dropserve.service.inference.workers import ControlState, StartupBarrier, kept_keys
 from dropserve.service.observability.metrics import Metrics

@@ -32,7 +32,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from dropserve.models.constants import MaskKind
+from dropserve.models.defaults import MaskKind
 from dropserve.service import errors, schemas
 from dropserve.service.schemas import EVENTS, StreamEvent
 

@@ -24,8 +24,11 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import ClassVar, Literal
 
-Reason = Literal["queue", "decode", "body_memory", "streams", "draining", "no_model", "workers"]
-"""Why a request was answered 503; the label of the metric, and a field of the log."""
+OverloadReason = Literal[
+    "queue", "timeout", "decode", "body_memory", "streams", "draining", "no_model", "workers"
+]
+"""Why a request was answered 503: full queue, too long in it, and so on; the label of the metric,
+and a field of the log. Each is where an `Overloaded` is raised."""
 
 
 class DropserveError(Exception):
@@ -109,7 +112,7 @@ class Overloaded(DropserveError):
 
     status = 503
 
-    def __init__(self, detail: str, reason: Reason | None = None) -> None:
+    def __init__(self, detail: str, reason: OverloadReason | None = None) -> None:
         super().__init__(detail, headers={"Retry-After": "1"})
         self.reason = reason
 

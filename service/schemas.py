@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
 
 MAX_SAMPLES = 1000
 SCALES = (255, 1)
@@ -54,7 +54,7 @@ def _check_scale(value: int) -> int:
     return value
 
 
-class PredictOptions(Sent):
+class ImageOptions(Sent):
     """How numbers are read; encoded images accept only 255."""
 
     scale: Annotated[
@@ -67,7 +67,11 @@ class PredictOptions(Sent):
     ] = 255
 
 
-class SamplingOptions(PredictOptions):
+class PredictOptions(ImageOptions):
+    """How `/predict` answers: no options of its own."""
+
+
+class SamplingOptions(ImageOptions):
     """How thinned networks are sampled."""
 
     samples: Annotated[
@@ -84,7 +88,7 @@ class UncertaintyOptions(SamplingOptions):
     include_samples: Annotated[bool, Field(description="Return all T x C probabilities.")] = False
 
 
-class CompareOptions(PredictOptions):
+class CompareOptions(ImageOptions):
     """How `/compare` runs train mode."""
 
     passes: Annotated[int, Field(ge=1, le=32, description="Train-mode passes, k.")] = 8

@@ -76,14 +76,14 @@ def _configure_collector() -> None:
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
     """Return how uvicorn is to run the application."""
-    from dropserve.service.fastpath.connection import Connection
+    from dropserve.service.fastpath.uvicorn_protocol import FastPathProtocol
 
     fast = settings.fast_path and not settings.tracing  # spans are made by ASGI middleware
     return {
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": Connection if fast else "httptools",
+        "http": FastPathProtocol if fast else "httptools",
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # the client's address is neither used nor logged

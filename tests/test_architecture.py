@@ -17,8 +17,8 @@ FILES = {
     for folder in ("models", "service")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-CONSTANTS = "models.constants"
-LIGHT = {"service.client", "service.schemas", "service.errors", "service.settings", CONSTANTS}
+DEFAULTS = "models.defaults"
+LIGHT = {"service.client", "service.schemas", "service.errors", "service.settings", DEFAULTS}
 """Modules that a client or a command line may load: no torch, no NumPy."""
 LAYERS = ("observability", "inference", "http", "fastpath", "cli")
 """Packages of `service`; one may import from those before it."""
@@ -90,7 +90,7 @@ def test_nothing_but_the_server_enables_the_fast_path():
 def test_only_inference_and_the_command_line_import_more_of_models_than_constants(module):
     found = {name for name in ours(module) if name.startswith("dropserve.models")}
     if layer(module) not in (LAYERS.index("inference"), LAYERS.index("cli")):
-        assert found <= {f"dropserve.{CONSTANTS}"}
+        assert found <= {f"dropserve.{DEFAULTS}", "dropserve.models.image_formats"}
         assert "torch" not in packages(FILES[module])
 
 

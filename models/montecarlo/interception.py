@@ -19,7 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dropserve.models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
 
-Kind = Literal["dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention", "bernoulli"]
+DropoutKind = Literal[
+    "dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention", "bernoulli"
+]
 """`bernoulli` is a mask that the network's own code draws by `Tensor.bernoulli_` and scales itself,
 as stochastic depth does (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016)."""
 
@@ -32,7 +34,7 @@ class KindRules(NamedTuple):
     adjustable: bool  # another p may be put in place of the module's
 
 
-KINDS: Mapping[Kind, KindRules] = {
+KINDS: Mapping[DropoutKind, KindRules] = {
     "dropout": KindRules(channelwise=False, rescaled=True, adjustable=True),
     "vanilla": KindRules(channelwise=False, rescaled=False, adjustable=True),
     "spatial": KindRules(channelwise=True, rescaled=True, adjustable=True),
@@ -41,7 +43,7 @@ KINDS: Mapping[Kind, KindRules] = {
     "attention": KindRules(channelwise=False, rescaled=True, adjustable=True),
     "bernoulli": KindRules(channelwise=False, rescaled=False, adjustable=False),
 }
-ScaleFor = Callable[[Kind, float, torch.Size], Tensor | None]
+ScaleFor = Callable[[DropoutKind, float, torch.Size], Tensor | None]
 """`(kind, p, mask shape) -> what to multiply by`, zero where a unit is dropped; None: as eval mode
 has it, without noise."""
 
@@ -90,7 +92,7 @@ class Interception(TorchFunctionMode):
         elif func is F.batch_norm and self._running_statistics:
             given = _BATCH_NORM.bind(*args, **kwargs).arguments
             args, kwargs = (), {**given, "training": given["running_mean"] is None}
-        dropout = _DROPOUTS.get(func)
+        dropout = _REPLACEMENTS.get(func)
         if dropout is None:
             result = func(*args, **kwargs)
         else:
@@ -143,7 +145,7 @@ class Interception(TorchFunctionMode):
 class _Dropout:
     """Takes the place of a dropout function of PyTorch's or ours, which is given all arguments."""
 
-    kind: Kind
+    kind: DropoutKind
     unbatched: int | None = None  # dimensions of an input that is one image: its first are channels
 
     def __call__(
@@ -164,7 +166,7 @@ class _Dropout:
         return _drop(input, self.kind, float(p), shape, scale_for if on else lambda *_: None)
 
 
-def _drop(x: Tensor, kind: Kind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
+def _drop(x: Tensor, kind: DropoutKind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
     scale = scale_for(kind, p, shape) if p > 0 else None
     if scale is None:
         return x * (1 - p) if kind == "vanilla" else x
@@ -256,7 +258,7 @@ _attention_forward = _unguarded(F.multi_head_attention_forward)  # type: ignore[
 
 _ADDITIONS = frozenset((torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__radd__))
 _FLOORS = frozenset((torch.floor, torch.Tensor.floor, torch.Tensor.floor_))
-_DROPOUTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.dropout: _Dropout("dropout"),
     torch.dropout: _Dropout("dropout"),
     inverted_dropout: _Dropout("dropout"),

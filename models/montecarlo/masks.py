@@ -19,7 +19,7 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from dropserve.models.constants import MaskKind
+from dropserve.models.defaults import MaskKind
 
 MASK_KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
 BLOCK = 10

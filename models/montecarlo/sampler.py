@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
 from dropserve.models.errors import SamplingError, UnsupportedModule
-from dropserve.models.montecarlo.interception import Interception, Kind
+from dropserve.models.montecarlo.interception import DropoutKind, Interception
 from dropserve.models.montecarlo.kernels import Kernel, Kernels
 from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS
 from dropserve.models.montecarlo.scaled_masks import MaskStore, ScaledMasks
@@ -234,7 +234,7 @@ class Sampler:
         """Logits [B, C] of the thinned network that `factors` [*template] describe."""
         called = 0
 
-        def next_mask(kind: Kind, p: float, shape: torch.Size) -> Tensor:
+        def next_mask(kind: DropoutKind, p: float, shape: torch.Size) -> Tensor:
             nonlocal called
             if called >= len(self.sites):
                 raise SamplingError(f"the module called {kind} more often than on the example")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropserve.models.constants import MaskKind
+from dropserve.models.defaults import MaskKind
 from dropserve.models.montecarlo.masks import BLOCK, draw
 from dropserve.models.montecarlo.sites import Site
 

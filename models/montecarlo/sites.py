@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropserve.models.errors import NoDropout, UnsupportedModule, unsupported_if_it_fails
-from dropserve.models.montecarlo.interception import KINDS, Interception, Kind
+from dropserve.models.montecarlo.interception import KINDS, DropoutKind, Interception
 from dropserve.models.montecarlo.training_copy import (
     NumPyGenerator,
     numpy_generators,
@@ -43,7 +43,7 @@ class Site:
     """
 
     name: str
-    kind: Kind
+    kind: DropoutKind
     p: float
     shape: tuple[int, ...]
     template: tuple[int, ...]
@@ -106,7 +106,7 @@ class Trace:
 
 class _Call(NamedTuple):
     name: str
-    kind: Kind
+    kind: DropoutKind
     p: float
     shape: torch.Size
 
@@ -186,7 +186,7 @@ def _refuse_unreachable(module: nn.Module) -> None:
 
 def _run_in_eval_mode(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """Run a module in eval mode; switch off, and count, dropout that is on all the same."""
-    kinds: list[Kind] = []
+    kinds: list[DropoutKind] = []
     interception = Interception(lambda kind, *_: kinds.append(kind), running_statistics=False)
     with torch.no_grad():
         return _logits(interception.run(module, x), "eval mode"), len(kinds)
@@ -232,7 +232,7 @@ def _run(
     calls: list[_Call] = []
     uses: dict[str, int] = {}
 
-    def note(kind: Kind, p: float, shape: torch.Size) -> Tensor | None:
+    def note(kind: DropoutKind, p: float, shape: torch.Size) -> Tensor | None:
         path, caller = randomness.running[-1]
         if p >= 1:
             raise UnsupportedModule(f"{path or 'the module'}: dropout with p={p} drops everything")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dropserve.models.constants import MaskKind
+from dropserve.models.defaults import MaskKind
 from dropserve.models.errors import SamplingError
 from dropserve.models.montecarlo.masks import BLOCK
 
@@ -168,7 +168,9 @@ def figures(
     samples: Any,  # noqa: ANN401  numbers, or arrays of them
     blocks: Any,  # noqa: ANN401  likewise
 ) -> dict[str, Array]:
-    """Turn sums [C, ...] over so many samples and whole blocks into what `Summary` says of them.
+    """Turn sums [C, ...] over so many samples and whole blocks into figures of `Summary`.
+
+    A stream sends those that `streaming.Sample` has, too.
 
     The numbers of samples and blocks may be arrays [...], as for the first sample, the first two
     and so on. The variance is NaN where there are too few, and the standard error NaN or infinite.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dropserve.models.constants import MaskKind
+from dropserve.models.defaults import MaskKind
 from dropserve.models.montecarlo.masks import BLOCK
 from dropserve.models.montecarlo.sampler import Sampler
 from dropserve.models.montecarlo.statistics import (
@@ -67,7 +67,7 @@ def stream_samples(
             t = np.arange(done + start, done + min(start + BLOCK, count)) + 1
             sums = _running_sums(p[:, some].astype(np.float64), t, sums)
             found = {"probabilities": p[:, some], **figures(masks, sums, t, t // BLOCK)}
-            del found["variance"]
+            found = {name: found[name] for name in found if name in Sample.__dataclass_fields__}
             yield _samples(masks, t, found, [bits[some] for bits in kept])
         done += count
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
 from dropserve.service import errors, schemas
 from dropserve.service.cli import options, terminal
 from dropserve.service.cli.options import Opt

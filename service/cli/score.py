@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dropserve.models.constants import DEFAULT_SAMPLES, IMAGE_SUFFIXES
+from dropserve.models.defaults import DEFAULT_SAMPLES
+from dropserve.models.image_formats import IMAGE_SUFFIXES
 from dropserve.service.cli import ask, options, terminal
 from dropserve.service.cli.options import Opt
 from dropserve.service.cli.terminal import Refused

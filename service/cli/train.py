@@ -14,7 +14,7 @@ from rich.progress import TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dropserve.models import checkpoint
-from dropserve.models.constants import DEFAULT_SAMPLES
+from dropserve.models.defaults import DEFAULT_SAMPLES
 from dropserve.models.errors import CheckpointRefused
 from dropserve.models.hyperparameters import Recipe, suggested
 from dropserve.service.cli import options, terminal

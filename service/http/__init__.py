@@ -1,1 +1,1 @@
-"""HTTP routes, one file a family."""
+"""From HTTP to inference and back: routes, and what they read and write."""

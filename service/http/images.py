@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.WebPImagePlugin import WebPImageFile
 
-from dropserve.models.constants import IMAGE_FORMATS
+from dropserve.models.image_formats import IMAGE_FORMATS
 from dropserve.service.errors import (
     InvalidRequest,
     MalformedRequest,

@@ -19,7 +19,9 @@ from starlette.responses import Response
 from dropserve.service.errors import error_for
 from dropserve.service.http.images import FORMATS
 from dropserve.service.http.keys import OPEN
-from dropserve.service.http.oip import (
+from dropserve.service.http.options import OPTIONS
+from dropserve.service.http.request_log import is_protocol
+from dropserve.service.http.routes.oip import (
     HEADER,
     IndexRequest,
     InferRequest,
@@ -27,7 +29,6 @@ from dropserve.service.http.oip import (
     ProtocolError,
     UnloadRequest,
 )
-from dropserve.service.http.request_log import is_protocol
 from dropserve.service.schemas import EVENTS, SCALES, Problem
 from dropserve.service.settings import Settings
 
@@ -36,7 +37,11 @@ _UNDERIVED: tuple[type[BaseModel], ...] = (
     *(InferRequest, IndexRequest, LoadRequest, UnloadRequest),
 )
 """Types that the framework does not see, because it neither reads nor writes them."""
-_WHICH = re.compile(r"^/v1/models/\{name}(/versions/\{version})?(?=/[puc])|/versions/\{version}")
+_WHICH = re.compile(
+    r"^/v1/models/\{name}(/versions/\{version})?(?=/("
+    + "|".join(OPTIONS)
+    + r"))|/versions/\{version}"
+)
 """The part of a path that says which model is asked; the answer is built the same."""
 _KEYS = {
     "keyAsBearer": {"type": "http", "scheme": "bearer", "description": "An API key."},

@@ -13,12 +13,13 @@ from dropserve.service.errors import InvalidRequest
 from dropserve.service.inference.classifier import Compare, Predict, Stream, Task, Uncertainty
 from dropserve.service.schemas import (
     CompareOptions,
+    ImageOptions,
     PredictOptions,
     SamplingOptions,
     UncertaintyOptions,
 )
 
-OPTIONS: Mapping[str, type[PredictOptions]] = {
+OPTIONS: Mapping[str, type[ImageOptions]] = {
     "predict": PredictOptions,
     "uncertainty": UncertaintyOptions,
     "uncertainty/stream": SamplingOptions,
@@ -84,7 +85,7 @@ def _parse(action: str, query: bytes, max_samples: int) -> ParsedOptions:
     if isinstance(options, CompareOptions):
         head = {name: value for name, value in given.items() if value is not None}
         return ParsedOptions(Compare(**given), head, scale)
-    if type(options) is PredictOptions:
+    if isinstance(options, PredictOptions):
         return ParsedOptions(Predict(), {}, scale)
     raise TypeError(f"{action}: no task is made of its options")
 

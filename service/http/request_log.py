@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError
-from dropserve.service.http.routes import JsonResponse
+from dropserve.service.http.common import JsonResponse
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
 
@@ -134,9 +134,9 @@ def record(metrics: Metrics, line: dict[str, Any], started: float) -> None:
     """Log a request that started at this `time.perf_counter()`, and count it."""
     seconds = time.perf_counter() - started
     model, version = line.get("model", ""), line.get("version", "")
-    metrics.request(line["route"] or "other", model, version, line["status"], seconds)
+    metrics.record_request(line["route"] or "other", model, version, line["status"], seconds)
     if line.get("reason"):
-        metrics.shed(line["reason"])
+        metrics.record_shed(line["reason"])
     if _log.isEnabledFor(logging.INFO):
         line["milliseconds"] = round(1000 * seconds, 3)
         _log.info("request", extra={FIELDS: line})

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from time import thread_time
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropserve.models import checkpoint
 from dropserve.models.comparison import Moments, compare
-from dropserve.models.constants import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
 from dropserve.models.montecarlo import (
     Precision,
     Sample,
@@ -152,8 +152,10 @@ class Classifier:
         x = self._input(np.concatenate(requests) if len(requests) > 1 else requests[0])
         if isinstance(task, Predict):
             found = self._predict(x)
-        else:
+        elif isinstance(task, Uncertainty):
             found = yield from self._uncertainty(task, x, seeds)
+        else:
+            assert_never(task)
         rest = iter(found)
         return [{"predictions": [*islice(rest, len(pixels))]} for pixels in requests]
 

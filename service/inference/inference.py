@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -137,21 +137,14 @@ class Inference:
             request = (task, pixels)
             return self._batcher.submit(key, request, images, urgent=urgent, max_wait=max_wait)
 
-        try:
+        with _overloaded():
             return await (self.tracing.staged(submit) if self.tracing else submit)(pixels)
-        except QueueFull as error:
-            raise Overloaded(_QUEUE_FULL, "queue") from error
-        except QueueTimeout as error:
-            detail = "the request waited in the queue for longer than its timeout"
-            raise Overloaded(detail, "queue") from error
 
     def queue(self, classifier: Classifier, task: Task, pixels: Read) -> Waiting:
         """Do as `run` for one image, without waiting; whoever stops waiting must `cancel`."""
         key, urgent = _key(classifier, task), isinstance(task, Predict)
-        try:
+        with _overloaded():
             return self._batcher.queue(key, (task, pixels), urgent=urgent)
-        except QueueFull as error:
-            raise Overloaded(_QUEUE_FULL, "queue") from error
 
     def cancel(self, waiting: Waiting) -> None:
         """Give up what `queue` queued."""
@@ -176,14 +169,12 @@ class Inference:
         steps = _steps(classifier, task, pixels)
         del pixels
         weight = 1
+        key = classifier, task, steps
         try:
-            while step := await self._batcher.submit(
-                (classifier, task, steps), (task, None), weight
-            ):
-                yield step
-                weight = 0
-        except QueueFull as error:
-            raise Overloaded(_QUEUE_FULL, "queue") from error
+            with _overloaded():
+                while step := await self._batcher.submit(key, (task, None), weight):
+                    yield step
+                    weight = 0
         finally:
             self._streams -= 1
 
@@ -197,7 +188,7 @@ class Inference:
 
     def _observe(self, key: Key, images: int, waits: Sequence[float]) -> None:
         if self.metrics is not None and images:
-            self.metrics.batch(type(key[1]).__name__.lower(), images, waits)
+            self.metrics.record_batch(type(key[1]).__name__.lower(), images, waits)
 
     def _run(
         self, key: Key, requests: Sequence[Request | None]
@@ -209,8 +200,20 @@ class Inference:
             answers = [step := next(steps, {})]
             complete = [*step.get("end", ())]
         if self.metrics is not None and complete:
-            self.metrics.answered(classifier.name, task, complete)
+            self.metrics.record_answers(classifier.name, task, complete)
         return answers
+
+
+@contextmanager
+def _overloaded() -> Iterator[None]:
+    """Raise Overloaded where the batcher raises its own errors."""
+    try:
+        yield
+    except QueueFull as error:
+        raise Overloaded(_QUEUE_FULL, "queue") from error
+    except QueueTimeout as error:
+        detail = "the request waited in the queue for longer than its timeout"
+        raise Overloaded(detail, "timeout") from error
 
 
 def _key(classifier: Classifier, task: Task) -> Key:

@@ -21,10 +21,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from dropserve.service.errors import Reason
+from dropserve.service.errors import OverloadReason
 
 CLIENT_CLOSED = 499  # what nginx logs for a client that went away; never sent
-REASONS = get_args(Reason)
+REASONS = get_args(OverloadReason)
 FLUSH_SECONDS = 0.5
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 """Buckets of request durations: those of OpenTelemetry's http.server.request.duration."""
@@ -135,20 +135,22 @@ class Metrics:
         self._served: set[tuple[str, int]] = set()
         self._models: set[str] = set()
 
-    def request(self, route: str, model: str, version: object, status: int, seconds: float) -> None:
+    def record_request(
+        self, route: str, model: str, version: object, status: int, seconds: float
+    ) -> None:
         """Record an answered request; model and version are "" where it did not reach one."""
         self.requests[route, model, version, status].append(seconds)
 
-    def shed(self, reason: str) -> None:
+    def record_shed(self, reason: str) -> None:
         """Count a request that is refused with 503."""
         self._shed.labels(reason).inc()
 
-    def batch(self, task: str, images: int, waits: Sequence[float]) -> None:
+    def record_batch(self, task: str, images: int, waits: Sequence[float]) -> None:
         """Record a batch as it starts, and the seconds that its requests waited for it."""
         self._pending[self._waits, task] += waits
         self._pending[self._sizes, task].append(images)
 
-    def answered(
+    def record_answers(
         self, model: str, task: object, answers: Sequence[Mapping[str, Any] | Exception]
     ) -> None:
         """Record the answers to a batch of one task: `samples` is an attribute of it, or absent."""

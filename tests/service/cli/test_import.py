@@ -84,7 +84,7 @@ def test_an_imported_network_is_a_version_that_is_scored_and_served(run, here):
     wide = np.zeros((60, 200, 3), np.uint8)
     wide[..., 0] = 255
     wide[:, 45:155] = (0, 0, 255)  # what a crop of 3:2 leaves of it, and a little more
-    pixels = served.prepare(Image.fromarray(wide))
+    pixels = served.preprocessing.prepare(Image.fromarray(wide))
     np.testing.assert_array_equal(pixels.transpose(1, 2, 0), np.full((6, 9, 3), (0, 0, 255)))
     (answer,) = finish(served.run(Predict(), [pixels[None]]))
     assert answer["predictions"][0]["label"] == "blue"

@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from dropserve.service.app import create_app
-from dropserve.service.fastpath.connection import Connection
+from dropserve.service.fastpath.uvicorn_protocol import FastPathProtocol
 from dropserve.service.inference.inference import Inference
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.server import uvicorn_options
@@ -61,13 +61,13 @@ class Service:
         self.port = self.socket.getsockname()[1]
         taken = self.taken
 
-        class Watched(Connection):
+        class Watched(FastPathProtocol):
             def take(self, data):
                 taken.append(super().take(data))
                 return taken[-1]
 
         options = uvicorn_options(self.settings)
-        assert options["http"] is Connection
+        assert options["http"] is FastPathProtocol
         options |= {"timeout_keep_alive": keep_alive, "http": Watched}
         config = uvicorn.Config(self.app, **options)
         self.server = uvicorn.Server(config)

@@ -14,7 +14,7 @@ import tritonclient.http as triton
 
 from dropserve.service.app import create_app
 from dropserve.service.errors import Overloaded
-from dropserve.service.http.oip import PLAIN, ROWS, SAMPLED
+from dropserve.service.http.routes.oip import PLAIN, ROWS, SAMPLED
 from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.inference.inference import Inference
 from dropserve.service.settings import Settings

@@ -20,8 +20,8 @@ from schemathesis import Case
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from dropserve.service.app import create_app
-from dropserve.service.http.oip import HEADER
 from dropserve.service.http.openapi import common
+from dropserve.service.http.routes.oip import HEADER
 from dropserve.service.settings import Settings
 
 EXAMPLES = int(os.environ.get("OPENAPI_EXAMPLES", "0"))

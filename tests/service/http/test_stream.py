@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from dropserve.models import checkpoint
 from dropserve.service.app import create_app
 from dropserve.service.errors import Overloaded
-from dropserve.service.http.tasks import EventStream
+from dropserve.service.http.routes.tasks import EventStream
 from dropserve.service.inference.classifier import Predict, Stream
 from dropserve.service.inference.inference import MAX_STREAMS, Inference
 from dropserve.service.observability.logs import FIELDS

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from dropserve.models.constants import DEFAULT_SAMPLES
+from dropserve.models.defaults import DEFAULT_SAMPLES
 from dropserve.service.errors import InvalidRequest, Overloaded
 from dropserve.service.http.options import read_options
 from dropserve.service.inference.classifier import (
@@ -125,7 +125,8 @@ def test_requests_of_several_seeds_share_a_batch_and_are_answered_each_by_its_ow
     tasks = [Uncertainty(samples=20, seed=seed) for seed in (5, 7, 5, 2**63 - 1, 0, 7)]
     batches = []
     inference.metrics = SimpleNamespace(
-        batch=lambda _task, images, _waits: batches.append(images), answered=lambda *_: None
+        record_batch=lambda _task, images, _waits: batches.append(images),
+        record_answers=lambda *_: None,
     )
 
     async def main():

@@ -274,7 +274,7 @@ def test_gauges_follow_what_is_served_and_loads_are_counted_once():
 
 def test_two_applications_in_a_process_count_apart():
     one, other = Metrics(), Metrics()
-    one.request("/predict", "m", 1, 200, 0.1)
+    one.record_request("/predict", "m", 1, 200, 0.1)
     assert list(one.requests) == [("/predict", "m", 1, 200)]
     assert not other.requests
 

@@ -38,7 +38,7 @@ class _Files(StaticFiles):
         return response
 
 
-_files = _Files(directory=Path(__file__).parent.parent / "playground", check_dir=False)
+_files = _Files(directory=Path(__file__).parents[2] / "playground", check_dir=False)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])

@@ -55,7 +55,7 @@ _ANSWER = (
 )
 
 
-class Connection(HttpToolsProtocol):
+class FastPathProtocol(HttpToolsProtocol):
     """One connection: the fast path where it can be taken, and uvicorn's own elsewhere."""
 
     def __init__(self, config: Config, *arguments: Any, **named: Any) -> None:  # noqa: ANN401

@@ -7,8 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dropserve.service.errors import NotFound
+from dropserve.service.http.common import JsonResponse, described, errors, find_model, inference_of
 from dropserve.service.http.options import MODEL, VERSION
-from dropserve.service.http.routes import JsonResponse, described, errors, find_model, inference_of
 from dropserve.service.inference.model_store import plain_number
 from dropserve.service.schemas import ExampleList, ModelDetails, ModelList
 

@@ -6,7 +6,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dropserve.service.http.routes import errors, inference_of, require_model
+from dropserve.service.http.common import errors, inference_of, require_model
 from dropserve.service.schemas import Health, ModelState, Readiness
 
 router = APIRouter(tags=["operations"])

@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from dropserve.service import errors
 from dropserve.service.http import body as bodies
-from dropserve.service.http import images, routes
+from dropserve.service.http import common, images
 from dropserve.service.http.options import invalid, limit_samples
 from dropserve.service.inference.classifier import Answer, Classifier, Predict, Task, Uncertainty
 from dropserve.service.inference.decoder import Pixels, Steps
@@ -40,7 +40,7 @@ Ignored = str | int | float | bool | None
 _SAMPLING = ("samples", "seed", "masks", "level")
 Message = TypeVar("Message", bound=BaseModel)
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-infer_router = APIRouter(prefix="/v2", tags=router.tags, route_class=routes.PlainRoute)
+infer_router = APIRouter(prefix="/v2", tags=router.tags, route_class=common.PlainRoute)
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -187,36 +187,36 @@ async def live() -> dict[str, bool]:
     return {"live": True}
 
 
-@router.get("/health/ready", responses=routes.errors(503))
+@router.get("/health/ready", responses=common.errors(503))
 async def ready(request: Request) -> dict[str, bool]:
     """Models are loaded. The port is closed before that and from the start of a shutdown."""
-    routes.require_model(request)
+    common.require_model(request)
     return {"ready": True}
 
 
 async def model_ready(request: Request) -> dict[str, str | bool]:
     """Say that a model can answer."""
-    return {"name": routes.find_model(request).name, "ready": True}
+    return {"name": common.find_model(request).name, "ready": True}
 
 
 async def metadata(request: Request) -> Response:
     """Name a model's versions and tensors."""
-    model = routes.find_model(request)
+    model = common.find_model(request)
     image, rows = [-1, -1, -1, model.details()["input"]["channels"]], [-1, len(model.classes)]
     kinds = [(n, DATATYPES.get(n, "FP32"), rows if n in ROWS else [-1]) for n in Output]
     content = {
         "name": model.name,
-        "versions": [*map(str, routes.inference_of(request).store.versions(model.name))],
+        "versions": [*map(str, common.inference_of(request).store.versions(model.name))],
         "platform": "pytorch",
         "inputs": [{"name": "image", "datatype": "UINT8", "shape": image}],
         "outputs": [{"name": n, "datatype": kind, "shape": shape} for n, kind, shape in kinds],
     }
-    return routes.JsonResponse(content)
+    return common.JsonResponse(content)
 
 
 async def infer(request: Request) -> Response:
     """Classify images: in eval mode, by Monte Carlo dropout, or both."""
-    inference, model = routes.inference_of(request), routes.find_model(request, log=True)
+    inference, model = common.inference_of(request), common.find_model(request, log=True)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in ("", "application/json", "application/octet-stream"):  # Triton's has none
         raise errors.UnsupportedMediaType("send application/json or application/octet-stream")
@@ -225,11 +225,11 @@ async def infer(request: Request) -> Response:
     size, parsing = len(body), _parse(body, lengths, model, state.settings)
     del body  # its memory is free as soon as it is parsed
     try:
-        async with routes.while_connected(request.receive):
-            sent, sources = await routes.parsed(inference, parsing, size)
+        async with common.while_connected(request.receive):
+            sent, sources = await common.parsed(inference, parsing, size)
             request.state.log["images"] = count = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
-            pixels = await routes.decoded(inference, model, sources)
+            pixels = await common.decoded(inference, model, sources)
             del sources  # and with them the body
             if callable(pixels):
                 pixels = cache(pixels)  # by the first task, once for both
@@ -361,7 +361,7 @@ def _respond(
         if isinstance(task, Uncertainty):
             used = {name: getattr(task, name) for name in _SAMPLING}
             content["parameters"] = {"method": "dropout", "log_base": "e", **used}
-    head = routes.to_json({**content, "outputs": [tensor for tensor, _ in tensors]})
+    head = common.to_json({**content, "outputs": [tensor for tensor, _ in tensors]})
     if not any("parameters" in tensor for tensor, _ in tensors):
         return Response(head, media_type="application/json")
     body = b"".join([head, *(data for _, data in tensors)])
@@ -390,13 +390,13 @@ def _post(path: str, body: type[BaseModel], response: object) -> Callable[..., A
     return (infer_router if infers else router).post(
         path,
         response_model=response,
-        responses=routes.errors(*routes.TASK_ERRORS, *(() if infers else (401, 403))),
-        openapi_extra=routes.described(path, body=content),
+        responses=common.errors(*common.TASK_ERRORS, *(() if infers else (401, 403))),
+        openapi_extra=common.described(path, body=content),
     )
 
 
 for _path in ("/models/{name}", "/models/{name}/versions/{version}"):
-    _get: Any = {"responses": routes.errors(404), "openapi_extra": routes.described(_path)}
+    _get: Any = {"responses": common.errors(404), "openapi_extra": common.described(_path)}
     router.get(_path, response_model=ModelMetadata, **_get)(metadata)
     router.get(_path + "/ready", **_get)(model_ready)
     _post(_path + "/infer", InferRequest, InferResponse)(infer)
@@ -406,7 +406,7 @@ for _path in ("/models/{name}", "/models/{name}/versions/{version}"):
 async def index(request: Request) -> list[dict[str, str]]:
     """List every version there is, and why those that are not ready are not."""
     sent = await _read(request, IndexRequest)
-    listed = routes.inference_of(request).store.index()
+    listed = common.inference_of(request).store.index()
     return [entry for entry in listed if entry["state"] == "READY" or not sent.ready]
 
 
@@ -414,7 +414,7 @@ async def index(request: Request) -> list[dict[str, str]]:
 async def load(request: Request) -> dict[str, str]:
     """Serve a model again, or try refused versions again; in every worker."""
     await _read(request, LoadRequest)
-    await routes.inference_of(request).store.load(request.path_params["name"])
+    await common.inference_of(request).store.load(request.path_params["name"])
     return {}
 
 
@@ -422,7 +422,7 @@ async def load(request: Request) -> dict[str, str]:
 async def unload(request: Request) -> dict[str, str]:
     """Stop serving a model, in every worker; its open requests are finished."""
     await _read(request, UnloadRequest)
-    await routes.inference_of(request).store.unload(request.path_params["name"])
+    await common.inference_of(request).store.unload(request.path_params["name"])
     return {}
 
 

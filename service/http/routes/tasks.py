@@ -1,4 +1,8 @@
-"""POST predict, uncertainty, uncertainty/stream and compare."""
+"""POST predict, uncertainty, uncertainty/stream and compare: what runs in batches.
+
+Another such route needs options in `schemas.py` and `http/options.py`, a task in
+`inference/classifier.py` and a method in `client.py`; the batcher takes any task.
+"""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -11,9 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from dropserve.service.errors import InvalidRequest, TooLarge
 from dropserve.service.http.body import BodyReader, parse_images
-from dropserve.service.http.options import MODEL, OPTIONS, VERSION, read_options
-from dropserve.service.http.request_log import failure, problem
-from dropserve.service.http.routes import (
+from dropserve.service.http.common import (
     TASK_ERRORS,
     JsonResponse,
     PlainRoute,
@@ -26,6 +28,8 @@ from dropserve.service.http.routes import (
     to_json,
     while_connected,
 )
+from dropserve.service.http.options import MODEL, OPTIONS, VERSION, read_options
+from dropserve.service.http.request_log import failure, problem
 from dropserve.service.inference.classifier import Answer, Classifier, Stream, Task, Uncertainty
 from dropserve.service.schemas import CompareResponse, PredictResponse, UncertaintyResponse
 
