@@ -193,18 +193,20 @@ def test_a_cancelled_item_that_waits_is_never_computed_and_frees_its_place():
     assert run(scenario, max_queue=4) == [("a", ["first"]), ("b", [1, 2])]
 
 
-def test_an_item_cancelled_while_it_runs_disturbs_no_other():
+@pytest.mark.parametrize("last", [2, "poison"])
+def test_an_item_cancelled_while_it_runs_disturbs_no_other(last):
     async def scenario(batcher, runner):
         pause = runner.pause_at(1)
         async with busy(batcher, runner):
-            tasks = await queued(*(batcher.submit("a", i) for i in range(3)))
+            tasks = await queued(*(batcher.submit("a", item) for item in (0, 1, last)))
         await pause.wait_until_reached()
         tasks[1].cancel()
         await asyncio.sleep(0)
         pause.over.set()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [results[0], results[2]] == [("a", 0), ("a", 2)]
-        assert isinstance(results[1], asyncio.CancelledError)
+        first, gone, third = await asyncio.gather(*tasks, return_exceptions=True)
+        assert first == ("a", 0)
+        assert isinstance(gone, asyncio.CancelledError)
+        assert third == ("a", 2) if last == 2 else isinstance(third, ValueError)
         assert await batcher.submit("a", 9) == ("a", 9)
 
     run(scenario)
