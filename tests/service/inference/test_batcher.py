@@ -72,16 +72,20 @@ def run(scenario, **limits):
 
 
 def run_steps(scenario, **limits):
-    """Run `scenario(batcher, runner)` in an event loop; return the runner."""
+    """Run `scenario(batcher, runner)` in an event loop; return the runner. No callback fails."""
     runner, limits = Runner(), {"max_batch": 8, "max_queue": 100, "max_jobs": 16} | limits
+    errors = []
 
     async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, error: errors.append(error))
         with ThreadPoolExecutor(1) as executor:
             batcher = Batcher(runner, executor, **limits)
             async with asyncio.timeout(20):
                 await scenario(batcher, runner)
+            batcher.close()
 
     asyncio.run(main())
+    assert [error for error in errors if "handle" in error] == []  # those of callbacks
     return runner
 
 
