@@ -389,7 +389,7 @@ def _post(path: str, body: type[BaseModel], response: object) -> Callable[..., A
     return (infer_router if infers else router).post(
         path,
         response_model=response,
-        responses=routes.errors(*routes.TASK_ERRORS, *(() if infers else (401, 403))),
+        responses=routes.errors(*routes.TASK_ERRORS, *(() if infers else (403,))),
         openapi_extra=routes.described(path, body=content),
     )
 
