@@ -330,13 +330,9 @@ def from_base64(item: object) -> bytes:
 
 
 def _read_numbers(item: object, limits: Settings, scale: int) -> ImageSource:
-    not_array = InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
-    try:
-        items = np.array(item, dtype=object)  # no other dtype: it would pad and convert strings
-    except ValueError as error:
-        raise not_array from error
+    items = np.array(item, dtype=object)  # no other dtype: it would pad and convert strings
     if items.ndim not in (2, 3) or items.size == 0 or items.shape[2:] not in ((), (1,), (3,)):
-        raise not_array
+        raise InvalidRequest("`instances` must hold arrays of shape HxW or HxWxC, C 1 or 3")
     check_size((items.shape[1], items.shape[0]), limits)
     (image,) = from_pixels(to_pixels(items[np.newaxis], scale))
     return image

@@ -390,7 +390,7 @@ def _post(path: str, body: type[BaseModel], response: object) -> Callable[..., A
     return (infer_router if infers else router).post(
         path,
         response_model=response,
-        responses=common.errors(*common.TASK_ERRORS, *(() if infers else (401, 403))),
+        responses=common.errors(*common.TASK_ERRORS, *(() if infers else (403,))),
         openapi_extra=common.described(path, body=content),
     )
 
