@@ -19,8 +19,8 @@ same ones from what it reads. Messages never repeat what was sent, but for the n
 parameter.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar, Literal
 
@@ -129,15 +129,20 @@ class ModelStoreError(Exception):
     """There is nothing to serve at the start, or nothing to serve by default."""
 
 
-@contextmanager
-def about(image: int, images: int) -> Iterator[None]:
-    """Say which image of several an error of the request is about, counted from 0."""
-    try:
-        yield
-    except RequestError as error:
-        if images > 1:
-            error.args = (f"image {image}: {error}",)
-        raise
+@dataclass(slots=True, eq=False)
+class AboutImage:
+    """Says which image of several an error of the block is about, counted from 0."""
+
+    image: int
+    images: int
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """Change the error's detail."""
+        if isinstance(error, RequestError) and self.images > 1:
+            error.args = (f"image {self.image}: {error}",)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -22,11 +22,12 @@ from starlette.applications import Starlette
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from dropserve.service.errors import DropserveError, Overloaded
+from dropserve.service.errors import DropserveError
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared
 from dropserve.service.http.keys import KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
 from dropserve.service.http.request_log import RequestLog, record, request_id
+from dropserve.service.inference.batcher import QueueFull
 from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.inference.decoder import Pixels, finish
 from dropserve.service.observability.metrics import CLIENT_CLOSED
@@ -247,7 +248,7 @@ class FastPathRequest:
 
         try:
             waiting = inference.queue(model, parsed.task, read)
-        except Overloaded:
+        except QueueFull:
             reader.release(len(body))
             return None
         shown = {"model": model.name, "version": model.version}

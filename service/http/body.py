@@ -17,13 +17,13 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from dropserve.service.errors import (
+    AboutImage,
     InvalidRequest,
     MalformedRequest,
     Overloaded,
     RequestTimeout,
     TooLarge,
     UnsupportedMediaType,
-    about,
 )
 from dropserve.service.http.images import (
     ACCEPTED,
@@ -146,7 +146,7 @@ def read_each(items: Sequence[Item], read: Callable[[Item], ImageSource]) -> lis
     """Read images' headers or numbers; an error says which of them it is about."""
     images = []
     for number, item in enumerate(items):
-        with about(number, len(items)):
+        with AboutImage(number, len(items)):
             images.append(read(item))
     return images
 
@@ -359,7 +359,7 @@ def to_pixels(
         raise wrong
     for number, image in enumerate(numbers if scale == 255 else ()):
         if image.max() <= 1 and (image != np.rint(image)).any():
-            with about(number, len(numbers)):
+            with AboutImage(number, len(numbers)):
                 raise InvalidRequest(
                     "no pixel is above 1 and some are not whole: they are scaled already. Send 0 "
                     "to 255, or scale=1 if 1 is white"

@@ -18,12 +18,12 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from dropserve.models.image_formats import IMAGE_FORMATS
 from dropserve.service.errors import (
+    AboutImage,
     InvalidRequest,
     MalformedRequest,
     RequestError,
     TooLarge,
     UnsupportedMediaType,
-    about,
 )
 from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Pixels, Steps
 from dropserve.service.settings import Settings
@@ -37,6 +37,7 @@ ACCEPTED = " or ".join(FORMATS)
 SMALL_BYTES = 16_384
 _SMALL_PIXELS = 64 * 64
 Size = tuple[int, int]  # (width, height)
+Chunks = list[tuple[int, int]]
 SetScale = Callable[[Image.Image], None]
 _SIZE, _CHUNK = struct.Struct(">II"), struct.Struct(">I4s")
 # length of IHDR, bit depth, colour type, methods and interlacing of the commonest PNGs
@@ -54,13 +55,14 @@ _MOST_SCANS = 100  # of a JPEG: usual are ten, and each costs time for all pixel
 _MOST_SEGMENTS = 10_000  # of a JPEG before its pixels, or chunks of a PNG that are not its pixels
 # and bytes of memory
 _BYTES_PER_BYTE = 4  # for a byte of the file: its metadata is copied, and lists are made of it
+_SMALL_MEMORY = _SMALL_PIXELS * BYTES_PER_PIXEL + SMALL_BYTES * _BYTES_PER_BYTE
 _TEXT = 256 * 2**20  # that compressed text in a PNG may become in Pillow: 64 M characters
 _GROUP_BYTES = 20_000  # for a group of Huffman tables in a lossless WebP, for 4 x 4 pixels each,
 _MOST_GROUPS = 65_536
 _TABLE_BYTES_PER_BYTE = 1200  # and for the tables that a byte of the file can describe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that takes four times as long to make
 class ImageSource:
     """An image within limits, not decoded yet.
 
@@ -91,27 +93,29 @@ def encoded(data: bytes, content_type: str | None, limits: Settings) -> ImageSou
     """
     kind, size = _check(data, content_type, limits)
     memory = memory_of(size) + _BYTES_PER_BYTE * len(data)
-    plain = len(data) <= SMALL_BYTES and _is_plain(data, kind)
-    if kind == "PNG" and not plain and (b"zTXt" in data or b"iTXt" in data):
+    chunks = _chunks(data) if kind == "PNG" else []
+    plain = len(data) <= SMALL_BYTES and (bool(chunks) or (kind == "JPEG" and _is_plain(data)))
+    if kind == "PNG" and not chunks and (b"zTXt" in data or b"iTXt" in data):
         memory += _TEXT
     if kind == "WEBP" and (b"VP8L" in data or b"ALPH" in data):
         groups = min(-(-size[0] // 4) * -(-size[1] // 4), _MOST_GROUPS)
         memory += min(groups * _GROUP_BYTES, len(data) * _TABLE_BYTES_PER_BYTE)
-    return ImageSource(partial(_load, data, kind, size), memory, plain)
+    return ImageSource(partial(_load, data, kind, size, chunks), memory, plain)
 
 
-def _is_plain(data: bytes, kind: str) -> bool:
-    """Say if there is little but pixels: text and profiles may take long to read."""
-    if kind == "PNG":
-        return bool(_chunks(data))
-    scans = data.count(_SCAN_MARKER)
-    return kind == "JPEG" and scans == 1 and data.find(_SCAN_MARKER) < _PLAIN_HEADER
+def _is_plain(jpeg: bytes) -> bool:
+    """Say if there is little but one scan: profiles and many scans may take long to read."""
+    return jpeg.count(_SCAN_MARKER) == 1 and jpeg.find(_SCAN_MARKER) < _PLAIN_HEADER
 
 
 def are_small(images: Sequence[ImageSource]) -> bool:
     """Say if decoding is so little work that another thread would cost more."""
-    most = _SMALL_PIXELS * BYTES_PER_PIXEL + SMALL_BYTES * _BYTES_PER_BYTE
-    return all(x.plain for x in images) and sum(x.memory for x in images) <= most
+    memory = 0
+    for image in images:
+        if not image.plain:
+            return False
+        memory += image.memory
+    return memory <= _SMALL_MEMORY
 
 
 def prepared(images: Sequence[ImageSource], model: "Classifier") -> Steps[Pixels]:
@@ -120,7 +124,7 @@ def prepared(images: Sequence[ImageSource], model: "Classifier") -> Steps[Pixels
     rows = []
     for number, image in enumerate(images):
         yield image.memory
-        with about(number, len(images)):
+        with AboutImage(number, len(images)):
             rows.append(how.prepare(image.decode(how.set_scale)))
     return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
 
@@ -153,9 +157,9 @@ def check_size(size: Size, limits: Settings) -> None:
         raise InvalidRequest("the image has no pixels")
 
 
-def _load(data: bytes, kind: str, size: Size, set_scale: SetScale) -> Image.Image:
+def _load(data: bytes, kind: str, size: Size, chunks: Chunks, set_scale: SetScale) -> Image.Image:
     try:
-        plain = _load_plain_png(data) if kind == "PNG" else None
+        plain = _load_plain_png(data, size, chunks) if chunks else None
         return plain or _load_any(data, kind, size, set_scale)
     except (RequestError, MemoryError):
         raise
@@ -192,33 +196,28 @@ def _load_webp(opened: WebPImageFile) -> Image.Image:
     return image
 
 
-def _load_plain_png(data: bytes) -> Image.Image | None:
+def _load_plain_png(data: bytes, size: Size, chunks: Chunks) -> Image.Image | None:
     """Decode the commonest PNG: 8-bit grey or RGB, of few chunks, and none but its pixels'.
 
     It goes straight to Pillow's decoder (what `Image.frombytes` does, without its checks): 28x28
     take less than half the time. All others, and damaged ones, are None: Pillow's reader decides.
     """
     mode = _PLAIN.get(data[8:12] + data[24:29])
-    chunks = _chunks(data)
-    if (
-        mode is None
-        or not chunks
-        or any(zlib.crc32(data[i:j]) != _big(data[j : j + 4]) for i, j in chunks)
-    ):
+    if mode is None or any(zlib.crc32(data[i:j]) != _big(data[j : j + 4]) for i, j in chunks):
         return None
-    image = Image.new(mode, _SIZE.unpack_from(data, 16), None)
+    image = Image.new(mode, size, None)
     decoder = Image.core.zip_decoder(mode, mode)  # type: ignore[attr-defined]  # no public name
-    decoder.setimage(image.im, (0, 0, *image.size))
+    decoder.setimage(image.im, (0, 0, *size))
     pixels = b"".join([data[i + 4 : j] for i, j in chunks[1:-1]])
     return image if decoder.decode(pixels) == _DECODED else None
 
 
-def _chunks(data: bytes) -> list[tuple[int, int]]:
+def _chunks(data: bytes) -> Chunks:
     """Find the chunks of a PNG: where their kinds start and their checksums do.
 
     Empty if it is cut short, or has many chunks, or others than IHDR, IDAT and IEND.
     """
-    found: list[tuple[int, int]] = []
+    found: Chunks = []
     start, kind = 8, b""
     while kind != b"IEND":
         if len(found) == _SMALL_CHUNKS or start + 12 > len(data):

@@ -141,10 +141,13 @@ class Inference:
             return await (self.tracing.staged(submit) if self.tracing else submit)(pixels)
 
     def queue(self, classifier: Classifier, task: Task, pixels: Read) -> Waiting:
-        """Do as `run` for one image, without waiting; whoever stops waiting must `cancel`."""
+        """Do as `run` for one image, without waiting; whoever stops waiting must `cancel`.
+
+        Raises:
+            QueueFull: it would not fit.
+        """
         key, urgent = _key(classifier, task), isinstance(task, Predict)
-        with _overloaded():
-            return self._batcher.queue(key, (task, pixels), urgent=urgent)
+        return self._batcher.queue(key, (task, pixels), urgent=urgent)
 
     def cancel(self, waiting: Waiting) -> None:
         """Give up what `queue` queued."""
