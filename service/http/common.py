@@ -8,7 +8,7 @@ the fields of the request's log line.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,8 +16,8 @@ import orjson
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from dropserve.service.errors import Overloaded
 from dropserve.service.http.images import SMALL_BYTES, ImageSource, are_small, prepared
@@ -35,14 +35,15 @@ _WATCH_AFTER = 0.1
 
 
 class PlainRoute(APIRoute):
-    """A route whose handler takes the request alone: no dependencies are solved per request."""
+    """A route whose handler takes the request alone: there are no dependencies to keep or solve."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler as it was declared."""
-        if self.dependant.dependencies:
-            raise TypeError(f"{self.path}: this class of routes has no dependencies")
-        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return handler
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the handler, and send its response."""
+        if scope["method"] not in (self.methods or ()) or self.dependant.dependencies:
+            await super().handle(scope, receive, send)
+            return
+        response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 class JsonResponse(JSONResponse):
