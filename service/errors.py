@@ -25,10 +25,16 @@ from difflib import get_close_matches
 from typing import ClassVar, Literal
 
 OverloadReason = Literal[
-    "queue", "timeout", "decode", "body_memory", "streams", "draining", "no_model", "workers"
+    "queue",  # the batcher's is full (inference.py)
+    "timeout",  # too long in it
+    "decode",  # too many images wait to be decoded
+    "streams",  # too many at once
+    "body_memory",  # bodies of other requests take all of it (http/body.py)
+    "draining",  # the time for open requests at shutdown is over (http/request_log.py)
+    "no_model",  # none is served (http/common.py)
+    "workers",  # others have not followed a load or unload yet (model_store.py)
 ]
-"""Why a request was answered 503: full queue, too long in it, and so on; the label of the metric,
-and a field of the log. Each is where an `Overloaded` is raised."""
+"""Why a request was answered 503: a label of the metric, and a field of the log."""
 
 
 class DropserveError(Exception):

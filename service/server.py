@@ -1,4 +1,7 @@
-"""Runs the application under uvicorn: in this process, or in several."""
+"""Runs the application under uvicorn: in this process, or in several.
+
+`app.create_app` is an ASGI application for any server; without uvicorn there is no fast path.
+"""
 
 import gc
 import os
@@ -79,6 +82,7 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
     from dropserve.service.fastpath.uvicorn_protocol import FastPathProtocol
 
     fast = settings.fast_path and not settings.tracing  # spans are made by ASGI middleware
+    # Connections are not capped: uvicorn's limit_concurrency does not see those of the fast path.
     return {
         "host": settings.host,
         "port": settings.port,

@@ -30,6 +30,8 @@ Array = npt.NDArray[Any]
 class Summary:
     """Statistics of T thinned networks over B images; float64 tensors.
 
+    The service answers every field: it needs one in `UncertainPrediction` of `service/schemas.py`.
+
     Attributes:
         mean: [B, C], the average of probabilities, never of logits.
         variance: [B, C], with T-1; None for a single sample. Samples of stratified masks depend on

@@ -11,7 +11,7 @@ a request or none of them, and one request is in flight on a connection at a tim
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,12 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dropserve.service.errors import DropserveError
-from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared
+from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
 from dropserve.service.http.request_log import RequestLog, record, request_id
 from dropserve.service.inference.batcher import QueueFull
 from dropserve.service.inference.classifier import Predict, Uncertainty
-from dropserve.service.inference.decoder import Pixels, finish
 from dropserve.service.observability.metrics import CLIENT_CLOSED
 
 if TYPE_CHECKING:
@@ -235,18 +234,16 @@ class FastPathRequest:
         inference: Inference = state.inference
         reader = state.reader
         try:
-            images = [encoded(body, "image/png", state.settings)]
+            image = encoded(body, "image/png", state.settings)
             model = inference.store.find(name, version)
         except DropserveError:
             return None
-        small = are_small(images) and len(body) <= state.settings.max_body_bytes
+        small = are_small([image]) and len(body) <= state.settings.max_body_bytes
         if not small or not reader.hold(body):
             return None
 
-        def read() -> Pixels:
-            return finish(prepared(images, model))
-
         try:
+            read = partial(prepared_alone, image, model)
             waiting = inference.queue(model, parsed.task, read)
         except QueueFull:
             reader.release(len(body))

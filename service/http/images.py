@@ -120,13 +120,18 @@ def are_small(images: Sequence[ImageSource]) -> bool:
 
 def prepared(images: Sequence[ImageSource], model: "Classifier") -> Steps[Pixels]:
     """Decode images for a model, each prepared before the next is decoded: uint8 [B, C, H, W]."""
-    how = model.preprocessing
     rows = []
     for number, image in enumerate(images):
         yield image.memory
         with AboutImage(number, len(images)):
-            rows.append(how.prepare(image.decode(how.set_scale)))
-    return np.stack(rows) if len(rows) > 1 else rows[0][np.newaxis]
+            rows.append(prepared_alone(image, model))
+    return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+
+def prepared_alone(image: ImageSource, model: "Classifier") -> Pixels:
+    """Decode one image for a model at once: uint8 [1, C, H, W]."""
+    how = model.preprocessing
+    return how.prepare(image.decode(how.set_scale))[np.newaxis]
 
 
 def _check(data: bytes, content_type: str | None, limits: Settings) -> tuple[str, Size]:
