@@ -172,7 +172,7 @@ def figures(
 ) -> dict[str, Array]:
     """Turn sums [C, ...] over so many samples and whole blocks into figures of `Summary`.
 
-    A stream sends those that `streaming.Sample` has, too.
+    A stream sends those that are fields of `streaming.Sample`.
 
     The numbers of samples and blocks may be arrays [...], as for the first sample, the first two
     and so on. The variance is NaN where there are too few, and the standard error NaN or infinite.

@@ -136,6 +136,7 @@ class FastPathProtocol(HttpToolsProtocol):
         except Exception as error:  # the ASGI path finds it again and reports it
             if not isinstance(error, DropserveError):
                 self.logger.exception("a request is passed to the ASGI path")
+            error.__traceback__ = None  # as in RequestLog
             self._pass_request(request)
             return
         self._request, self._sent = None, b""
@@ -241,7 +242,6 @@ class FastPathRequest:
         small = are_small([image]) and len(body) <= state.settings.max_body_bytes
         if not small or not reader.hold(body):
             return None
-
         try:
             read = partial(prepared_alone, image, model)
             waiting = inference.queue(model, parsed.task, read)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Classifier
 
 FORMATS = {f"image/{kind.lower()}": kind for kind in IMAGE_FORMATS}
-"""Pillow's name of every format that is read, by media type."""
+"""Pillow's name of every format that is read, by media type: `image/` and the name."""
 ACCEPTED = " or ".join(FORMATS)
 SMALL_BYTES = 16_384
 _SMALL_PIXELS = 64 * 64
@@ -67,7 +67,8 @@ class ImageSource:
     """An image within limits, not decoded yet.
 
     Attributes:
-        decode: decodes it, or raises InvalidRequest; is given `Preprocessing.set_scale`.
+        decode: decodes it, or raises InvalidRequest or MemoryError; is given what sets a JPEG's
+            scale, `Preprocessing.set_scale`.
         memory: bytes that this takes at most, and converting it to a network's pixels.
         plain: its pixels are all that there is to read, so few bytes take little time.
     """
@@ -88,8 +89,8 @@ def encoded(data: bytes, content_type: str | None, limits: Settings) -> ImageSou
     Raises:
         MalformedRequest: there are no bytes.
         UnsupportedMediaType: another format, or not the format that `content_type` says.
-        TooLarge: more pixels than `limits` allow.
-        InvalidRequest: damaged, or 16 bits a channel.
+        TooLarge: more pixels, or a longer side, than `limits` allow.
+        InvalidRequest: damaged, without pixels, or of 16 bits a channel.
     """
     kind, size = _check(data, content_type, limits)
     memory = memory_of(size) + _BYTES_PER_BYTE * len(data)

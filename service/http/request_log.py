@@ -75,6 +75,9 @@ class RequestLog:
             if line["status"]:
                 line["status"] = sent.status
                 raise  # the response has begun: the server closes the connection
+            # Its frames hold the request's body, and futures that hold the error: with the
+            # traceback, they would stay until the next garbage collection.
+            error.__traceback__ = None
             response = error_response(scope, sent.status, str(sent), sent.headers)
             await response(scope, receive, send)
 
@@ -98,9 +101,6 @@ def failure(error: BaseException, scope: Scope) -> DropserveError:
         _log.error("request failed", exc_info=error, extra=about)
     if isinstance(sent, Overloaded):
         state["log"]["reason"] = sent.reason
-    # Its frames hold the request's body, and futures that hold the error: with the traceback, they
-    # would stay until the next garbage collection.
-    error.__traceback__ = None
     return sent
 
 

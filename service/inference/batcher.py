@@ -155,6 +155,7 @@ class Batcher(Generic[Key, Item, Result]):
                 timer.cancel()
             if entry.future.cancelled():
                 self.cancel(entry)
+            del entry  # an error's traceback holds this frame, and the entry its future: the error
 
     def queue(
         self, key: Key, item: Item, weight: int = 1, *, urgent: bool = False

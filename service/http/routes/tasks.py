@@ -87,6 +87,7 @@ class EventStream(StreamingResponse):
                 yield _write_events(step, head)
         except Exception as error:
             sent = failure(error, request.scope)
+            error.__traceback__ = None  # as in RequestLog
             request.state.log["status"] = sent.status  # the header said 200
             content = problem(sent.status, str(sent), request.state.request_id)
             yield _write_events({"error": [content]}, {})

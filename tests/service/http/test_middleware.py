@@ -4,6 +4,7 @@ import asyncio
 import gc
 import re
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import httpx
@@ -13,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from dropserve.service.app import create_app
 from dropserve.service.errors import Overloaded
 from dropserve.service.http.request_log import RequestLog
+from dropserve.service.inference.batcher import Batcher, QueueTimeout
 from dropserve.service.inference.inference import Inference
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.settings import Settings
@@ -122,7 +124,8 @@ def test_the_cause_of_a_503_is_logged_and_counted(error, reason, caplog):
     assert re.findall(r'dropserve_shed_total{reason="(\w+)"} 1.0', text) == [reason] * bool(reason)
 
 
-def test_a_failed_request_keeps_no_memory():
+@pytest.mark.parametrize("in_the_queue", [False, True])
+def test_a_failed_request_keeps_no_memory(in_the_queue):
     """Not even until the next garbage collection: an image's body has megabytes."""
     died = []
 
@@ -132,6 +135,13 @@ def test_a_failed_request_keeps_no_memory():
 
     async def fails(_scope, _receive, _send):
         body, future = Body(), asyncio.get_running_loop().create_future()
+        if in_the_queue:
+            batcher = Batcher(None, ThreadPoolExecutor(1), max_batch=1, max_queue=1)
+            batcher._busy = True
+            try:
+                await batcher.submit("key", body, max_wait=0.01)
+            except QueueTimeout as error:
+                raise Overloaded("too long", "timeout") from error
         future.set_exception(Overloaded(f"{type(body).__name__} is too large", "queue"))
         await future
 
@@ -142,6 +152,7 @@ def test_a_failed_request_keeps_no_memory():
         gc.disable()
         try:
             await RequestLog(fails)(scope, None, send)
+            await asyncio.sleep(0)  # the loop holds what it has just called
             assert died
         finally:
             gc.enable()
