@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dropserve.service.app import create_app
-from dropserve.service.http.openapi import common
+from dropserve.service.http.openapi import shortest_path
 from dropserve.service.settings import Settings
 
 PAGE = Path(__file__).with_name("api.md")
@@ -69,7 +69,7 @@ def _operations(document: Document) -> Iterator[tuple[str, Mapping[str, Any]]]:
     seen = set()
     for path, item in document["paths"].items():
         for method, operation in item.items():
-            if (alike := (method, common(path))) not in seen:
+            if (alike := (method, shortest_path(path))) not in seen:
                 seen.add(alike)
                 yield f"{method.upper()} {path}", operation
 

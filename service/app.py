@@ -51,10 +51,9 @@ def create_app(
     app.state.settings, app.state.metrics, app.state.keys = settings, Metrics(), keys
     app.state.reader = BodyReader(settings)
     app.state.tracing = None
-    app.include_router(tasks.router)  # in this order routes are tried
-    app.include_router(oip.infer_router)
-    for routes in (oip, models, health, playground):
-        app.include_router(routes.router)
+    busiest = tasks.router, oip.infer_router  # in this order routes are tried
+    for router in (*busiest, oip.router, models.router, health.router, playground.router):
+        app.include_router(router)
     complete_document(app, settings)
     app.add_exception_handler(HTTPException, _describe_http_error)
     if keys is not None:

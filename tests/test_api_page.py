@@ -13,7 +13,7 @@ import pytest
 
 from dropserve.service.app import create_app
 from dropserve.service.http.keys import OPEN
-from dropserve.service.http.openapi import common, examples
+from dropserve.service.http.openapi import examples, shortest_path
 from dropserve.service.settings import Settings
 from tests.helpers import dropserve
 
@@ -125,7 +125,7 @@ def test_limits_in_the_document_are_those_of_the_service():
 
 
 def test_no_example_is_of_a_route_that_is_not_there():
-    routes = {f"{n.partition(' ')[0]} {common(n.partition(' ')[2])}" for n in OPERATIONS}
+    routes = {f"{n.partition(' ')[0]} {shortest_path(n.partition(' ')[2])}" for n in OPERATIONS}
     assert set(examples()) == {r for r in routes if not r.endswith("{number}")}
 
 

@@ -172,7 +172,7 @@ def figures(
 ) -> dict[str, Array]:
     """Turn sums [C, ...] over so many samples and whole blocks into figures of `Summary`.
 
-    A stream sends those that are fields of `streaming.Sample`.
+    A stream sends all but the variance: what is added here, `streaming.Sample` needs, too.
 
     The numbers of samples and blocks may be arrays [...], as for the first sample, the first two
     and so on. The variance is NaN where there are too few, and the standard error NaN or infinite.

@@ -67,7 +67,7 @@ def stream_samples(
             t = np.arange(done + start, done + min(start + BLOCK, count)) + 1
             sums = _running_sums(p[:, some].astype(np.float64), t, sums)
             found = {"probabilities": p[:, some], **figures(masks, sums, t, t // BLOCK)}
-            found = {name: found[name] for name in found if name in Sample.__dataclass_fields__}
+            del found["variance"]  # `Sample` has all others
             yield _samples(masks, t, found, [bits[some] for bits in kept])
         done += count
 

@@ -239,8 +239,7 @@ class FastPathRequest:
             model = inference.store.find(name, version)
         except DropserveError:
             return None
-        small = are_small([image]) and len(body) <= state.settings.max_body_bytes
-        if not small or not reader.hold(body):
+        if not are_small([image]) or not reader.hold(body):
             return None
         try:
             read = partial(prepared_alone, image, model)

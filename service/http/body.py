@@ -107,8 +107,9 @@ class BodyReader:
         )
 
     def hold(self, body: bytes) -> bool:
-        """Count a body that was read already as held until it is released, if it fits."""
-        fits = self._held + len(body) <= self._limits.max_held_bytes
+        """Count a body that was read already as held until it is released, if `read` would."""
+        limits = self._limits
+        fits = len(body) <= min(limits.max_body_bytes, limits.max_held_bytes - self._held)
         self._held += len(body) if fits else 0
         return fits
 

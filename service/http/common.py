@@ -8,7 +8,7 @@ the fields of the request's log line.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ import orjson
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from dropserve.service.errors import Overloaded
@@ -39,6 +39,12 @@ class PlainRoute(APIRoute):
 
     It has neither dependencies nor a body limit of the framework's, its router's included.
     """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Refuse dependencies of the route when it is declared: they would not be solved."""
+        if self.dependant.dependencies:
+            raise TypeError(f"{self.path}: this class of routes has no dependencies")
+        return super().get_route_handler()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the handler, and send its response."""

@@ -76,14 +76,14 @@ def complete_document(app: FastAPI, settings: Settings) -> None:
         )
 
 
-def common(path: str) -> str:
+def shortest_path(path: str) -> str:
     """Return the shortest path that answers alike: without the model, or without the version."""
     return _WHICH.sub("", path)
 
 
 @cache
 def examples() -> Mapping[str, Mapping[str, Any]]:
-    """Read the examples: what was `sent` and the `answer`, by method and common path."""
+    """Read the examples: what was `sent` and the `answer`, by method and shortest path."""
     found: dict[str, dict[str, Any]] = json.loads(
         Path(__file__).with_name("examples.json").read_text()
     )
@@ -136,7 +136,7 @@ def _complete_operation(
             _limit(parameter["schema"], settings.max_samples)
     if path.endswith("/infer"):
         _add_binary(operation)
-    example = examples().get(f"{method.upper()} {common(path)}", {})
+    example = examples().get(f"{method.upper()} {shortest_path(path)}", {})
     _show(operation.get("requestBody", {}), example.get("sent"))
     for response in answers.values():
         if "text/event-stream" in response["content"]:

@@ -20,7 +20,7 @@ from schemathesis import Case
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from dropserve.service.app import create_app
-from dropserve.service.http.openapi import common
+from dropserve.service.http.openapi import shortest_path
 from dropserve.service.http.routes.oip import HEADER
 from dropserve.service.settings import Settings
 
@@ -140,13 +140,13 @@ def name_the_images(part: object) -> None:
 SETTINGS = Settings(**GIVEN)
 DOCUMENT = copy.deepcopy(create_app(SETTINGS).openapi())  # its examples are shared
 name_the_images(DOCUMENT)
-SHORTEST = {common(path) for path in DOCUMENT["paths"]}
+SHORTEST = {shortest_path(path) for path in DOCUMENT["paths"]}
 schema = schemathesis.openapi.from_dict(DOCUMENT)
 schema.config.checks.negative_data_rejection.expected_statuses.append("413")  # too much, not wrong
 if not EXAMPLES:
     schema.config.phases.update(phases=["examples", "fuzzing"])
     schema = schema.include(
-        lambda context: common(context.operation.path) == context.operation.path
+        lambda context: shortest_path(context.operation.path) == context.operation.path
     )
 
 
