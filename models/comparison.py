@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dropserve.models.dropout import Dropout
 from dropserve.models.montecarlo import Sampler
+from dropserve.models.regularizers import Stochastic
 
 
 @dataclass
@@ -93,7 +93,7 @@ def compare(
 def _recorded(
     module: nn.Module,
     mode: Literal["eval", "train"],
-    rates: Mapping[str, float],
+    rates: Mapping[str, float | None],
     layers: dict[str, Layer],
 ) -> Iterator[None]:
     """Add the moments of every leaf's output to `layers`, for passes of this thread."""
@@ -105,7 +105,7 @@ def _recorded(
             return
         calls[name] += 1
         key = name if calls[name] == 1 else f"{name}[{calls[name]}]"
-        dropped = isinstance(leaf, _DropoutNd | Dropout)  # at rate 0 where it is no site
+        dropped = isinstance(leaf, _DropoutNd | Stochastic)  # at rate 0 where it is no site
         rate = rates.get(key, 0.0 if dropped else None)
         layer = layers.setdefault(key, Layer(key, type(leaf).__name__, rate))
         (layer.eval if mode == "eval" else layer.train).add(output)

@@ -15,13 +15,16 @@ class Recipe:
     batch_size: int = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"  # Loshchilov and Hutter, 2019; Nesterov's
     learning_rate: float = 2e-3  # at the peak: warmed up over 5% of the steps, then a half cosine
-    weight_decay: float = 0.02  # of weight matrices and kernels, never of biases and norms
+    weight_decay: float = 0.02  # of weight matrices and kernels
     label_smoothing: float = 0.0  # share spread over all classes (Szegedy et al., 2016)
     shift: int = 0  # augmentation: at most so many pixels up, down, left, right
     flip: bool = False  # augmentation: mirror half of the images left to right
     patience: int = 0  # stop after so many epochs that were not the best; 0: never
     validation_share: float = 0.1  # of the training images, held out to choose the best epoch
     seed: int = 0
+    decay_biases: bool = False  # weight decay of biases and norms too
+    l1: float = 0.0  # penalty on the absolute values of weight matrices and kernels, summed
+    max_norm: float | None = None  # of each unit's incoming weights, after every step
     threads: int | None = None  # of the CPU; another number rounds differently. None: PyTorch's
 
     def __post_init__(self) -> None:
@@ -29,6 +32,10 @@ class Recipe:
             raise ConfigError("epochs must be at least 1, batch_size 2, patience and shift 0")
         if not 0 < self.learning_rate < 100 or not 0 <= self.weight_decay < 100:
             raise ConfigError("learning_rate must be in (0, 100), weight_decay in [0, 100)")
+        if not 0 <= self.l1 < 1 or not 0 < (self.max_norm or 1) < 1e6:
+            raise ConfigError("l1 must be in [0, 1), max_norm in (0, 1000000)")
+        if self.decay_biases and not self.weight_decay:
+            raise ConfigError("decay_biases needs a weight_decay above 0")
         if not 0 <= self.label_smoothing < 1 or not 0 < self.validation_share < 1:
             raise ConfigError("label_smoothing must be in [0, 1), validation_share in (0, 1)")
         if self.optimizer not in ("adamw", "sgd"):

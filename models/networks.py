@@ -1,30 +1,29 @@
-"""Networks, built from a description that is saved in the checkpoint: MLPs, CNNs, and factories.
+"""Networks, built from a description that is saved in the checkpoint."""
 
-A factory is a user's callable that returns a module. It is named `package.module:factory`, which is
-imported, or `path/to/file.py:factory`, whose file is run as a module of its own. A relative path
-starts in the working directory.
-"""
-
-import importlib
-import importlib.util
-import os
-import sys
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Self
 
 from torch import nn
 
-from dropserve.models.dropout import InvertedDropout, SpatialDropout, check_rate
+from dropserve.models import architectures
 from dropserve.models.errors import ConfigError
+from dropserve.models.factories import FORMS, call_factory, trusted
+from dropserve.models.regularizers import (
+    METHODS,
+    SCOPES,
+    DropConnect,
+    Method,
+    RecurrentDropConnect,
+    Scope,
+    SpatialDropout,
+)
+from dropserve.models.regularizers.noise import check_rate
 from dropserve.models.storage import parse_dataclass
 
-FORMS = "package.module:factory or path/to/file.py:factory"
+NETWORKS = ("mlp", "cnn", "gru", "wrn", "vit")
 _MAX_WIDTH = 65_536
 _MAX_DEPTH = 64
 
@@ -34,14 +33,26 @@ class NetworkConfig:
     """Description of a network; ConfigError if a value is invalid.
 
     Attributes:
-        kind: "mlp", "cnn", or a factory as this module's docstring has it.
+        kind: one of `NETWORKS`, or a factory (`models/factories.py`).
         input: shape of one image, (channels, height, width).
         classes: number of logits.
-        hidden: widths of the fully connected layers before the logits.
-        dropout: rate after each of them.
-        channels: output channels of a CNN's blocks, each convolution, batch norm, ReLU, pool.
+        hidden: widths of the fully connected layers before the logits; of a gru its state, of a vit
+            its tokens. A wrn without any averages its last stage.
+        dropout: the regularizer's rates: one a hidden layer; of a gru, inputs and state, or state
+            alone for zoneout; of a wrn the blocks', then those of hidden layers; of a vit one.
+        channels: output channels of a CNN's blocks, each convolution, batch norm, ReLU, pool, or of
+            a wrn's stages.
         spatial_dropout: rate at which a CNN drops whole channels between its blocks.
         arguments: JSON keyword arguments for a factory.
+        blocks: of each stage of a wrn, or of a vit.
+        regularizer: one of `METHODS`.
+        input_dropout: the regularizer's rate on the input; of DropConnect, of inverted dropout.
+        noise_mean: of additive noise.
+        mask_scope: what shares a draw in training.
+        before_activation: whether noise comes before the activation, and not after it.
+        batch_norm: whether hidden layers of an mlp have batch normalisation.
+        init_std: standard deviation of fresh weights, with biases of 0; None: PyTorch's own.
+        stochastic_depth: rate of the last residual block; it grows linearly up to there.
     """
 
     kind: str
@@ -52,28 +63,107 @@ class NetworkConfig:
     channels: tuple[int, ...] = ()
     spatial_dropout: float = 0.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    blocks: int = 1
+    regularizer: str = "dropout"
+    input_dropout: float = 0.0
+    noise_mean: float = 0.0
+    mask_scope: Scope = "example"
+    before_activation: bool = False
+    batch_norm: bool = False
+    init_std: float | None = None
+    stochastic_depth: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.is_builtin and ":" not in self.kind:
-            raise ConfigError(f"network must be mlp, cnn, {FORMS}: {self.kind!r}")
+            raise ConfigError(f"network must be {', '.join(NETWORKS)}, {FORMS}: {self.kind!r}")
         if len(self.input) != 3:
             raise ConfigError(f"input must be (channels, height, width): {self.input}")
-        widths = (*self.input, self.classes, *self.hidden, *self.channels)
+        widths = (*self.input, self.classes, *self.hidden, *self.channels, self.blocks)
         if not all(0 < w <= _MAX_WIDTH for w in widths) or self.classes < 2:
             raise ConfigError(f"widths must be 1 to {_MAX_WIDTH}, classes at least 2: {widths}")
-        if len(self.hidden) != len(self.dropout):
-            raise ConfigError("dropout needs one rate a hidden layer")
-        if len(self.hidden) + len(self.channels) > _MAX_DEPTH:
+        if len(self.hidden) + max(1, len(self.channels)) * self.blocks > _MAX_DEPTH:
             raise ConfigError(f"at most {_MAX_DEPTH} layers")
-        for p in (*self.dropout, self.spatial_dropout):
-            check_rate(p)
         if self.kind == "cnn" and min(self.input[1:]) >> len(self.channels) == 0:
             raise ConfigError(f"{len(self.channels)} blocks halve {self.input} to nothing")
+        if self.init_std is not None and not 0 < self.init_std < 100:
+            raise ConfigError("init_std must be in (0, 100)")
+        if self.is_builtin:
+            self._check_method()
+
+    def _check_method(self) -> None:
+        """Refuse what the network cannot have, and say what it can."""
+        kind, name, method = self.kind, self.regularizer, METHODS.get(self.regularizer)
+        if method is None or kind not in method.networks:
+            right = ", ".join(n for n, m in METHODS.items() if kind in m.networks)
+            where = f"; {name} is for {', '.join(method.networks)}" if method else ""
+            raise ConfigError(f"{kind} can have regularizer {right}, not {name!r}{where}")
+        wanted, what = self.rates(kind, name, len(self.hidden))
+        if len(self.dropout) != wanted:
+            raise ConfigError(f"dropout needs {what}: {wanted}, not {len(self.dropout)}")
+        if kind in ("gru", "vit") and len(self.hidden) != 1:
+            raise ConfigError(f"a {kind} needs one width")
+        if kind == "wrn" and not self.channels:
+            raise ConfigError("a wrn needs channels, one number a stage")
+        for p in self.dropout:
+            method.check(p)
+        (method.check if method.on == "units" else check_rate)(self.input_dropout)
+        for p in (self.spatial_dropout, self.stochastic_depth):
+            check_rate(p)
+        if self.mask_scope not in SCOPES:
+            raise ConfigError(f"mask_scope must be {', '.join(SCOPES)}, not {self.mask_scope!r}")
+        for wrong, why in (
+            (
+                self.input_dropout and kind in ("gru", "vit"),
+                "input_dropout is for mlp, cnn and wrn; the first rate of a gru is its inputs'",
+            ),
+            (self.noise_mean and name != "noise", "noise_mean is for the regularizer noise"),
+            (
+                self.before_activation and (kind not in ("mlp", "cnn") or method.on != "units"),
+                "before_activation is for noise on units of mlp and cnn",
+            ),
+            (
+                self.batch_norm and kind != "mlp",
+                "batch_norm is for mlp: cnn and wrn always have it, gru and vit never",
+            ),
+            (
+                self.stochastic_depth and kind not in ("wrn", "vit"),
+                "stochastic_depth is for residual networks, wrn and vit",
+            ),
+            (self.spatial_dropout and kind != "cnn", "spatial_dropout is for cnn"),
+            (self.channels and kind not in ("cnn", "wrn"), "channels are for cnn and wrn"),
+            (
+                name == "dropconnect" and kind == "gru" and self.mask_scope == "example",
+                "DropConnect of a gru would need its weights once an example: mask_scope batch",
+            ),
+        ):
+            if wrong:
+                raise ConfigError(why)
+
+    @staticmethod
+    def rates(kind: str, regularizer: str, layers: int) -> tuple[int, str]:
+        """Return how many rates a network with so many hidden layers needs, and of what."""
+        if kind == "gru":
+            zoneout = regularizer == "zoneout"
+            return (1, "one rate, of the state") if zoneout else (2, "rates of inputs and of state")
+        if kind == "wrn":
+            return 1 + layers, "one rate for the blocks and one a hidden layer"
+        return (1, "one rate") if kind == "vit" else (layers, "one rate a hidden layer")
 
     @property
     def is_builtin(self) -> bool:
         """Say if no factory is needed."""
-        return self.kind in ("mlp", "cnn")
+        return self.kind in NETWORKS
+
+    @property
+    def is_noisy(self) -> bool:
+        """Say if it may draw noise; what a factory makes may."""
+        rates = *self.dropout, self.input_dropout, self.spatial_dropout, self.stochastic_depth
+        return not self.is_builtin or any(rates)
+
+    @property
+    def method(self) -> Method:
+        """The regularizer's entry in the registry."""
+        return METHODS[self.regularizer]
 
     def build(self, factories: Collection[str] | None = None) -> nn.Module:
         """Make the module, with fresh weights from PyTorch's global generator.
@@ -82,7 +172,10 @@ class NetworkConfig:
         `kind` is (None: any). ConfigError if it is not trusted, not there, or makes no module.
         """
         if self.is_builtin:
-            return nn.Sequential(OrderedDict(_layers(self)))
+            builtin = _BUILDERS[self.kind](self)
+            if self.init_std is not None:
+                _initialise(builtin, self.init_std)
+            return builtin
         kind = self.kind if factories is None else trusted(self.kind, factories)
         module = call_factory(kind, self.arguments)
         if not isinstance(module, nn.Module):
@@ -96,114 +189,154 @@ class NetworkConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from `to_json()`; ConfigError if a value is missing or invalid."""
-        return parse_dataclass("network", cls, values)
+        return parse_dataclass("network", cls, values, _ADDED)
 
 
-def default_config(kind: str, input_shape: tuple[int, int, int], classes: int) -> NetworkConfig:
-    """Describe the default network of a kind.
+_ADDED = {f.name for f in fields(NetworkConfig)[8:]}  # since the first release
+
+
+def default_config(
+    kind: str, input_shape: tuple[int, int, int], classes: int, regularizer: str | None = None
+) -> NetworkConfig:
+    """Describe the default network of a kind with a regularizer.
 
     The MLP is 256-256 with rates .2 and .5; the CNN doubles its channels from 32 while the image
     is large enough, up to three blocks, then 128 units with rate .5.
     """
-    if kind != "cnn":
-        return NetworkConfig(kind, input_shape, classes)
-    blocks = min(3, max(1, min(input_shape[1:]).bit_length() - 2))
-    channels = tuple(32 << i for i in range(blocks))
-    return NetworkConfig(kind, input_shape, classes, (128,), (0.5,), channels)
+    options: dict[str, Any] = {"regularizer": regularizer} if regularizer else {}
+    halvings = min(3, max(1, min(input_shape[1:]).bit_length() - 2))
+    channels = tuple(32 << i for i in range(halvings))
+    if kind == "cnn":
+        options |= {"hidden": (128,), "dropout": (0.5,), "channels": channels}
+    elif kind == "gru":
+        options |= {"hidden": (128,), "dropout": (0.1, 0.2)}
+    elif kind == "wrn":
+        options |= {"hidden": (), "dropout": (0.1,), "channels": channels}
+    elif kind == "vit":
+        options |= {"hidden": (96,), "dropout": (0.1,), "blocks": 4, "stochastic_depth": 0.1}
+    if regularizer == "zoneout":
+        options["dropout"] = (0.1,)
+    if regularizer == "dropconnect" and kind == "gru":
+        options["mask_scope"] = "batch"
+    return NetworkConfig(kind, input_shape, classes, **options)
 
 
-def _layers(config: NetworkConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a CNN's blocks, then the layers that it shares with the MLP."""
-    width, *size = config.input
-    blocks = config.channels if config.kind == "cnn" else ()
-    for i, channels in enumerate(blocks, 1):
-        yield f"conv{i}", nn.Conv2d(width, channels, 3, padding=1, bias=False)
-        yield f"norm{i}", nn.BatchNorm2d(channels)
-        yield f"relu{i}", nn.ReLU()
-        yield f"pool{i}", nn.MaxPool2d(2)
-        if config.spatial_dropout and i < len(blocks):
-            yield f"spatial_dropout{i}", SpatialDropout(config.spatial_dropout)
-        width, size = channels, [side // 2 for side in size]
-    yield "flatten", nn.Flatten()
-    width *= size[0] * size[1]
-    for i, (units, p) in enumerate(zip(config.hidden, config.dropout, strict=True), 1):
-        yield f"hidden{i}", nn.Linear(width, units)
-        yield f"hidden{i}_relu", nn.ReLU()
-        if p:
-            yield f"dropout{i}", InvertedDropout(p)
+def _noise(config: NetworkConfig, p: float, method: Method | None = None) -> nn.Module:
+    """Make a layer of noise on units, or an identity: the rate is 0, or noise is elsewhere."""
+    method = method or config.method
+    if not p or method.on == "weights":
+        return nn.Identity()
+    mean = {"mean": config.noise_mean} if config.noise_mean else {}
+    return method.layer(p, scope=config.mask_scope, **mean)
+
+
+def _input_noise(config: NetworkConfig) -> Iterator[tuple[str, nn.Module]]:
+    own = config.method.on == "units"
+    if config.input_dropout:
+        yield "input", _noise(config, config.input_dropout, None if own else METHODS["dropout"])
+
+
+def _hidden(
+    config: NetworkConfig, width: int, rates: tuple[float, ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the fully connected layers after `width` units, and the logits."""
+    for i, (units, p) in enumerate(zip(config.hidden, rates, strict=True), 1):
+        if config.method.on == "weights":
+            yield f"hidden{i}", config.method.layer(width, units, p, config.mask_scope)
+        else:
+            yield f"hidden{i}", nn.Linear(width, units)
+        if config.batch_norm:
+            yield f"norm{i}", nn.BatchNorm1d(units)
+        layers: list[tuple[str, nn.Module]] = [(f"hidden{i}_relu", nn.ReLU())]
+        if p and config.method.on == "units":
+            place = 0 if config.before_activation else 1
+            layers.insert(place, (f"dropout{i}", _noise(config, p)))
+        yield from layers
         width = units
     yield "logits", nn.Linear(width, config.classes)
 
 
-def trusted(name: str, allowed: Collection[str]) -> str:
-    """Return which of the allowed factories `name` means; ConfigError if none, or several may be.
+def _sequential(config: NetworkConfig) -> nn.Module:
+    """Make a CNN's blocks, then the layers that it shares with the MLP."""
+    width, *size = config.input
+    layers = [*_input_noise(config)]
+    for i, channels in enumerate(config.channels, 1):
+        layers += [
+            (f"conv{i}", nn.Conv2d(width, channels, 3, padding=1, bias=False)),
+            (f"norm{i}", nn.BatchNorm2d(channels)),
+            (f"relu{i}", nn.ReLU()),
+            (f"pool{i}", nn.MaxPool2d(2)),
+        ]
+        if config.spatial_dropout and i < len(config.channels):
+            drop = SpatialDropout(config.spatial_dropout, config.mask_scope)
+            layers.append((f"spatial_dropout{i}", drop))
+        width, size = channels, [side // 2 for side in size]
+    layers.append(("flatten", nn.Flatten()))
+    layers += _hidden(config, width * size[0] * size[1], config.dropout)
+    return nn.Sequential(OrderedDict(layers))
 
-    A network may be served where its file is in another folder than where it was trained: a file
-    is identified by its path, or else by its own name, if only one of that name is allowed.
-    """
-    if name in allowed:
-        return name
-    own = {other: other.rpartition("/")[2] for other in (name, *allowed)}  # file.py:factory
-    alike = [other for other in allowed if _is_file(other) and own[other] == own[name]]
-    same = [other for other in alike if os.path.normpath(other) == os.path.normpath(name)]
-    if len(found := same[:1] or alike) == 1:
-        return found[0]
-    if found:
-        raise ConfigError(f"the factory {name!r} could be {' or '.join(found)}: allow one of them")
-    raise ConfigError(
-        f"the factory {name!r} is not trusted here: name it in DROPSERVE_FACTORIES if you want "
-        f"this checkpoint to import and call it; named there: "
-        + (", ".join(own[other] for other in allowed) or "none")
+
+def _gru(config: NetworkConfig) -> nn.Module:
+    channels, _, width = config.input
+    (units,), method = config.hidden, config.method
+    *inputs, state = config.dropout
+    noise: dict[str, nn.Module] = {}
+    from_input: nn.Module = nn.Linear(channels * width, 3 * units)
+    from_state: nn.Module = nn.Linear(units, 3 * units)
+    if method.on == "weights":
+        scope = config.mask_scope
+        from_input = DropConnect(channels * width, 3 * units, inputs[0], scope)
+        from_state = RecurrentDropConnect(units, 3 * units, state, scope)
+    elif method.on == "update":
+        noise = {"update": _noise(config, state)}
+    else:
+        noise = {"inputs": _noise(config, inputs[0]), "state": _noise(config, state)}
+    return architectures.GRU(units, config.classes, from_input, from_state, **noise)
+
+
+def _wrn(config: NetworkConfig) -> nn.Module:
+    channels, *size = config.input
+    noise = partial(_noise, config, config.dropout[0])
+    depth = _depth_rates(config, len(config.channels) * config.blocks)
+    layers = [*_input_noise(config)]
+    layers += architectures.residual_blocks(channels, config.channels, noise, depth)
+    width = config.channels[-1]
+    if config.hidden:
+        for _ in config.channels[1:]:
+            size = [(side + 1) // 2 for side in size]
+        width *= size[0] * size[1]
+    else:
+        layers.append(("average", nn.AdaptiveAvgPool2d(1)))
+    layers += [("flatten", nn.Flatten()), *_hidden(config, width, config.dropout[1:])]
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _vit(config: NetworkConfig) -> nn.Module:
+    noise, patch = partial(_noise, config, config.dropout[0]), max(1, min(config.input[1:]) // 7)
+    depth = _depth_rates(config, config.blocks)
+    return architectures.VisionTransformer(
+        config.input, config.classes, config.hidden[0], patch, noise, depth
     )
 
 
-def _is_file(name: str) -> bool:
-    return name.rpartition(":")[0].endswith(".py")
+def _depth_rates(config: NetworkConfig, blocks: int) -> list[float]:
+    """Raise the rate linearly with depth, as Huang et al. (2016) do."""
+    return [config.stochastic_depth * (i + 1) / blocks for i in range(blocks)]
 
 
-def call_factory(name: str, arguments: Mapping[str, object]) -> object:
-    """Import a factory and call it; ConfigError if it is not there, or fails."""
-    where, _, attribute = name.rpartition(":")
-    try:
-        if not _is_file(name):
-            return getattr(importlib.import_module(where), attribute)(**arguments)
-        with _run(Path(where)) as module:
-            return getattr(module, attribute)(**arguments)
-    except (Exception, SystemExit) as error:  # user code may raise anything
-        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
+def _initialise(module: nn.Module, std: float) -> None:
+    """Draw weight matrices and kernels anew, and set biases of their layers to zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | DropConnect):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
-@contextmanager
-def _run(file: Path) -> Iterator[ModuleType]:
-    """Run a file anew; for the length of the block it can import its neighbours.
-
-    It may `import blocks`, as a script does, or `from .blocks import Block`, as a package does.
-    Files and neighbours of one name in two folders are different modules: the package's name is
-    made of the path, and what was imported as a script does is removed again.
-    """
-    file = file.resolve()
-    folder = str(file.parent)
-    neighbours = {path.name.partition(".")[0] for path in file.parent.iterdir()}
-    package = ModuleType(f"_factory_{sha256(bytes(file)).hexdigest()[:16]}")
-    package.__path__ = [folder]
-    name = f"{package.__name__}.{file.stem.replace('.', '_')}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    _forget({package.__name__})
-    before = set(sys.modules)
-    sys.modules |= {package.__name__: package, name: module}
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(folder)
-        _forget((set(sys.modules) - before) & neighbours)
-
-
-def _forget(packages: Collection[str]) -> None:
-    for name in list(sys.modules):
-        if name.partition(".")[0] in packages:
-            del sys.modules[name]
+_BUILDERS: Mapping[str, Callable[[NetworkConfig], nn.Module]] = {
+    "mlp": _sequential,
+    "cnn": _sequential,
+    "gru": _gru,
+    "wrn": _wrn,
+    "vit": _vit,
+}

@@ -15,9 +15,10 @@ from dropserve.models import checkpoint
 from dropserve.models.checkpoint import Metadata
 from dropserve.models.data import NAMED, Dataset, Split, load_dataset
 from dropserve.models.errors import ConfigError, DataError, ModelsError
+from dropserve.models.factories import FORMS
 from dropserve.models.hyperparameters import Recipe, default_recipe
 from dropserve.models.montecarlo import Sampler
-from dropserve.models.networks import FORMS, NetworkConfig, default_config
+from dropserve.models.networks import NETWORKS, NetworkConfig, default_config
 from dropserve.models.preprocessing import Preprocessing
 
 
@@ -142,7 +143,10 @@ def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Modul
         torch.manual_seed(seed)
         module = config.build()
     try:
-        logits = Sampler(module.eval(), example).classes
+        if config.is_noisy:
+            logits = Sampler(module.eval(), example).classes
+        else:
+            logits = module.eval()(example).shape[1]
     except ModelsError:
         raise
     except Exception as error:  # a user's module may fail with anything
@@ -162,8 +166,13 @@ def _load_for(metadata: Metadata, dataset: str, data_dir: Path, **how: Any) -> D
 def _config(
     network: str, preprocessing: Preprocessing, classes: int, asked: Mapping[str, Any]
 ) -> NetworkConfig:
-    if ":" in network and asked.keys() & {"hidden", "dropout"}:
-        raise ConfigError("hidden widths and dropout rates are for mlp and cnn: use arguments")
+    if ":" in network and (wrong := asked.keys() - {"arguments"}):
+        options = ", ".join(sorted(wrong))
+        raise ConfigError(f"{options}: for {', '.join(NETWORKS)}; for a factory use arguments")
     if ":" not in network and "arguments" in asked:
         raise ConfigError(f"arguments are for a factory, {FORMS}, not for {network!r}")
-    return replace(default_config(network, preprocessing.shape, classes), **asked)
+    usual = default_config(network, preprocessing.shape, classes, asked.get("regularizer"))
+    if len(rates := asked.get("dropout", ())) == 1:  # for every layer
+        layers = len(asked.get("hidden", usual.hidden))
+        asked = {**asked, "dropout": rates * usual.rates(network, usual.regularizer, layers)[0]}
+    return replace(usual, **asked)

@@ -10,16 +10,56 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from dropserve.models.dropout import InvertedDropout, SpatialDropout
+from dropserve.models.regularizers import DropConnect, Elementwise
 
 Step = Callable[[Tensor], Tensor]
 
-ELEMENTWISE = (nn.Dropout, InvertedDropout)
-DROPOUTS = (*ELEMENTWISE, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, SpatialDropout)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 """Modules that multiply by a mask in train mode and do nothing in eval mode."""
+
+
+class Mask:
+    """A layer of noise among steps: called it is eval mode, `combine(x, noise)` train mode."""
+
+    def __init__(
+        self, combine: Callable[..., Tensor] = torch.mul, mean: float | None = None
+    ) -> None:
+        self.combine = combine
+        self._mean = mean  # of the noise; None: eval mode is the identity
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map x as in eval mode."""
+        return x if self._mean is None else self.combine(x, self._mean)
+
+    def sample(self, x: Tensor, noise: Tensor, *, fresh: bool = False) -> Tensor:
+        """Put the noise [T, ...] of T samples into x [B, T or 1, ...], in place if it is fresh."""
+        return self.combine(x, noise.to(x.dtype), out=x if fresh else None)
+
+
+class WeightMask(Mask):
+    """A `DropConnect` layer among steps: each sample has weights of its own."""
+
+    def __init__(self, layer: DropConnect, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._weight = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out] by the mean weights."""
+        return F.linear(x, self._weight[:, :-1], self._weight[:, -1])
+
+    def sample(self, x: Tensor, noise: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG002
+        """Map x [B, T or 1, in] to [B, T, out]: sample by sample, so that weights stay in cache."""
+        result = x.new_empty(len(x), len(noise), len(self._weight))
+        own = torch.empty_like(self._weight)
+        for t, drawn in enumerate(noise.flatten(0, -3)):
+            torch.mul(self._weight, drawn, out=own)
+            rows = x[:, t if x.shape[1] > 1 else 0]
+            torch.addmm(own[:, -1], rows, own[:, :-1].T, out=result[:, t])
+        return result
 
 
 class Linear:
@@ -83,26 +123,34 @@ def leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]
             yield from leaves(inner, f"{name}.{child}" if name else child)
 
 
-def is_mask(leaf: nn.Module) -> bool:
-    """Say if a module drops units in train mode."""
-    return isinstance(leaf, DROPOUTS) and leaf.p > 0
+def as_mask(leaf: nn.Module, dtype: torch.dtype = torch.float32) -> Mask | None:
+    """Return the step of a module that draws noise, in which it computes; None: it draws none."""
+    if type(leaf) is DropConnect and leaf.is_noisy and not leaf.matches_moments:
+        return WeightMask(leaf, dtype)
+    if isinstance(leaf, _DROPOUTS) and leaf.p > 0:
+        return Mask()
+    if isinstance(leaf, Elementwise) and leaf.is_noisy:
+        return Mask(leaf.combine, None if leaf.is_identity else leaf.law.mean)
+    return None
 
 
-def mask(x: Tensor) -> Tensor:
-    """Mark a dropout in a list of steps: in eval mode, the identity."""
-    return x
+def does_nothing(leaf: nn.Module) -> bool:
+    """Say if a module is a dropout that is the identity in both modes."""
+    if isinstance(leaf, Elementwise):
+        return not leaf.is_noisy and leaf.is_identity
+    return isinstance(leaf, _DROPOUTS) and leaf.p == 0
 
 
 def steps(
     leaves: Sequence[nn.Module], dtype: torch.dtype, *, fresh: bool = False
 ) -> Iterator[Step]:
-    """Turn modules in eval mode into steps that compute in `dtype`; each dropout becomes `mask`.
+    """Turn modules in eval mode into steps that compute in `dtype`; layers of noise become `Mask`s.
 
     `fresh` says that the first step may overwrite its input.
     """
     for leaf in _fused(leaves):
         plain = not hooked(leaf)
-        if is_mask(leaf):
+        if mask := as_mask(leaf, dtype):
             yield mask
         elif type(leaf) is nn.Linear and plain:
             yield Linear(leaf, dtype)
@@ -110,7 +158,7 @@ def steps(
             yield torch.relu_ if fresh else torch.relu
         elif type(leaf) is nn.Flatten and plain:
             yield partial(torch.flatten, start_dim=leaf.start_dim, end_dim=leaf.end_dim)
-        elif not isinstance(leaf, DROPOUTS) or not plain:
+        elif not does_nothing(leaf) or not plain:
             kept = next(iter(leaf.parameters()), None)
             yield leaf if kept is None or kept.dtype == dtype else copy.deepcopy(leaf).to(dtype)
         fresh = plain and type(leaf) in (nn.Linear, nn.Conv1d, nn.Conv2d)

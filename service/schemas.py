@@ -201,13 +201,18 @@ class CompareResponse(Answer):
 
 
 class DropoutSite(Answer):
-    """One dropout call of the network, to which masks are applied."""
+    """One place where the network draws noise, to which that of a sample is applied."""
 
-    name: str
-    kind: str
-    p: float
-    shape: list[int]
-    units: int | None = Field(None, description="Number of units of a mask.")
+    name: str = Field(description="Module of the network.")
+    kind: str = Field(description="Method: dropout, vanilla, gaussian, dropconnect, ...")
+    p: float | None = Field(description="Rate; null where the method has none.")
+    shape: list[int] = Field(
+        description="What is covered: units, channels, weights [out, in + 1], or steps and units."
+    )
+    units: int | None = Field(None, description="Numbers drawn a sample.")
+    distribution: Literal["bernoulli", "gaussian"] = "bernoulli"
+    mean: float | None = Field(None, description="Of the noise.")
+    std: float | None = Field(None, description="Of the noise.")
 
 
 class StreamInput(Answer):
@@ -220,9 +225,9 @@ class StreamInput(Answer):
 
 
 class StreamSite(DropoutSite):
-    """A dropout of the network, whose mask is in each sample."""
+    """A place where the network draws noise, which is in each sample."""
 
-    units: int = Field(description="Number of units, one bit of a mask each.")
+    units: int = Field(description="Numbers drawn a sample, one bit or byte each.")
 
 
 class StreamStart(Sampled):
@@ -247,7 +252,8 @@ class StreamSample(Answer):
     expected_entropy: float
     mutual_information: float
     kept: list[str] = Field(
-        description="One base64 mask per site: a bit per unit, most significant first, 1 = kept."
+        description="Noise in base64, one string per site. Of a mask a bit per unit, most "
+        "significant first, 1 = kept; of Gaussian noise a byte per unit, its quantile in 256ths."
     )
 
 
@@ -332,10 +338,10 @@ class ModelDetails(ModelSummary):
     training: Literal[False] = Field(description="Always false: the module is served in eval mode.")
     parameters: int
     sites: list[DropoutSite]
-    path: Literal["folded", "vmap", "loop"] = Field(
-        description="How Monte Carlo samples are run; folded is the fastest."
+    path: Literal["folded", "vmap", "loop"] | None = Field(
+        description="How Monte Carlo samples are run; folded is the fastest. Null: no noise."
     )
-    precision: Precision
+    precision: Precision | None
     network: dict[str, Any]
     data: dict[str, Any]
     evaluation: dict[str, Any]

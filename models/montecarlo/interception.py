@@ -1,7 +1,9 @@
-"""Catches every dropout call of one forward pass, in one thread, and puts a given mask there.
+"""Catches every draw of noise in one forward pass, in one thread, and puts a given one there.
 
-Functional dropout is caught like the modules; so are the dropout inside attention and the masks of
-stochastic depth. Batch normalisation keeps to its running statistics.
+Our layers draw by `regularizers.noise`. PyTorch's functional dropout is caught like its modules; so
+are the dropout inside attention and masks that code draws by `Tensor.bernoulli_` and scales itself,
+as stochastic depth does (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016). Batch
+normalisation keeps to its running statistics.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from inspect import signature
 from math import nan, sqrt
 from types import FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,52 +19,28 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dropserve.models.dropout import inverted_dropout, spatial_dropout, vanilla_dropout
+from dropserve.models.regularizers import Bernoulli, Law, noise
 
-DropoutKind = Literal[
-    "dropout", "vanilla", "spatial", "alpha", "feature_alpha", "attention", "bernoulli"
-]
-"""`bernoulli` is a mask that the network's own code draws by `Tensor.bernoulli_` and scales itself,
-as stochastic depth does (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016)."""
-
-
-class KindRules(NamedTuple):
-    """How masks of a kind are drawn and scaled."""
-
-    channelwise: bool  # whole channels are dropped
-    rescaled: bool  # kept units are multiplied by 1/(1-p)
-    adjustable: bool  # another p may be put in place of the module's
-
-
-KINDS: Mapping[DropoutKind, KindRules] = {
-    "dropout": KindRules(channelwise=False, rescaled=True, adjustable=True),
-    "vanilla": KindRules(channelwise=False, rescaled=False, adjustable=True),
-    "spatial": KindRules(channelwise=True, rescaled=True, adjustable=True),
-    "alpha": KindRules(channelwise=False, rescaled=False, adjustable=False),
-    "feature_alpha": KindRules(channelwise=True, rescaled=False, adjustable=False),
-    "attention": KindRules(channelwise=False, rescaled=True, adjustable=True),
-    "bernoulli": KindRules(channelwise=False, rescaled=False, adjustable=False),
-}
-ScaleFor = Callable[[DropoutKind, float, torch.Size], Tensor | None]
-"""`(kind, p, mask shape) -> what to multiply by`, zero where a unit is dropped; None: as eval mode
-has it, without noise."""
+NoiseFor = Callable[[Law, torch.Size], Tensor | None]
+"""`(law, shape) -> noise`, for a mask zero where a unit is dropped; None: its mean, as eval mode
+has it."""
 
 
 class Interception(TorchFunctionMode):
-    """Runs a module whose dropout multiplies by what `scale_for` returns, where it is switched on.
+    """Runs a module with what `noise_for` returns as its noise, where that is switched on.
 
-    `widest` is the number of elements of the largest tensor that any call returned from the first
-    dropout on: what comes before runs once, whatever the number of samples.
+    `sizes` has the number of elements of every tensor that a call returned from the first draw on:
+    what comes before runs once, whatever the number of samples.
     """
 
-    def __init__(self, scale_for: ScaleFor, *, running_statistics: bool = True) -> None:
+    def __init__(self, noise_for: NoiseFor, *, running_statistics: bool = True) -> None:
         super().__init__()
-        self._scale_for = scale_for
+        self._noise_for = noise_for
         self._running_statistics = running_statistics  # of batch normalisation
         self._overwritten = WeakTensorKeyDictionary()  # with what takes their place
         self._uniforms = WeakTensorKeyDictionary()  # with what was added to them
         self._masked = False
-        self.widest = 0
+        self.sizes: list[int] = []
 
     def run(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:  # noqa: ANN401  the module's
         """Run a module under the interception, on a copy of `x`, which it may overwrite."""
@@ -92,18 +70,18 @@ class Interception(TorchFunctionMode):
         elif func is F.batch_norm and self._running_statistics:
             given = _BATCH_NORM.bind(*args, **kwargs).arguments
             args, kwargs = (), {**given, "training": given["running_mean"] is None}
-        dropout = _REPLACEMENTS.get(func)
-        if dropout is None:
+        drawing = _REPLACEMENTS.get(func)
+        if drawing is None:
             result = func(*args, **kwargs)
         else:
-            result = dropout(self._scale_for, *args, **kwargs)
+            result = drawing(self._noise_for, *args, **kwargs)
             self._masked = True
             x = args[0] if args else kwargs["input"]
             inplace = kwargs.get("inplace") is True or (len(args) > 3 and args[3] is True)
             if result is not x and (inplace or func is torch.Tensor.bernoulli_):
                 self._overwritten[x] = result
         if self._masked and isinstance(result, Tensor):
-            self.widest = max(self.widest, result.numel())
+            self.sizes.append(result.numel())
         return result
 
     def _current(self, values: Any) -> Any:  # noqa: ANN401  whatever a function is given
@@ -132,7 +110,7 @@ class Interception(TorchFunctionMode):
             return result
         if func in _FLOORS:
             self._masked = True
-            result = _bernoulli(self._scale_for, x, self._uniforms[x])
+            result = _bernoulli(self._noise_for, x, self._uniforms[x])
             if func is torch.Tensor.floor_:
                 self._overwritten[x] = result
             return result
@@ -143,14 +121,16 @@ class Interception(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Dropout:
-    """Takes the place of a dropout function of PyTorch's or ours, which is given all arguments."""
+    """Takes the place of a dropout function of PyTorch's, which is given all arguments."""
 
-    kind: DropoutKind
+    kind: str = "dropout"
+    channelwise: bool = False
+    is_alpha: bool = False
     unbatched: int | None = None  # dimensions of an input that is one image: its first are channels
 
     def __call__(
         self,
-        scale_for: ScaleFor,
+        noise_for: NoiseFor,
         input: Tensor,  # noqa: A002  torch's name for it
         p: float,
         training: bool | None = None,
@@ -159,29 +139,42 @@ class _Dropout:
         **__: object,
     ) -> Tensor:
         on = train if training is None else training
+        if not on or p <= 0:
+            return input
         shape = input.shape
-        if KINDS[self.kind].channelwise:
+        if self.channelwise:
             kept = 1 if input.dim() == self.unbatched else 2
             shape = torch.Size((*shape[:kept], *(1 for _ in shape[kept:])))
-        return _drop(input, self.kind, float(p), shape, scale_for if on else lambda *_: None)
+        scales = not self.is_alpha
+        mask = noise_for(Bernoulli(self.kind, float(p), scales, scales), shape)
+        if mask is None:
+            return input
+        mask = mask.to(input.dtype)
+        return _alpha_dropout(input, mask, float(p)) if self.is_alpha else input * mask
 
 
-def _drop(x: Tensor, kind: DropoutKind, p: float, shape: torch.Size, scale_for: ScaleFor) -> Tensor:
-    scale = scale_for(kind, p, shape) if p > 0 else None
-    if scale is None:
-        return x * (1 - p) if kind == "vanilla" else x
-    scale = scale.to(x.dtype)
-    if kind not in ("alpha", "feature_alpha"):
-        return x * scale
-    # Klambauer et al., "Self-Normalizing Neural Networks" (2017): dropped units take the value
-    # -alpha (SELU's scale times its alpha), then an affine map restores mean 0 and variance 1.
+def _alpha_dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """Klambauer et al., "Self-Normalizing Neural Networks" (NIPS 2017).
+
+    Dropped units take the value -alpha (SELU's scale times its alpha), then an affine map restores
+    mean 0 and variance 1.
+    """
     alpha = 1.7580993408473766
     a = 1 / sqrt((alpha**2 * p + 1) * (1 - p))
-    return x * scale * a + (scale - 1 + p) * (alpha * a)
+    return x * keep * a + (keep - 1 + p) * (alpha * a)
+
+
+def _noise(
+    noise_for: NoiseFor, x: Tensor, law: Law, shape: torch.Size, *_: object, **__: object
+) -> Tensor:
+    drawn = noise_for(law, shape)
+    if drawn is None:  # images share it, as they do what is drawn
+        return x.new_full((), law.mean).expand(1, *shape[1:])
+    return drawn.to(x.dtype)
 
 
 def _bernoulli(
-    scale_for: ScaleFor, x: Tensor, p: float | Tensor = 0.5, **generator: torch.Generator | None
+    noise_for: NoiseFor, x: Tensor, p: float | Tensor = 0.5, **generator: torch.Generator | None
 ) -> Tensor:
     """`Tensor.bernoulli_`, which sets elements to one with probability `p`: here, of keeping.
 
@@ -192,14 +185,15 @@ def _bernoulli(
         p = float(p)
     if isinstance(p, Tensor) or not x.is_floating_point():
         return x.bernoulli_(p, **generator)
-    keep = scale_for("bernoulli", 1 - p, x.shape) if p < 1 else None
+    law = Bernoulli("bernoulli", 1 - p, rescaled=False, adjustable=False)
+    keep = noise_for(law, x.shape) if p < 1 else None
     if keep is None:
         return torch.full_like(x, p)
     return keep.to(x.dtype).expand(x.shape).clone()
 
 
 def _attention(
-    scale_for: ScaleFor,
+    noise_for: NoiseFor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -211,12 +205,10 @@ def _attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, written out, with a given mask on its weights.
 
+    PyTorch's own kernels run image by image, sample by sample, under vmap.
+
     Shapes: query [..., L, E], key [..., S, E], value [..., S, V]; returns [..., L, V].
     """
-    if dropout_p == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
@@ -229,7 +221,9 @@ def _attention(
     elif attn_mask is not None:
         weights = weights + attn_mask
     weights = torch._safe_softmax(weights, -1)  # noqa: SLF001  0 where all is masked; no public name
-    return _drop(weights, "attention", dropout_p, weights.shape, scale_for) @ value
+    law = Bernoulli("attention", dropout_p)
+    mask = noise_for(law, weights.shape) if dropout_p > 0 else None
+    return (weights if mask is None else weights * mask.to(weights.dtype)) @ value
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  torch's
@@ -259,19 +253,17 @@ _attention_forward = _unguarded(F.multi_head_attention_forward)  # type: ignore[
 _ADDITIONS = frozenset((torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__radd__))
 _FLOORS = frozenset((torch.floor, torch.Tensor.floor, torch.Tensor.floor_))
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.dropout: _Dropout("dropout"),
-    torch.dropout: _Dropout("dropout"),
-    inverted_dropout: _Dropout("dropout"),
-    vanilla_dropout: _Dropout("vanilla"),
-    F.dropout1d: _Dropout("spatial", unbatched=2),
-    F.dropout2d: _Dropout("spatial"),
-    F.dropout3d: _Dropout("spatial", unbatched=4),
-    torch.feature_dropout: _Dropout("spatial"),
-    spatial_dropout: _Dropout("spatial"),
-    F.alpha_dropout: _Dropout("alpha"),
-    torch.alpha_dropout: _Dropout("alpha"),
-    F.feature_alpha_dropout: _Dropout("feature_alpha"),
-    torch.feature_alpha_dropout: _Dropout("feature_alpha"),
+    noise: _noise,
+    F.dropout: _Dropout(),
+    torch.dropout: _Dropout(),
+    F.dropout1d: _Dropout("spatial", channelwise=True, unbatched=2),
+    F.dropout2d: _Dropout("spatial", channelwise=True),
+    F.dropout3d: _Dropout("spatial", channelwise=True, unbatched=4),
+    torch.feature_dropout: _Dropout("spatial", channelwise=True),
+    F.alpha_dropout: _Dropout("alpha", is_alpha=True),
+    torch.alpha_dropout: _Dropout("alpha", is_alpha=True),
+    F.feature_alpha_dropout: _Dropout("feature_alpha", channelwise=True, is_alpha=True),
+    torch.feature_alpha_dropout: _Dropout("feature_alpha", channelwise=True, is_alpha=True),
     F.scaled_dot_product_attention: _attention,
     torch.Tensor.bernoulli_: _bernoulli,
 }

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from dropserve.models.montecarlo.scaled_masks import ScaledMasks
-from dropserve.models.montecarlo.sites import Site, Trace
+from dropserve.models.montecarlo.sites import Trace
+from dropserve.models.regularizers import Bernoulli
 from dropserve.models.sequential import (
-    DROPOUTS,
-    ELEMENTWISE,
     Linear,
+    Mask,
     Step,
+    as_mask,
+    does_nothing,
     hooked,
-    is_mask,
     leaves,
-    mask,
     steps,
 )
 
@@ -79,16 +79,20 @@ class Kernels:
     """A sequential module, cut at its first dropout; weights and rows after it are of `dtype`."""
 
     def __init__(self, leaves: Sequence[nn.Module], found: Trace, dtype: torch.dtype) -> None:
-        cut = next(i for i, leaf in enumerate(leaves) if is_mask(leaf))
+        masks = ((i, as_mask(leaf, dtype)) for i, leaf in enumerate(leaves))
+        cut, self._first = next((i, mask) for i, mask in masks if mask is not None)
         self._dtype = dtype
         self._widest = found.widest
         self._overwrites = any(_may_overwrite(leaf) for leaf in leaves[:cut])
         self._prefix = list(steps(leaves[:cut], torch.float32))
         self._rest = list(steps(leaves[cut + 1 :], dtype))
         self._layers = _layers(leaves[cut:]) if dtype == torch.float32 else []
-        self._survivors = [site.survivor for site in found.sites]
-        self._complement = found.sites[0].p <= 0.5
-        self._thinned_weights = _thinned_weights(self._layers, found.sites)
+        laws = [site.law for site in found.sites]
+        rates = [law.p for law in laws if isinstance(law, Bernoulli)]
+        self._drops = len(rates) == len(laws)  # units, at every site
+        self._survivors = [law.kept for law in laws if isinstance(law, Bernoulli)]
+        self._complement = self._drops and rates[0] <= 0.5
+        self._thinned_weights = _thinned_weights(self._layers, rates) if self._drops else 0.0
         self._lock = threading.Lock()
 
     @classmethod
@@ -97,10 +101,10 @@ class Kernels:
     ) -> "Kernels | None":
         """Take a module in eval mode if it is nested `nn.Sequential`s, every mask among them."""
         named = list(leaves(module))
-        masks = [name for name, leaf in named if is_mask(leaf)]
-        plain = all(site.batch_dim == 0 and site.template[0] == 1 for site in found.sites)
+        masks = [name for name, leaf in named if as_mask(leaf)]
+        plain = all(site.batch_dim in (0, None) and site.template[0] == 1 for site in found.sites)
         plain &= all(p.dtype == torch.float32 for p in module.parameters())
-        if not plain or masks != [site.name for site in found.sites]:
+        if not plain or masks != [site.name.partition(":")[0] for site in found.sites]:
             return None
         return cls([leaf for _, leaf in named], found, dtype)
 
@@ -131,20 +135,28 @@ class Kernels:
         weights = self._thinned_weights * samples
         gathering = 0 if masks.parent.pinned else _GATHER
         thinned = weights * (_READ + _MULTIPLY * images + gathering)
-        return [
+        choices: list[tuple[float, Kernel]] = [
             (samples * images * units * (width + _TOUCH), self._dense),
             (images * _most_active(h.numpy()) * touched + (images + 2) * _CALL, self._active),
-            (thinned if weights <= _MAX_WEIGHTS else float("inf"), self._thinned),
         ]
+        if self._drops:
+            choices.append((thinned if weights <= _MAX_WEIGHTS else float("inf"), self._thinned))
+        return choices
 
     def _dense(self, h: Tensor, masks: ScaledMasks) -> Tensor:
         tile = max(1, _ROWS // max(1, len(h) * self._widest))
-        logits = []
+        logits, factors, steps, after = [], masks.factors, self._rest, None
+        if self._first.combine is torch.add and isinstance(steps[0], Linear):
+            after, *steps = steps
         for start in range(0, masks.samples, tile):
             some = slice(start, start + tile)
-            first, *others = (factor[some].squeeze(1) for factor in masks.factors)
-            rows = (h.unsqueeze(1) * first.to(h.dtype)).flatten(0, 1)
-            logits.append(_run_rows(self._rest, rows, others, (len(h), len(first))))
+            first, *others = (factor[some].squeeze(1) for factor in factors)
+            if isinstance(after, Linear):  # (h + noise) W = h W + noise W: products of few rows
+                made = after(h).unsqueeze(1) + first.to(h.dtype) @ after.weight
+            else:
+                made = self._first.sample(h.unsqueeze(1), first)
+            rows, grid = made.flatten(0, 1), (len(h), len(first))
+            logits.append(_run_rows(steps, rows, others, grid))
         return torch.cat(logits, 1) if len(logits) > 1 else logits[0]
 
     def _active(self, h: Tensor, masks: ScaledMasks) -> Tensor:
@@ -235,12 +247,12 @@ def _run_rows(
     """Run steps over rows [B * T, ...], (B, T) = `grid`, with masks [T, ...]: [B, T, C]."""
     remaining, fresh = iter(factors), True
     for step in steps:
-        if step is mask:
-            shaped, factor = rows.view(*grid, *rows.shape[1:]), next(remaining).to(rows.dtype)
-            rows = (shaped.mul_(factor) if fresh else shaped * factor).flatten(0, 1)
+        if isinstance(step, Mask):
+            shaped = rows.view(*grid, *rows.shape[1:])
+            rows = step.sample(shaped, next(remaining), fresh=fresh).flatten(0, 1)
         else:
             rows = step(rows)
-        fresh = step in (mask, torch.relu_) or isinstance(step, Linear)
+        fresh = step is torch.relu_ or isinstance(step, Linear | Mask)
     return rows.view(*grid, *rows.shape[1:])
 
 
@@ -248,6 +260,7 @@ def _layers(leaves: Sequence[nn.Module]) -> list[_Layer]:
     """Group modules, the first a mask, as linear layers with masks between; [] if they differ."""
     found: list[_Layer] = []
     for leaf in leaves[1:]:
+        mask = as_mask(leaf)
         if hooked(leaf):
             return []
         if type(leaf) is nn.Linear:
@@ -255,15 +268,21 @@ def _layers(leaves: Sequence[nn.Module]) -> list[_Layer]:
             found.append(_Layer(linear.weight, linear.bias, []))
         elif not found or found[-1].masked:
             return []
-        elif isinstance(leaf, ELEMENTWISE) and leaf.p > 0:
+        elif mask is not None and _multiplies(mask):
             found[-1] = replace(found[-1], masked=True)
         elif isinstance(leaf, _ACTIVATIONS):
             found[-1].activations.extend(steps([leaf], torch.float32, fresh=True))
-        elif not isinstance(leaf, DROPOUTS):
+        elif not does_nothing(leaf):
             return []
-    if type(leaves[0]) not in ELEMENTWISE or not found:
+    first = as_mask(leaves[0])
+    if first is None or not _multiplies(first) or not found:
         return []
     return [] if found[-1].masked or found[-1].activations else found
+
+
+def _multiplies(mask: Mask) -> bool:
+    """Say if a unit at zero stays at zero."""
+    return type(mask) is Mask and mask.combine is torch.mul
 
 
 def _may_overwrite(leaf: nn.Module) -> bool:
@@ -292,9 +311,9 @@ def _most_active(h: npt.NDArray[np.float32]) -> int:
     return int(np.count_nonzero(h, axis=1).max(initial=0))
 
 
-def _thinned_weights(layers: Iterable[_Layer], sites: Iterable[Site]) -> float:
-    """Count the weights of a thinned network, on average over masks."""
-    rates = iter([site.p for site in sites])
+def _thinned_weights(layers: Iterable[_Layer], dropped: Iterable[float]) -> float:
+    """Count the weights of a thinned network, on average over masks of such rates."""
+    rates = iter(dropped)
     p = next(rates)
     inputs, total = min(p, 1 - p), 0.0
     for layer in layers:

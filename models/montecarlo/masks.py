@@ -1,4 +1,4 @@
-"""Which units are dropped: a pure function of (seed, site, sample).
+"""Which units are dropped, and normal numbers: a pure function of (seed, site, sample).
 
 Bits come from Philox-4x64, a counter-based generator (Salmon, Moraes, Dror and Shaw, "Parallel
 Random Numbers: As Easy as 1, 2, 3", SC 2011): the key is (seed, site), the counter says which
@@ -10,7 +10,8 @@ fall one into each tenth of [0, 1), in an order of its own, and it is dropped wh
 below p. Each sample alone still drops each unit with probability exactly p, independently of the
 other units; but within a block a unit is dropped 10p times, to rounding, so the average over the
 block has a lower variance, as far as units act independently. Blocks are independent
-of each other, so that the spread of their means says how far off the mean of all is.
+of each other, so that the spread of their means says how far off the mean of all is. Normal numbers
+are the same uniform draws through the inverse normal CDF.
 """
 
 from itertools import combinations
@@ -18,6 +19,7 @@ from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dropserve.models.defaults import MaskKind
 
@@ -60,6 +62,24 @@ def draw(kind: MaskKind, seed: int, site: int, units: int, p: float, samples: ra
     offset = samples.start - blocks.start * BLOCK
     stratified: Keep = keep.reshape(-1, units)[offset : offset + len(samples)]
     return stratified
+
+
+def draw_normal(
+    kind: MaskKind, seed: int, site: int, units: int, samples: range
+) -> npt.NDArray[np.float32]:
+    """Draw standard normal numbers [len(samples), units], as `draw` draws masks."""
+    blocks = range(samples.start // BLOCK, -(-samples.stop // BLOCK))
+    rows = range(blocks.start * BLOCK, blocks.stop * BLOCK)
+    words = _words(seed, site, rows, units)[:, :units]
+    uniform = ((words & np.uint64(0xFFFFFFFF)) + 0.5) * 2.0**-32
+    if kind == "stratified":  # the upper halves say which tenth: by their order in the block
+        keys = (words >> np.uint64(32)).astype(np.uint32).reshape(-1, BLOCK, units)
+        tenth = keys.argsort(axis=1).argsort(axis=1).reshape(-1, units)
+        uniform = (tenth + uniform) / BLOCK
+    offset = samples.start - rows.start
+    wanted = torch.from_numpy(uniform[offset : offset + len(samples)])
+    normal: npt.NDArray[np.float32] = torch.special.ndtri(wanted).float().numpy()
+    return normal
 
 
 def _choose(size: int, draws: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:

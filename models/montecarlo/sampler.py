@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
 from dropserve.models.errors import SamplingError, UnsupportedModule
-from dropserve.models.montecarlo.interception import DropoutKind, Interception
+from dropserve.models.montecarlo.interception import Interception
 from dropserve.models.montecarlo.kernels import Kernel, Kernels
 from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS
 from dropserve.models.montecarlo.scaled_masks import MaskStore, ScaledMasks
 from dropserve.models.montecarlo.sites import Site, require_close, trace
 from dropserve.models.montecarlo.statistics import Statistics, Summary
+from dropserve.models.regularizers import Law
 
 _log = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
@@ -218,7 +219,8 @@ class Sampler:
 
     def _vectorised(self, x: Tensor, masks: ScaledMasks) -> Tensor:
         """Logits [B, T, C], the passes vectorised: what comes before the first mask runs once."""
-        chunk = max(1, _CHUNK_ELEMENTS // max(1, len(x) * self._found.widest))
+        found = self._found
+        chunk = max(1, _CHUNK_ELEMENTS // max(1, len(x) * found.widest, found.widest_shared))
         return torch.vmap(
             lambda *one: self._forward(x, one, self._dtype),
             out_dims=1,
@@ -234,23 +236,23 @@ class Sampler:
         """Logits [B, C] of the thinned network that `factors` [*template] describe."""
         called = 0
 
-        def next_mask(kind: DropoutKind, p: float, shape: torch.Size) -> Tensor:
+        def next_noise(law: Law, shape: torch.Size) -> Tensor:
             nonlocal called
             if called >= len(self.sites):
-                raise SamplingError(f"the module called {kind} more often than on the example")
+                raise SamplingError(f"the module called {law.kind} more often than on the example")
             site, factor = self.sites[called], factors[called]
             called += 1
-            scale = site.fit(factor, shape) if (kind, p) == (site.kind, site.p) else None
-            if scale is None:
+            drawn = site.fit(factor, shape) if law == site.law else None
+            if drawn is None:
                 raise SamplingError(
                     f"{site.name}: expected {site.kind} with p={site.p} over "
-                    f"{list(site.template)} an image, as on the example; the module called {kind} "
-                    f"with p={p} over {list(shape)}"
+                    f"{list(site.template)} an image, as on the example; the module called "
+                    f"{law.kind} with p={law.p} over {list(shape)}"
                 )
-            return scale
+            return drawn
 
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            logits: Tensor = Interception(next_mask).run(self.training_copy, x)
+            logits: Tensor = Interception(next_noise).run(self.training_copy, x)
         if called != len(self.sites):
             missed = self.sites[called].name
             raise SamplingError(f"the module did not call {missed}, as it did on the example")

@@ -1,4 +1,4 @@
-"""Masks as tensors, drawn when they are first needed and kept for the seeds used last."""
+"""Noise as tensors, drawn when it is first needed and kept for the seeds used last."""
 
 import threading
 from collections.abc import Sequence
@@ -8,30 +8,44 @@ import torch
 from torch import Tensor
 
 from dropserve.models.defaults import MaskKind
-from dropserve.models.montecarlo.masks import BLOCK, draw
+from dropserve.models.montecarlo.masks import BLOCK, draw, draw_normal
 from dropserve.models.montecarlo.sites import Site
+from dropserve.models.regularizers import Gaussian
 
 CHUNK = 100
 """Most samples run at once: whole blocks, a few milliseconds' work for a small network."""
 _MAX_ELEMENTS = 2**22  # units of one chunk of samples: 16 MiB of float32
+_LARGE = 2**15  # units of a site, weights say, whose masks are kept as bools: a quarter as large
 _MAX_BYTES = 64 * 2**20  # kept of masks, besides those that are pinned and those in use
 
 _Key = tuple[MaskKind, int, int, torch.device]
 
 
 class ScaledMasks:
-    """What T thinned networks multiply by: for each site [T, *template], zero for a dropped unit.
+    """The noise of T thinned networks: for each site [T, *template], zero for a dropped unit.
 
     If they are `pinned` they are never evicted, so that what is made of them is made only once:
     groups of `thinned` networks, as `Kernels` gathers them.
     """
 
-    def __init__(self, factors: Sequence[Tensor], parent: "ScaledMasks | None" = None) -> None:
-        self.factors = tuple(factors)
-        self.samples = factors[0].shape[0]
+    def __init__(
+        self,
+        drawn: Sequence[Tensor],
+        kept: Sequence[float],
+        parent: "ScaledMasks | None" = None,
+    ) -> None:
+        self._drawn = tuple(drawn)
+        self._kept = kept  # what the elements of a mask of bools stand for where it is True
+        self.samples = drawn[0].shape[0]
         self._parent = parent  # not itself: a reference cycle would delay the freeing of memory
         self.pinned = False
         self.thinned: list[tuple[Tensor, ...]] = []
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The noise as floating-point numbers."""
+        pairs = zip(self._drawn, self._kept, strict=True)
+        return tuple(_scaled(d, kept) if d.dtype == torch.bool else d for d, kept in pairs)
 
     @property
     def parent(self) -> "ScaledMasks":
@@ -42,13 +56,13 @@ class ScaledMasks:
     def nbytes(self) -> int:
         """Memory that they take, with what was made of them."""
         made = sum(tensor.nbytes for group in self.thinned for tensor in group)
-        return made + sum(factor.nbytes for factor in self.factors)
+        return made + sum(drawn.nbytes for drawn in self._drawn)
 
     def first(self, samples: int) -> "ScaledMasks":
         """Return those of the first samples, in the same memory."""
         if samples == self.samples:
             return self
-        return ScaledMasks([factor[:samples] for factor in self.factors], self.parent)
+        return ScaledMasks([drawn[:samples] for drawn in self._drawn], self._kept, self.parent)
 
 
 class MaskStore:
@@ -89,11 +103,23 @@ class MaskStore:
 
     def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> ScaledMasks:
         """Draw masks and keep nothing."""
-        factors = []
+        drawn = []
         for index, site in enumerate(self._sites):
-            keep = draw(kind, seed, index, site.units, site.p, samples)
-            # NumPy multiplies bools by a number three times as fast as torch converts them
-            factor = np.multiply(keep, np.float32(site.survivor), dtype=np.float32)
-            shaped = torch.from_numpy(factor).view(len(samples), *site.template)
-            factors.append(shaped.to(device))
-        return ScaledMasks(factors)
+            law = site.law
+            if isinstance(law, Gaussian):
+                normal = draw_normal(kind, seed, index, site.units, samples)
+                noise = torch.from_numpy(normal).mul_(law.std).add_(law.mean)
+            else:
+                noise = torch.from_numpy(draw(kind, seed, index, site.units, law.p, samples))
+                if site.units <= _LARGE:
+                    noise = _scaled(noise, law.kept)
+            drawn.append(noise.view(len(samples), *site.template).to(device))
+        return ScaledMasks(drawn, [getattr(site.law, "kept", 1.0) for site in self._sites])
+
+
+def _scaled(keep: Tensor, kept: float) -> Tensor:
+    """Turn bools into what is multiplied by."""
+    if keep.is_cuda:
+        return keep * kept
+    # NumPy multiplies bools by a number three times as fast as torch converts them
+    return torch.from_numpy(np.multiply(keep.numpy(), np.float32(kept), dtype=np.float32))

@@ -1,4 +1,4 @@
-"""Where a network drops units: found by running a copy in training mode without noise."""
+"""Where a network draws noise: found by running a copy in training mode without it."""
 
 import hashlib
 import os
@@ -18,47 +18,53 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropserve.models.errors import NoDropout, UnsupportedModule, unsupported_if_it_fails
-from dropserve.models.montecarlo.interception import KINDS, DropoutKind, Interception
+from dropserve.models.montecarlo.interception import Interception
 from dropserve.models.montecarlo.training_copy import (
     NumPyGenerator,
     numpy_generators,
     share_parameters,
     training_copy,
 )
+from dropserve.models.regularizers import Law
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call of a dropout function in a forward pass.
+    """One draw of noise in a forward pass.
 
     Attributes:
-        name: the module it was called in; `:kind` follows where that does more than drop, `[2]`
-            where the same module drops a second time.
-        p: probability of dropping a unit.
-        shape: the units that one image's mask covers; for spatial kinds the channels.
-        template: the mask's shape for a batch of one, as the call gets it.
+        name: the module it was drawn in; `:kind` follows where that does more than drop, `[2]`
+            where the same module draws a second time.
+        law: the noise's.
+        shape: what one image's noise covers: units, channels, weights [out, in + 1], or steps and
+            units of a recurrent network.
+        template: the noise's shape for a batch of one, as the call gets it.
         batch_dim: the dimension of `template` that grows with the batch; None if none does.
         images_inside: whether that dimension, where it holds several rows an image, counts the
             images within a row, and not the rows within an image.
     """
 
     name: str
-    kind: DropoutKind
-    p: float
+    law: Law
     shape: tuple[int, ...]
     template: tuple[int, ...]
     batch_dim: int | None
     images_inside: bool = False
 
     @property
-    def units(self) -> int:
-        """How many units are dropped or kept by one mask."""
-        return torch.Size(self.template).numel()
+    def kind(self) -> str:
+        """The method, as the API names it."""
+        return self.law.kind
 
     @property
-    def survivor(self) -> float:
-        """What a kept unit is multiplied by."""
-        return 1 / (1 - self.p) if KINDS[self.kind].rescaled else 1.0
+    def p(self) -> float | None:
+        """Probability of dropping; None where the method has no rate."""
+        return self.law.p
+
+    @property
+    def units(self) -> int:
+        """How many numbers are drawn."""
+        return torch.Size(self.template).numel()
 
     def at(self, p: float) -> "Site":
         """Return the site with another rate, and what is kept scaled to match.
@@ -66,10 +72,10 @@ class Site:
         Alpha dropout and masks of `bernoulli_` keep their own: what follows them is worked out from
         the module's p.
         """
-        return replace(self, p=p) if KINDS[self.kind].adjustable else self
+        return replace(self, law=self.law.at(p))
 
     def fit(self, scale: Tensor, shape: torch.Size) -> Tensor | None:
-        """Spread a mask `scale` [*template] over a call's `shape`; None if it does not fit.
+        """Spread noise `scale` [*template] over a call's `shape`; None if it does not fit.
 
         A batch dimension may hold several rows an image: attention folds its heads into it, and
         recurrent networks their time.
@@ -94,27 +100,28 @@ class Trace:
 
     Attributes:
         sites: its dropout calls, in the order of a forward pass.
-        widest: elements in the widest result of one image that depends on masks.
+        widest: elements in the widest result that depends on noise, of one image.
+        widest_shared: likewise, of results that images share, such as weights.
         classes: columns of its output.
     """
 
     training_copy: nn.Module
     sites: tuple[Site, ...]
     widest: int
+    widest_shared: int
     classes: int
 
 
 class _Call(NamedTuple):
     name: str
-    kind: DropoutKind
-    p: float
+    law: Law
     shape: torch.Size
 
 
 class _Pass(NamedTuple):
     output: Tensor
     calls: list[_Call]
-    widest: int
+    sizes: list[int]
 
 
 _MODULE_CHANGED = (
@@ -159,14 +166,16 @@ def trace(module: nn.Module, probe: Tensor) -> Trace:
             "would be the same: add dropout (models.dropout.InvertedDropout or torch.nn.Dropout) "
             "and train"
         )
-    if [call[:3] for call in two.calls] != [call[:3] for call in three.calls]:
+    if [call[:2] for call in two.calls] != [call[:2] for call in three.calls]:
         raise UnsupportedModule(
             "the module's dropout calls change with the size of the batch, or from pass to pass"
         )
     pairs = zip(two.calls, three.calls, strict=True)
     sites = tuple(_site(call, other.shape) for call, other in pairs)
-    widest = max(two.widest, *(call.shape.numel() for call in two.calls))
-    return Trace(copied, sites, widest // 2, two.output.shape[1])
+    sizes = [(a, b - a) for a, b in zip(two.sizes, three.sizes, strict=False)]
+    widest = max(growth for _, growth in sizes)
+    shared = max((size for size, growth in sizes if not growth), default=0)
+    return Trace(copied, sites, widest, shared, two.output.shape[1])
 
 
 def _refuse_unreachable(module: nn.Module) -> None:
@@ -186,10 +195,10 @@ def _refuse_unreachable(module: nn.Module) -> None:
 
 def _run_in_eval_mode(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """Run a module in eval mode; switch off, and count, dropout that is on all the same."""
-    kinds: list[DropoutKind] = []
-    interception = Interception(lambda kind, *_: kinds.append(kind), running_statistics=False)
+    laws: list[Law] = []
+    interception = Interception(lambda law, _: laws.append(law), running_statistics=False)
     with torch.no_grad():
-        return _logits(interception.run(module, x), "eval mode"), len(kinds)
+        return _logits(interception.run(module, x), "eval mode"), len(laws)
 
 
 def _run_in_training_mode(
@@ -232,18 +241,19 @@ def _run(
     calls: list[_Call] = []
     uses: dict[str, int] = {}
 
-    def note(kind: DropoutKind, p: float, shape: torch.Size) -> Tensor | None:
+    def note(law: Law, shape: torch.Size) -> Tensor | None:
         path, caller = randomness.running[-1]
-        if p >= 1:
-            raise UnsupportedModule(f"{path or 'the module'}: dropout with p={p} drops everything")
+        if (law.p or 0) >= 1:
+            where = path or "the module"
+            raise UnsupportedModule(f"{where}: dropout with p={law.p} drops everything")
         name = path or "root"
         if [*caller.children(), *caller.parameters()]:  # then it does more than drop
-            name = f"{name}:{kind}"
+            name = f"{name}:{law.kind}"
         uses[name] = uses.get(name, 0) + 1
         if uses[name] > 1:
             name = f"{name}[{uses[name]}]"
-        calls.append(_Call(name, kind, p, shape))
-        return torch.ones(shape, device=x.device) if all_kept and kind == "bernoulli" else None
+        calls.append(_Call(name, law, shape))
+        return torch.ones(shape, device=x.device) if all_kept and law.kind == "bernoulli" else None
 
     interception = Interception(note)
     with (
@@ -255,7 +265,7 @@ def _run(
         ),
     ):
         output = _logits(interception.run(copied, x), "training mode")
-    return _Pass(output, calls, interception.widest)
+    return _Pass(output, calls, interception.sizes)
 
 
 def _site(call: _Call, three: torch.Size) -> Site:
@@ -268,13 +278,14 @@ def _site(call: _Call, three: torch.Size) -> Site:
             f"and {list(three)} for three"
         )
     if not grows:
-        return Site(call.name, call.kind, call.p, tuple(two), tuple(two), None)
+        shared = tuple(two[1:]) if len(two) > 1 and two[0] == 1 else tuple(two)
+        return Site(call.name, call.law, shared, tuple(two), None)
     dim = grows[0]
     template = (*two[:dim], rows[0], *two[dim + 1 :])
     units = template if rows[0] > 1 else template[:dim] + template[dim + 1 :]
-    if KINDS[call.kind].channelwise:
-        units = units[:1]
-    return Site(call.name, call.kind, call.p, tuple(units), template, dim)
+    while len(units) > 1 and units[-1] == 1:  # one number for all that these would count
+        units = units[:-1]
+    return Site(call.name, call.law, tuple(units), template, dim)
 
 
 def _state(module: nn.Module) -> object:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from dropserve.models.defaults import MaskKind
@@ -18,6 +19,7 @@ from dropserve.models.montecarlo.statistics import (
     entropy,
     figures,
 )
+from dropserve.models.regularizers import Bernoulli, Law
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class Sample:
         probabilities: [C], of this network alone.
         mean: [C], of the first t, like all that follow.
         standard_error: [C]; None where it cannot be estimated, like its degrees of freedom.
-        kept: this network's mask at each site: a bit a unit, in the order of the site's template,
-            the most significant bit of a byte first; 1 where the unit is kept.
+        kept: this network's noise at each site, in the order of the site's template. Of a mask a
+            bit a unit, the most significant of a byte first: 1 where the unit is kept. Of Gaussian
+            noise a byte a unit: which 256th of the distribution it is from.
     """
 
     t: int
@@ -59,7 +62,8 @@ def stream_samples(
         statistics.add(chunk)
         count = chunk.shape[2]
         scaled = sampler.scaled_masks(masks, seed, range(done, done + count), x.device)
-        kept = [np.packbits((f != 0).flatten(1).cpu().numpy(), 1) for f in scaled.factors]
+        pairs = zip(sampler.sites, scaled.factors, strict=True)
+        kept = [_as_bytes(site.law, factor.flatten(1).cpu()) for site, factor in pairs]
         del scaled  # 32 times as large, and it may be long before the next is asked for
         p = chunk[:, 0].cpu().numpy()
         for start in range(0, count, BLOCK):
@@ -70,6 +74,15 @@ def stream_samples(
             del found["variance"]  # `Sample` has all others
             yield _samples(masks, t, found, [bits[some] for bits in kept])
         done += count
+
+
+def _as_bytes(law: Law, noise: Tensor) -> npt.NDArray[np.uint8]:
+    """Write the noise [t, units] of a site as `Sample.kept` has it: [t, bytes]."""
+    if isinstance(law, Bernoulli):
+        return np.packbits((noise != 0).numpy(), 1)
+    share = torch.special.ndtr((noise - law.mean) / law.std)
+    bytes_: npt.NDArray[np.uint8] = (share * 256).clamp_max(255).to(torch.uint8).numpy()
+    return bytes_
 
 
 def _running_sums(p: Array, t: Array, before: dict[str, Array]) -> dict[str, Array]:

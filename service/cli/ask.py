@@ -236,8 +236,9 @@ def show_models(models: Sequence[schemas.ModelDetails]) -> None:
     table = Table("model", "version", "all versions", "default", "path", "precision")
     for model in models:
         version = f"{model.version}{' (pinned)' if model.version == model.pinned else ''}"
+        precision = model.precision.dtype if model.precision else ""
         versions, default = ", ".join(map(str, model.versions)), "yes" if model.default else ""
-        table.add_row(model.name, version, versions, default, model.path, model.precision.dtype)
+        table.add_row(model.name, version, versions, default, model.path or "", precision)
     console().print(table)
     for model in models:
         for refused in model.refused:

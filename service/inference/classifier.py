@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from dropserve.models import checkpoint
 from dropserve.models.comparison import Moments, compare
 from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.errors import NoDropout
 from dropserve.models.montecarlo import (
     Precision,
     Sample,
@@ -25,7 +27,7 @@ from dropserve.models.montecarlo import (
     stream_samples,
 )
 from dropserve.models.sequential import compile_for_inference, convert_memory_format
-from dropserve.service.errors import ServerError
+from dropserve.service.errors import InvalidRequest, ServerError
 from dropserve.service.inference.decoder import Pixels
 
 _INLINE = 0.005
@@ -109,12 +111,20 @@ class Classifier:
         convert_memory_format(self._module)
         x = self._input(np.zeros((1, *self.preprocessing.shape), np.uint8))
         self._eval = compile_for_inference(self._module, x)
-        self._sampler = Sampler(self._module, x, precision)
-        self._sampler.warm_up(x)
+        self._found: Sampler | None = None
         self.inline: dict[type[Task], int] = {
-            Predict: self._measure_inline(lambda _seed: Predict()),
-            Uncertainty: self._measure_inline(lambda seed: Uncertainty(seed=seed)),
+            Predict: self._measure_inline(lambda _seed: Predict())
         }
+        with suppress(NoDropout):
+            self._found = Sampler(self._module, x, precision)
+            self._found.warm_up(x)
+            self.inline[Uncertainty] = self._measure_inline(lambda seed: Uncertainty(seed=seed))
+
+    @property
+    def _sampler(self) -> Sampler:
+        if self._found is None:
+            raise InvalidRequest("this model draws no noise to sample: ask it to predict")
+        return self._found
 
     def is_inline(self, task: Task, images: int) -> bool:
         """Say if the steps of a batch take so little time that they may run on the event loop."""
@@ -166,7 +176,7 @@ class Classifier:
             `{event: a list of its data}`: a start, the samples in order, some at a time, and an
             end that says what `run` returns.
         """
-        x = self._input(pixels)
+        x, sampler = self._input(pixels), self._sampler
         _, channels, height, width = pixels.shape
         shown = {"height": height, "width": width, "channels": channels}
         start = {
@@ -178,9 +188,7 @@ class Classifier:
         }
         yield {"start": [start]}
         statistics = Statistics(task.samples, task.masks, task.level)
-        for some in stream_samples(
-            self._sampler, x, task.samples, task.seed, task.masks, statistics
-        ):
+        for some in stream_samples(sampler, x, task.samples, task.seed, task.masks, statistics):
             yield {"sample": [_sample(sample) for sample in some]}
         yield {"end": [{"predictions": self._answers(task, statistics.summary(), [])}]}
 
@@ -201,8 +209,8 @@ class Classifier:
             "training": self._module.training,
             "parameters": sum(p.numel() for p in self._module.parameters()),
             "sites": self._sites(),
-            "path": self._sampler.path,
-            "precision": asdict(self._sampler.precision),
+            "path": self._found and self._found.path,
+            "precision": self._found and asdict(self._found.precision),
             "network": metadata.network.to_json(),
             "data": dict(metadata.data),
             "evaluation": dict(metadata.evaluation),
@@ -212,8 +220,17 @@ class Classifier:
 
     def _sites(self) -> list[dict[str, Any]]:
         return [
-            {"name": s.name, "kind": s.kind, "p": s.p, "shape": list(s.shape), "units": s.units}
-            for s in self._sampler.sites
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "p": site.p,
+                "shape": list(site.shape),
+                "units": site.units,
+                "distribution": type(site.law).__name__.lower(),
+                "mean": site.law.mean,
+                "std": site.law.std,
+            }
+            for site in (self._found.sites if self._found else ())
         ]
 
     def _input(self, pixels: Pixels) -> Tensor:

@@ -11,7 +11,8 @@ from torch import nn
 
 from dropserve.models.dropout import InvertedDropout, SpatialDropout
 from dropserve.models.errors import ConfigError
-from dropserve.models.networks import NetworkConfig, call_factory, default_config, trusted
+from dropserve.models.factories import call_factory, trusted
+from dropserve.models.networks import NetworkConfig, default_config
 from dropserve.models.sequential import compile_for_inference
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10)
@@ -92,7 +93,10 @@ def test_a_zero_rate_makes_no_dropout_layer():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"kind": "rnn"}, "must be mlp, cnn, package.module:factory or path/to/file.py:factory"),
+        (
+            {"kind": "rnn"},
+            "must be mlp, cnn, gru, wrn, vit, package.module:factory or path/to/file.py:factory",
+        ),
         ({"classes": 1}, "at least 2"),
         ({"hidden": (0, 256)}, "widths must be"),
         ({"hidden": (65_537, 256)}, "widths must be"),
@@ -123,12 +127,17 @@ def test_json_that_makes_no_sense_is_refused(change):
         NetworkConfig.from_json({**MLP.to_json(), **change})
 
 
-@pytest.mark.parametrize("name", list(MLP.to_json()))
+@pytest.mark.parametrize("name", list(MLP.to_json())[:8])
 def test_json_with_a_missing_value_is_refused_by_name(name):
     values = MLP.to_json()
     del values[name]
     with pytest.raises(ConfigError, match=name):
         NetworkConfig.from_json(values)
+
+
+def test_a_description_that_an_earlier_release_wrote_is_todays_default():
+    values = dict(list(MLP.to_json().items())[:8])
+    assert NetworkConfig.from_json(values) == MLP
 
 
 @pytest.mark.parametrize("allowed", [None, {"torch.nn:Linear"}], ids=["any", "named"])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dropserve.models.montecarlo.interception import Interception
+from dropserve.models.regularizers import Bernoulli
 
 
 @st.composite
@@ -60,7 +61,7 @@ def test_attention_is_the_oracles_under_a_mask_and_without_dropout(arguments, p)
     with Interception(lambda *call: calls.append(call) or keep):
         got = F.scaled_dot_product_attention(*tensors, **rate, **given)
     torch.testing.assert_close(got, oracle(*tensors, keep, **given))
-    assert calls == ([("attention", p, shape)] if p else [])
+    assert calls == ([(Bernoulli("attention", p), shape)] if p else [])
     if "enable_gqa" not in given:
         with Interception(lambda *_: keep[0, 0]):  # one head alone, as matrices
             alone = F.scaled_dot_product_attention(
@@ -75,4 +76,5 @@ def test_bernoulli_asks_for_the_mask_of_a_rate_and_is_its_mean_where_there_is_no
         with Interception(lambda *call, calls=calls: calls.append(call)):
             got = torch.zeros(2, 3).bernoulli_(*arguments)
         assert torch.equal(got, torch.full((2, 3), keep))
-        assert calls == ([("bernoulli", 1 - keep, (2, 3))] if keep < 1 else [])
+        law = Bernoulli("bernoulli", 1 - keep, rescaled=False, adjustable=False)
+        assert calls == ([(law, (2, 3))] if keep < 1 else [])

@@ -10,18 +10,19 @@ import torch
 from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw
 from dropserve.models.montecarlo.scaled_masks import CHUNK, MaskStore
 from dropserve.models.montecarlo.sites import Site
+from dropserve.models.regularizers import Bernoulli
 
 CPU = torch.device("cpu")
 CHANNELS = (7, 1, 1)
 SITES = (
-    Site("first", "dropout", 0.2, (40,), (1, 40), 0),
-    Site("second", "spatial", 0.5, CHANNELS[:1], (1, *CHANNELS), 0),
-    Site("third", "vanilla", 0.8, (3,), (1, 3), 0),
+    Site("first", Bernoulli("dropout", 0.2), (40,), (1, 40), 0),
+    Site("second", Bernoulli("spatial", 0.5), CHANNELS[:1], (1, *CHANNELS), 0),
+    Site("third", Bernoulli("vanilla", 0.8, rescaled=False), (3,), (1, 3), 0),
 )
 
 
 def wide(units):
-    return MaskStore([Site("wide", "dropout", 0.5, (units,), (1, units), 0)])
+    return MaskStore([Site("wide", Bernoulli("dropout", 0.5), (units,), (1, units), 0)])
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
