@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from bench import efficiency, memory, networks, timing, training
+from bench import efficiency, memory, networks, noises, timing, training
 from bench.claims import claims
 from bench.claims import table as claims_table
 from bench.machine import machine
@@ -104,6 +104,12 @@ class Bench:
         ]
         return [row for rows in found for row in rows]
 
+    def noises(self) -> list[dict[str, Any]]:
+        """Time each kind of noise."""
+        return noises.rows(
+            self.modules[NETWORKS[0]], self.x(noises.BATCH), self.samples, self.scale.rounds
+        )
+
     def efficiency(self) -> list[dict[str, Any]]:
         """Measure what a sample is worth."""
         scale = self.scale
@@ -132,6 +138,7 @@ class Bench:
 PARTS: dict[str, tuple[Callable[[Bench], list[dict[str, Any]]], Callable[..., Any]]] = {
     "engine": (Bench.engine, timing.table),
     "sweep": (Bench.sweep, timing.sweep_table),
+    "noises": (Bench.noises, noises.table),
     "efficiency": (Bench.efficiency, efficiency.table),
     "memory": (Bench.memory, memory.table),
     "training": (Bench.training, training.table),

@@ -50,7 +50,14 @@ _SUGGESTED: Mapping[str, Mapping[str, Any]] = {
     "digits": {"epochs": 60, "batch_size": 32, "learning_rate": 1e-3},
     "fashion-mnist mlp": {"epochs": 30, "learning_rate": 1e-3},
     "fashion-mnist cnn": {
-        "epochs": 14, "learning_rate": 3e-3, "weight_decay": 0.05, "shift": 1, "flip": True,
+        "epochs": 24, "learning_rate": 3e-3, "weight_decay": 0.05, "shift": 1, "flip": True,
+    },
+    "fashion-mnist gru": {"epochs": 20, "learning_rate": 3e-3},
+    "fashion-mnist wrn": {
+        "epochs": 24, "learning_rate": 3e-3, "weight_decay": 0.05, "shift": 2, "flip": True,
+    },
+    "fashion-mnist vit": {
+        "epochs": 30, "learning_rate": 1e-3, "weight_decay": 0.05, "shift": 2, "flip": True,
     },
 }  # fmt: skip
 """What differs from a recipe's own defaults, by dataset, or by dataset and network."""

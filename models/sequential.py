@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,13 +24,20 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 class Mask:
-    """A layer of noise among steps: called it is eval mode, `combine(x, noise)` train mode."""
+    """A layer of noise among steps: called it is eval mode, `combine(x, noise)` train mode.
+
+    `mean` is that of the noise, None where eval mode is the identity; `kept` as of `scaled`.
+    """
 
     def __init__(
-        self, combine: Callable[..., Tensor] = torch.mul, mean: float | None = None
+        self,
+        combine: Callable[..., Tensor] = torch.mul,
+        mean: float | None = None,
+        kept: float = 1.0,
     ) -> None:
         self.combine = combine
-        self._mean = mean  # of the noise; None: eval mode is the identity
+        self._mean = mean
+        self._kept = kept
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x as in eval mode."""
@@ -37,15 +45,17 @@ class Mask:
 
     def sample(self, x: Tensor, noise: Tensor, *, fresh: bool = False) -> Tensor:
         """Put the noise [T, ...] of T samples into x [B, T or 1, ...], in place if it is fresh."""
-        return self.combine(x, noise.to(x.dtype), out=x if fresh else None)
+        noise = scaled(noise, self._kept).to(x.dtype)
+        return self.combine(x, noise, out=x if fresh else None)
 
 
 class WeightMask(Mask):
     """A `DropConnect` layer among steps: each sample has weights of its own."""
 
     def __init__(self, layer: DropConnect, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(kept=getattr(layer.law, "kept", 1.0))
         self._weight = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().to(dtype)
+        self._kept_weight = self._weight * self._kept
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] by the mean weights."""
@@ -55,8 +65,13 @@ class WeightMask(Mask):
         """Map x [B, T or 1, in] to [B, T, out]: sample by sample, so that weights stay in cache."""
         result = x.new_empty(len(x), len(noise), len(self._weight))
         own = torch.empty_like(self._weight)
+        bools = noise.dtype == torch.bool
+        weight = self._kept_weight if bools else self._weight
         for t, drawn in enumerate(noise.flatten(0, -3)):
-            torch.mul(self._weight, drawn, out=own)
+            if bools and own.dtype == torch.float32 and not own.is_cuda:  # as in `scaled`
+                np.multiply(weight.numpy(), drawn.numpy(), out=own.numpy())
+            else:
+                torch.mul(weight, drawn, out=own)
             rows = x[:, t if x.shape[1] > 1 else 0]
             torch.addmm(own[:, -1], rows, own[:, :-1].T, out=result[:, t])
         return result
@@ -128,10 +143,21 @@ def as_mask(leaf: nn.Module, dtype: torch.dtype = torch.float32) -> Mask | None:
     if type(leaf) is DropConnect and leaf.is_noisy and not leaf.matches_moments:
         return WeightMask(leaf, dtype)
     if isinstance(leaf, _DROPOUTS) and leaf.p > 0:
-        return Mask()
+        return Mask(kept=1 / (1 - leaf.p))
     if isinstance(leaf, Elementwise) and leaf.is_noisy:
-        return Mask(leaf.combine, None if leaf.is_identity else leaf.law.mean)
+        mean = None if leaf.is_identity else leaf.law.mean
+        return Mask(leaf.combine, mean, getattr(leaf.law, "kept", 1.0))
     return None
+
+
+def scaled(noise: Tensor, kept: float) -> Tensor:
+    """Turn a mask of bools into what is multiplied by; other noise is returned as it is."""
+    if noise.dtype != torch.bool:
+        return noise
+    if noise.is_cuda:
+        return noise * kept
+    # NumPy multiplies bools by a number three times as fast as torch converts them
+    return torch.from_numpy(np.multiply(noise.numpy(), np.float32(kept), dtype=np.float32))
 
 
 def does_nothing(leaf: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropserve.models.montecarlo.scaled_masks import ScaledMasks
@@ -47,6 +48,7 @@ sample of all images takes. A quarter of it takes up to a third longer for convo
 _TILE = 2**18  # elements that the active kernel holds at once, or what one image takes
 _GROUP = 20  # thinned networks run together, padded to the size of the largest of them
 _IMAGES = 64  # images that thinned networks are run on together
+_COLUMNS = 16  # fewest images of a product: with fewer it takes three times as long
 _MAX_WEIGHTS = 2**23  # of all thinned networks together: 32 MiB
 
 # Costs in multiply-adds:
@@ -134,7 +136,7 @@ class Kernels:
         touched = samples * width + 2 * _TOUCH * (samples + width)  # read here, written there
         weights = self._thinned_weights * samples
         gathering = 0 if masks.parent.pinned else _GATHER
-        thinned = weights * (_READ + _MULTIPLY * images + gathering)
+        thinned = weights * (_READ + _MULTIPLY * max(images, _COLUMNS) + gathering)
         choices: list[tuple[float, Kernel]] = [
             (samples * images * units * (width + _TOUCH), self._dense),
             (images * _most_active(h.numpy()) * touched + (images + 2) * _CALL, self._active),
@@ -145,12 +147,12 @@ class Kernels:
 
     def _dense(self, h: Tensor, masks: ScaledMasks) -> Tensor:
         tile = max(1, _ROWS // max(1, len(h) * self._widest))
-        logits, factors, steps, after = [], masks.factors, self._rest, None
+        logits, steps, after = list[Tensor](), self._rest, None
         if self._first.combine is torch.add and isinstance(steps[0], Linear):
             after, *steps = steps
         for start in range(0, masks.samples, tile):
             some = slice(start, start + tile)
-            first, *others = (factor[some].squeeze(1) for factor in factors)
+            first, *others = (noise[some].squeeze(1) for noise in masks.drawn)
             if isinstance(after, Linear):  # (h + noise) W = h W + noise W: products of few rows
                 made = after(h).unsqueeze(1) + first.to(h.dtype) @ after.weight
             else:
@@ -194,7 +196,9 @@ class Kernels:
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     def _run_thinned(self, h: Tensor, groups: Iterable[tuple[Tensor, ...]]) -> Tensor:
-        images, first, whole = len(h), self._layers[0], None
+        asked, first, whole = len(h), self._layers[0], None
+        h = F.pad(h, (0, 0, 0, max(0, _COLUMNS - asked)))
+        images = len(h)
         columns = _with_zeros(h.t())
         if self._complement:
             whole = h.new_zeros(len(first.bias) + 1, images)
@@ -212,7 +216,7 @@ class Kernels:
                     y = torch.baddbmm(bias, weight, y)
                 y = layer.activate(y)
             logits.append(y)
-        return torch.cat(logits).permute(2, 0, 1)
+        return torch.cat(logits)[..., :asked].permute(2, 0, 1)
 
     def _gather(self, masks: ScaledMasks, samples: slice) -> tuple[Tensor, ...]:
         """Gather the thinned networks of t samples.

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from dropserve.models.defaults import MaskKind
 from dropserve.models.montecarlo.masks import BLOCK, draw, draw_normal
 from dropserve.models.montecarlo.sites import Site
 from dropserve.models.regularizers import Gaussian
+from dropserve.models.sequential import scaled
 
 CHUNK = 100
 """Most samples run at once: whole blocks, a few milliseconds' work for a small network."""
@@ -34,7 +34,7 @@ class ScaledMasks:
         kept: Sequence[float],
         parent: "ScaledMasks | None" = None,
     ) -> None:
-        self._drawn = tuple(drawn)
+        self.drawn = tuple(drawn)  # masks of large sites are bools
         self._kept = kept  # what the elements of a mask of bools stand for where it is True
         self.samples = drawn[0].shape[0]
         self._parent = parent  # not itself: a reference cycle would delay the freeing of memory
@@ -44,8 +44,7 @@ class ScaledMasks:
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """The noise as floating-point numbers."""
-        pairs = zip(self._drawn, self._kept, strict=True)
-        return tuple(_scaled(d, kept) if d.dtype == torch.bool else d for d, kept in pairs)
+        return tuple(map(scaled, self.drawn, self._kept))
 
     @property
     def parent(self) -> "ScaledMasks":
@@ -56,13 +55,13 @@ class ScaledMasks:
     def nbytes(self) -> int:
         """Memory that they take, with what was made of them."""
         made = sum(tensor.nbytes for group in self.thinned for tensor in group)
-        return made + sum(drawn.nbytes for drawn in self._drawn)
+        return made + sum(drawn.nbytes for drawn in self.drawn)
 
     def first(self, samples: int) -> "ScaledMasks":
         """Return those of the first samples, in the same memory."""
         if samples == self.samples:
             return self
-        return ScaledMasks([drawn[:samples] for drawn in self._drawn], self._kept, self.parent)
+        return ScaledMasks([drawn[:samples] for drawn in self.drawn], self._kept, self.parent)
 
 
 class MaskStore:
@@ -112,14 +111,6 @@ class MaskStore:
             else:
                 noise = torch.from_numpy(draw(kind, seed, index, site.units, law.p, samples))
                 if site.units <= _LARGE:
-                    noise = _scaled(noise, law.kept)
+                    noise = scaled(noise, law.kept)
             drawn.append(noise.view(len(samples), *site.template).to(device))
         return ScaledMasks(drawn, [getattr(site.law, "kept", 1.0) for site in self._sites])
-
-
-def _scaled(keep: Tensor, kept: float) -> Tensor:
-    """Turn bools into what is multiplied by."""
-    if keep.is_cuda:
-        return keep * kept
-    # NumPy multiplies bools by a number three times as fast as torch converts them
-    return torch.from_numpy(np.multiply(keep.numpy(), np.float32(kept), dtype=np.float32))

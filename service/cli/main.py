@@ -168,9 +168,10 @@ def _cell(value: object) -> str:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False)
 app.callback()(main)
+app.command(cls=train.TrainCommand)(train.train)
 app.command("import")(train.import_)
 for command in (
-    train.train, train.evaluate, serve, settings,
+    train.evaluate, serve, settings,
     ask.predict, ask.uncertainty, ask.models, score.score, watch.watch,
     versions.manifest, versions.pin, versions.rollback, versions.prune,
 ):  # fmt: skip

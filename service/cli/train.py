@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.box import SIMPLE
 from rich.progress import TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from dropserve.models import checkpoint
 from dropserve.models.defaults import DEFAULT_SAMPLES
@@ -74,13 +75,20 @@ Int = int | None
 Float = float | None
 Text = str | None
 _DATASETS = "digits, fashion-mnist, mnist, or a folder"
-_NETWORKS = "mlp, cnn, package.module:factory or path/file.py:factory."
+_NETWORKS = "mlp, cnn, gru, wrn, vit, package.module:factory or path/file.py:factory."
+_NETWORK_OPTIONS = (
+    "hidden", "dropout", "channels", "spatial_dropout", "blocks", "regularizer", "input_dropout",
+    "noise_mean", "mask_scope", "before_activation", "batch_norm", "init_std", "stochastic_depth",
+)  # fmt: skip
+"""Fields of `NetworkConfig` that are options of `train`."""
 _LIST = "numbers with commas between them"
 _HXW = "pixels of a side, or height x width, as 48x64"
 _NAMES = "names with commas between them, or a file of a name a line"
 # Any is what the parser returns.
 Hidden = Annotated[Any, _parsed(_LIST, "N,..", "Widths of the hidden layers.", _list(int))]
-Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate after each hidden layer.", _list(float))]
+Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate of each layer, or of all.", _list(float))]
+Channels = Annotated[Any, _parsed(_LIST, "N,..", "Channels of a cnn or wrn.", _list(int))]
+Scope = Literal["example", "batch", "epoch"] | None
 Arguments = Annotated[Any, _parsed('a JSON object, as {"a": 1}', "JSON", "For a factory.", _object)]
 Size = Annotated[Any, _parsed(_HXW, "HxW", "Pixels of the input; 32 for a folder.", _size)]
 Classes = Annotated[Any, _parsed(_NAMES, "A,B,..", "In logit order; or a file.", _names)]
@@ -93,6 +101,18 @@ Fit = Annotated[
 ]
 SkipBroken = Annotated[bool, Opt("--skip-broken", help="Leave out images that cannot be read.")]
 Samples = Annotated[int, Opt(min=0, metavar="T", help="Thinned networks to score; 0: none.")]
+
+
+class TrainCommand(TyperCommand):
+    """`train`, whose help describes each regularizer."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401  Typer exports no types
+        """Show the help; the registry needs PyTorch."""
+        from dropserve.models.regularizers import METHODS
+
+        methods = (f"{name} {m.text} ({', '.join(m.networks)})" for name, m in METHODS.items())
+        self.epilog = "\n\n".join(["Regularizers, and networks that can have them:", *methods])
+        super().format_help(ctx, formatter)
 
 
 def train(
@@ -112,10 +132,28 @@ def train(
     shift: Annotated[Int, _recipe("shift", "Augment: most pixels to shift by.")] = None,
     flip: Annotated[bool | None, _recipe("flip", "Augment: mirror half.")] = None,
     patience: Annotated[Int, _recipe("patience", "Epochs without a gain, then stop.")] = None,
+    decay_biases: Annotated[bool | None, Opt("--decay-biases", help="Decay biases too.")] = None,
+    l1: Annotated[Float, Opt(help="Penalty on absolute weights.", show_default="0")] = None,
+    max_norm: Annotated[Float, Opt(help="Of a unit's weights; none.")] = None,
     seed: Annotated[int, Opt(help="Seed of everything random.")] = 0,
     threads: Annotated[Int, Opt(help="CPU threads.", show_default="by the network's size")] = None,
     hidden: Hidden = None,
+    channels: Channels = None,
+    blocks: Annotated[Int, Opt(help="Of each stage of a wrn, or of a vit.")] = None,
+    regularizer: Annotated[Text, Opt(show_default="dropout", help="Listed below.")] = None,
     dropout: Dropout = None,
+    input_dropout: Annotated[Float, Opt(help="Rate on the input.", show_default="0")] = None,
+    spatial_dropout: Annotated[Float, Opt(help="Rate of a cnn's channels.")] = None,
+    stochastic_depth: Annotated[Float, Opt(help="Rate of a wrn's or vit's last block.")] = None,
+    noise_mean: Annotated[Float, Opt(help="Of additive noise.", show_default="0")] = None,
+    mask_scope: Annotated[
+        Scope, Opt(metavar="S", help="A draw per example, batch or epoch.", show_default="example")
+    ] = None,
+    before_activation: Annotated[
+        bool | None, Opt("--before-activation", help="Noise before the activation.")
+    ] = None,
+    batch_norm: Annotated[bool | None, Opt("--batch-norm", help="In an mlp's layers.")] = None,
+    init_std: Annotated[Float, Opt(help="Of fresh weights; PyTorch's own.")] = None,
     network_arguments: Arguments = None,
     size: Size = None,
     invert: Invert = False,
@@ -148,11 +186,11 @@ def train(
     asked = _given(**{field.name: given.get(field.name) for field in fields(Recipe)})
     data_options: dict[str, Any] = {"recipe": asked, "skip_broken": skip_broken}
     if start is None:
-        own = _given(hidden=hidden, dropout=dropout, arguments=network_arguments)
+        own = _given(arguments=network_arguments, **{o: given[o] for o in _NETWORK_OPTIONS})
         data_options |= {"asked": own, "size": size, "invert": invert, "fit": fit or "stretch"}
         plan = recipes.plan(dataset, network or "mlp", settings.data_dir, **data_options)
     else:
-        kept = ("network", "hidden", "dropout", "network_arguments", "size", "invert", "fit")
+        kept = ("network", *_NETWORK_OPTIONS, "network_arguments", "size", "invert", "fit")
         wrong = [f"--{o}".replace("_", "-") for o in kept if given[o] not in (None, False)]
         if wrong:
             raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(wrong)}")
