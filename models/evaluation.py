@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from dropserve.models.data import Split
 from dropserve.models.defaults import DEFAULT_SAMPLES
 from dropserve.models.errors import NoDropout
 from dropserve.models.montecarlo import Sampler
+from dropserve.models.regularizers import with_moment_matching
+
+Method = Literal["dropout", "moment-matching"]
 
 
 def score(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -43,19 +46,23 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     *,
+    method: Method = "dropout",
     confusion: bool = False,
 ) -> dict[str, Any]:
     """Score a module in eval mode, and the mean of its Monte Carlo samples where it has dropout.
 
-    `samples` is T; 0 leaves Monte Carlo dropout out. `progress` is called with (images done, images
-    in all). Returns `{"images": N, "eval": {...}, "dropout": {..., "samples": T}}`, ready for JSON,
-    and where asked for `"confusion"`, of eval mode: a row a label, a column a predicted class.
+    `samples` is T; 0 leaves Monte Carlo dropout out. Moment matching draws what DropConnect layers
+    give instead of their weights (`with_moment_matching`; ConfigError if there are none).
+    `progress` is called with (images done, images in all). Returns `{"images": N, "eval": {...},
+    "dropout": {..., "samples": T}}`, ready for JSON, and where asked for `"confusion"`, of eval
+    mode: a row a label, a column a predicted class.
     """
     module.eval()
     sampler = None
     if samples:
         with suppress(NoDropout):
-            sampler = Sampler(module, normalize(data.images[:1]))
+            sampled = with_moment_matching(module) if method == "moment-matching" else module
+            sampler = Sampler(sampled, normalize(data.images[:1]))
     plain, dropout = [], []
     done = 0
     for batch in data.batches(500):
@@ -71,6 +78,8 @@ def evaluate(
     if dropout:
         mean = score(torch.cat(dropout), data.labels)
         figures["dropout"] = {**mean, "samples": samples, "seed": seed}
+        if method != "dropout":
+            figures["dropout"]["method"] = method
     if confusion:
         figures["confusion"] = multiclass_confusion_matrix(p, data.labels, p.shape[1]).tolist()
     return figures

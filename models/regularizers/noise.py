@@ -136,6 +136,10 @@ class Stochastic(nn.Module):
         """The rate; None where the law has none."""
         return self.law.p
 
+    @p.setter
+    def p(self, p: float) -> None:
+        self.law = self.law.at(check_rate(p))
+
     @property
     def is_noisy(self) -> bool:
         """Say if train mode differs from eval mode."""

@@ -88,6 +88,7 @@ _NAMES = "names with commas between them, or a file of a name a line"
 Hidden = Annotated[Any, _parsed(_LIST, "N,..", "Widths of the hidden layers.", _list(int))]
 Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate of each layer, or of all.", _list(float))]
 Channels = Annotated[Any, _parsed(_LIST, "N,..", "Channels of a cnn or wrn.", _list(int))]
+Method = Literal["dropout", "moment-matching"]
 Scope = Literal["example", "batch", "epoch"] | None
 Arguments = Annotated[Any, _parsed('a JSON object, as {"a": 1}', "JSON", "For a factory.", _object)]
 Size = Annotated[Any, _parsed(_HXW, "HxW", "Pixels of the input; 32 for a folder.", _size)]
@@ -273,6 +274,9 @@ def evaluate(
     version: Annotated[Int, Opt(min=1, metavar="N", help="Version; default: latest.")] = None,
     dataset: Annotated[Text, Opt(help="Default: that of the training.")] = None,
     samples: Samples = DEFAULT_SAMPLES,
+    method: Annotated[
+        Method, Opt(metavar="M", help="dropout, or for DropConnect moment-matching.")
+    ] = "dropout",
     confusion: Annotated[bool, Opt("--confusion", help="Show confused classes.")] = False,
     skip_broken: SkipBroken = False,
     checkpoints: options.Checkpoints = None,
@@ -288,7 +292,7 @@ def evaluate(
     path = settings.checkpoints / name / str(version)
     module, metadata = checkpoint.load(path, settings.factories)
     data = recipes.evaluation_images(metadata, dataset, settings.data_dir, skip_broken=skip_broken)
-    figures = _figures(metadata, module, data, samples, confusion=confusion)
+    figures = _figures(metadata, module, data, samples, method=method, confusion=confusion)
     if as_json:
         terminal.print_json({**figures, **({"classes": metadata.classes} if confusion else {})})
         return
@@ -325,13 +329,17 @@ def show_epochs(
 
 
 def _figures(
-    metadata: "Metadata", module: "nn.Module", test: "Split", samples: int, *, confusion: bool
+    metadata: "Metadata",
+    module: "nn.Module",
+    test: "Split",
+    samples: int,
+    **how: Any,  # noqa: ANN401  what `evaluate` takes
 ) -> Mapping[str, Any]:
     from dropserve.models.evaluation import evaluate as score
 
     normalize = metadata.preprocessing.normalize
     with terminal.progress("evaluation") as moved:
-        return score(module, test, normalize, samples, progress=moved, confusion=confusion)
+        return score(module, test, normalize, samples, progress=moved, **how)
 
 
 def _evaluated(
@@ -340,7 +348,7 @@ def _evaluated(
     """Add a module's scores and some of the test images, which are saved with it."""
     from dropserve.models import examples
 
-    figures = _figures(metadata, module, test, samples, confusion=False)
+    figures = _figures(metadata, module, test, samples)
     shown = examples.choose(test, len(metadata.classes), metadata.preprocessing)
     return replace(metadata, evaluation=figures, examples=shown)
 

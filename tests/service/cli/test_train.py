@@ -183,7 +183,7 @@ def test_every_field_of_a_recipe_is_an_option():
         (["--network", "torch.nn:Dropout"], "logits [B, C]"),
         (["--network", "torch.nn:GRU"], "GRU: TypeError"),
         (["--network", "none.such:factory"], "No module named 'none'"),
-        (["--network", "torch.nn:Flatten", "--hidden", "3"], "are for mlp and cnn"),
+        (["--network", "torch.nn:Flatten", "--hidden", "3"], "for a factory use arguments"),
         (["--network-arguments", "{}"], "arguments are for a factory"),
         (
             ["--network-arguments", "3"],
@@ -194,7 +194,7 @@ def test_every_field_of_a_recipe_is_an_option():
         (["--optimizer", "adam"], "--optimizer: 'adam' is not one of 'adamw', 'sgd'"),
         (["--threads", "0"], "threads must be 1 to 256"),
         (["--hidden", "64"], "one rate a hidden layer"),
-        (["--dropout", "0,0"], "calls no dropout"),
+        (["--regularizer", "zoneout"], "mlp can have regularizer dropout, vanilla, gaussian"),
         (["--learning-rate", "-1"], "learning_rate must be in"),
         (["--name", "a/b"], "'a/b' cannot name a model"),
         (["--resume", "--restart"], "not both"),
@@ -242,8 +242,8 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(program, tmp_path):
 def test_the_help_of_train_says_what_the_recipes_are(run):
     told = " ".join(re.sub("[│ ]+", " ", run("train", "--help", COLUMNS="200").stdout).split())
     assert "Most epochs. [default: (20; digits 60; fashion-mnist mlp 30;" in told
-    assert "[default: (0.02; fashion-mnist cnn 0.05)]" in told
-    assert "Augment: mirror half. [default: (off; fashion-mnist cnn on)]" in told
+    assert "[default: (0.02; fashion-mnist cnn 0.05; fashion-mnist wrn 0.05;" in told
+    assert "Augment: mirror half. [default: (off; fashion-mnist cnn on; fashion-mnist wrn on;" in told
 
 
 @pytest.mark.parametrize(
