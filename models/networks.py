@@ -313,7 +313,7 @@ def _wrn(config: NetworkConfig) -> nn.Module:
 
 
 def _vit(config: NetworkConfig) -> nn.Module:
-    noise, patch = partial(_noise, config, config.dropout[0]), max(1, min(config.input[1:]) // 7)
+    noise, patch = partial(_noise, config, config.dropout[0]), 0
     depth = _depth_rates(config, config.blocks)
     return architectures.VisionTransformer(
         config.input, config.classes, config.hidden[0], patch, noise, depth
