@@ -170,7 +170,7 @@ app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=Fals
 app.callback()(main)
 app.command("import")(train.import_)
 for command in (
-    train.train, train.evaluate, serve, settings,
+    train.train, train.evaluate, train.convert, serve, settings,
     ask.predict, ask.uncertainty, ask.models, score.score, watch.watch,
     versions.manifest, versions.pin, versions.rollback, versions.prune,
 ):  # fmt: skip
