@@ -87,11 +87,12 @@ def _changed(old: NetworkConfig, asked: Mapping[str, Any], *, remove: bool) -> N
     new = replace(old, **changes)
     on, now = ([p > 0 for p in (*config.dropout, config.input_dropout)] for config in (old, new))
     vit = old.kind == "vit" and "vanilla" in (method, new.regularizer)
+    added = "noise with a mean is part of eval mode: only its std can change, and not from or to 0"
     for wrong, why in (
         (new == old, "nothing to convert: the version has this already"),
         (method == "zoneout", "zoneout's eval mode depends on its rate: train another network"),
         (vit, "no weights of a vit can hold the factor of vanilla dropout: train another network"),
-        (old.noise_mean and on != now, "noise with a mean is in eval mode too: give a std above 0"),
+        (old.noise_mean and on != now, added),
     ):
         if wrong:
             raise ConfigError(why)
