@@ -313,7 +313,8 @@ def _wrn(config: NetworkConfig) -> nn.Module:
 
 
 def _vit(config: NetworkConfig) -> nn.Module:
-    noise, patch = partial(_noise, config, config.dropout[0]), 0
+    noise, side = partial(_noise, config, config.dropout[0]), min(config.input[1:])
+    patch = min(side, max(2, side // 7))
     depth = _depth_rates(config, config.blocks)
     return architectures.VisionTransformer(
         config.input, config.classes, config.hidden[0], patch, noise, depth

@@ -171,7 +171,7 @@ app.callback()(main)
 app.command(cls=train.TrainCommand)(train.train)
 app.command("import")(train.import_)
 for command in (
-    train.evaluate, serve, settings,
+    train.evaluate, train.convert, serve, settings,
     ask.predict, ask.uncertainty, ask.models, score.score, watch.watch,
     versions.manifest, versions.pin, versions.rollback, versions.prune,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands that make models: train, import, evaluate. They import PyTorch when they run."""
+"""Commands that make and score models; they import PyTorch when they run."""
 
 import json
 import shlex
@@ -21,6 +21,7 @@ from dropserve.models.hyperparameters import Recipe, suggested
 from dropserve.service.cli import options, terminal
 from dropserve.service.cli.options import Opt
 from dropserve.service.cli.terminal import Refused, console, say
+from dropserve.service.cli.versions import Name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -301,6 +302,42 @@ def evaluate(
         show_confusion(figures["confusion"], metadata.classes)
 
 
+def convert(
+    name: Name,
+    version: Annotated[Int, Opt(min=1, metavar="N", help="Version; default: latest.")] = None,
+    dropout: Dropout = None,
+    input_dropout: Annotated[Float, Opt(metavar="P", help="Rate on the input.")] = None,
+    remove_dropout: Annotated[bool, Opt("--remove-dropout", help="Set all rates to 0.")] = False,
+    to: Annotated[
+        Literal["vanilla", "inverted"] | None,
+        Opt(metavar="HOW", help="vanilla or inverted: dropout whose eval mode scales or does not."),
+    ] = None,
+    checkpoints: options.Checkpoints = None,
+) -> None:
+    """Save a model with other dropout rates, or none, and the same eval mode, as its next version.
+
+    Weights are scaled where eval mode depends on the rate, as it does with vanilla dropout.
+    """
+    from dropserve.models import conversion
+    from dropserve.models.data import NAMED
+
+    root = options.read_settings(checkpoints=checkpoints).checkpoints
+    found = checkpoint.read(root / name / str(checkpoint.choose(root, name, version)))
+    regularizer = to and conversion.CONVENTIONS[to]
+    asked = _given(dropout=dropout, input_dropout=input_dropout, regularizer=regularizer)
+    module, metadata = conversion.converted(found, asked, remove=remove_dropout)
+    path = checkpoint.save(root, module, metadata)
+    done, network = metadata.recipe["converted"], metadata.network.to_json()
+    for field, was in done["was"].items():
+        say(f"{field}: {was}, now {network[field]}")
+    for layer, ratio in done["scaled"].items():
+        say(f"weights of {layer}: multiplied by {ratio:.6g}")
+    _say_saved(path, metadata, checkpoints)
+    command = f"dropserve evaluate --name {name} --version {path.name}{_where(checkpoints)}"
+    data = "" if metadata.data.get("name") in NAMED else " --dataset FOLDER"
+    say(f"to score it again: {command}{data}")
+
+
 def _given(**given: object) -> dict[str, object]:
     return {name: value for name, value in given.items() if value is not None}
 
@@ -358,12 +395,16 @@ def _say_saved(path: Path, metadata: "Metadata", checkpoints: Path | None) -> No
         show_scores(metadata.evaluation)
     kind = shlex.quote(metadata.network.kind)
     trust = "" if metadata.network.is_builtin else f"DROPSERVE_FACTORIES={kind} "
-    where = f" --checkpoints {shlex.quote(str(checkpoints))}" if checkpoints else ""
+    where = _where(checkpoints)
     say(f"saved {path}", f"next: {trust}dropserve serve{where}")
     with suppress(CheckpointRefused):  # the service reports a damaged pin
         if pinned := checkpoint.pinned(path.parent.parent, metadata.name):
             follow = f"dropserve pin {metadata.name} latest{where}"
             say(f"version {pinned} is pinned: to let the new one answer, {follow}")
+
+
+def _where(checkpoints: Path | None) -> str:
+    return f" --checkpoints {shlex.quote(str(checkpoints))}" if checkpoints else ""
 
 
 def show_scores(evaluation: Mapping[str, Any]) -> None:

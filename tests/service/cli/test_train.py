@@ -243,7 +243,9 @@ def test_the_help_of_train_says_what_the_recipes_are(run):
     told = " ".join(re.sub("[│ ]+", " ", run("train", "--help", COLUMNS="200").stdout).split())
     assert "Most epochs. [default: (20; digits 60; fashion-mnist mlp 30;" in told
     assert "[default: (0.02; fashion-mnist cnn 0.05; fashion-mnist wrn 0.05;" in told
-    assert "Augment: mirror half. [default: (off; fashion-mnist cnn on; fashion-mnist wrn on;" in told
+    assert (
+        "Augment: mirror half. [default: (off; fashion-mnist cnn on; fashion-mnist wrn on;" in told
+    )
 
 
 @pytest.mark.parametrize(
