@@ -131,9 +131,10 @@ class NetworkConfig:
             ),
             (self.spatial_dropout and kind != "cnn", "spatial_dropout is for cnn"),
             (self.channels and kind not in ("cnn", "wrn"), "channels are for cnn and wrn"),
+            (self.blocks > 1 and kind not in ("wrn", "vit"), "blocks are for wrn and vit"),
             (
                 name == "dropconnect" and kind == "gru" and self.mask_scope == "example",
-                "DropConnect of a gru would need its weights once an example: mask_scope batch",
+                "DropConnect of a gru draws its weights once a batch: give mask_scope batch",
             ),
         ):
             if wrong:
