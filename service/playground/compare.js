@@ -1,10 +1,11 @@
 // Train mode beside eval mode: each twice, layer by layer, and what turning p does.
 
 import { ask, route } from "./api.js";
-import { $, rounded, figure, make, paint, percent, points, release, settled } from "./dom.js";
+import { $, brief, rounded, figure, make, paint, percent, points, release, settled } from "./dom.js";
+import { teach } from "./lesson.js";
+import { isGaussian, moduleOf, turns } from "./noise.js";
 
 const PASSES = 32; // for the layers' moments; the first two are shown
-const UNITS = 24;
 
 export class Modes {
   /** `fail(error)` is told what goes wrong; `p` null means the model's own rates. */
@@ -26,6 +27,8 @@ export class Modes {
   /** Show another picture in both modes. */
   begin(picture, { model, version, seed, classes, sites }) {
     Object.assign(this, { picture, model, version, seed, classes, sites });
+    this.fixed = !sites.some(turns);
+    if (this.fixed) this.p = null;
     this.#dial();
     return this.#run();
   }
@@ -44,14 +47,20 @@ export class Modes {
   }
 
   #dial() {
-    const own = Math.max(...this.sites?.map((site) => site.p) ?? [0.5]);
-    const p = this.p ?? own;
+    const sites = this.sites ?? [];
+    const own = sites.map((site) => site.p).filter((p) => p !== null);
+    const p = this.p ?? (own.length ? Math.max(...own) : this.fixed ? 0 : 0.5);
+    const fixed = Boolean(this.fixed);
+    $("p").disabled = $("p-own").disabled = fixed;
+    $("p-why").hidden = !fixed;
     $("p").value = p;
-    $("p").setAttribute("aria-valuetext", this.p === null ? "the model’s own" : String(p));
-    $("p-text").textContent = this.p === null
-      ? [...new Set(this.sites?.map((site) => rounded(site.p)))].join(" and ") || "–" : rounded(p);
+    const rates = [...new Set(own)].sort((a, b) => a - b).map(brief);
+    const words = rates.length > 2 ? `${rates[0]} to ${rates.at(-1)}` : rates.join(" and ") || "none";
+    $("p").setAttribute("aria-valuetext", this.p === null ? `the model’s own: ${words}` : brief(p));
+    $("p-text").textContent = this.p === null ? words : brief(p);
     $("p-own").setAttribute("aria-pressed", String(this.p === null));
-    units(p);
+    const most = sites.reduce((a, b) => (a && a.units >= b.units ? a : b), undefined);
+    teach(most, p);
   }
 
   #show({ predictions: [{ eval: plain, train }], layers }) {
@@ -65,8 +74,8 @@ export class Modes {
     $("layers").replaceChildren(...layers.map((layer) => this.#layer(layer)));
     const best = plain[0].indexOf(Math.max(...plain[0]));
     $("modes-text").textContent =
-      `${PASSES} train-mode passes${this.p === null ? "" : ` at p = ${rounded(this.p)}`}; the first two ` +
-      `are ${points(gap)} apart. Eval mode says ${this.classes[best]} with ${percent(plain[0][best])}, whatever p is.`;
+      `${PASSES} train-mode passes${this.p === null ? "" : ` at p = ${brief(this.p)}`}; the first two ` +
+      `are ${points(gap)} apart. Eval mode says ${this.classes[best]} with ${percent(plain[0][best])}, ${this.fixed ? "every time" : "whatever p is"}.`;
   }
 
   #pair(title, passes, remark, kind) {
@@ -82,8 +91,8 @@ export class Modes {
   }
 
   #layer({ name, kind, p, eval: plain, train }) {
-    const rate = p === null ? null : this.p ?? p;
-    const note = rate === null ? kind : `p = ${rounded(rate)}, kept × ${rounded(1 / (1 - rate))}`;
+    const site = this.sites.find((one) => moduleOf(one) === name);
+    const noisy = site !== undefined || p !== null;
     const cell = (a, b) => {
       const canvas = make("canvas", { class: "two", "aria-hidden": "true" });
       paint(canvas, (context, width, height, ink) => twoBars(context, width, height, ink, a, b));
@@ -91,10 +100,18 @@ export class Modes {
         make("span", {}, make("span", { class: "hidden" }, "eval "), figure(a)),
         make("span", { class: "accent" }, make("span", { class: "hidden" }, " train "), figure(b)))));
     };
-    return make("tr", { class: rate === null ? "" : "dropout" },
-      make("th", { scope: "row" }, name, make("small", {}, note)),
+    return make("tr", { class: noisy ? "dropout" : "" },
+      make("th", { scope: "row" }, name, make("small", {}, noisy ? effect(site, p) : kind)),
       cell(plain.mean, train.mean), cell(plain.variance, train.variance));
   }
+}
+
+/** Say what the noise of a site does at rate p; null: it has none. */
+function effect(site, p) {
+  if (p === null) return `+ noise of std ${brief(site.std)}`;
+  if (site && isGaussian(site)) return `p = ${brief(p)}, × noise of std ${rounded(Math.sqrt(p / (1 - p)))}`;
+  const plain = site && site.mean < 1; // not inverted
+  return `p = ${brief(p)}, kept × ${plain ? 1 : rounded(1 / (1 - p))}${plain ? `, eval × ${brief(site.mean)}` : ""}`;
 }
 
 function columns(context, width, height, ink, values, kind) {
@@ -111,35 +128,5 @@ function twoBars(context, width, height, ink, a, b) {
   [[a, ink.grey, 0], [b, ink.accent, 1]].forEach(([value, colour, row]) => {
     context.fillStyle = colour;
     context.fillRect(0, row * (height / 2) + 2, Math.max(1, (Math.abs(value) / most) * width), height / 2 - 4);
-  });
-}
-
-/** Draw units before and after a mask at p: fewer, each taller, the same mean. */
-function units(p) {
-  const height = Array.from({ length: UNITS }, (_, i) => 0.45 + 0.5 * Math.abs(Math.sin(i * 2.4)));
-  const kept = height.map((_, i) => ((i * 7) % UNITS) + 0.5 > p * UNITS);
-  const after = height.map((h, i) => (kept[i] ? h / (1 - p) : 0));
-  const mean = (values) => values.reduce((a, b) => a + b) / UNITS;
-  const left = kept.filter(Boolean).length;
-  const text = `${left} of ${UNITS} units ${left === 1 ? "stays" : "stay"}, each × 1/(1−${rounded(p)}) = ` +
-    `${rounded(1 / (1 - p))}; hollow ones are dropped. Mean before ${figure(mean(height))}, after ${figure(mean(after))} (dashed).`;
-  $("units-text").textContent = text;
-  $("units").setAttribute("aria-label", text);
-  paint($("units"), (context, width, tall, ink) => {
-    const step = width / UNITS;
-    const y = (value) => tall - 1 - (value * (tall - 8)) / Math.max(2, ...after);
-    height.forEach((h, i) => {
-      const bar = (value, inset) => [i * step + inset, y(value), step - 2 * inset, tall - y(value)];
-      if (kept[i]) {
-        context.fillStyle = ink.accent;
-        context.fillRect(...bar(after[i], 1.5));
-      }
-      context.fillStyle = ink.grey;
-      if (kept[i]) context.fillRect(...bar(h, 1.5));
-      context.strokeStyle = ink.grey;
-      if (!kept[i]) context.strokeRect(...bar(h, 2));
-    });
-    context.fillStyle = ink.ink;
-    for (let x = 0; x < width; x += 8) context.fillRect(x, y(mean(after)), 5, 1.5);
   });
 }

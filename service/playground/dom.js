@@ -26,6 +26,9 @@ export const spoken = (p) => percent(p).replace("<", "less than ").replace(">", 
 /** Write a rate or a factor: no more than two decimals, and none that say nothing. */
 export const rounded = (x) => String(Number(x.toFixed(2)));
 
+/** Write a rate or a deviation, in as few digits as it needs. */
+export const brief = (x) => String(Number(x.toPrecision(3)));
+
 /** Write how many: `many(1, "network")`, `many(2, "network")`. */
 export const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 

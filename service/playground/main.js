@@ -1,6 +1,6 @@
 // Puts the parts together: a picture and a model make a stream; the player shows it; the rest follows.
 
-import { get, listen, route, Trouble } from "./api.js";
+import { ask, get, listen, route, Trouble } from "./api.js";
 import { Bars, quantiles } from "./bars.js";
 import { errorChart, meanChart } from "./charts.js";
 import { Code } from "./code.js";
@@ -9,13 +9,14 @@ import { $, figure, make, nats, percent, points, settled, spoken } from "./dom.j
 import { doubtBar, doubtWords } from "./doubt.js";
 import { Masks } from "./masks.js";
 import { Network } from "./network.js";
+import { about, caption, isGaussian } from "./noise.js";
 import { Odd } from "./odd.js";
 import { Picture } from "./picture.js";
 import { fromWire, imageData } from "./pixels.js";
 import { Player } from "./player.js";
 
 const bars = new Bars($("bars"));
-const masks = new Masks($("masks"));
+const masks = new Masks($("masks"), $("masks-key"));
 const network = new Network($("network"), $("seen"));
 const code = new Code();
 const modes = new Modes({ fail });
@@ -23,6 +24,7 @@ const odd = new Odd({ fail });
 const player = new Player({ show, state: controls });
 const picture = new Picture({ changed: look });
 
+const NOTHING = " This network draws no noise, so there is nothing to sample: every time it is asked, it answers the same.";
 let details = null; // of the model that is asked
 let run = null; // what the stream's first event said, and its last
 let stream = null;
@@ -79,8 +81,21 @@ async function readModel(signal) {
 async function readVersion(signal) {
   const [model, version] = [$("model").value, $("version").value];
   details = await get(`${route(model)}/versions/${version}`, signal);
-  await picture.suit({ model, version, input: details.input }, signal);
+  describe(details);
+  await picture.suit({ model, version, input: details.input, noisy: details.sites.length > 0 }, signal);
 }
+
+/** Say which network was chosen, and call its samples what they are. */
+function describe({ sites }) {
+  $("about").textContent = about(details);
+  $("about").hidden = false;
+  document.body.classList.toggle("plain", !sites.length);
+  for (const word of document.querySelectorAll(".thin")) word.textContent = thin(sites);
+  $("network-text").textContent = caption(sites);
+  $("noise-key").textContent = sites.some(isGaussian) ? "with noise (noisy networks)" : "units dropped (thinned networks)";
+}
+
+const thin = (sites) => (sites.some(isGaussian) ? "noisy" : "thinned");
 
 /** Ask about the picture: follow the stream, and let the player show it. */
 async function look() {
@@ -91,16 +106,17 @@ async function look() {
   $("count").textContent = "–";
   if (!details) return stale("No model to ask yet.");
   if (!picture.blob) return stale("Give it a picture: draw one, choose a file, or take an example.");
+  if (!details.sites.length) return predict(details, picture.blob, signal);
   const wrong = [$("samples"), $("seed")].find((field) => !field.checkValidity());
   if (wrong) return outOfRange(wrong);
   const query = { samples: $("samples").value, seed: $("seed").value, masks: $("kind").value };
   const { blob } = picture; // of this and the model there may be others before the stream begins
-  const { name, version, input } = details;
+  const { name, version, input, network: { kind } } = details;
   const path = route(name, version, "uncertainty/stream");
   try {
     for await (const [event, data] of listen(path, blob, query, signal)) {
       if (signal.aborted) return;
-      if (event === "start") begin(data, blob, input);
+      if (event === "start") begin(data, blob, { ...input, kind });
       if (event === "sample") player.push(data);
       if (event === "end") run.end = data.predictions[0];
       if (event === "error") throw new Trouble(data.status, data);
@@ -109,10 +125,31 @@ async function look() {
   } catch (error) {
     if (signal.aborted) return;
     if (error.most) return suitSamples(error.most);
-    if (error.ofPicture) picture.drop();
-    stale("No answer this time.");
-    fail(error);
+    refuse(error);
   }
+}
+
+/** Ask a model that has no noise: there is nothing to sample. */
+async function predict({ name, version, classes }, blob, signal) {
+  try {
+    const { predictions: [{ probabilities }] } = await ask(route(name, version, "predict"), blob, {}, signal);
+    player.reset(0);
+    run = { classes, eval: probabilities, sites: [] };
+    const { width, height } = $("pad"); // which is all that is known of what the network sees
+    Object.assign($("seen"), { width, height });
+    $("seen").getContext("2d").drawImage($("pad"), 0, 0);
+    arrived();
+    verdict(null, 0);
+    $("spoken").textContent = $("verdict").innerText;
+  } catch (error) {
+    if (!signal.aborted) refuse(error);
+  }
+}
+
+function refuse(error) {
+  if (error.ofPicture) picture.drop();
+  stale("No answer this time.");
+  fail(error);
 }
 
 /** Learn how many networks the service allows; where the page's own choice is more, take as many. */
@@ -131,13 +168,12 @@ function outOfRange(field) {
 }
 
 /** Lay out all parts for a stream that has begun. */
-function begin(data, blob, { invert }) {
-  run = { ...data, invert, input: fromWire(data.input), most: Math.log(data.classes.length), end: null };
-  document.body.classList.add("ready");
-  document.body.classList.remove("stale");
+function begin(data, blob, { invert, kind }) {
+  const { sites, classes } = data;
+  run = { ...data, invert, thin: thin(sites), input: fromWire(data.input), most: Math.log(classes.length), end: null };
   $("scrub").max = run.samples;
-  bars.begin(run.classes, run.eval);
-  masks.begin(run.sites);
+  arrived();
+  masks.begin(run.sites, kind);
   seen();
   player.pace = $("speed").value;
   player.reset(run.samples);
@@ -145,6 +181,14 @@ function begin(data, blob, { invert }) {
   modes.begin(blob, run);
   odd.begin(run.input, run);
   code.begin(blob, run);
+}
+
+/** Show the parts that every answer has. */
+function arrived() {
+  document.body.classList.add("ready");
+  document.body.classList.remove("stale");
+  bars.begin(run.classes, run.eval);
+  network.show(run);
 }
 
 function seen() {
@@ -166,7 +210,7 @@ function show(t) {
   network.show(run, last);
   $("scrub").value = t;
   $("count").textContent = `${t} of ${run.samples}`;
-  $("masks-title").textContent = t ? `Thinned network ${t}` : "All units on";
+  $("masks-title").textContent = t ? `${capital(run.thin)} network ${t}` : run.thin === "noisy" ? "Without noise" : "All units on";
   verdict(now, t);
   if (now) summarise(now, samples);
 }
@@ -196,9 +240,10 @@ function verdict(now, t) {
   const parts = ["Eval mode says ", make("b", {}, classes[plain]), ` with ${spoken(run.eval[plain])}.`];
   if (now) {
     const best = top(now.mean);
-    const many = t === 1 ? "One thinned network says " : `${t} thinned networks say `;
+    const many = t === 1 ? `One ${run.thin} network says ` : `${t} ${run.thin} networks say `;
     parts.push(" ", many, make("b", { class: "accent" }, classes[best]), ` with ${spoken(now.mean[best])}.`);
   }
+  if (!run.sites.length) parts.push(NOTHING);
   const origin = { pad: "You drew it.", file: "Your picture.", example: `The test set says ${picture.truth}.` };
   parts.push(make("span", { class: "truth small" }, origin[picture.source] ?? ""));
   say(parts);
@@ -241,4 +286,5 @@ function alarm(what, hint = "", again = null) {
   $("alert").hidden = false;
 }
 
+const capital = (word) => word[0].toUpperCase() + word.slice(1);
 const top = (values) => values.indexOf(Math.max(...values));

@@ -1,12 +1,12 @@
-// A drawing of the thinned network: the picture, a few units of each layer with dropout, the classes.
+// A drawing of the thinned network: the picture, a few units of each layer with noise, the classes.
 
 import { paint, percent } from "./dom.js";
-import { bits } from "./masks.js";
+import { isGaussian, read } from "./noise.js";
 
 const UNITS = 9;
 const LAYERS = 4;
 const CLASSES = 10;
-const ANY = { sites: [{ units: UNITS }, { units: UNITS }], classes: [""], eval: Array(CLASSES).fill(0.1) };
+const ANY = { sites: [{ units: UNITS }, { units: UNITS }], thin: "thinned", classes: [""], eval: Array(CLASSES).fill(0.1) };
 
 export class Network {
   /** `seen` is the canvas with the picture as the network sees it. */
@@ -16,16 +16,15 @@ export class Network {
 
   /** Draw a sample of `run`, the whole network if there is none, or any network if there is no run. */
   show(run = ANY, sample = undefined) {
-    const layers = run.sites.slice(0, LAYERS).map((site, s) => {
-      const units = Math.min(site.units, UNITS);
-      return sample ? [...bits(sample.kept[s], units)] : Array(units).fill(1);
-    });
+    const sites = run.sites.length ? run.sites : ANY.sites;
+    const wide = sites.map((site, s) => ({ site, s })).filter(({ site }) => site.units > 1); // no branches as a whole
+    const layers = wide.slice(0, LAYERS).map(({ site, s }) => layer(site, sample && read(site, sample.kept[s])));
     const outputs = sample?.probabilities ?? run.eval;
     const best = outputs.indexOf(Math.max(...outputs));
     const first = Math.max(0, Math.min(best - CLASSES + 1, outputs.length - CLASSES));
     const shown = outputs.slice(first, first + CLASSES);
     this.canvas.setAttribute("aria-label", run === ANY ? "A network with all its units on" : sample
-      ? `Thinned network ${sample.t} says ${run.classes[best]} with ${percent(outputs[best])}`
+      ? `The ${run.thin} network ${sample.t} says ${run.classes[best]} with ${percent(outputs[best])}`
       : `The whole network says ${run.classes[best]} with ${percent(outputs[best])}`);
     const label = { text: run.classes[best], place: best - first };
     const seen = run === ANY ? null : this.seen;
@@ -43,22 +42,31 @@ export class Network {
     const right = width - 30 - 7 * Math.min(label.text.length, 9);
     const x = (column) => side + ((column + 1) / columns) * (right - side) - (column < columns - 1 ? 20 : 0);
     const y = (i, count) => ((i + 0.5) * height) / count;
-    const units = layers.map((kept, c) => kept.map((on, i) => ({ on, x: x(c), y: y(i, kept.length) })));
+    const units = layers.map(({ sizes, linked }, c) =>
+      sizes.map((on, i) => ({ on, i, linked, x: x(c), y: y(i, sizes.length) })));
     const last = outputs.map((p, i) => ({ on: 1, p, x: x(columns - 1), y: y(i, outputs.length) }));
     context.strokeStyle = colour;
-    let before = [0.2, 0.4, 0.6, 0.8].map((part) => ({ on: 1, x: side + 2, y: (height - side) / 2 + part * side }));
+    let before = [0.2, 0.4, 0.6, 0.8].map((part, i) => ({ on: 1, i, x: side + 2, y: (height - side) / 2 + part * side }));
     for (const column of [...units, last]) {
-      for (const a of before) for (const b of column) if (a.on && b.on) edge(context, a, b);
+      for (const a of before) for (const b of column) if (a.on && b.on && (!b.linked || b.linked(a.i, b.i))) edge(context, a, b);
       before = column;
     }
     context.globalAlpha = 1;
-    for (const unit of units.flat()) dot(context, unit, 5.5, unit.on ? colour : ink.grey, unit.on, ink.paper);
+    for (const unit of units.flat()) dot(context, unit, unit.on ? 5.5 * unit.on : 5.5, unit.on ? colour : ink.grey, unit.on, ink.paper);
     for (const unit of last) dot(context, unit, 2 + 6 * Math.sqrt(unit.p), colour, true, ink.paper);
     context.fillStyle = ink.ink;
     context.font = `680 15px ${ink.font}`;
     const text = label.text.length > 10 ? `${label.text.slice(0, 9)}…` : label.text;
     context.fillText(text, right + 14, Math.min(height - 3, Math.max(12, y(label.place, outputs.length) + 5)));
   }
+}
+
+/** Take a few units of a site: how large each is, 0 if it is dropped, or which weights link it to others. */
+function layer(site, values) {
+  const sizes = Array(Math.min(site.kind === "dropconnect" ? site.shape[0] : site.units, UNITS)).fill(1);
+  if (!values) return { sizes };
+  if (site.kind === "dropconnect") return { sizes, linked: (from, to) => values[to * site.shape[1] + from] };
+  return { sizes: sizes.map((_, i) => (isGaussian(site) ? 0.4 + values[i] / 220 : values[i])) };
 }
 
 function edge(context, a, b) {

@@ -25,13 +25,13 @@ export class Picture {
   }
 
   /** Suit the pad to a model, and show its most doubtful example if there is no other picture. */
-  async suit({ model, version, input }, signal) {
+  async suit({ model, version, input, noisy }, signal) {
     this.pad.suit(input);
     this.buttons?.forEach(({ button }) => (button.disabled = true)); // they are another model's
     if (this.source === "example") Object.assign(this, { source: null, blob: null }); // so is it
     else if (this.pad.strokes.length) this.#drawn();
     else if (this.source) this.changed();
-    const listed = await this.#examples(model, version, signal).catch(() => []);
+    const listed = await this.#examples(model, version, noisy, signal).catch(() => []);
     signal.throwIfAborted(); // another model has been chosen meanwhile
     this.#list(listed);
     if (this.source || this.pad.strokes.length) return;
@@ -39,13 +39,14 @@ export class Picture {
     else this.clear();
   }
 
-  /** Fetch a model's examples, and how much it doubts each; null where it does not say. */
-  async #examples(model, version, signal) {
+  /** Fetch a model's examples, and how much it doubts each, if it is noisy; null where it does not say. */
+  async #examples(model, version, noisy, signal) {
     const { examples } = await get(route(model, version, "examples"), signal);
     const listed = examples.slice(0, EXAMPLES);
     if (!listed.length) return [];
     const pictures = await Promise.all(listed.map(({ url }) => getBlob(url.replace(/^\//, ""), signal)));
-    const doubt = await askAll(route(model, version, "uncertainty"), pictures, {}, signal).catch(() => []);
+    const path = route(model, version, "uncertainty");
+    const doubt = noisy ? await askAll(path, pictures, {}, signal).catch(() => []) : [];
     return listed.map((example, i) =>
       ({ ...example, picture: pictures[i], doubt: doubt[i]?.predictive_entropy ?? null }));
   }

@@ -7,6 +7,7 @@ from torch import nn
 from bench import training_mode
 from dropserve.models.comparison import compare
 from dropserve.models.montecarlo import Sampler
+from dropserve.models.regularizers import DropConnect
 
 
 def run(steps):
@@ -42,6 +43,14 @@ def test_between_passes_nothing_watches_the_module():
         assert not torch.is_inference_mode_enabled()
         assert not any(leaf._forward_hooks for leaf in module)
     assert between >= 4  # two in eval mode, three in train mode
+
+
+def test_noise_on_weights_is_told_by_its_layer():
+    module = nn.Sequential(DropConnect(9, 4, 0.5), nn.ReLU(), nn.Linear(4, 3)).eval()
+    x = torch.randn(4, 9)
+    for p, expected in ((None, 0.5), (0.25, 0.25)):
+        _, found = run(compare(module, Sampler(module, x), x, passes=2, p=p))
+        assert [layer.p for layer in found.layers] == [expected, None, None]
 
 
 class DropPath(nn.Module):

@@ -6,6 +6,9 @@ import httpx
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from dropserve.models import checkpoint
+from dropserve.models.networks import NetworkConfig
+from tests.conftest import DIGITS
 from tests.helpers import dropserve
 
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
@@ -51,6 +54,33 @@ def http(digits):
 def narrow(servers):
     """The address of the one that takes two pictures, small ones, and twenty networks at most."""
     return servers[1]
+
+
+def _network(kind, regularizer="dropout", hidden=(32,), dropout=(0.5,), **more):
+    return NetworkConfig(kind, DIGITS.shape, 10, hidden, dropout, regularizer=regularizer, **more)
+
+
+NETWORKS = {
+    "vanilla": _network("mlp", "vanilla", before_activation=True, batch_norm=True),
+    "gaussian": _network("mlp", "gaussian", dropout=(0.2,)),
+    "noise": _network("mlp", "noise", dropout=(0.1,), input_dropout=0.2),
+    "dropconnect": _network("mlp", "dropconnect", mask_scope="batch"),
+    "zoneout": _network("gru", "zoneout", dropout=(0.1,)),
+    "variational": _network("gru", "variational", dropout=(0.1, 0.2)),
+    "wide": _network("wrn", hidden=(), dropout=(0.1,), channels=(8, 16)),
+    "transformer": _network("vit", dropout=(0.1,), blocks=4, stochastic_depth=0.1),
+    "none": _network("mlp", dropout=(0.0,)),
+}
+
+
+@pytest.fixture(scope="session")
+def noises(tmp_path_factory, make_server):
+    """The address of a server of `NETWORKS`, as they are before they are trained."""
+    root, classes = tmp_path_factory.mktemp("noises"), tuple("0123456789")
+    for name, network in NETWORKS.items():
+        metadata = checkpoint.Metadata(name, network, DIGITS, classes)
+        checkpoint.save(root, network.build(), metadata)
+    return make_server(root, default_model="none").start().url
 
 
 def open_page(browser, url, faults, *, motion=False, expected=(), prefix="", **options):

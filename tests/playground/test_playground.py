@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from statistics import NormalDist
 
 import httpx
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
@@ -498,6 +500,187 @@ def test_page_and_documentation_work_under_any_prefix(visit, digits):
     page.get_by_role("button", name="Execute").click()
     expect(page.locator(".request-url pre")).to_have_text(f"{digits}/apps/dropserve/readyz")
     expect(page.locator(".live-responses-table")).to_contain_text("digits-mlp")
+
+
+# Kinds of noise
+
+
+def choose(page, name):
+    """Show a three to a model; wait for its answer, in both modes if it has two."""
+    page.select_option("#model", name)
+    expect(page.locator("#about")).to_contain_text(f"{name} is a ")
+    if page.locator("#pad-hint").is_visible():
+        page.set_input_files("#file", THREE)
+    if name == "none":
+        return expect(page.locator("#verdict")).to_contain_text("Eval mode says")
+    expect(page.locator("#code")).to_contain_text(f"models/{name}/")
+    expect(page.locator("#layers tr.dropout th").first).to_be_visible()
+    return played(page)
+
+
+def last_sample(url, name):
+    """What a stream says of a model's sites, and the noise of its last sample: bits, or bytes."""
+    path = f"{url}/v1/models/{name}/uncertainty/stream"
+    stream = httpx.post(path, content=THREE.read_bytes(), headers={"Content-Type": "image/png"})
+    told = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
+    sites, kept = told[0]["sites"], told[-2]["kept"]
+    drawn = [np.frombuffer(base64.b64decode(text), np.uint8) for text in kept]
+    for i, site in enumerate(sites):
+        if site["distribution"] == "bernoulli":
+            drawn[i] = np.unpackbits(drawn[i])[: site["units"]]
+    return sites, drawn
+
+
+def cells(canvas, rows, columns):
+    """The colours [rows, columns, RGBA] in the middle of the cells of a grid."""
+    script = """(c, [rows, columns]) => {
+        const {data} = c.getContext("2d").getImageData(0, 0, c.width, c.height);
+        const middle = (i, count, size) => Math.floor((i + 0.5) * size / count);
+        return Array.from({length: rows * columns}, (_, i) => {
+            const y = middle(Math.floor(i / columns), rows, c.height);
+            const at = 4 * (y * c.width + middle(i % columns, columns, c.width));
+            return [...data.slice(at, at + 4)];
+        });
+    }"""
+    return np.array(canvas.evaluate(script, [rows, columns])).reshape(rows, columns, 4)
+
+
+def colour(page, name):
+    script = "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
+    text = page.evaluate(script, f"--{name}")
+    return np.array([int(text[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "count"),
+    [
+        ("vanilla", "dropout1 vanilla dropout, p = 0.5", "kept"),
+        ("dropconnect", f"hidden1 DropConnect, p = 0.5, weights 32 {TIMES} 65", "kept"),
+        ("zoneout", f"update zoneout, p = 0.1, 8 steps {TIMES} 32 units", "updated"),
+        ("variational", "inputs variational dropout, p = 0.1, the same at all steps", "kept"),
+        ("wide", f"block1.noise dropout, p = 0.1, 8 channels of 8 {TIMES} 8", "kept"),
+    ],
+)
+def test_a_mask_is_drawn_bit_by_bit_where_it_belongs(visit, noises, name, place, count):
+    page = visit(noises)
+    choose(page, name)
+    (site, *_), (bits, *_) = last_sample(noises, name)
+    box = page.locator("#masks > div").first
+    expect(box.locator(".site")).to_have_text(place)
+    expect(box.locator(".small")).to_have_text(f"{bits.sum():,} of {len(bits):,} {count}")
+    shape = site["shape"]
+    if len(shape) == 3:  # tiles, two rows of four, with gaps as wide as a cell
+        expected = np.zeros((18, 36), np.uint8)
+        for i, tile in enumerate(bits.reshape(shape)):
+            top, left = i // 4 * 9, i % 4 * 9
+            expected[top : top + 8, left : left + 8] = tile
+        expected = expected[:17, :35]
+    elif shape[0] > 1 and len(shape) == 2:
+        expected = bits.reshape(shape)
+    else:  # nearly a square
+        expected = bits.reshape({32: (4, 8), 8: (2, 4)}[len(bits)])
+    drawn = cells(box.locator("canvas"), *expected.shape)
+    kept = (drawn[..., :3] == colour(page, "accent")).all(-1)
+    assert (kept == expected).all()
+
+
+def test_normal_numbers_are_shades_that_follow_their_quantiles(visit, noises):
+    page = visit(noises)
+    choose(page, "gaussian")
+    (site,), (values,) = last_sample(noises, "gaussian")
+    assert site["units"] == len(values) == 32
+    box = page.locator("#masks > div")
+    expect(box.locator(".site")).to_have_text(
+        "dropout1 Gaussian dropout, p = 0.2 (mean 1, std 0.5)"
+    )
+    part = (values[:, None] - 127.5) / 127.5
+    low, middle, high = (colour(page, name) for name in ("quiet", "track", "accent"))
+    expected = middle + abs(part) * (np.where(part < 0, low, high) - middle)
+    drawn = cells(box.locator("canvas"), 4, 8).reshape(32, 4)[:, :3]
+    assert abs(drawn - expected).max() <= 1
+    told = re.fullmatch(
+        r"32 numbers from (\S+) to (\S+), on average (\S+)", box.locator(".small").inner_text()
+    )
+    lowest, highest, mean = (float(text.replace("\N{MINUS SIGN}", "-")) for text in told.groups())
+    numbers = [NormalDist(1, 0.5).inv_cdf((int(v) + 0.5) / 256) for v in values]
+    assert lowest == pytest.approx(min(numbers), abs=0.02)
+    assert highest == pytest.approx(max(numbers), abs=0.02)
+    assert mean == pytest.approx(sum(numbers) / 32, abs=0.02)
+    expect(page.locator("#verdict")).to_contain_text("100 noisy networks say")
+    page.locator("#p").fill("0.5")
+    expect(page.locator("#layers")).to_contain_text(f"p = 0.5, {TIMES} noise of std 1")
+
+
+def test_noise_without_a_rate_has_no_slider(visit, noises):
+    page = visit(noises)
+    choose(page, "noise")
+    expect(page.locator("#masks .site").nth(0)).to_have_text(
+        f"input additive Gaussian noise, std 0.2, 8 {TIMES} 8 pixels"
+    )
+    expect(page.locator("#p")).to_be_disabled()
+    expect(page.locator("#p-own")).to_be_disabled()
+    expect(page.locator("#p-why")).to_contain_text("no rate that could be turned")
+    expect(page.locator("#layers")).to_contain_text("+ noise of std 0.1")
+    said = page.locator("main").inner_text().splitlines()
+    assert [line for line in said if re.search(r"null|NaN|undefined|Infinity", line)] == []
+    choose(page, "dropconnect")
+    expect(page.locator("#p")).to_be_enabled()
+    expect(page.locator("#p-why")).to_be_hidden()
+    expect(page.locator("#layers")).to_contain_text(f"p = 0.5, kept {TIMES} 2")
+
+
+def test_a_network_without_noise_predicts_and_says_that_there_is_nothing_to_sample(visit, noises):
+    page = visit(noises)
+    choose(page, "none")
+    asked = {"content": THREE.read_bytes(), "headers": {"Content-Type": "image/png"}}
+    plain = httpx.post(f"{noises}/v1/models/none/predict", **asked).json()["predictions"][0]
+    said = page.locator("#verdict")
+    expect(said).to_contain_text(f"says {plain['label']} with {plain['probability']:.0%}")
+    expect(said).to_contain_text("This network draws no noise, so there is nothing to sample")
+    row = page.locator("#bars tr").nth(plain["index"])
+    expect(row.locator("td").nth(1)).to_have_text(f"{plain['probability']:.0%}")
+    expect(row.locator("td").nth(2)).to_be_hidden()
+    for part in page.locator(".sampled").all():
+        expect(part).to_be_hidden()
+    choose(page, "gaussian")
+    expect(page.locator("#masks")).to_be_visible()
+
+
+def test_a_transformers_many_sites_unfold(visit, noises):
+    page = visit(noises, **PHONE)
+    choose(page, "transformer")
+    sites, drawn = last_sample(noises, "transformer")
+    assert page.locator("#masks > div").count() == 4
+    more = page.locator(".more-masks")
+    more.locator("summary").click()
+    boxes = more.locator(".masks > div")
+    assert boxes.count() == len(sites) - 4 > 12
+    for i in (0, len(sites) - 5):
+        box, bits = boxes.nth(i), drawn[i + 4]
+        wanted = f"{bits.sum():,} of {len(bits):,} kept"
+        expect(box.locator(".small")).to_have_text(
+            wanted if len(bits) > 1 else "kept" if bits[0] else "dropped"
+        )
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["viewport"]["width"]
+    choose(page, "gaussian")
+    expect(more).to_be_hidden()
+
+
+def test_a_line_says_how_the_network_was_trained(visit, noises):
+    page = visit(noises)
+    for name, words in {
+        "vanilla": "a fully connected network of 32 units, trained with vanilla dropout, p = 0.5; "
+        "it has batch normalisation; noise comes before the activation.",
+        "noise": "with additive Gaussian noise, std 0.1; additive Gaussian noise of the input, std",
+        "dropconnect": "with DropConnect, p = 0.5; the pictures of a batch shared their noise.",
+        "zoneout": "a recurrent network (GRU) of 32 units that reads the picture row by row",
+        "wide": "a wide residual network of 8-16 channels, trained with dropout, p = 0.1.",
+        "transformer": "dropout, p = 0.1; stochastic depth, p up to 0.1.",
+        "none": "a fully connected network of 32 units, trained without noise.",
+    }.items():
+        page.select_option("#model", name)
+        expect(page.locator("#about")).to_contain_text(f"{name} is a ")
+        expect(page.locator("#about")).to_contain_text(words)
 
 
 # For everyone
