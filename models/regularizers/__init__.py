@@ -33,54 +33,31 @@ class Method:
 
     Attributes:
         layer: makes a layer from a rate and a scope; a linear one where noise is on the weights.
-        text: what it does, in a sentence.
         networks: those that can have it.
         on: what its noise is put on.
         check: returns a rate, or raises ConfigError.
     """
 
     layer: Callable[..., Stochastic]
-    text: str
     networks: tuple[str, ...]
     on: Literal["units", "weights", "update"] = "units"
     check: Callable[[float], float] = check_rate
 
+    @property
+    def text(self) -> str:
+        """What the layer does, in a sentence."""
+        return (self.layer.__doc__ or "").partition("\n")[0]
+
 
 METHODS: Mapping[str, Method] = {
-    "dropout": Method(
-        InvertedDropout,
-        "drops units and divides the others by 1-p",
-        ("mlp", "cnn", "gru", "wrn", "vit"),
-    ),
-    "vanilla": Method(
-        VanillaDropout,
-        "drops units, and multiplies by 1-p in eval mode instead",
-        ("mlp", "cnn", "wrn", "vit"),
-    ),
-    "spatial": Method(SpatialDropout, "drops whole channels", ("wrn",)),
-    "gaussian": Method(
-        GaussianDropout,
-        "multiplies units by normal numbers of mean 1 and variance p/(1-p)",
-        ("mlp", "cnn", "gru", "wrn", "vit"),
-    ),
-    "noise": Method(
-        GaussianNoise,
-        "adds normal numbers to units; --dropout is their standard deviation",
-        ("mlp", "cnn", "wrn", "vit"),
-        check=check_std,
-    ),
-    "dropconnect": Method(
-        DropConnect,
-        "drops weights and biases of the hidden layers",
-        ("mlp", "cnn", "gru"),
-        on="weights",
-    ),
-    "variational": Method(
-        VariationalDropout, "drops the same inputs and state units at all steps", ("gru",)
-    ),
-    "zoneout": Method(
-        Zoneout, "keeps units of the state at their previous value", ("gru",), on="update"
-    ),
+    "dropout": Method(InvertedDropout, ("mlp", "cnn", "gru", "wrn", "vit")),
+    "vanilla": Method(VanillaDropout, ("mlp", "cnn", "wrn", "vit")),
+    "spatial": Method(SpatialDropout, ("wrn",)),
+    "gaussian": Method(GaussianDropout, ("mlp", "cnn", "gru", "wrn", "vit")),
+    "noise": Method(GaussianNoise, ("mlp", "cnn", "wrn", "vit"), check=check_std),
+    "dropconnect": Method(DropConnect, ("mlp", "cnn", "gru"), on="weights"),
+    "variational": Method(VariationalDropout, ("gru",)),
+    "zoneout": Method(Zoneout, ("gru",), on="update"),
 }
 """By the name that `--regularizer` and `NetworkConfig.regularizer` give. A new one needs a layer
 whose noise is drawn by `Stochastic.noise`, and an entry here."""

@@ -26,7 +26,7 @@ from dropserve.models.regularizers.noise import (
 
 
 class DropConnect(Stochastic):
-    """A linear layer whose weights and biases are dropped, each on its own.
+    """Drops weights and biases of a linear layer; eval mode has the mean weights.
 
     One draw covers [out, in + 1] a mask, the biases last. Masks per example take `B` times the
     memory of the weights.

@@ -35,7 +35,7 @@ class VanillaDropout(Elementwise):
 
 
 class SpatialDropout(Elementwise):
-    """Drops whole channels of x [B, C, ...] and divides the others by 1-p.
+    """Drops whole channels, of x [B, C, ...], and divides the others by 1-p.
 
     Tompson et al., "Efficient Object Localization Using Convolutional Networks" (CVPR 2015),
     section 3.2: neighbouring pixels are so alike that dropping single ones removes little.

@@ -20,7 +20,7 @@ class GaussianDropout(Elementwise):
 
 
 class GaussianNoise(Elementwise):
-    """Adds normal numbers; in eval mode their mean.
+    """Adds normal numbers, of which the rate is the standard deviation; in eval mode their mean.
 
     Bishop, "Training with Noise is Equivalent to Tikhonov Regularization", Neural Computation 7
     (1995), for noise on inputs.

@@ -56,10 +56,6 @@ class Bernoulli:
         """Return the law with another rate, where it may have one."""
         return replace(self, p=p) if self.adjustable else self
 
-    def draw(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Draw elements, each on its own."""
-        return random_mask(shape, self.p, device).to(dtype).mul_(self.kept)
-
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -74,10 +70,6 @@ class Gaussian:
         """Return the law with another rate, where it has one."""
         return self if self.p is None else replace(self, p=p, std=sqrt(p / (1 - p)))
 
-    def draw(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Draw elements, each on its own."""
-        return torch.randn(shape, device=device, dtype=dtype).mul_(self.std).add_(self.mean)
-
 
 Law = Bernoulli | Gaussian
 Source = Callable[[Law, torch.Size, torch.device, torch.dtype], Tensor]
@@ -85,8 +77,10 @@ Source = Callable[[Law, torch.Size, torch.device, torch.dtype], Tensor]
 
 
 def draw(law: Law, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Draw by PyTorch's global generator."""
-    return law.draw(shape, device, dtype)
+    """Draw elements, each on its own, by PyTorch's global generator."""
+    if isinstance(law, Bernoulli):
+        return random_mask(shape, law.p, device).to(dtype).mul_(law.kept)
+    return torch.randn(shape, device=device, dtype=dtype).mul_(law.std).add_(law.mean)
 
 
 def noise(x: Tensor, law: Law, shape: torch.Size, source: Source = draw) -> Tensor:

@@ -8,7 +8,7 @@ from dropserve.models.regularizers.noise import Bernoulli, Elementwise, Scope, c
 
 
 class VariationalDropout(Elementwise):
-    """Inverted dropout with one mask for all steps of x [B, T, units].
+    """Drops the same inputs and state units at all steps; else it is inverted dropout.
 
     Gal and Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural
     Networks" (NIPS 2016), section 4.
@@ -23,10 +23,10 @@ class VariationalDropout(Elementwise):
 
 
 class Zoneout(Elementwise):
-    """Says by what share each unit of a state [B, T, units] is updated: 0 with probability p.
+    """Keeps units of a state at their previous value; eval mode takes the expected update.
 
     Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations" (ICLR
-    2017): given ones, it gives the masks of the new values. Eval mode takes the expected update.
+    2017): given ones [B, T, units], it gives the share of the new value that each unit takes.
     """
 
     def __init__(self, p: float = 0.1, scope: Scope = "example") -> None:

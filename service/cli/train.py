@@ -112,7 +112,7 @@ class TrainCommand(TyperCommand):
         """Show the help; the registry needs PyTorch."""
         from dropserve.models.regularizers import METHODS
 
-        methods = (f"{name} {m.text} ({', '.join(m.networks)})" for name, m in METHODS.items())
+        methods = (f"{name} ({', '.join(m.networks)}): {m.text}" for name, m in METHODS.items())
         self.epilog = "\n\n".join(["Regularizers, and networks that can have them:", *methods])
         super().format_help(ctx, formatter)
 
