@@ -6,6 +6,7 @@ regularizer, or an identity.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
+from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +153,7 @@ class VisionTransformer(nn.Module):
 class _TransformerBlock(nn.Module):
     def __init__(self, width: int, noise: Noise, depth: float) -> None:
         super().__init__()
-        self.heads = max(1, width // 32)
+        self.heads = gcd(width, max(1, width // 32))
         self.norm1 = nn.LayerNorm(width)
         self.from_tokens = nn.Linear(width, 3 * width)
         self.attended = nn.Linear(width, width)
