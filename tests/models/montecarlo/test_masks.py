@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest, norm
 
-from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw
+from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw, draw_normal
 
 RATES = (0.01, 0.25, 0.3, 0.37, 0.5, 0.7, 0.99)
 SIGMAS = 5
@@ -140,3 +141,52 @@ def test_blocks_are_independent_so_that_their_spread_tells_the_error():
     assert set(counts.flat) == {2, 3}
     correlation = np.corrcoef(counts[:, 0].ravel(), counts[:, 1].ravel())[0, 1]
     assert abs(correlation) < SIGMAS / sqrt(counts[:, 0].size)
+
+
+@given(kinds, seeds, sites, units, st.integers(0, 70), st.integers(0, 70))
+def test_any_range_of_normal_numbers_is_a_slice_of_all(kind, seed, site, units, a, b):
+    start, stop = sorted((a, b))
+    all_of_them = draw_normal(kind, seed, site, units, range(stop))
+    got = draw_normal(kind, seed, site, units, range(start, stop))
+    assert got.shape == (stop - start, units)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, all_of_them[start:])
+
+
+@given(seeds, sites, units, st.integers(0, 5))
+def test_a_stratified_block_has_a_normal_number_in_each_tenth(seed, site, units, block):
+    samples = range(block * BLOCK, (block + 1) * BLOCK)
+    drawn = draw_normal("stratified", seed, site, units, samples).astype(float)
+    inner = norm.ppf(np.arange(1, BLOCK) / BLOCK)[:, None]
+    ordered = np.sort(drawn, 0)
+    assert (ordered[:-1] <= inner + 1e-6).all()
+    assert (ordered[1:] >= inner - 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_normal_numbers_are_normal_in_each_sample_and_over_samples(kind):
+    drawn = draw_normal(kind, 5, 1, 5000, range(23)).astype(float)  # two blocks and a bit
+    for sample in drawn:
+        assert kstest(sample, "norm").pvalue > 1e-4
+    if kind == "independent":
+        assert kstest(drawn.ravel(), "norm").pvalue > 1e-3
+    units = np.corrcoef(draw_normal(kind, 5, 2, 41, range(5000)).T)[np.triu_indices(41, 1)]
+    assert np.abs(units).max() <= SIGMAS / sqrt(5000)
+    pairs = np.corrcoef(drawn)
+    expected = np.eye(23)
+    if kind == "stratified":  # of two tenths of ten that differ; (S - 1) / 9 with their mean zero
+        between = norm.pdf(norm.ppf(np.arange(1, BLOCK) / BLOCK))
+        means = -np.diff(np.concatenate([[0], between, [0]])) * BLOCK
+        for block in (slice(0, 10), slice(10, 20), slice(20, 23)):
+            expected[block, block] -= (means**2).mean() / (BLOCK - 1) * (expected[block, block] < 1)
+    assert np.abs(pairs - expected).max() <= SIGMAS / sqrt(5000)
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_normal_numbers_of_another_seed_or_site_are_others(kind):
+    one, *others = (
+        draw_normal(kind, seed, site, 64, range(20)).ravel()
+        for seed, site in ((3, 4), (4, 3), (3, 5), (2**63 - 1, 4))
+    )
+    for other in others:
+        assert abs(np.corrcoef(one, other)[0, 1]) <= SIGMAS / sqrt(one.size)
