@@ -63,8 +63,8 @@ class GRU(nn.Module):
             read = linear(h if mask is None else h * mask)
             reset, keep = (given[:, :gates] + read[:, :gates]).sigmoid().chunk(2, 1)
             new = torch.addcmul(given[:, gates:], reset, read[:, gates:]).tanh()
-            new = torch.lerp(new, h, keep)
-            h = new if share is None else torch.lerp(h, new, share)
+            new = new + keep * (h - new)  # in mixed precision too, which lerp refuses
+            h = new if share is None else h + share * (new - h)
         logits: Tensor = self.logits(h)
         return logits
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dropserve.models.montecarlo import Sampler
 from dropserve.models.montecarlo.interception import Interception
-from dropserve.models.networks import NetworkConfig
-from dropserve.models.regularizers import Zoneout
+from dropserve.models.networks import NetworkConfig, default_config
+from dropserve.models.regularizers import METHODS, Zoneout
 
 T, UNITS = 4, 3
 
@@ -84,3 +85,15 @@ def test_dropconnect_draws_a_layers_weights_once_for_all_steps():
     calls = []
     Interception(lambda law, shape: calls.append((law.kind, shape))).run(module, images())
     assert calls == [("dropconnect", (1, 9, UNITS + 1)), ("dropconnect", (1, 9, 11))]
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if "gru" in m.networks])
+def test_it_computes_in_bfloat16_too(method):
+    module, x = default_config("gru", (1, 8, 8), 10, method).build(), torch.randn(4, 1, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert module.train()(x).isfinite().all()
+        rough = module.eval()(x).float()
+    torch.testing.assert_close(rough, module(x), rtol=0, atol=0.02)
+    if method == "zoneout":  # of which the first step is the same for all samples
+        rough, exact = (Sampler(module, x, dtype).sample(x, 5) for dtype in ("bfloat16", "float32"))
+        torch.testing.assert_close(rough, exact, rtol=0, atol=0.005)
