@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from math import sqrt
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_a_draw_is_shared_by_nothing_a_batch_or_an_epoch(kind, scope):
         begin_epoch(layer)
         drawn.append(layer(x))
     assert not all(torch.equal(drawn[0], other) for other in drawn), "an epoch draws anew"
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_train_mode_has_the_mean_of_eval_mode_and_the_spread_of_its_law(kind):
+    """Of both kinds of noise p/(1-p) is the variance, but of masks that are not scaled p(1-p)."""
+    layer, p, draws = kind(0.3).train(), 0.3, 50_000
+    drawn = layer(torch.ones(draws, 2, 1, dtype=torch.float64))[:, 0]
+    variance = p * (1 - p) if kind in (VanillaDropout, Zoneout) else p / (1 - p)
+    mean = layer.eval()(torch.ones(1)).item()
+    assert mean == pytest.approx(1 - p if kind in (VanillaDropout, Zoneout) else 1)
+    assert abs(drawn.mean() - mean) <= 5 * sqrt(variance / draws)
+    assert drawn.var().item() == pytest.approx(variance, rel=5 * sqrt(2 / draws))
 
 
 def start(config, digits, **options):
@@ -90,3 +103,11 @@ def test_masks_may_come_before_relu_or_after_it_and_other_noise_may_not(regulari
     got, other = (Sampler(module.eval(), x).sample(x, 20, 1) for module in networks)
     assert torch.allclose(got, other, atol=1e-6) == (METHODS[regularizer].layer in LAYERS[:2])
     torch.testing.assert_close(*(module(x) for module in networks))
+
+
+def test_noise_of_a_wide_residual_network_follows_the_second_relu_of_a_block():
+    config = NetworkConfig("wrn", (1, 4, 4), 3, (), (0.5,), (3,), regularizer="gaussian")
+    module, given = config.build(), []
+    module.block1.noise.register_forward_pre_hook(lambda _m, args: given.append(args[0]))
+    module(torch.randn(5, 1, 4, 4))
+    assert given[0].min() == 0 < given[0].max()
