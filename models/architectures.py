@@ -6,6 +6,7 @@ regularizer, or an identity.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
+from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +63,8 @@ class GRU(nn.Module):
             read = linear(h if mask is None else h * mask)
             reset, keep = (given[:, :gates] + read[:, :gates]).sigmoid().chunk(2, 1)
             new = torch.addcmul(given[:, gates:], reset, read[:, gates:]).tanh()
-            new = torch.lerp(new, h, keep)
-            h = new if share is None else torch.lerp(h, new, share)
+            new = new + keep * (h - new)  # in mixed precision too, which lerp refuses
+            h = new if share is None else h + share * (new - h)
         logits: Tensor = self.logits(h)
         return logits
 
@@ -152,7 +153,7 @@ class VisionTransformer(nn.Module):
 class _TransformerBlock(nn.Module):
     def __init__(self, width: int, noise: Noise, depth: float) -> None:
         super().__init__()
-        self.heads = max(1, width // 32)
+        self.heads = gcd(width, max(1, width // 32))
         self.norm1 = nn.LayerNorm(width)
         self.from_tokens = nn.Linear(width, 3 * width)
         self.attended = nn.Linear(width, width)

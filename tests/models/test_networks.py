@@ -258,3 +258,10 @@ def test_a_file_is_known_by_its_path_or_else_its_name(name, allowed, meant):
 def test_what_is_not_allowed_or_not_clear_is_refused(name, allowed, reason):
     with pytest.raises(ConfigError, match=reason):
         trusted(name, allowed)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1, 1), (65, 1), (66, 2), (80, 2), (96, 3), (97, 1)])
+def test_a_vit_of_any_width_has_a_head_for_32_units_as_far_as_they_divide(width, heads):
+    module = NetworkConfig("vit", (1, 8, 8), 10, (width,), (0.1,)).build()
+    assert module.blocks[0].heads == heads
+    assert module(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

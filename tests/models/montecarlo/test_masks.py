@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest, norm
 
-from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw
+from dropserve.models.montecarlo.masks import BLOCK, MASK_KINDS, draw, draw_normal
 
 RATES = (0.01, 0.25, 0.3, 0.37, 0.5, 0.7, 0.99)
 SIGMAS = 5
@@ -140,3 +141,54 @@ def test_blocks_are_independent_so_that_their_spread_tells_the_error():
     assert set(counts.flat) == {2, 3}
     correlation = np.corrcoef(counts[:, 0].ravel(), counts[:, 1].ravel())[0, 1]
     assert abs(correlation) < SIGMAS / sqrt(counts[:, 0].size)
+
+
+@given(kinds, seeds, sites, units, st.integers(0, 70), st.integers(0, 70))
+def test_any_range_of_normal_numbers_is_a_slice_of_all(kind, seed, site, units, a, b):
+    start, stop = sorted((a, b))
+    all_of_them = draw_normal(kind, seed, site, units, range(stop))
+    got = draw_normal(kind, seed, site, units, range(start, stop))
+    assert got.shape == (stop - start, units)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, all_of_them[start:])
+
+
+@given(seeds, sites, units, st.integers(0, 5))
+def test_a_stratified_block_has_a_normal_number_in_each_tenth(seed, site, units, block):
+    samples = range(block * BLOCK, (block + 1) * BLOCK)
+    drawn = draw_normal("stratified", seed, site, units, samples).astype(float)
+    inner = norm.ppf(np.arange(1, BLOCK) / BLOCK)[:, None]
+    ordered = np.sort(drawn, 0)
+    assert (ordered[:-1] <= inner + 1e-6).all()
+    assert (ordered[1:] >= inner - 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_normal_numbers_are_normal_and_independent_of_each_other_within_a_sample(kind):
+    for sample in draw_normal(kind, 5, 1, 5000, range(23)):  # two blocks and a bit
+        assert kstest(sample, "norm").pvalue > 1e-4
+    drawn = draw_normal(kind, 5, 2, 41, range(5000))
+    pairs = np.corrcoef(drawn.T)[np.triu_indices(41, 1)]
+    assert np.abs(pairs).max() <= SIGMAS / sqrt(5000)
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_normal_numbers_of_a_stratified_block_avoid_each_other_and_others_do_not(kind):
+    """Two samples fall into tenths that differ: their product's mean is that of the tenths'."""
+    edges = norm.pdf(norm.ppf(np.arange(BLOCK + 1) / BLOCK))
+    tenths = (edges[:-1] - edges[1:]) * BLOCK  # the mean in each
+    inside = -(tenths**2).mean() / (BLOCK - 1) if kind == "stratified" else 0.0
+    found = np.corrcoef(draw_normal(kind, 5, 1, 50_000, range(20)))
+    for block in (found[:10, :10], found[10:, 10:]):
+        assert np.abs(block[np.triu_indices(10, 1)] - inside).max() <= SIGMAS / sqrt(50_000)
+    assert np.abs(found[:10, 10:]).max() <= SIGMAS / sqrt(50_000)
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_normal_numbers_of_another_seed_or_site_are_others(kind):
+    one, *others = (
+        draw_normal(kind, seed, site, 64, range(20)).ravel()
+        for seed, site in ((3, 4), (4, 3), (3, 5), (2**63 - 1, 4))
+    )
+    for other in others:
+        assert abs(np.corrcoef(one, other)[0, 1]) <= SIGMAS / sqrt(one.size)
