@@ -1,6 +1,6 @@
 """The dropout layers under the name that networks of one's own import them by."""
 
-from dropserve.models.regularizers.dropout import (
+from dropserve.models.regularizers.dropout import (  # noqa: F401
     InvertedDropout,
     SpatialDropout,
     VanillaDropout,
@@ -8,12 +8,3 @@ from dropserve.models.regularizers.dropout import (
     spatial_dropout,
     vanilla_dropout,
 )
-
-__all__ = [
-    "InvertedDropout",
-    "SpatialDropout",
-    "VanillaDropout",
-    "inverted_dropout",
-    "spatial_dropout",
-    "vanilla_dropout",
-]

@@ -38,8 +38,8 @@ class NetworkConfig:
         classes: number of logits.
         hidden: widths of the fully connected layers before the logits; of a gru its state, of a vit
             its tokens. A wrn without any averages its last stage.
-        dropout: the regularizer's rates: one a hidden layer; of a gru, inputs and state, or state
-            alone for zoneout; of a wrn the blocks', then those of hidden layers; of a vit one.
+        dropout: the regularizer's rates, or one for all: one a hidden layer; of a gru, inputs and
+            state, or state alone for zoneout; of a wrn blocks, then hidden layers; of a vit one.
         channels: output channels of a CNN's blocks, each convolution, batch norm, ReLU, pool, or of
             a wrn's stages.
         spatial_dropout: rate at which a CNN drops whole channels between its blocks.
@@ -89,6 +89,7 @@ class NetworkConfig:
             raise ConfigError("init_std must be in (0, 100)")
         if self.is_builtin:
             self._check_method()
+            self._check_options()
 
     def _check_method(self) -> None:
         """Refuse what the network cannot have, and say what it can."""
@@ -97,58 +98,43 @@ class NetworkConfig:
             right = ", ".join(n for n, m in METHODS.items() if kind in m.networks)
             where = f"; {name} is for {', '.join(method.networks)}" if method else ""
             raise ConfigError(f"{kind} can have regularizer {right}, not {name!r}{where}")
-        wanted, what = self.rates(kind, name, len(self.hidden))
+        wanted, what = len(self.hidden), "one rate a hidden layer"
+        if kind == "gru":
+            wanted, what = (
+                (1, "that of the state") if name == "zoneout" else (2, "inputs and state")
+            )
+        elif kind in ("wrn", "vit"):
+            wanted, what = (wanted + 1 if kind == "wrn" else 1), "of blocks, then of hidden layers"
+        if len(self.dropout) == 1:  # for all
+            object.__setattr__(self, "dropout", self.dropout * wanted)
         if len(self.dropout) != wanted:
-            raise ConfigError(f"dropout needs {what}: {wanted}, not {len(self.dropout)}")
-        if kind in ("gru", "vit") and len(self.hidden) != 1:
-            raise ConfigError(f"a {kind} needs one width")
-        if kind == "wrn" and not self.channels:
-            raise ConfigError("a wrn needs channels, one number a stage")
+            raise ConfigError(f"dropout needs 1 or {wanted} rates, not {len(self.dropout)}: {what}")
         for p in self.dropout:
             method.check(p)
         (method.check if method.on == "units" else check_rate)(self.input_dropout)
         for p in (self.spatial_dropout, self.stochastic_depth):
             check_rate(p)
-        if self.mask_scope not in SCOPES:
-            raise ConfigError(f"mask_scope must be {', '.join(SCOPES)}, not {self.mask_scope!r}")
+
+    def _check_options(self) -> None:
+        """Refuse options that the network, or its regularizer, cannot have."""
+        kind, on = self.kind, self.method.on
+        for name, kinds in _ONLY.items():
+            if getattr(self, name) != getattr(NetworkConfig, name) and kind not in kinds:
+                raise ConfigError(f"{name} is for {', '.join(kinds)}, not for {kind}")
+        loses_mean = self.regularizer != "noise" or not all(self.dropout)
         for wrong, why in (
+            (kind in ("gru", "vit") and len(self.hidden) != 1, f"a {kind} needs one width"),
+            (kind == "wrn" and not self.channels, "a wrn needs channels, one number a stage"),
+            (self.mask_scope not in SCOPES, f"mask_scope must be {', '.join(SCOPES)}"),
+            (self.noise_mean and loses_mean, "noise_mean is for additive noise, no rate of it 0"),
+            (self.before_activation and on != "units", "before_activation is for noise on units"),
             (
-                self.input_dropout and kind in ("gru", "vit"),
-                "input_dropout is for mlp, cnn and wrn; the first rate of a gru is its inputs'",
-            ),
-            (self.noise_mean and name != "noise", "noise_mean is for the regularizer noise"),
-            (
-                self.before_activation and (kind not in ("mlp", "cnn") or method.on != "units"),
-                "before_activation is for noise on units of mlp and cnn",
-            ),
-            (
-                self.batch_norm and kind != "mlp",
-                "batch_norm is for mlp: cnn and wrn always have it, gru and vit never",
-            ),
-            (
-                self.stochastic_depth and kind not in ("wrn", "vit"),
-                "stochastic_depth is for residual networks, wrn and vit",
-            ),
-            (self.spatial_dropout and kind != "cnn", "spatial_dropout is for cnn"),
-            (self.channels and kind not in ("cnn", "wrn"), "channels are for cnn and wrn"),
-            (self.blocks > 1 and kind not in ("wrn", "vit"), "blocks are for wrn and vit"),
-            (
-                name == "dropconnect" and kind == "gru" and self.mask_scope == "example",
+                kind == "gru" and on == "weights" and self.mask_scope == "example",
                 "DropConnect of a gru draws its weights once a batch: give mask_scope batch",
             ),
         ):
             if wrong:
                 raise ConfigError(why)
-
-    @staticmethod
-    def rates(kind: str, regularizer: str, layers: int) -> tuple[int, str]:
-        """Return how many rates a network with so many hidden layers needs, and of what."""
-        if kind == "gru":
-            zoneout = regularizer == "zoneout"
-            return (1, "one rate, of the state") if zoneout else (2, "rates of inputs and of state")
-        if kind == "wrn":
-            return 1 + layers, "one rate for the blocks and one a hidden layer"
-        return (1, "one rate") if kind == "vit" else (layers, "one rate a hidden layer")
 
     @property
     def is_builtin(self) -> bool:
@@ -193,6 +179,12 @@ class NetworkConfig:
         return parse_dataclass("network", cls, values, _ADDED)
 
 
+_ONLY = {
+    "channels": ("cnn", "wrn"), "blocks": ("wrn", "vit"), "spatial_dropout": ("cnn",),
+    "input_dropout": ("mlp", "cnn", "wrn"), "before_activation": ("mlp", "cnn"),
+    "batch_norm": ("mlp",), "stochastic_depth": ("wrn", "vit"),
+}  # fmt: skip
+"""Fields that not every network has."""
 _ADDED = {f.name for f in fields(NetworkConfig)[8:]}  # since the first release
 
 

@@ -172,15 +172,4 @@ def _config(
     if ":" not in network and "arguments" in asked:
         raise ConfigError(f"arguments are for a factory, {FORMS}, not for {network!r}")
     usual = default_config(network, preprocessing.shape, classes, asked.get("regularizer"))
-    if rates := asked.get("dropout"):
-        layers = len(asked.get("hidden", usual.hidden))
-        asked = {**asked, "dropout": spread(rates, network, usual.regularizer, layers)}
     return replace(usual, **asked)
-
-
-def spread(
-    rates: tuple[float, ...], network: str, regularizer: str, layers: int
-) -> tuple[float, ...]:
-    """Take a single rate for every layer of a network with so many hidden ones."""
-    wanted, _ = NetworkConfig.rates(network, regularizer, layers)
-    return rates * wanted if len(rates) == 1 else rates
