@@ -70,10 +70,8 @@ def compare(
     masks. Batch normalisation keeps its running statistics in both, so that what differs is
     dropout's effect, and the module, whose sampler is given, is not changed.
     """
-    rates = {
-        site.name.replace(f":{site.kind}", ""): (site if p is None else site.at(p)).p
-        for site in sampler.sites
-    }
+    sites = [site if p is None else site.at(p) for site in sampler.sites]
+    rates = {site.name.replace(f":{site.kind}", ""): site.p for site in sites}
     layers: dict[str, Layer] = {}
     plain, thinned = [], []
     for _ in range(2):

@@ -7,7 +7,6 @@ from torch import nn
 from bench import training_mode
 from dropserve.models.comparison import compare
 from dropserve.models.montecarlo import Sampler
-from dropserve.models.regularizers import DropConnect
 
 
 def run(steps):
@@ -75,10 +74,3 @@ def test_layers_that_run_in_one_mode_are_left_out_and_rates_are_those_of_train_m
         ("first", None), ("path", pytest.approx(0.3)), ("none", 0.0), ("last", None),
     ]  # fmt: skip
     assert found.distance().min() > 0
-
-
-@pytest.mark.parametrize("p", [None, 0.75])
-def test_a_layer_with_noise_on_its_weights_has_its_rate_too(p):
-    module, x = nn.Sequential(DropConnect(9, 8, 0.3), nn.Linear(8, 3)).eval(), torch.randn(4, 9)
-    _, found = run(compare(module, Sampler(module, x), x, passes=1, p=p))
-    assert [(layer.name, layer.p) for layer in found.layers] == [("0", p or 0.3), ("1", None)]
