@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from bench.networks import Network, all_cores
 from bench.progress import follow
 from dropserve.models.data import Split
-from dropserve.models.regularizers import InvertedDropout
 from dropserve.models.hyperparameters import Recipe
+from dropserve.models.regularizers import InvertedDropout
 from dropserve.models.training import Normalize, fit, launch
 
 

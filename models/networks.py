@@ -108,7 +108,8 @@ class NetworkConfig:
         if len(self.dropout) == 1:  # for all
             object.__setattr__(self, "dropout", self.dropout * wanted)
         if len(self.dropout) != wanted:
-            raise ConfigError(f"dropout needs 1 or {wanted} rates, not {len(self.dropout)}: {what}")
+            count = f"1 or {wanted} rates" if wanted > 1 else "1 rate"
+            raise ConfigError(f"dropout needs {count}, not {len(self.dropout)}: {what}")
         for p in self.dropout:
             method.check(p)
         (method.check if method.on == "units" else check_rate)(self.input_dropout)

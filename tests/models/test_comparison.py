@@ -7,6 +7,7 @@ from torch import nn
 from bench import training_mode
 from dropserve.models.comparison import compare
 from dropserve.models.montecarlo import Sampler
+from dropserve.models.regularizers import DropConnect
 
 
 def run(steps):

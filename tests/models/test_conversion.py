@@ -169,14 +169,14 @@ def test_noise_with_a_mean_can_have_another_deviation(publish):
         (MLP, {"input_dropout": 0.1}, True, "rates or --remove-dropout, not both"),
         (MLP, {"dropout": (0.25, 0.4)}, False, "has this already"),
         (MLP, {"regularizer": "dropout"}, False, "has this already"),
-        (MLP, {"dropout": (0.1, 0.1, 0.1)}, False, "one rate a hidden layer: 2, not 3"),
+        (MLP, {"dropout": (0.1, 0.1, 0.1)}, False, "2 rates, not 3"),
         (MLP, {"dropout": (1.0,)}, False, r"\[0, 1\)"),
         (GRU, {"regularizer": "vanilla"}, False, "gru can have .* vanilla is for mlp, cnn"),
-        (GRU, {"input_dropout": 0.1}, False, "input_dropout is for mlp, cnn and wrn"),
+        (GRU, {"input_dropout": 0.1}, False, "input_dropout is for mlp, cnn, wrn"),
         (VIT, {"regularizer": "vanilla"}, False, "no weights of a vit"),
         (NOISE, {"regularizer": "vanilla"}, False, "vanilla and inverted dropout .* not noise"),
-        (NOISE, {"dropout": (0.0, 1.0)}, False, "noise with a mean"),
-        (NOISE, {}, True, "noise with a mean"),
+        (NOISE, {"dropout": (0.0, 1.0)}, False, "noise with a mean|no rate of it 0"),
+        (NOISE, {}, True, "noise with a mean|no rate of it 0"),
         (
             NetworkConfig(
                 "torch.nn:Linear", (1, 1, 2), 2, arguments={"in_features": 2, "out_features": 2}

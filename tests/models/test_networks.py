@@ -102,7 +102,7 @@ def test_a_zero_rate_makes_no_dropout_layer():
         ({"hidden": (65_537, 256)}, "widths must be"),
         ({"input": (1, -8, 8)}, "widths must be"),
         ({"input": (1, 8)}, "input"),
-        ({"dropout": (0.2,)}, "one rate a hidden layer"),
+        ({"dropout": (0.2,) * 3}, "one rate a hidden layer"),
         ({"dropout": (0.2, 1.0)}, r"\[0, 1\)"),
         ({"spatial_dropout": -0.1}, r"\[0, 1\)"),
         ({"hidden": (8,) * 65, "dropout": (0.5,) * 65}, "at most 64 layers"),

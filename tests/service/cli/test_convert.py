@@ -95,7 +95,7 @@ def test_a_network_whose_noise_is_removed_predicts_and_draws_no_samples(root):
     [
         (["m"], "nothing to convert: give --dropout"),
         (["m", "--remove-dropout", "--input-dropout", 0.1], "rates or --remove-dropout, not both"),
-        (["m", "--dropout", ".1,.2,.3"], "2, not 3"),
+        (["m", "--dropout", ".1,.2,.3"], "2 rates, not 3"),
         (["m", "--to", "vanilla"], "the version has this already"),
         (["m", "--version", 7, "--to", "inverted"], "no version 7 of 'm'"),
         (["other", "--to", "inverted"], "no model 'other'"),
