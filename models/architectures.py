@@ -37,17 +37,16 @@ class GRU(nn.Module):
         self,
         units: int,
         classes: int,
+        *,
+        inputs: nn.Module,
+        state: nn.Module,
+        update: nn.Module,
         from_input: nn.Module,
         from_state: nn.Module,
-        *,
-        inputs: nn.Module | None = None,
-        state: nn.Module | None = None,
-        update: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.units = units
-        self.inputs = inputs or nn.Identity()
-        self.state, self.update = state or nn.Identity(), update or nn.Identity()
+        self.inputs, self.state, self.update = inputs, state, update
         self.from_input, self.from_state = from_input, from_state
         self.logits = nn.Linear(units, classes)
 

@@ -70,8 +70,10 @@ def compare(
     masks. Batch normalisation keeps its running statistics in both, so that what differs is
     dropout's effect, and the module, whose sampler is given, is not changed.
     """
-    sites = [site if p is None else site.at(p) for site in sampler.sites]
-    rates = {site.name.replace(f":{site.kind}", ""): site.p for site in sites}
+    rates = {
+        site.name.replace(f":{site.kind}", ""): site.p if p is None else site.law.at(p).p
+        for site in sampler.sites
+    }
     layers: dict[str, Layer] = {}
     plain, thinned = [], []
     for _ in range(2):

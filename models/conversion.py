@@ -75,9 +75,7 @@ def _changed(old: NetworkConfig, asked: Mapping[str, Any], *, remove: bool) -> N
             "--remove-dropout, or --to vanilla or inverted"
         )
     if "regularizer" in changes and method not in CONVENTIONS.values():
-        raise ConfigError(
-            f"--to converts vanilla and inverted dropout into each other: not {method}"
-        )
+        raise ConfigError(f"--to is for vanilla and inverted dropout, not for {method}")
     new = replace(old, **changes)
     on, now = ([p > 0 for p in (*config.dropout, config.input_dropout)] for config in (old, new))
     vit = old.kind == "vit" and "vanilla" in (method, new.regularizer)

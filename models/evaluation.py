@@ -18,8 +18,6 @@ from dropserve.models.errors import NoDropout
 from dropserve.models.montecarlo import Sampler
 from dropserve.models.regularizers import with_moment_matching
 
-Method = Literal["dropout", "moment-matching"]
-
 
 def score(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     """Score probabilities [N, C] against labels [N]; lower is better but for the accuracy.
@@ -46,7 +44,7 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     *,
-    method: Method = "dropout",
+    method: Literal["dropout", "moment-matching"] = "dropout",
     confusion: bool = False,
 ) -> dict[str, Any]:
     """Score a module in eval mode, and the mean of its Monte Carlo samples where it has dropout.

@@ -19,8 +19,8 @@ from dropserve.models.regularizers import (
     RecurrentDropConnect,
     Scope,
     SpatialDropout,
+    check_rate,
 )
-from dropserve.models.regularizers.noise import check_rate
 from dropserve.models.storage import parse_dataclass
 
 NETWORKS = ("mlp", "cnn", "gru", "wrn", "vit")
@@ -198,17 +198,15 @@ def default_config(
     is large enough, up to three blocks, then 128 units with rate .5. The wide residual network has
     such stages of two blocks; the GRU has 128 units, the transformer four blocks of width 96.
     """
-    options: dict[str, Any] = {"regularizer": regularizer} if regularizer else {}
     halvings = min(3, max(1, min(input_shape[1:]).bit_length() - 2))
     channels = tuple(32 << i for i in range(halvings))
-    if kind == "cnn":
-        options |= {"hidden": (128,), "dropout": (0.5,), "channels": channels}
-    elif kind == "gru":
-        options |= {"hidden": (128,), "dropout": (0.1, 0.2)}
-    elif kind == "wrn":
-        options |= {"hidden": (), "dropout": (0.1,), "channels": channels, "blocks": 2}
-    elif kind == "vit":
-        options |= {"hidden": (96,), "dropout": (0.1,), "blocks": 4, "stochastic_depth": 0.1}
+    usual: dict[str, dict[str, Any]] = {
+        "cnn": {"hidden": (128,), "dropout": (0.5,), "channels": channels},
+        "gru": {"hidden": (128,), "dropout": (0.1, 0.2)},
+        "wrn": {"hidden": (), "dropout": (0.1,), "channels": channels, "blocks": 2},
+        "vit": {"hidden": (96,), "dropout": (0.1,), "blocks": 4, "stochastic_depth": 0.1},
+    }
+    options = usual.get(kind, {}) | ({"regularizer": regularizer} if regularizer else {})
     if regularizer == "zoneout":
         options["dropout"] = (0.1,)
     if regularizer == "dropconnect" and kind == "gru":
@@ -231,15 +229,18 @@ def _input_noise(config: NetworkConfig) -> Iterator[tuple[str, nn.Module]]:
         yield "input", _noise(config, config.input_dropout, None if own else METHODS["dropout"])
 
 
+def _linear(config: NetworkConfig, inputs: int, outputs: int, p: float) -> nn.Module:
+    if config.method.on == "weights":
+        return config.method.layer(inputs, outputs, p, config.mask_scope)
+    return nn.Linear(inputs, outputs)
+
+
 def _hidden(
     config: NetworkConfig, width: int, rates: tuple[float, ...]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the fully connected layers after `width` units, and the logits."""
     for i, (units, p) in enumerate(zip(config.hidden, rates, strict=True), 1):
-        if config.method.on == "weights":
-            yield f"hidden{i}", config.method.layer(width, units, p, config.mask_scope)
-        else:
-            yield f"hidden{i}", nn.Linear(width, units)
+        yield f"hidden{i}", _linear(config, width, units, p)
         if config.batch_norm:
             yield f"norm{i}", nn.BatchNorm1d(units)
         layers: list[tuple[str, nn.Module]] = [(f"hidden{i}_relu", nn.ReLU())]
@@ -273,20 +274,21 @@ def _sequential(config: NetworkConfig) -> nn.Module:
 
 def _gru(config: NetworkConfig) -> nn.Module:
     channels, _, width = config.input
-    (units,), method = config.hidden, config.method
-    *inputs, state = config.dropout
-    noise: dict[str, nn.Module] = {}
-    from_input: nn.Module = nn.Linear(channels * width, 3 * units)
+    (units,), on, state = config.hidden, config.method.on, config.dropout[-1]
+    inputs = 0.0 if on == "update" else config.dropout[0]
+    from_input = _linear(config, channels * width, 3 * units, inputs)
     from_state: nn.Module = nn.Linear(units, 3 * units)
-    if method.on == "weights":
-        scope = config.mask_scope
-        from_input = DropConnect(channels * width, 3 * units, inputs[0], scope)
-        from_state = RecurrentDropConnect(units, 3 * units, state, scope)
-    elif method.on == "update":
-        noise = {"update": _noise(config, state)}
-    else:
-        noise = {"inputs": _noise(config, inputs[0]), "state": _noise(config, state)}
-    return architectures.GRU(units, config.classes, from_input, from_state, **noise)
+    if on == "weights":
+        from_state = RecurrentDropConnect(units, 3 * units, state, config.mask_scope)
+    return architectures.GRU(
+        units,
+        config.classes,
+        inputs=_noise(config, inputs),
+        state=nn.Identity() if on == "update" else _noise(config, state),
+        update=_noise(config, state) if on == "update" else nn.Identity(),
+        from_input=from_input,
+        from_state=from_state,
+    )
 
 
 def _wrn(config: NetworkConfig) -> nn.Module:

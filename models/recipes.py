@@ -143,10 +143,8 @@ def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Modul
         torch.manual_seed(seed)
         module = config.build()
     try:
-        if config.is_noisy:
-            logits = Sampler(module.eval(), example).classes
-        else:
-            logits = module.eval()(example).shape[1]
+        module.eval()
+        logits = Sampler(module, example).classes if config.is_noisy else module(example).shape[1]
     except ModelsError:
         raise
     except Exception as error:  # a user's module may fail with anything

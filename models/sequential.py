@@ -7,6 +7,7 @@ them.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -23,29 +24,24 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 """Modules that multiply by a mask in train mode and do nothing in eval mode."""
 
 
+@dataclass(eq=False)
 class Mask:
     """A layer of noise among steps: called it is eval mode, `combine(x, noise)` train mode.
 
     `mean` is that of the noise, None where eval mode is the identity; `kept` as of `scaled`.
     """
 
-    def __init__(
-        self,
-        combine: Callable[..., Tensor] = torch.mul,
-        mean: float | None = None,
-        kept: float = 1.0,
-    ) -> None:
-        self.combine = combine
-        self._mean = mean
-        self._kept = kept
+    combine: Callable[..., Tensor] = torch.mul
+    mean: float | None = None
+    kept: float = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x as in eval mode."""
-        return x if self._mean is None else self.combine(x, self._mean)
+        return x if self.mean is None else self.combine(x, self.mean)
 
     def sample(self, x: Tensor, noise: Tensor, *, fresh: bool = False) -> Tensor:
         """Put the noise [T, ...] of T samples into x [B, T or 1, ...], in place if it is fresh."""
-        noise = scaled(noise, self._kept).to(x.dtype)
+        noise = scaled(noise, self.kept).to(x.dtype)
         return self.combine(x, noise, out=x if fresh else None)
 
 
@@ -55,7 +51,7 @@ class WeightMask(Mask):
     def __init__(self, layer: DropConnect, dtype: torch.dtype) -> None:
         super().__init__(kept=getattr(layer.law, "kept", 1.0))
         self._weight = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().to(dtype)
-        self._kept_weight = self._weight * self._kept
+        self._kept_weight = self._weight * self.kept
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] by the mean weights."""

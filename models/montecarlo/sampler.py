@@ -199,10 +199,12 @@ class Sampler:
     ) -> Tensor:
         """Run one thinned network, number `sample` of `sample()`, by a plain forward pass.
 
-        With a `p`, every site drops at that rate, but for alpha dropout (see `Site.at`). It is
+        With a `p`, every site drops at that rate, but for alpha dropout (see `Bernoulli.at`). It is
         computed in float32, whatever the precision, like eval mode. Returns logits [B, C].
         """
-        store = self._store if p is None else MaskStore([site.at(p) for site in self.sites])
+        store = self._store
+        if p is not None:
+            store = MaskStore([replace(site, law=site.law.at(p)) for site in self.sites])
         drawn = store.draw(masks, seed, range(sample, sample + 1), x.device)
         return self._forward(x, tuple(factor[0] for factor in drawn.factors), torch.float32)
 

@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -65,14 +65,6 @@ class Site:
     def units(self) -> int:
         """How many numbers are drawn."""
         return torch.Size(self.template).numel()
-
-    def at(self, p: float) -> "Site":
-        """Return the site with another rate, and what is kept scaled to match.
-
-        Alpha dropout and masks of `bernoulli_` keep their own: what follows them is worked out from
-        the module's p.
-        """
-        return replace(self, law=self.law.at(p))
 
     def fit(self, scale: Tensor, shape: torch.Size) -> Tensor | None:
         """Spread noise `scale` [*template] over a call's `shape`; None if it does not fit.

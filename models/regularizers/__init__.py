@@ -4,13 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dropserve.models.regularizers.depth import StochasticDepth
 from dropserve.models.regularizers.dropconnect import (
     DropConnect,
     RecurrentDropConnect,
     with_moment_matching,
 )
-from dropserve.models.regularizers.dropout import InvertedDropout, SpatialDropout, VanillaDropout
+from dropserve.models.regularizers.dropout import (
+    InvertedDropout,
+    SpatialDropout,
+    StochasticDepth,
+    VanillaDropout,
+)
 from dropserve.models.regularizers.gaussian import GaussianDropout, GaussianNoise, check_std
 from dropserve.models.regularizers.noise import (
     SCOPES,
@@ -63,26 +67,8 @@ METHODS: Mapping[str, Method] = {
 whose noise is drawn by `Stochastic.noise`, and an entry here."""
 
 __all__ = [
-    "METHODS",
-    "SCOPES",
-    "Bernoulli",
-    "DropConnect",
-    "Elementwise",
-    "Gaussian",
-    "GaussianDropout",
-    "GaussianNoise",
-    "InvertedDropout",
-    "Law",
-    "Method",
-    "RecurrentDropConnect",
-    "Scope",
-    "SpatialDropout",
-    "Stochastic",
-    "StochasticDepth",
-    "VanillaDropout",
-    "VariationalDropout",
-    "Zoneout",
-    "begin_epoch",
-    "noise",
-    "with_moment_matching",
-]
+    "METHODS", "SCOPES", "Bernoulli", "DropConnect", "Elementwise", "Gaussian", "GaussianDropout",
+    "GaussianNoise", "InvertedDropout", "Law", "Method", "RecurrentDropConnect", "Scope",
+    "SpatialDropout", "Stochastic", "StochasticDepth", "VanillaDropout", "VariationalDropout",
+    "Zoneout", "begin_epoch", "check_rate", "noise", "with_moment_matching",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Inverted dropout, vanilla dropout with the weight scaling rule, and spatial dropout.
+"""Inverted dropout, vanilla dropout, and inverted dropout of whole channels and branches.
 
 Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout: A Simple Way to Prevent
 Neural Networks from Overfitting", JMLR 15 (2014). There `p` is the probability of *keeping* a
@@ -47,6 +47,21 @@ class SpatialDropout(Elementwise):
     def units(self, x: Tensor) -> Sequence[int]:
         """Return [B, C, 1, ...]."""
         return _channels(x)
+
+
+class StochasticDepth(Elementwise):
+    """Drops what a residual branch gives, of an example as a whole, else divides it by 1-p.
+
+    Huang et al., "Deep Networks with Stochastic Depth" (ECCV 2016), which scales in eval mode
+    instead: the same, but for a factor that the branch's last layer can hold.
+    """
+
+    def __init__(self, p: float = 0.1, scope: Scope = "example") -> None:
+        super().__init__(Bernoulli("depth", check_rate(p)), scope)
+
+    def units(self, x: Tensor) -> Sequence[int]:
+        """Return [B, 1, ...]."""
+        return len(x), *(1 for _ in x.shape[1:])
 
 
 def inverted_dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:

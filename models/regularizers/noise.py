@@ -29,7 +29,8 @@ class Bernoulli:
         kind: the method, as the API names it.
         p: probability of dropping.
         rescaled: whether what is kept is divided by 1-p.
-        adjustable: whether another p may be put in place of the layer's.
+        adjustable: whether another p may be put in place of the layer's: not where what follows is
+            worked out from that, as with alpha dropout.
     """
 
     kind: str
@@ -53,7 +54,7 @@ class Bernoulli:
         return self.kept * sqrt(self.p * (1 - self.p))
 
     def at(self, p: float) -> Self:
-        """Return the law with another rate, where it may have one."""
+        """Return the law with another rate, what is kept scaled to match, where it may have one."""
         return replace(self, p=p) if self.adjustable else self
 
 
@@ -72,8 +73,6 @@ class Gaussian:
 
 
 Law = Bernoulli | Gaussian
-Source = Callable[[Law, torch.Size, torch.device, torch.dtype], Tensor]
-"""`(law, shape, device, dtype) -> noise of that shape`."""
 
 
 def draw(law: Law, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -83,15 +82,16 @@ def draw(law: Law, shape: torch.Size, device: torch.device, dtype: torch.dtype) 
     return torch.randn(shape, device=device, dtype=dtype).mul_(law.std).add_(law.mean)
 
 
-def noise(x: Tensor, law: Law, shape: torch.Size, source: Source = draw) -> Tensor:
-    """Return noise of a shape, for a layer in train mode that was given `x`.
+def noise(x: Tensor, law: Law, shape: torch.Size, source: Any = draw) -> Tensor:  # noqa: ANN401
+    """Return noise of a shape, from a `source` like `draw`, for a layer in train mode given `x`.
 
     All randomness of our layers is drawn here, and Monte Carlo sampling puts its own in its place.
     """
     if has_torch_function_unary(x):
         result: Tensor = handle_torch_function(noise, (x,), x, law, shape, source)
         return result
-    return source(law, shape, x.device, x.dtype)
+    drawn: Tensor = source(law, shape, x.device, x.dtype)
+    return drawn
 
 
 def random_mask(
@@ -137,14 +137,14 @@ class Stochastic(nn.Module):
     @property
     def is_noisy(self) -> bool:
         """Say if train mode differs from eval mode."""
-        return self.law.p != 0 if isinstance(self.law, Bernoulli) else self.law.std != 0
+        return self.law.std > 0
 
     def noise(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         """Draw noise [B, ...] for an input x [B, ...]; [1, ...] where examples share it."""
         size = torch.Size(shape if self.scope == "example" else (1, *shape[1:]))
-        return noise(x, self.law, size, self._draw if self.scope == "epoch" else draw)
+        return noise(x, self.law, size, self._hold if self.scope == "epoch" else draw)
 
-    def _draw(self, law: Law, shape: torch.Size, *like: Any) -> Tensor:  # noqa: ANN401  device, dtype
+    def _hold(self, law: Law, shape: torch.Size, *like: Any) -> Tensor:  # noqa: ANN401  device, dtype
         if self.of_epoch is None or self.of_epoch.shape != shape:
             self.of_epoch = draw(law, shape, *like)
         return self.of_epoch

@@ -77,11 +77,6 @@ Float = float | None
 Text = str | None
 _DATASETS = "digits, fashion-mnist, mnist, or a folder"
 _NETWORKS = "mlp, cnn, gru, wrn, vit, package.module:factory or path/file.py:factory."
-_NETWORK_OPTIONS = (
-    "hidden", "dropout", "channels", "spatial_dropout", "blocks", "regularizer", "input_dropout",
-    "noise_mean", "mask_scope", "before_activation", "batch_norm", "init_std", "stochastic_depth",
-)  # fmt: skip
-"""Fields of `NetworkConfig` that are options of `train`."""
 _LIST = "numbers with commas between them"
 _HXW = "pixels of a side, or height x width, as 48x64"
 _NAMES = "names with commas between them, or a file of a name a line"
@@ -89,7 +84,6 @@ _NAMES = "names with commas between them, or a file of a name a line"
 Hidden = Annotated[Any, _parsed(_LIST, "N,..", "Widths of the hidden layers.", _list(int))]
 Dropout = Annotated[Any, _parsed(_LIST, "P,..", "Rate of each layer, or of all.", _list(float))]
 Channels = Annotated[Any, _parsed(_LIST, "N,..", "Channels of a cnn or wrn.", _list(int))]
-Method = Literal["dropout", "moment-matching"]
 Scope = Literal["example", "batch", "epoch"] | None
 Arguments = Annotated[Any, _parsed('a JSON object, as {"a": 1}', "JSON", "For a factory.", _object)]
 Size = Annotated[Any, _parsed(_HXW, "HxW", "Pixels of the input; 32 for a folder.", _size)]
@@ -171,7 +165,7 @@ def train(
     data_dir: options.DataDir = None,
 ) -> None:
     """Train a network and save it as the next version of a model."""
-    given = locals()  # among them the fields of a recipe, under their names
+    given = locals()  # among them fields of a recipe and of a network, under their names
     settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
     root, (parent, _, number) = settings.checkpoints, (start or "").partition("/")
     name = name or parent or checkpoint.default_name(dataset, network or "mlp")
@@ -180,7 +174,9 @@ def train(
         return
 
     from dropserve.models import recipes, training
+    from dropserve.models.networks import NetworkConfig
 
+    network_options = [field.name for field in fields(NetworkConfig) if field.name in given]
     options.allow_local_modules()
     if resume and restart:
         raise Refused("give --resume or --restart, not both")
@@ -188,11 +184,11 @@ def train(
     asked = _given(**{field.name: given.get(field.name) for field in fields(Recipe)})
     data_options: dict[str, Any] = {"recipe": asked, "skip_broken": skip_broken}
     if start is None:
-        own = _given(arguments=network_arguments, **{o: given[o] for o in _NETWORK_OPTIONS})
+        own = _given(arguments=network_arguments, **{o: given[o] for o in network_options})
         data_options |= {"asked": own, "size": size, "invert": invert, "fit": fit or "stretch"}
         plan = recipes.plan(dataset, network or "mlp", settings.data_dir, **data_options)
     else:
-        kept = ("network", *_NETWORK_OPTIONS, "network_arguments", "size", "invert", "fit")
+        kept = ("network", *network_options, "network_arguments", "size", "invert", "fit")
         wrong = [f"--{o}".replace("_", "-") for o in kept if given[o] not in (None, False)]
         if wrong:
             raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(wrong)}")
@@ -276,7 +272,7 @@ def evaluate(
     dataset: Annotated[Text, Opt(help="Default: that of the training.")] = None,
     samples: Samples = DEFAULT_SAMPLES,
     method: Annotated[
-        Method, Opt(metavar="M", help="dropout, or for DropConnect moment-matching.")
+        Literal["dropout", "moment-matching"], Opt(metavar="M", help="The latter: DropConnect's.")
     ] = "dropout",
     confusion: Annotated[bool, Opt("--confusion", help="Show confused classes.")] = False,
     skip_broken: SkipBroken = False,
@@ -319,7 +315,6 @@ def convert(
     Weights are scaled where eval mode depends on the rate, as it does with vanilla dropout.
     """
     from dropserve.models import conversion
-    from dropserve.models.data import NAMED
 
     root = options.read_settings(checkpoints=checkpoints).checkpoints
     found = checkpoint.read(root / name / str(checkpoint.choose(root, name, version)))
@@ -334,8 +329,7 @@ def convert(
         say(f"weights of {layer}: multiplied by {ratio:.6g}")
     _say_saved(path, metadata, checkpoints)
     command = f"dropserve evaluate --name {name} --version {path.name}{_where(checkpoints)}"
-    data = "" if metadata.data.get("name") in NAMED else " --dataset FOLDER"
-    say(f"to score it again: {command}{data}")
+    say(f"to score it again: {command}")
 
 
 def _given(**given: object) -> dict[str, object]:

@@ -174,7 +174,7 @@ def test_noise_with_a_mean_can_have_another_deviation(publish):
         (GRU, {"regularizer": "vanilla"}, False, "gru can have .* vanilla is for mlp, cnn"),
         (GRU, {"input_dropout": 0.1}, False, "input_dropout is for mlp, cnn, wrn"),
         (VIT, {"regularizer": "vanilla"}, False, "no weights of a vit"),
-        (NOISE, {"regularizer": "vanilla"}, False, "vanilla and inverted dropout .* not noise"),
+        (NOISE, {"regularizer": "vanilla"}, False, "vanilla and inverted dropout, not for noise"),
         (NOISE, {"dropout": (0.0, 1.0)}, False, "noise with a mean|no rate of it 0"),
         (NOISE, {}, True, "noise with a mean|no rate of it 0"),
         (
