@@ -53,6 +53,10 @@ def claims(result: Mapping[str, Any]) -> list[Claim]:
     found = [*_speed(result.get("engine", [])), *_equal_error(result)]
     for study in result.get("efficiency", []):
         found += _efficiency(study, result["samples"])
+    for r in result.get("noises", []):
+        if r["network"] == "mlp":
+            text = f"MLP with {r['method']}, batch {r['batch']}: ours over the loop"
+            found.append(Claim(text, r["loop/ours"], ">=", UNIVERSAL, "x"))
     for r in result.get("training", []):
         text = f"{r['title']}: training, fit over the faster DataLoader loop"
         ratio = min(r["fit/dataloader"], r["fit/dataloader_batches"])
