@@ -32,7 +32,7 @@ class Recipe:
             raise ConfigError("epochs must be at least 1, batch_size 2, patience and shift 0")
         if not 0 < self.learning_rate < 100 or not 0 <= self.weight_decay < 100:
             raise ConfigError("learning_rate must be in (0, 100), weight_decay in [0, 100)")
-        if not 0 <= self.l1 < 1 or not 0 < (self.max_norm or 1) < 1e6:
+        if not 0 <= self.l1 < 1 or not (self.max_norm is None or 0 < self.max_norm < 1e6):
             raise ConfigError("l1 must be in [0, 1), max_norm in (0, 1000000)")
         if self.decay_biases and not self.weight_decay:
             raise ConfigError("decay_biases needs a weight_decay above 0")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from dropserve.models import architectures
@@ -48,7 +49,7 @@ class NetworkConfig:
         regularizer: one of `METHODS`.
         input_dropout: the regularizer's rate on the input; of DropConnect, of inverted dropout.
         noise_mean: of additive noise.
-        mask_scope: what shares a draw in training.
+        mask_scope: what shares a draw in training; stochastic depth draws for each example.
         before_activation: whether noise comes before the activation, and not after it.
         batch_norm: whether hidden layers of an mlp have batch normalisation.
         init_std: standard deviation of fresh weights, with biases of 0; None: PyTorch's own.
@@ -81,7 +82,7 @@ class NetworkConfig:
         widths = (*self.input, self.classes, *self.hidden, *self.channels, self.blocks)
         if not all(0 < w <= _MAX_WIDTH for w in widths) or self.classes < 2:
             raise ConfigError(f"widths must be 1 to {_MAX_WIDTH}, classes at least 2: {widths}")
-        if len(self.hidden) + max(1, len(self.channels)) * self.blocks > _MAX_DEPTH:
+        if len(self.hidden) + max(len(self.channels), self.blocks > 1) * self.blocks > _MAX_DEPTH:
             raise ConfigError(f"at most {_MAX_DEPTH} layers")
         if self.kind == "cnn" and min(self.input[1:]) >> len(self.channels) == 0:
             raise ConfigError(f"{len(self.channels)} blocks halve {self.input} to nothing")
@@ -163,7 +164,7 @@ class NetworkConfig:
             builtin = _BUILDERS[self.kind](self)
             if self.init_std is not None:
                 _initialise(builtin, self.init_std)
-            return builtin
+            return builtin.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
         kind = self.kind if factories is None else trusted(self.kind, factories)
         module = call_factory(kind, self.arguments)
         if not isinstance(module, nn.Module):

@@ -54,8 +54,8 @@ def plan(
 ) -> Plan:
     """Fill in defaults, and check that the network can be trained and sampled.
 
-    `recipe` has the fields of `Recipe` that are asked for; `asked` those of `NetworkConfig`: of an
-    mlp or cnn `hidden` and `dropout`, of a factory `arguments`.
+    `recipe` has the fields of `Recipe` that are asked for; `asked` those of `NetworkConfig`, of a
+    factory `arguments` alone.
     """
     data = load_dataset(dataset, data_dir, **how)
     chosen = replace(default_recipe(dataset, network, len(data.train)), **recipe)

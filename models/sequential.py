@@ -138,7 +138,7 @@ def as_mask(leaf: nn.Module, dtype: torch.dtype = torch.float32) -> Mask | None:
     """Return the step of a module that draws noise, in which it computes; None: it draws none."""
     if type(leaf) is DropConnect and leaf.is_noisy and not leaf.matches_moments:
         return WeightMask(leaf, dtype)
-    if isinstance(leaf, _DROPOUTS) and leaf.p > 0:
+    if isinstance(leaf, _DROPOUTS) and 0 < leaf.p < 1:
         return Mask(kept=1 / (1 - leaf.p))
     if isinstance(leaf, Elementwise) and leaf.is_noisy:
         mean = None if leaf.is_identity else leaf.law.mean

@@ -121,7 +121,6 @@ def fit(
     if len(data) - held_out < 2:
         raise ConfigError(f"{len(data)} images are too few to train and validate on")
     train, validation = data.take(order[held_out:]), data.take(order[:held_out])
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # half the time
     train = Split(train.images.to(fabric.device), train.labels.to(fabric.device))
     steps = max(1, len(train) // size)  # of an epoch; a last, smaller batch is left out
     made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
@@ -209,7 +208,7 @@ def project(module: nn.Module, max_norm: float | None) -> None:
 def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
     """List weight matrices and kernels [out, ...]."""
     for name, parameter in module.named_parameters():
-        if parameter.dim() > 1 and name.endswith("weight"):
+        if parameter.dim() > 1 and "weight" in name:
             yield parameter
 
 
@@ -322,7 +321,7 @@ class State:
                 raise ValueError(f"the optimizer's state of parameter {number} does not fit")
             for name, tensor in slot_tensors.items():
                 if tensor.dim() == 4:  # it was read as contiguous, and rounding depends on it
-                    slot_tensors[name] = tensor.to(memory_format=torch.channels_last)
+                    slot_tensors[name] = torch.empty_like(parameters[number].data).copy_(tensor)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.best = parts["best"]
         self.epoch, self._best_epoch = int(metadata["epoch"]), int(metadata["best_epoch"])

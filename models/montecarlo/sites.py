@@ -269,12 +269,11 @@ def _site(call: _Call, three: torch.Size) -> Site:
             f"{call.name}: cannot tell the batch in a mask of shape {list(two)} for two images "
             f"and {list(three)} for three"
         )
-    if not grows:
-        shared = tuple(two[1:]) if len(two) > 1 and two[0] == 1 else tuple(two)
-        return Site(call.name, call.law, shared, tuple(two), None)
-    dim = grows[0]
-    template = (*two[:dim], rows[0], *two[dim + 1 :])
-    units = template if rows[0] > 1 else template[:dim] + template[dim + 1 :]
+    dim, template, units = None, tuple(two), tuple(two[1:] if two[:1] == (1,) else two) or (1,)
+    if grows:
+        dim = grows[0]
+        template = (*two[:dim], rows[0], *two[dim + 1 :])
+        units = template if rows[0] > 1 else template[:dim] + template[dim + 1 :]
     while len(units) > 1 and units[-1] == 1:  # one number for all that these would count
         units = units[:-1]
     return Site(call.name, call.law, tuple(units), template, dim)

@@ -47,11 +47,6 @@ class Method:
     on: Literal["units", "weights", "update"] = "units"
     check: Callable[[float], float] = check_rate
 
-    @property
-    def text(self) -> str:
-        """What the layer does, in a sentence."""
-        return (self.layer.__doc__ or "").partition("\n")[0]
-
 
 METHODS: Mapping[str, Method] = {
     "dropout": Method(InvertedDropout, ("mlp", "cnn", "gru", "wrn", "vit")),
@@ -63,8 +58,7 @@ METHODS: Mapping[str, Method] = {
     "variational": Method(VariationalDropout, ("gru",)),
     "zoneout": Method(Zoneout, ("gru",), on="update"),
 }
-"""By the name that `--regularizer` and `NetworkConfig.regularizer` give. A new one needs a layer
-whose noise is drawn by `Stochastic.noise`, and an entry here."""
+"""By the name that `--regularizer` gives; a layer draws its noise by `Stochastic.noise`."""
 
 __all__ = [
     "METHODS", "SCOPES", "Bernoulli", "DropConnect", "Elementwise", "Gaussian", "GaussianDropout",

@@ -38,7 +38,6 @@ class DropConnect(Stochastic):
 
     def __init__(self, inputs: int, outputs: int, p: float = 0.5, scope: Scope = "example") -> None:
         super().__init__(Bernoulli("dropconnect", check_rate(p)), scope)
-        self._odds = p / (1 - p)  # the variance of a mask's elements
         linear = nn.Linear(inputs, outputs)
         self.weight, self.bias = linear.weight, linear.bias
         self.matches_moments = False
@@ -64,7 +63,7 @@ class DropConnect(Stochastic):
         mean = F.linear(x, self.weight, self.bias)
         variance = F.linear(x.square(), self.weight.square(), self.bias.square())
         drawn = noise(x, Gaussian("moment-matching", 0.0, 1.0), mean.shape)
-        return mean + (self._odds * variance).sqrt() * drawn
+        return mean + self.law.std * variance.sqrt() * drawn
 
 
 class RecurrentDropConnect(DropConnect):

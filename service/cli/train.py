@@ -106,7 +106,10 @@ class TrainCommand(TyperCommand):
         """Show the help; the registry needs PyTorch."""
         from dropserve.models.regularizers import METHODS
 
-        methods = (f"{name} ({', '.join(m.networks)}): {m.text}" for name, m in METHODS.items())
+        methods = (
+            f"{name} ({', '.join(method.networks)}): {(method.layer.__doc__ or '').splitlines()[0]}"
+            for name, method in METHODS.items()
+        )
         self.epilog = "\n\n".join(["Regularizers, and networks that can have them:", *methods])
         super().format_help(ctx, formatter)
 

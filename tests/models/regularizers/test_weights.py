@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dropserve.models.errors import ConfigError
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.regularizers import DropConnect
@@ -119,3 +120,9 @@ def test_batch_norm_follows_each_hidden_layer():
         *(("hidden2", "Linear"), ("norm2", "BatchNorm1d"), ("hidden2_relu", "ReLU")),
         ("logits", "Linear"),
     ]
+
+
+@pytest.mark.parametrize("change", [{"max_norm": 0.0}, {"max_norm": -1.0}, {"l1": 1.0}])
+def test_a_limit_or_penalty_that_makes_no_sense_is_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        Recipe(**change)
