@@ -1,7 +1,7 @@
 // Train mode beside eval mode: each twice, layer by layer, and what turning p does.
 
 import { ask, route } from "./api.js";
-import { $, brief, rounded, figure, make, paint, percent, points, release, settled } from "./dom.js";
+import { $, compact, rounded, figure, make, paint, percent, points, release, settled } from "./dom.js";
 import { teach } from "./lesson.js";
 import { isGaussian, moduleOf, turns } from "./noise.js";
 
@@ -54,10 +54,10 @@ export class Modes {
     $("p").disabled = $("p-own").disabled = fixed;
     $("p-why").hidden = !fixed;
     $("p").value = p;
-    const rates = [...new Set(own)].sort((a, b) => a - b).map(brief);
+    const rates = [...new Set(own)].sort((a, b) => a - b).map(compact);
     const words = rates.length > 2 ? `${rates[0]} to ${rates.at(-1)}` : rates.join(" and ") || "none";
-    $("p").setAttribute("aria-valuetext", this.p === null ? `the model’s own: ${words}` : brief(p));
-    $("p-text").textContent = this.p === null ? words : brief(p);
+    $("p").setAttribute("aria-valuetext", this.p === null ? `the model’s own: ${words}` : compact(p));
+    $("p-text").textContent = this.p === null ? words : compact(p);
     $("p-own").setAttribute("aria-pressed", String(this.p === null));
     const most = sites.reduce((a, b) => (a && a.units >= b.units ? a : b), undefined);
     teach(most, p);
@@ -74,7 +74,7 @@ export class Modes {
     $("layers").replaceChildren(...layers.map((layer) => this.#layer(layer)));
     const best = plain[0].indexOf(Math.max(...plain[0]));
     $("modes-text").textContent =
-      `${PASSES} train-mode passes${this.p === null ? "" : ` at p = ${brief(this.p)}`}; the first two ` +
+      `${PASSES} train-mode passes${this.p === null ? "" : ` at p = ${compact(this.p)}`}; the first two ` +
       `are ${points(gap)} apart. Eval mode says ${this.classes[best]} with ${percent(plain[0][best])}, ${this.fixed ? "every time" : "whatever p is"}.`;
   }
 
@@ -108,10 +108,10 @@ export class Modes {
 
 /** Say what the noise of a site does at rate p; null: it has none. */
 function effect(site, p) {
-  if (p === null) return `+ noise of std ${brief(site.std)}`;
-  if (site && isGaussian(site)) return `p = ${brief(p)}, × noise of std ${rounded(Math.sqrt(p / (1 - p)))}`;
+  if (p === null) return `+ noise of std ${compact(site.std)}`;
+  if (site && isGaussian(site)) return `p = ${compact(p)}, × noise of std ${rounded(Math.sqrt(p / (1 - p)))}`;
   const plain = site && site.mean < 1; // not inverted
-  return `p = ${brief(p)}, kept × ${plain ? 1 : rounded(1 / (1 - p))}${plain ? `, eval × ${brief(site.mean)}` : ""}`;
+  return `p = ${compact(p)}, kept × ${plain ? 1 : rounded(1 / (1 - p))}${plain ? `, eval × ${compact(site.mean)}` : ""}`;
 }
 
 function columns(context, width, height, ink, values, kind) {

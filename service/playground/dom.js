@@ -27,7 +27,7 @@ export const spoken = (p) => percent(p).replace("<", "less than ").replace(">", 
 export const rounded = (x) => String(Number(x.toFixed(2)));
 
 /** Write a rate or a deviation, in as few digits as it needs. */
-export const brief = (x) => String(Number(x.toPrecision(3)));
+export const compact = (x) => String(Number(x.toPrecision(3)));
 
 /** Write how many: `many(1, "network")`, `many(2, "network")`. */
 export const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;

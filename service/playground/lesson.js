@@ -1,6 +1,6 @@
 // What the noise of a method does to units, in a few sentences and a drawing that follows p.
 
-import { $, brief, figure, paint, rounded } from "./dom.js";
+import { $, compact, figure, paint, rounded } from "./dom.js";
 import { isGaussian, normal } from "./noise.js";
 
 const UNITS = 24;
@@ -46,9 +46,9 @@ export function teach(site, p) {
   const noun = kind === "dropconnect" ? "weights" : "units";
   const stays = `${left} of ${UNITS} ${noun} ${left === 1 ? "stays" : "stay"}`;
   const words = {
-    dropout: `${stays}, each × 1/(1−${brief(p)}) = ${rounded(1 / (1 - p))}; hollow ones are dropped.`,
+    dropout: `${stays}, each × 1/(1−${compact(p)}) = ${rounded(1 / (1 - p))}; hollow ones are dropped.`,
     gaussian: `${UNITS} units, each × a number of mean 1 and standard deviation ${rounded(std)}.`,
-    noise: `${UNITS} units, each + a number of mean ${brief(site?.mean ?? 0)} and standard deviation ${brief(std)}.`,
+    noise: `${UNITS} units, each + a number of mean ${compact(site?.mean ?? 0)} and standard deviation ${compact(std)}.`,
     vanilla: `${stays}, each × 1; hollow ones are dropped.`,
     zoneout: `${left} of ${UNITS} units ${left === 1 ? "is" : "are"} updated; hollow ones stay as they were.`,
   };

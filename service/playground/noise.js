@@ -1,6 +1,6 @@
 // The noise at a site: read from the wire, and put into words; and how a network was trained.
 
-import { brief, figure } from "./dom.js";
+import { compact, figure } from "./dom.js";
 
 const METHODS = {
   dropout: "dropout", vanilla: "vanilla dropout", spatial: "spatial dropout", gaussian: "Gaussian dropout",
@@ -48,8 +48,8 @@ export const described = (site, network) =>
   [method(site.kind), law(site), place(site, network)].filter(Boolean).join(", ");
 
 function law({ p, mean, std, ...site }) {
-  if (p === null) return `std ${brief(std)}${mean ? `, mean ${brief(mean)}` : ""}`;
-  return `p\u00a0=\u00a0${brief(p)}${isGaussian(site) ? ` (mean ${brief(mean)}, std ${brief(std)})` : ""}`;
+  if (p === null) return `std ${compact(std)}${mean ? `, mean ${compact(mean)}` : ""}`;
+  return `p\u00a0=\u00a0${compact(p)}${isGaussian(site) ? ` (mean ${compact(mean)}, std ${compact(std)})` : ""}`;
 }
 
 function place({ kind, shape }, network) {
@@ -111,13 +111,13 @@ export function about({ name, network, sites }) {
   }
   const { regularizer, dropout, input_dropout: input } = network;
   const added = regularizer === "noise";
-  const rates = (values) => `${added ? "std" : "p ="} ${[...new Set(values)].map(brief).join(" and ")}`;
+  const rates = (values) => `${added ? "std" : "p ="} ${[...new Set(values)].map(compact).join(" and ")}`;
   const noise = [
     dropout.some(Boolean) && `${method(regularizer)}, ${rates(dropout)}`,
     input && `${regularizer === "dropconnect" ? "dropout" : method(regularizer)} of the input, ${rates([input])}`,
-    network.noise_mean && `mean ${brief(network.noise_mean)}`,
-    network.spatial_dropout && `spatial dropout, p = ${brief(network.spatial_dropout)}`,
-    network.stochastic_depth && `stochastic depth, p up to ${brief(network.stochastic_depth)}`,
+    network.noise_mean && `mean ${compact(network.noise_mean)}`,
+    network.spatial_dropout && `spatial dropout, p = ${compact(network.spatial_dropout)}`,
+    network.stochastic_depth && `stochastic depth, p up to ${compact(network.stochastic_depth)}`,
   ].filter(Boolean);
   const more = [
     network.batch_norm && "it has batch normalisation",
