@@ -83,16 +83,12 @@ def rows(trained: nn.Module, x: Tensor, samples: int, rounds: int) -> list[dict[
         module = default_config(kind, (1, 28, 28), 10, method).build().eval()
         loop = with_dropout(module)
         if kind == "mlp":
-            pairs = zip(_weights(module), _weights(trained), strict=True)
+            pairs = zip(module.parameters(), trained.parameters(), strict=True)
             for own, theirs in pairs:
                 own.data.copy_(theirs)
             loop = plain(module)
         found.append(_row(kind, method, module, loop, x, samples, rounds))
     return found
-
-
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    return [*module.parameters()]
 
 
 def _row(

@@ -136,7 +136,7 @@ class VisionTransformer(nn.Module):
         channels, *size = shape
         tokens = (size[0] // patch) * (size[1] // patch)
         self.patches = nn.Conv2d(channels, width, patch, patch)
-        self.places = nn.Parameter(torch.randn(1, tokens, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1, tokens, width) * 0.02)
         self.noise = noise()
         self.blocks = nn.Sequential(*(_TransformerBlock(width, noise, rate) for rate in depth))
         self.norm = nn.LayerNorm(width)
@@ -144,7 +144,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images to logits."""
-        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.places
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         logits: Tensor = self.logits(self.norm(self.blocks(self.noise(tokens))).mean(1))
         return logits
 

@@ -70,10 +70,8 @@ def compare(
     masks. Batch normalisation keeps its running statistics in both, so that what differs is
     dropout's effect, and the module, whose sampler is given, is not changed.
     """
-    rates = {
-        site.name.replace(f":{site.kind}", ""): site.p if p is None else site.law.at(p).p
-        for site in sampler.sites
-    }
+    laws = {site.module: site.law for site in sampler.sites}
+    rates = {name: law.p if p is None else law.at(p).p for name, law in laws.items()}
     layers: dict[str, Layer] = {}
     plain, thinned = [], []
     for _ in range(2):

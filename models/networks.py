@@ -100,10 +100,10 @@ class NetworkConfig:
             where = f"; {name} is for {', '.join(method.networks)}" if method else ""
             raise ConfigError(f"{kind} can have regularizer {right}, not {name!r}{where}")
         wanted, what = len(self.hidden), "one rate a hidden layer"
-        if kind == "gru":
-            wanted, what = (
-                (1, "that of the state") if name == "zoneout" else (2, "inputs and state")
-            )
+        if method.on == "update":
+            wanted, what = 1, "that of the state"
+        elif kind == "gru":
+            wanted, what = 2, "inputs and state"
         elif kind in ("wrn", "vit"):
             wanted, what = (wanted + 1 if kind == "wrn" else 1), "of blocks, then of hidden layers"
         if len(self.dropout) == 1:  # for all
@@ -208,9 +208,10 @@ def default_config(
         "vit": {"hidden": (96,), "dropout": (0.1,), "blocks": 4, "stochastic_depth": 0.1},
     }
     options = usual.get(kind, {}) | ({"regularizer": regularizer} if regularizer else {})
-    if regularizer == "zoneout":
+    method = METHODS.get(regularizer or "dropout")  # `NetworkConfig` refuses a wrong one
+    if method and method.on == "update":
         options["dropout"] = (0.1,)
-    if regularizer == "dropconnect" and kind == "gru":
+    if method and method.on == "weights" and kind == "gru":
         options["mask_scope"] = "batch"
     return NetworkConfig(kind, input_shape, classes, **options)
 

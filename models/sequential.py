@@ -49,27 +49,26 @@ class WeightMask(Mask):
     """A `DropConnect` layer among steps: each sample has weights of its own."""
 
     def __init__(self, layer: DropConnect, dtype: torch.dtype) -> None:
-        super().__init__(kept=getattr(layer.law, "kept", 1.0))
-        self._weight = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().to(dtype)
-        self._kept_weight = self._weight * self.kept
+        super().__init__(kept=layer.law.kept)
+        self._weight, self._bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] by the mean weights."""
-        return F.linear(x, self._weight[:, :-1], self._weight[:, -1])
+        return F.linear(x, self._weight, self._bias)
 
     def sample(self, x: Tensor, noise: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG002
         """Map x [B, T or 1, in] to [B, T, out]: sample by sample, so that weights stay in cache."""
         result = x.new_empty(len(x), len(noise), len(self._weight))
-        own = torch.empty_like(self._weight)
+        own = torch.empty_like(self._weight, memory_format=torch.contiguous_format)
         bools = noise.dtype == torch.bool
-        weight = self._kept_weight if bools else self._weight
+        kept = self.kept if bools else 1.0
         for t, drawn in enumerate(noise.flatten(0, -3)):
             if bools and own.dtype == torch.float32 and not own.is_cuda:  # as in `scaled`
-                np.multiply(weight.numpy(), drawn.numpy(), out=own.numpy())
+                np.multiply(self._weight.numpy(), drawn[:, :-1].numpy(), out=own.numpy())
             else:
-                torch.mul(weight, drawn, out=own)
-            rows = x[:, t if x.shape[1] > 1 else 0]
-            torch.addmm(own[:, -1], rows, own[:, :-1].T, out=result[:, t])
+                torch.mul(self._weight, drawn[:, :-1], out=own)
+            rows, bias = x[:, t if x.shape[1] > 1 else 0], self._bias * drawn[:, -1]
+            torch.addmm(bias, rows, own.T, beta=kept, alpha=kept, out=result[:, t])
         return result
 
 
@@ -142,7 +141,7 @@ def as_mask(leaf: nn.Module, dtype: torch.dtype = torch.float32) -> Mask | None:
         return Mask(kept=1 / (1 - leaf.p))
     if isinstance(leaf, Elementwise) and leaf.is_noisy:
         mean = None if leaf.is_identity else leaf.law.mean
-        return Mask(leaf.combine, mean, getattr(leaf.law, "kept", 1.0))
+        return Mask(leaf.combine, mean, leaf.law.kept)
     return None
 
 

@@ -106,7 +106,7 @@ class Kernels:
         masks = [name for name, leaf in named if as_mask(leaf)]
         plain = all(site.batch_dim in (0, None) and site.template[0] == 1 for site in found.sites)
         plain &= all(p.dtype == torch.float32 for p in module.parameters())
-        if not plain or masks != [site.name.partition(":")[0] for site in found.sites]:
+        if not plain or masks != [site.module for site in found.sites]:
             return None
         return cls([leaf for _, leaf in named], found, dtype)
 

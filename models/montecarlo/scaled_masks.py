@@ -113,4 +113,4 @@ class MaskStore:
                 if site.units <= _LARGE:
                     noise = scaled(noise, law.kept)
             drawn.append(noise.view(len(samples), *site.template).to(device))
-        return ScaledMasks(drawn, [getattr(site.law, "kept", 1.0) for site in self._sites])
+        return ScaledMasks(drawn, [site.law.kept for site in self._sites])

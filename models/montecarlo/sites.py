@@ -52,6 +52,11 @@ class Site:
     images_inside: bool = False
 
     @property
+    def module(self) -> str:
+        """The name without its kind."""
+        return self.name.replace(f":{self.kind}", "")
+
+    @property
     def kind(self) -> str:
         """The method, as the API names it."""
         return self.law.kind

@@ -1,7 +1,5 @@
 """Gaussian dropout, and additive Gaussian noise."""
 
-from math import sqrt
-
 import torch
 
 from dropserve.models.errors import ConfigError
@@ -15,8 +13,7 @@ class GaussianDropout(Elementwise):
     """
 
     def __init__(self, p: float = 0.5, scope: Scope = "example") -> None:
-        p = check_rate(p)
-        super().__init__(Gaussian("gaussian", 1.0, sqrt(p / (1 - p)), p), scope)
+        super().__init__(Gaussian("gaussian", 1.0, 0.0, 0.0).at(check_rate(p)), scope)
 
 
 class GaussianNoise(Elementwise):

@@ -8,7 +8,7 @@ the noise at its mean. So whoever calls `noise()`, as Monte Carlo sampling does 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class Gaussian:
     mean: float
     std: float
     p: float | None = None
+    kept: ClassVar[float] = 1.0  # nothing is dropped, and nothing scaled to make up for it
 
     def at(self, p: float) -> "Gaussian":
         """Return the law with another rate, where it has one."""

@@ -133,18 +133,18 @@ def train(
     patience: Annotated[Int, _recipe("patience", "Epochs without a gain, then stop.")] = None,
     decay_biases: Annotated[bool | None, Opt("--decay-biases", help="Decay biases too.")] = None,
     l1: Annotated[Float, Opt(help="Penalty on absolute weights.", show_default="0")] = None,
-    max_norm: Annotated[Float, Opt(help="Of a unit's weights; none.")] = None,
+    max_norm: Annotated[Float, Opt(help="Norm of a unit's weights.", show_default="none")] = None,
     seed: Annotated[int, Opt(help="Seed of everything random.")] = 0,
     threads: Annotated[Int, Opt(help="CPU threads.", show_default="by the network's size")] = None,
     hidden: Hidden = None,
     channels: Channels = None,
-    blocks: Annotated[Int, Opt(help="Of each stage of a wrn, or of a vit.")] = None,
+    blocks: Annotated[Int, Opt(help="Blocks of a vit, or a wrn's stage.")] = None,
     regularizer: Annotated[Text, Opt(show_default="dropout", help="Listed below.")] = None,
     dropout: Dropout = None,
     input_dropout: Annotated[Float, Opt(help="Rate on the input.", show_default="0")] = None,
     spatial_dropout: Annotated[Float, Opt(help="Rate of a cnn's channels.")] = None,
     stochastic_depth: Annotated[Float, Opt(help="Rate of a wrn's or vit's last block.")] = None,
-    noise_mean: Annotated[Float, Opt(help="Of additive noise.", show_default="0")] = None,
+    noise_mean: Annotated[Float, Opt(help="Mean of additive noise.", show_default="0")] = None,
     mask_scope: Annotated[
         Scope, Opt(metavar="S", help="A draw per example, batch or epoch.", show_default="example")
     ] = None,
@@ -152,7 +152,7 @@ def train(
         bool | None, Opt("--before-activation", help="Noise before the activation.")
     ] = None,
     batch_norm: Annotated[bool | None, Opt("--batch-norm", help="In an mlp's layers.")] = None,
-    init_std: Annotated[Float, Opt(help="Of fresh weights; PyTorch's own.")] = None,
+    init_std: Annotated[Float, Opt(help="Std of fresh weights.", show_default="PyTorch's")] = None,
     network_arguments: Arguments = None,
     size: Size = None,
     invert: Invert = False,
@@ -275,7 +275,7 @@ def evaluate(
     dataset: Annotated[Text, Opt(help="Default: that of the training.")] = None,
     samples: Samples = DEFAULT_SAMPLES,
     method: Annotated[
-        Literal["dropout", "moment-matching"], Opt(metavar="M", help="The latter: DropConnect's.")
+        Literal["dropout", "moment-matching"], Opt(metavar="M", help="Or moment-matching.")
     ] = "dropout",
     confusion: Annotated[bool, Opt("--confusion", help="Show confused classes.")] = False,
     skip_broken: SkipBroken = False,

@@ -111,20 +111,19 @@ class Classifier:
         convert_memory_format(self._module)
         x = self._input(np.zeros((1, *self.preprocessing.shape), np.uint8))
         self._eval = compile_for_inference(self._module, x)
-        self._found: Sampler | None = None
+        self._sampler: Sampler | None = None  # there is no noise to sample
         self.inline: dict[type[Task], int] = {
             Predict: self._measure_inline(lambda _seed: Predict())
         }
         with suppress(NoDropout):
-            self._found = Sampler(self._module, x, precision)
-            self._found.warm_up(x)
+            self._sampler = Sampler(self._module, x, precision)
+            self._sampler.warm_up(x)
             self.inline[Uncertainty] = self._measure_inline(lambda seed: Uncertainty(seed=seed))
 
-    @property
-    def _sampler(self) -> Sampler:
-        if self._found is None:
+    def _require_sampler(self) -> Sampler:
+        if self._sampler is None:
             raise InvalidRequest("this model draws no noise to sample: ask it to predict")
-        return self._found
+        return self._sampler
 
     def is_inline(self, task: Task, images: int) -> bool:
         """Say if the steps of a batch take so little time that they may run on the event loop."""
@@ -176,7 +175,7 @@ class Classifier:
             `{event: a list of its data}`: a start, the samples in order, some at a time, and an
             end that says what `run` returns.
         """
-        x, sampler = self._input(pixels), self._sampler
+        x, sampler = self._input(pixels), self._require_sampler()
         _, channels, height, width = pixels.shape
         shown = {"height": height, "width": width, "channels": channels}
         start = {
@@ -209,8 +208,8 @@ class Classifier:
             "training": self._module.training,
             "parameters": sum(p.numel() for p in self._module.parameters()),
             "sites": self._sites(),
-            "path": self._found and self._found.path,
-            "precision": self._found and asdict(self._found.precision),
+            "path": self._sampler and self._sampler.path,
+            "precision": self._sampler and asdict(self._sampler.precision),
             "network": metadata.network.to_json(),
             "data": dict(metadata.data),
             "evaluation": dict(metadata.evaluation),
@@ -230,7 +229,7 @@ class Classifier:
                 "mean": site.law.mean,
                 "std": site.law.std,
             }
-            for site in (self._found.sites if self._found else ())
+            for site in (self._sampler.sites if self._sampler else ())
         ]
 
     def _input(self, pixels: Pixels) -> Tensor:
@@ -250,14 +249,14 @@ class Classifier:
         return answers
 
     def _uncertainty(self, task: Uncertainty, x: Tensor, seeds: Sequence[int]) -> Steps:
-        answers: list[Answer] = []
+        answers, sampler = list[Answer](), self._require_sampler()
         for part in torch.split(x, _PART):
             if answers:
                 yield
             statistics = Statistics(task.samples, task.masks, task.level)
             sampled = []
             seed = seeds[len(answers) : len(answers) + _PART] or task.seed
-            for chunk in self._sampler.chunks(part, task.samples, seed, task.masks):
+            for chunk in sampler.chunks(part, task.samples, seed, task.masks):
                 statistics.add(chunk)
                 if task.include_samples:
                     sampled.append(chunk)
@@ -287,7 +286,8 @@ class Classifier:
         return answers
 
     def _compare(self, task: Compare, x: Tensor) -> Generator[None, None, Answer]:
-        found = yield from compare(self._module, self._sampler, x, task.passes, task.seed, task.p)
+        sampler = self._require_sampler()
+        found = yield from compare(self._module, sampler, x, task.passes, task.seed, task.p)
         plain, train = _finite(found.eval.numpy()), _finite(found.train.numpy())
         distance = _float32(found.distance())
         predictions = [

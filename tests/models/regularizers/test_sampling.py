@@ -127,7 +127,7 @@ def test_every_pair_has_its_sites_with_their_laws_and_shapes(kind, method):
     module, expected = describe(kind, method).build().eval(), dict(BESIDES.get(kind, {}))
     for name, (p, shape) in SITES.get(f"{kind} {method}", SITES[kind]).items():
         if kind == "vit":
-            shape = (module.places.shape[1], shape[1])
+            shape = (module.positions.shape[1], shape[1])
         expected[name] = (LAWS[method](p), shape)
     if method == "dropconnect" and kind != "gru":  # whose input has no weights
         expected["input"] = (Bernoulli("dropout", 0.1), (1, 8, 8))
