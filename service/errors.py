@@ -6,10 +6,13 @@
     │   ├── Unauthorized          401, with WWW-Authenticate
     │   ├── Forbidden             403
     │   ├── NotFound              404
+    │   ├── MethodNotAllowed      405, with Allow
     │   ├── RequestTimeout        408
     │   ├── TooLarge              413
+    │   ├── UriTooLong            414
     │   ├── UnsupportedMediaType  415
-    │   └── InvalidRequest        422
+    │   ├── InvalidRequest        422
+    │   └── HeadTooLarge          431
     ├── Overloaded                503, with Retry-After
     ├── ServerError               any other status
     └── Unreachable               no answer at all; on the client's side only
@@ -29,6 +32,7 @@ OverloadReason = Literal[
     "timeout",  # too long in it
     "decode",  # too many images wait to be decoded
     "streams",  # too many at once
+    "connections",  # more than the cap (http/connection.py)
     "body_memory",  # bodies of other requests take all of it (http/body.py)
     "draining",  # the time for open requests at shutdown is over (http/request_log.py)
     "no_model",  # none is served (http/common.py)
@@ -85,8 +89,14 @@ class NotFound(RequestError):
     status = 404
 
 
+class MethodNotAllowed(RequestError):
+    """The path does not take this method, or the service does not know it."""
+
+    status = 405
+
+
 class RequestTimeout(RequestError):
-    """The body did not arrive in time."""
+    """The request did not arrive in time."""
 
     status = 408
 
@@ -95,6 +105,12 @@ class TooLarge(RequestError):
     """The body, or the image in it, is larger than the service accepts."""
 
     status = 413
+
+
+class UriTooLong(RequestError):
+    """The path and the query are longer than the service reads."""
+
+    status = 414
 
 
 class UnsupportedMediaType(RequestError):
@@ -107,6 +123,12 @@ class InvalidRequest(RequestError):
     """The format is right and a value is not: an undecodable image, an option out of range."""
 
     status = 422
+
+
+class HeadTooLarge(RequestError):
+    """The header fields are larger, or more, than the service reads."""
+
+    status = 431
 
 
 class Overloaded(DropserveError):

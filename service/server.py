@@ -80,14 +80,14 @@ def _configure_collector() -> None:
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
     """Return how uvicorn is to run the application."""
     from dropserve.service.fastpath.uvicorn_protocol import FastPathProtocol
+    from dropserve.service.http.connection import Connection
 
     fast = settings.fast_path and not settings.tracing  # spans are made by ASGI middleware
-    # Connections are not capped: uvicorn's limit_concurrency does not see those of the fast path.
     return {
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": FastPathProtocol if fast else "httptools",
+        "http": FastPathProtocol if fast else Connection,
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # the client's address is neither used nor logged
@@ -96,9 +96,9 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         # a worker that does not answer its parent is replaced: on a busy machine importing torch
         # takes longer than uvicorn's 5 seconds, and workers were replaced before they had started
         "timeout_worker_healthcheck": 30,
-        # longer than clients and proxies keep theirs (httpx 5, many load balancers 60): if the
-        # server closed a connection first, a request could cross the closing
-        "timeout_keep_alive": 75,
+        # the default is longer than clients and proxies keep theirs (httpx 5, many load balancers
+        # 60): if the server closed a connection first, a request could cross the closing
+        "timeout_keep_alive": settings.keep_alive,
         "timeout_graceful_shutdown": settings.drain_seconds,
     }
 

@@ -57,6 +57,17 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         1024, ge=1, description="Images that may wait; more are refused with 503."
     )
+    max_connections: int = Field(
+        8192, ge=1, description="Connections of one worker; more get 503. Open files bound it, too."
+    )
+    head_timeout: float = Field(
+        10.0, gt=0, description="Seconds for a request's first byte, and for its head, to arrive."
+    )
+    keep_alive: float = Field(
+        75.0,
+        gt=0,
+        description="Seconds that a connection may be idle, or its client leave an answer unread.",
+    )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Bytes of one request's body.")
     max_held_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of all bodies at once.")
     max_pixels: int = Field(

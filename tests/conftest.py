@@ -59,7 +59,9 @@ def checkpoints(tmp_path_factory):
 class Server:
     """A process that runs `dropserve.service.server.serve`, its log in a file."""
 
-    def __init__(self, folder: Path, checkpoints: Path, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, checkpoints: Path, command: str = SERVE, **settings: object
+    ) -> None:
         defaults = {"port": 0, "checkpoints": checkpoints, "default_model": "digits-mlp"}
         self.settings = defaults | settings
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DROPSERVE_")}
@@ -71,7 +73,7 @@ class Server:
         self.errors = folder / "stderr.log"
         with self.log.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVE], env=environment, stdout=out, stderr=err
+                [sys.executable, "-c", command], env=environment, stdout=out, stderr=err
             )
         self.port = 0
 

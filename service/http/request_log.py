@@ -108,10 +108,17 @@ def error_response(
     scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> JsonResponse:
     """Write an error as clients of this path expect it."""
-    if is_protocol(scope["path"]):
-        return JsonResponse({"error": detail}, status, headers)
-    content = problem(status, detail, scope["state"]["request_id"])
-    return JsonResponse(content, status, headers, media_type="application/problem+json")
+    content, media_type = error_content(scope["path"], status, detail, scope["state"]["request_id"])
+    return JsonResponse(content, status, headers, media_type=media_type)
+
+
+def error_content(
+    path: str, status: int, detail: str, request_id: str
+) -> tuple[dict[str, object], str]:
+    """Return the content of an error as clients of this path expect it, and its media type."""
+    if is_protocol(path):
+        return {"error": detail}, "application/json"
+    return problem(status, detail, request_id), "application/problem+json"
 
 
 def is_protocol(path: str) -> bool:
