@@ -1,4 +1,4 @@
-"""Figures of the tests of reliability: one JSON file a test, from which docs/reliability.md is made.
+"""Figures of the tests of reliability: a JSON file a test, of which docs/reliability.md is made.
 
 A run at another `SCALE` than 1 is a trial: it prints its figures, and writes no file.
 """
