@@ -24,7 +24,9 @@ SERVE = (
     "from dropserve.service.server import serve; from dropserve.service.settings import Settings;"
     "serve(Settings())"
 )
-CONTRACT = {"test_bad_inputs", "test_contract", "test_http", "test_kserve", "test_oip"}
+CONTRACT = {
+    *("test_bad_http", "test_bad_inputs", "test_contract", "test_http", "test_kserve", "test_oip"),
+}
 """Modules whose tests run with the fast path on and off."""
 DIGITS = Preprocessing((8, 8), 1, (0.3,), (0.4,), invert=True)
 COLOUR = Preprocessing((16, 16), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
