@@ -234,7 +234,9 @@ def test_commands_exist():
 
 def test_nothing_is_installed_in_the_image_without_its_hash():
     ran = [arguments for name, arguments in BUILDER if name == "RUN"]
-    commands = [part for run in ran for part in run.split("&&") if re.search(r"(?<!-)\bpip\b", part)]
+    commands = [
+        part for run in ran for part in run.split("&&") if re.search(r"(?<!-)\bpip\b", part)
+    ]
     asking = [command for command in commands if "--no-index" not in command]
     assert len(asking) == 2
     for command in asking:
