@@ -1,6 +1,7 @@
-"""What tests of several folders use: pictures as files, free ports, conditions to wait for."""
+"""What tests of several folders use: pictures as files, free ports, waiting, packages."""
 
 import asyncio
+import importlib.metadata
 import inspect
 import io
 import socket
@@ -10,6 +11,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -119,3 +122,23 @@ def dropserve(*arguments, **environment):
     result = invoke(*arguments, **environment)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def needed(requirements, instead=None):
+    """Find the installed distributions that requirements lead to, directly or not.
+
+    `instead` maps a distribution's name to requirements that count in place of its own.
+    """
+    found, seen = {}, set()
+    pending = [(Requirement(text), "") for text in requirements]
+    while pending:
+        requirement, extra = pending.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in {("", name), *((e, name) for e in requirement.extras)} - seen:
+            seen.add(wanted)
+            found[name] = importlib.metadata.distribution(name)
+            asked = (instead or {}).get(name, found[name].requires)
+            pending += [(Requirement(text), wanted[0]) for text in asked or ()]
+    return list(found.values())
