@@ -6,7 +6,6 @@
     │   ├── Unauthorized          401, with WWW-Authenticate
     │   ├── Forbidden             403
     │   ├── NotFound              404
-    │   ├── MethodNotAllowed      405, with Allow
     │   ├── RequestTimeout        408
     │   ├── TooLarge              413
     │   ├── UriTooLong            414
@@ -87,12 +86,6 @@ class NotFound(RequestError):
     """There is no such route, model or version."""
 
     status = 404
-
-
-class MethodNotAllowed(RequestError):
-    """The path does not take this method, or the service does not know it."""
-
-    status = 405
 
 
 class RequestTimeout(RequestError):

@@ -78,7 +78,7 @@ class BodyReader:
             raise
         if cut := request.scope["state"].get("cut"):  # by http/connection.py
             self._held -= sum(map(len, chunks))
-            raise MalformedRequest(cut)
+            raise cut
         return b"".join(chunks)
 
     async def _append(self, request: Request, chunks: list[bytes]) -> None:

@@ -22,7 +22,6 @@ from dropserve.service.errors import (
     DropserveError,
     HeadTooLarge,
     MalformedRequest,
-    MethodNotAllowed,
     Overloaded,
     RequestTimeout,
     UriTooLong,
@@ -38,7 +37,9 @@ MAX_FIELDS = 100
 """Header fields of a request."""
 MAX_TARGET = 8_192
 """Bytes of the path and the query."""
-_METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE"}
+_METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"}
+_OTHER_METHOD = b"TRACE"
+"""Of what the parser gets for a method that no route has: the route answers 405."""
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _REQUEST_LINE = re.compile(rb"(%b+) ([!-~]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
 _FIRST_BYTES = re.compile(rb"%b+(?: [^\0\n]*)?" % _TOKEN)
@@ -54,6 +55,7 @@ _OTHER_FILES = 128  # descriptors of the process that are no connections
 _TICK = 0.1  # seconds between two looks at the deadlines
 _LINGER = 2.0
 """Seconds in which a refused client may still send: closing at once could destroy the answer."""
+_MOST_THROWN_AWAY = 32 * 2**20  # bytes in that time
 _PROBE = 0.2
 """Seconds after which it is asked whether a client that sends no more still reads."""
 _CLOSE_WAIT = 8  # of the kernel's TCP states: the peer sends no more, and has not reset
@@ -139,6 +141,7 @@ class Connection(HttpToolsProtocol):
         self._overhead = 0  # of a chunked body: bytes since the last that are its data
         self._ended = False  # the client sends no more
         self._lingers = False  # what arrives is thrown away
+        self._thrown_away = 0  # bytes
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -163,6 +166,9 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read on."""
         if self._lingers:
+            self._thrown_away += len(data)
+            if self._thrown_away > _MOST_THROWN_AWAY:
+                self.transport.abort()
             return
         self.unread += data
         self.advance()
@@ -198,6 +204,9 @@ class Connection(HttpToolsProtocol):
         self.deadline = NEVER
         self._tail, self._overhead = b"", 0
         self.unread = self.unread[len(head) :]
+        method, space, rest = head.partition(b" ")
+        if method not in _METHODS:
+            head = _OTHER_METHOD + space + rest
         self._feed(_UPGRADE.sub(b"", head))  # without the field, the parser reads the body
         return not self._lingers
 
@@ -213,8 +222,10 @@ class Connection(HttpToolsProtocol):
         self._tail = (self._tail + piece[-3:])[-3:]
         self._overhead += size
         self._feed(piece)
-        if not self._between and (self._rest == 0 or self._overhead > MAX_HEAD):
-            self._cut("the body's chunks are not valid")
+        if self._overhead > MAX_HEAD:
+            self._cut(_head_too_large())
+        elif not self._between and self._rest == 0:
+            self._cut(_bad_chunks())
 
     def _feed(self, data: bytes) -> None:
         head = self._between
@@ -225,7 +236,7 @@ class Connection(HttpToolsProtocol):
                 self._between = True
                 self.refuse(MalformedRequest("the request breaks the rules of HTTP"), data)
             else:
-                self._cut("the body's chunks are not valid")
+                self._cut(_bad_chunks())
 
     def on_message_begin(self) -> None:
         """Note that a message has begun."""
@@ -279,20 +290,20 @@ class Connection(HttpToolsProtocol):
     def _end(self) -> None:
         """Close the connection of a client that sends no more, after an error if one is due."""
         if not self._between:
-            self._cut("the body is shorter than it says")
+            self._cut(MalformedRequest("the body is shorter than it says"))
         elif self.unread:
             self.refuse(MalformedRequest("the request ends before its head does"))
         else:
             self.transport.close()
 
-    def _cut(self, detail: str) -> None:
-        """Let the reader of a body that cannot be complete raise MalformedRequest."""
+    def _cut(self, error: DropserveError) -> None:
+        """Let the reader of a body that cannot be complete raise an error."""
         self._lingers, self.unread = True, b""
         cycle = self.cycle
         if cycle.response_complete:
             self.transport.close()
             return
-        cycle.scope["state"]["cut"] = detail
+        cycle.scope["state"]["cut"] = error
         cycle.keep_alive = cycle.more_body = False
         cycle.message_event.set()
 
@@ -403,7 +414,6 @@ def check_head(head: bytes) -> int | None:
 
     Raises:
         MalformedRequest: it has an unknown version, not one Host, or a body whose end is ambiguous.
-        MethodNotAllowed: the method is unknown.
         UriTooLong, HeadTooLarge: it is beyond the limits.
     """
     version = check_request_line(head[: head.find(b"\r\n")])
@@ -428,11 +438,13 @@ def check_request_line(line: bytes) -> bytes:
     found = _REQUEST_LINE.fullmatch(line)
     if found is None or found[3] not in (b"1.0", b"1.1"):
         raise MalformedRequest("this is no request of HTTP/1.1 or 1.0")
-    if found[1] not in _METHODS:
-        raise MethodNotAllowed("this method is unknown", headers={"Allow": "GET, HEAD, POST"})
     if len(found[2]) > MAX_TARGET:
         raise _uri_too_long()
     return found[3]
+
+
+def _bad_chunks() -> MalformedRequest:
+    return MalformedRequest("the body's chunks are not valid")
 
 
 def _uri_too_long() -> UriTooLong:
