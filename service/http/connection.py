@@ -51,7 +51,7 @@ _END = b"\r\n\r\n"
 _READ_AHEAD = 65_536  # bytes of later messages that are read while one is answered
 _RESERVE = 64
 """Connections over the cap, for probes."""
-_OTHER_FILES = 128  # descriptors of the process that are no connections
+_OTHER_FILES = 128 + _RESERVE  # descriptors that are no connections within the cap
 _TICK = 0.1  # seconds between two looks at the deadlines
 _LINGER = 2.0
 """Seconds in which a refused client may still send: closing at once could destroy the answer."""
@@ -69,8 +69,7 @@ class Watch:
     _watches: ClassVar["WeakKeyDictionary[ServerState, Watch]"] = WeakKeyDictionary()
 
     def __init__(self, connections: "set[Connection]", settings: Settings) -> None:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.most = max(1, min(settings.max_connections, files - _OTHER_FILES - _RESERVE))
+        self.most = max(1, min(settings.max_connections, open_files(settings) - _OTHER_FILES))
         self._connections = connections
         self._over: dict[Connection, None] = {}  # in the order of their arrival
         self._ticking = False
@@ -109,6 +108,16 @@ class Watch:
         self._ticking = bool(self._connections)
         if self._ticking:
             loop.call_later(_TICK, self._tick, loop)
+
+
+def open_files(settings: Settings) -> int:
+    """Let the process open as many files as its connections need, if it may; return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.max_connections + _OTHER_FILES
+    if soft < needed and hard != soft:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
 
 
 class Connection(HttpToolsProtocol):
