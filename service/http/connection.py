@@ -8,6 +8,8 @@ next is parsed: pipelined requests are answered in order, and what is read ahead
 import asyncio
 import re
 import resource
+import termios
+from fcntl import ioctl
 from socket import IPPROTO_TCP, TCP_INFO
 from time import perf_counter
 from typing import Any, ClassVar
@@ -56,6 +58,9 @@ _TICK = 0.1  # seconds between two looks at the deadlines
 _LINGER = 2.0
 """Seconds in which a refused client may still send: closing at once could destroy the answer."""
 _MOST_THROWN_AWAY = 32 * 2**20  # bytes in that time
+_GRACE = 0.1
+"""Seconds after the start of a shutdown in which the whole of a request must have arrived."""
+_EMPTY = bytes(4)
 _PROBE = 0.2
 """Seconds after which it is asked whether a client that sends no more still reads."""
 _CLOSE_WAIT = 8  # of the kernel's TCP states: the peer sends no more, and has not reset
@@ -151,11 +156,14 @@ class Connection(HttpToolsProtocol):
         self._ended = False  # the client sends no more
         self._lingers = False  # what arrives is thrown away
         self._thrown_away = 0  # bytes
+        self._draining = False  # the service stops
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin."""
+        """Begin; while the service stops, connections come from the kernel's backlog."""
         super().connection_made(transport)
         self._watch.add(self)
+        if self._app_state.draining:
+            self.shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -181,6 +189,8 @@ class Connection(HttpToolsProtocol):
             return
         self.unread += data
         self.advance()
+        if self._draining:
+            self._announce_close()
 
     def advance(self) -> None:
         """Read to the end of a message: the next waits for its answer."""
@@ -197,7 +207,8 @@ class Connection(HttpToolsProtocol):
         self.unread = self.unread.lstrip(b"\r\n")
         end = self.unread.find(_END, max(self._head_bytes - len(_END), 0))
         if end < 0 and not self._head_bytes:
-            self.deadline = self.loop.time() + self._settings.head_timeout
+            seconds = _GRACE if self._draining else self._settings.head_timeout
+            self.deadline = self.loop.time() + seconds
         self._head_bytes = 0 if end >= 0 else len(self.unread)
         head = self.unread[: end + len(_END)] if end >= 0 else self.unread
         try:
@@ -210,13 +221,15 @@ class Connection(HttpToolsProtocol):
         except DropserveError as error:
             self.refuse(error)
             return False
-        self.deadline = NEVER
+        self.deadline = self.loop.time() + _GRACE if self._draining else NEVER
         self._tail, self._overhead = b"", 0
         self.unread = self.unread[len(head) :]
         method, space, rest = head.partition(b" ")
         if method not in _METHODS:
             head = _OTHER_METHOD + space + rest
         self._feed(_UPGRADE.sub(b"", head))  # without the field, the parser reads the body
+        if not self._between:
+            self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
         return not self._lingers
 
     def _read_body(self) -> None:
@@ -271,6 +284,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with what came behind the request."""
         self.server_state.total_requests += 1
+        if self._lingers:
+            return
         self.set_deadline()
         if self.transport.is_closing():
             return
@@ -283,9 +298,27 @@ class Connection(HttpToolsProtocol):
         """Set the deadline; a request in flight has none while the client reads."""
         if self.in_flight and not self.flow.write_paused:
             self.deadline = NEVER
-        else:
-            seconds = self.timeout_keep_alive if self._between else self._settings.body_timeout
-            self.deadline = self.loop.time() + seconds
+            return
+        idle = _GRACE if self._draining else self.timeout_keep_alive
+        self.deadline = self.loop.time() + (idle if self._between else self._settings.body_timeout)
+
+    def shutdown(self) -> None:
+        """Answer what was received in full, refuse what was not, and close."""
+        self._draining = True
+        self._announce_close()
+        if not self.busy and not self._lingers:
+            self.deadline = self.loop.time() + _GRACE
+
+    def _announce_close(self) -> None:
+        """Have the answer to the last request that was received say `Connection: close`."""
+        if self.busy and self.cycle is not None and not self.unread and not self._is_readable:
+            self.cycle.keep_alive = False
+
+    @property
+    def _is_readable(self) -> bool:
+        """Whether the kernel has bytes of this connection that were not read."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        return descriptor >= 0 and ioctl(descriptor, termios.FIONREAD, _EMPTY) != _EMPTY
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer what was received completely; return whether the connection stays open."""
@@ -298,7 +331,9 @@ class Connection(HttpToolsProtocol):
 
     def _end(self) -> None:
         """Close the connection of a client that sends no more, after an error if one is due."""
-        if not self._between:
+        if self._lingers and not self.in_flight:
+            self.transport.close()
+        elif not self._between and not self._lingers:
             self._cut(MalformedRequest("the body is shorter than it says"))
         elif self.unread:
             self.refuse(MalformedRequest("the request ends before its head does"))
@@ -308,9 +343,10 @@ class Connection(HttpToolsProtocol):
     def _cut(self, error: DropserveError) -> None:
         """Let the reader of a body that cannot be complete raise an error."""
         self._lingers, self.unread = True, b""
+        self.deadline = NEVER
         cycle = self.cycle
         if cycle.response_complete:
-            self.transport.close()
+            self.linger()
             return
         cycle.scope["state"]["cut"] = error
         cycle.keep_alive = cycle.more_body = False
@@ -321,16 +357,22 @@ class Connection(HttpToolsProtocol):
         self.deadline = self.loop.time() + _LINGER
         if self.transport.is_closing() or self._lingers or self.flow.write_paused:
             self.transport.abort()
+        elif self._draining and self._is_readable:
+            self.deadline = self.loop.time() + _GRACE
         elif self.busy:
             self._probe()
+        elif self.in_flight:
+            self._cut(self._too_late())
         elif self._between and self.unread:
-            self.refuse(
-                RequestTimeout(
-                    f"the head did not arrive within {self._settings.head_timeout:g} seconds"
-                )
-            )
+            self.refuse(self._too_late())
         else:
             self.transport.close()
+
+    def _too_late(self) -> DropserveError:
+        if self._draining:
+            return Overloaded("the service is stopping", "draining")
+        seconds = self._settings.head_timeout
+        return RequestTimeout(f"the head did not arrive within {seconds:g} seconds")
 
     def _probe(self) -> None:
         """Find out if a client that sends no more has left: then it resets when it is sent to.
@@ -366,11 +408,28 @@ class Connection(HttpToolsProtocol):
     def refuse(self, error: DropserveError, head: bytes | None = None) -> None:
         """Answer an error, and close the connection once the client has stopped sending."""
         self.write_error(error, self.unread if head is None else head, close=True)
+        self.linger()
+
+    def close(self) -> None:
+        """Close the connection after an answer."""
+        if self._between:
+            self.transport.close()
+        else:
+            self.linger()
+
+    def linger(self) -> None:
+        """Close the connection once the client has stopped sending.
+
+        If bytes were unread when it is closed, a reset might destroy the answer.
+        """
         self._lingers, self.unread = True, b""
         self.deadline = self.loop.time() + _LINGER
-        if self.transport.can_write_eof():
+        if self._ended:
+            self.transport.close()
+        elif self.transport.can_write_eof():
             self.transport.write_eof()
-        else:
+            self.flow.resume_reading()
+        else:  # TLS
             self.transport.close()
 
     def write_error(self, error: DropserveError, head: bytes, *, close: bool) -> None:
@@ -398,6 +457,21 @@ class Connection(HttpToolsProtocol):
         if isinstance(error, Overloaded):
             line["reason"] = error.reason
         record(self._app_state.metrics, line, started)
+
+
+class _Lingering:
+    """A connection's transport, for an answer that may be complete before its request is."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._connection.transport, name)
+
+    def close(self) -> None:
+        """Close the connection, once nothing more comes."""
+        self._connection.close()
 
 
 def check_beginning(received: bytes) -> None:
