@@ -20,9 +20,9 @@ import httptools
 import orjson
 from starlette.applications import Starlette
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dropserve.service.errors import DropserveError
+from dropserve.service.http.draining import DrainingProtocol
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
@@ -55,7 +55,7 @@ _ANSWER = (
 )
 
 
-class FastPathProtocol(HttpToolsProtocol):
+class FastPathProtocol(DrainingProtocol):
     """One connection: the fast path where it can be taken, and uvicorn's own elsewhere."""
 
     def __init__(self, config: Config, *arguments: Any, **named: Any) -> None:  # noqa: ANN401
@@ -190,7 +190,8 @@ class FastPathProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # uvicorn leaves it on if the connection broke
 
     def shutdown(self) -> None:
-        """Close the connection, or pass its request to the ASGI path, which the drain waits for."""
+        """Pass what was received to the ASGI path, whose answers announce the close."""
+        self._state = None
         if self._partial:
             self._pass_partial()
         if self._request is not None:
