@@ -47,8 +47,10 @@ class Server(uvicorn.Server):
         self.config.loaded_app.state.draining = True
         _exit_after((self.config.timeout_graceful_shutdown or 0) + _OVERTIME)
         accepted = self._close_port(sockets or ())
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
         if accepted:
-            made = [asyncio.create_task(self._adopt(connection)) for connection in accepted]
+            made = [asyncio.create_task(self._adopt(each)) for each in accepted]
             await asyncio.wait(made, timeout=_BACKLOG)
         await super().shutdown(sockets)
 

@@ -5,16 +5,22 @@ Expected figures: the exit status is 0, within a few seconds where no request ta
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import uvicorn
 
+from dropserve.service.app import create_app
+from dropserve.service.inference.inference import Inference
+from dropserve.service.server import uvicorn_options
+from dropserve.service.settings import Settings
+from dropserve.service.supervisor import Server
 from tests.helpers import encode, eventually, noise, workers
 from tests.reliability.exchanges import FAST, SLOW, Load, post
 
@@ -65,10 +71,10 @@ def test_under_load_what_was_received_is_answered_and_the_port_refuses(count, ma
         connection.sendall(DRAINED)
         tally, seconds_open = asyncio.run(stop_under_load())
         answers = read_answers(connection, 7)
-    assert server.stop(10) == 0
     assert tally.lost == []
     assert set(tally.statuses) == {200}
     assert seconds_open < 1.5
+    assert server.stop(10) == 0
     assert [status for status, _, _ in answers] == [200, 200, 200, 503, 503, 503, 200]
     assert ["connection" in headers for _, headers, _ in answers] == [False] * 6 + [True]
     assert b"stopping" in answers[3][2]
@@ -76,30 +82,58 @@ def test_under_load_what_was_received_is_answered_and_the_port_refuses(count, ma
     assert server.errors.read_text() == ""
 
 
-def test_what_no_worker_has_read_yet_is_answered(make_server):
-    server = make_server(workers=2).start(90)
-    kept = [connect(server) for _ in range(4)]
+@pytest.fixture
+def stopping(checkpoints):
+    """Run a server in a thread; its event loop is blocked at the moment when it is to stop.
+
+    It yields how to connect, how to stop it and wait for that moment, and how to go on.
+    """
+    settings = Settings(checkpoints=checkpoints, default_model="digits-mlp", port=0)
+    app = create_app(settings, Inference(settings))
+    server = Server(uvicorn.Config(app, **uvicorn_options(settings)))
+    blocked, goes_on, shutdown = threading.Event(), threading.Event(), server.shutdown
+
+    async def block_and_shut_down(sockets=None):
+        blocked.set()
+        goes_on.wait(30)
+        await shutdown(sockets)
+
+    def stop():
+        server.should_exit = True
+        assert blocked.wait(30)
+
+    server.shutdown = block_and_shut_down
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        thread = threading.Thread(target=server.run, args=([port],))
+        thread.start()
+        eventually(lambda: server.started)
+        address = port.getsockname()
+        yield lambda: socket.create_connection(address, 20), stop, goes_on.set
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_what_only_the_kernel_has_received_is_answered(stopping):
+    connect, stop, go_on = stopping
+    kept = [connect() for _ in range(3)]
     for connection in kept:
         connection.sendall(FAST)
         assert read_answers(connection, 1)[0][0] == 200
-    stopped = workers(server)
-    for process in stopped:
-        os.kill(process, signal.SIGSTOP)
-    server.process.send_signal(signal.SIGTERM)
-    fresh = [connect(server) for _ in range(4)]  # the kernel accepts them
-    pipelined = connect(server)
+    stop()
+    fresh, pipelined, unsent = [connect() for _ in range(3)], connect(), connect()
     for connection in kept + fresh:
         connection.sendall(FAST)
-    pipelined.sendall(SLOW * 3)
-    for process in stopped:
-        os.kill(process, signal.SIGCONT)
+    pipelined.sendall(FAST + SLOW * 2)
+    go_on()
     for connection in kept + fresh:
-        assert read_answers(connection, 1)[0][0] == 200
-    assert [status for status, _, _ in read_answers(pipelined, 3)] == [200] * 3
-    for connection in [*kept, *fresh, pipelined]:
+        ((status, headers, _),) = read_answers(connection, 1)
+        assert (status, headers["connection"]) == (200, "close")
+    answers = read_answers(pipelined, 3)
+    assert [status for status, _, _ in answers] == [200] * 3
+    assert ["connection" in headers for _, headers, _ in answers] == [False, False, True]
+    for connection in [*kept, *fresh, pipelined, unsent]:
         assert connection.recv(1) == b""
         connection.close()
-    assert server.stop(10) == 0
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
