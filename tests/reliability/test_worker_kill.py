@@ -2,17 +2,14 @@
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-import httpx
 
 from tests.helpers import eventually, workers
 from tests.reliability.exchanges import Load
+from tests.reliability.faults import clients_of, serving_workers
 
 SUPERVISE = """
 import logging, socket, sys, uvicorn
@@ -26,14 +23,6 @@ async def app(scope, receive, send):
     await receive()
     await send({"type": "lifespan.startup.failed", "message": "no"})
 """
-
-
-def clients_of(process):
-    """Ports of the clients whose connections a process has accepted."""
-    links = [str(link.readlink()) for link in Path(f"/proc/{process}/fd").iterdir()]
-    ours = {link[8:-1] for link in links if link.startswith("socket:[")}
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return {int(row[2].partition(":")[2], 16) for row in rows if row[9] in ours}
 
 
 def kill_under_load(server):
@@ -50,11 +39,6 @@ def kill_under_load(server):
             return load.tally, clients
 
     return asyncio.run(run())
-
-
-def serving_workers(server):
-    metrics = httpx.get(server.url + "/metrics").text
-    return float(re.search(r"^dropserve_workers (\S+)", metrics, re.MULTILINE)[1])
 
 
 def test_only_requests_in_flight_at_a_killed_worker_fail_and_it_is_replaced(make_server):
