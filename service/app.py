@@ -51,6 +51,7 @@ def create_app(
     app.state.settings, app.state.metrics, app.state.keys = settings, Metrics(), keys
     app.state.reader = BodyReader(settings)
     app.state.tracing = None
+    app.state.draining = False  # the server says when
     busiest = tasks.router, oip.infer_router  # in this order routes are tried
     for router in (*busiest, oip.router, models.router, health.router, playground.router):
         app.include_router(router)

@@ -16,6 +16,7 @@ from dropserve.service.http.keys import Keys
 from dropserve.service.inference.workers import StartupBarrier, shared_folder
 from dropserve.service.observability import logs
 from dropserve.service.settings import Settings, environment_name
+from dropserve.service.supervisor import Server, Supervisor
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -44,21 +45,22 @@ def serve(settings: Settings) -> None:
         for name in settings.model_fields_set:
             os.environ[environment_name(name)] = _as_text(getattr(settings, name))
         with shared_folder():
-            uvicorn.run(
-                "dropserve.service.server:worker_app",
-                factory=True,
-                workers=settings.workers,
-                **options,
-            )
-        return
+            sys.exit(_supervise(settings.workers, options))
     from dropserve.service.app import create_app
 
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, inference), **options))
+    server = Server(uvicorn.Config(create_app(settings, inference), **options))
     for stop in (signal.SIGTERM, signal.SIGINT):
         # uvicorn drains on these, then raises them again; by then the work is done: exit 0
-        signal.signal(stop, lambda _signal, _frame: None)
+        signal.signal(stop, signal.SIG_IGN)
     server.run()
     sys.exit(0 if server.started else 1)
+
+
+def _supervise(workers: int, options: dict[str, Any]) -> int:
+    """Run several workers on one port; return the exit status."""
+    app = "dropserve.service.server:worker_app"
+    config = uvicorn.Config(app, factory=True, workers=workers, **options)
+    return Supervisor(config, [config.bind_socket()]).run()
 
 
 def worker_app() -> "FastAPI":
@@ -93,9 +95,6 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "proxy_headers": False,  # the client's address is neither used nor logged
         "log_config": None,
         "server_header": False,
-        # a worker that does not answer its parent is replaced: on a busy machine importing torch
-        # takes longer than uvicorn's 5 seconds, and workers were replaced before they had started
-        "timeout_worker_healthcheck": 30,
         # the default is longer than clients and proxies keep theirs (httpx 5, many load balancers
         # 60): if the server closed a connection first, a request could cross the closing
         "timeout_keep_alive": settings.keep_alive,

@@ -175,7 +175,8 @@ class FastPathProtocol(Connection):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close the connection, or pass its request to the ASGI path, which the drain waits for."""
+        """Pass what was received to the ASGI path, whose answers announce the close."""
+        self._state = None
         if self._timer is not None:
             self._pass_partial()
         if self._request is not None:

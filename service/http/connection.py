@@ -189,8 +189,6 @@ class Connection(HttpToolsProtocol):
             return
         self.unread += data
         self.advance()
-        if self._draining:
-            self._announce_close()
 
     def advance(self) -> None:
         """Read to the end of a message: the next waits for its answer."""
@@ -201,6 +199,8 @@ class Connection(HttpToolsProtocol):
                 break
         if len(self.unread) > _READ_AHEAD:
             self.flow.pause_reading()
+        if self._draining:
+            self._announce_close()
 
     def begin(self) -> bool:
         """Read a head; False: it is not complete, or was refused."""
@@ -361,18 +361,13 @@ class Connection(HttpToolsProtocol):
             self.deadline = self.loop.time() + _GRACE
         elif self.busy:
             self._probe()
-        elif self.in_flight:
-            self._cut(self._too_late())
-        elif self._between and self.unread:
-            self.refuse(self._too_late())
+        elif self.in_flight:  # and draining
+            self._cut(Overloaded("the service is stopping", "draining"))
+        elif self._between and self.unread and not self._draining:
+            seconds = self._settings.head_timeout
+            self.refuse(RequestTimeout(f"the head did not arrive within {seconds:g} seconds"))
         else:
             self.transport.close()
-
-    def _too_late(self) -> DropserveError:
-        if self._draining:
-            return Overloaded("the service is stopping", "draining")
-        seconds = self._settings.head_timeout
-        return RequestTimeout(f"the head did not arrive within {seconds:g} seconds")
 
     def _probe(self) -> None:
         """Find out if a client that sends no more has left: then it resets when it is sent to.
