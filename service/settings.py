@@ -49,10 +49,9 @@ class Settings(BaseSettings):
     tls_key: Path | None = Field(None, description="Private key of the certificate (PEM).")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Origins, comma-separated, whose pages may read answers in a browser; "
-        "`*` for all.",
+        description="Origins, comma-separated, whose pages may read answers; * for all.",
     )
-    docs: bool = Field(True, description="Serve the playground, `/docs` and `/openapi.json`.")
+    docs: bool = Field(True, description="Serve the playground, /docs and /openapi.json.")
     default_model: str | None = Field(
         None, description="Model for routes that name none; required with several models."
     )

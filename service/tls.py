@@ -9,8 +9,6 @@ import uvloop
 from dropserve.service.settings import Settings
 
 if TYPE_CHECKING:
-    from asyncio import AbstractServer
-
     from uvicorn import Config
 
 _HANDSHAKE_SECONDS = 10.0
@@ -28,7 +26,7 @@ class Loop(uvloop.Loop):
     an idle client that does not say goodbye keeps a closed one for 30 seconds, at shutdown as well.
     """
 
-    async def create_server(self, *arguments: Any, **options: Any) -> "AbstractServer":  # noqa: ANN401
+    async def create_server(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         """Listen."""
         if options.get("ssl") is not None:
             options["ssl_handshake_timeout"] = _HANDSHAKE_SECONDS
