@@ -12,6 +12,7 @@
     │   ├── UnsupportedMediaType  415
     │   ├── InvalidRequest        422
     │   └── HeadTooLarge          431
+    ├── TooManyRequests           429, with Retry-After
     ├── Overloaded                503, with Retry-After
     ├── ServerError               any other status
     └── Unreachable               no answer at all; on the client's side only
@@ -124,6 +125,15 @@ class HeadTooLarge(RequestError):
     status = 431
 
 
+class TooManyRequests(DropserveError):
+    """The API key has reached one of its limits; try again after `Retry-After` seconds."""
+
+    status = 429
+
+    def __init__(self, detail: str, seconds: int = 1) -> None:
+        super().__init__(detail, headers={"Retry-After": str(seconds)})
+
+
 class Overloaded(DropserveError):
     """The service has no capacity for the request now; try again after `Retry-After` seconds.
 
@@ -175,7 +185,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def error_for(status: int, detail: str) -> DropserveError:
     """Make the error that a response of this status stands for."""
-    kinds: tuple[type[DropserveError], ...] = (*RequestError.__subclasses__(), Overloaded)
+    refused = RequestError.__subclasses__()
+    kinds: tuple[type[DropserveError], ...] = (*refused, TooManyRequests, Overloaded)
     for kind in kinds:
         if kind.status == status:
             return kind(detail)

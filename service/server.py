@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from pydantic import SecretStr
 
+from dropserve.service import tls
 from dropserve.service.http.keys import Keys
 from dropserve.service.inference.workers import StartupBarrier, shared_folder
 from dropserve.service.observability import logs
@@ -26,11 +27,12 @@ def serve(settings: Settings) -> None:
     """Load the models, then serve until SIGTERM or SIGINT; open requests are finished.
 
     A ModelStoreError (no model can be served, or not all in a strict start), a ServerError (no
-    OpenTelemetry) or an OSError (no API keys) is raised before anything listens.
+    OpenTelemetry) or an OSError (no API keys, no certificate) is raised before anything listens.
     """
     logs.configure(settings.log_level)
     if settings.api_keys_file is not None:
         Keys(settings.api_keys_file)  # for its errors, before the models are loaded
+    tls.check(settings)
     if settings.tracing:
         import dropserve.service.observability.tracing  # noqa: F401  for its error, too
     from dropserve.service.inference.inference import Inference  # loads PyTorch, which may log
@@ -95,11 +97,28 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "proxy_headers": False,  # the client's address is neither used nor logged
         "log_config": None,
         "server_header": False,
+        "headers": security_headers(settings),
         # the default is longer than clients and proxies keep theirs (httpx 5, many load balancers
         # 60): if the server closed a connection first, a request could cross the closing
         "timeout_keep_alive": settings.keep_alive,
         "timeout_graceful_shutdown": settings.drain_seconds,
+        **tls.uvicorn_tls(settings),
     }
+
+
+def security_headers(settings: Settings) -> list[tuple[str, str]]:
+    """Return the headers of every response, whatever writes it; pages add policies of their own."""
+    headers = [
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", "frame-ancestors 'none'"),
+        ("X-Frame-Options", "DENY"),
+        ("Referrer-Policy", "no-referrer"),
+    ]
+    if not settings.cors_origins:
+        headers.append(("Cross-Origin-Resource-Policy", "same-origin"))
+    if settings.tls_cert is not None:
+        headers.append(("Strict-Transport-Security", "max-age=31536000"))
+    return headers
 
 
 def _as_text(value: object) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -81,7 +82,8 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if self.settings.get("tls_cert") else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     def lines(self) -> list[dict]:
         """The log so far; every whole line of it is JSON."""
@@ -96,13 +98,13 @@ class Server:
 
         return eventually(found, 5, 0.01)[-1]
 
-    def start(self, seconds: float = 60) -> "Server":
+    def start(self, seconds: float = 60, verify: ssl.SSLContext | bool = True) -> "Server":
         """Wait until it answers /readyz."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             if self.port or self._find_port():
                 try:
-                    if httpx.get(self.url + "/readyz").status_code == 200:
+                    if httpx.get(self.url + "/readyz", verify=verify).status_code == 200:
                         return self
                 except httpx.TransportError:
                     pass

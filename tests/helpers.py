@@ -6,6 +6,7 @@ import inspect
 import io
 import socket
 import struct
+import subprocess
 import time
 import zlib
 from pathlib import Path
@@ -63,6 +64,16 @@ def zero():
 
     pixels = (load_digits().images[0] * (255 / 16)).round().astype(np.uint8)
     return {"content": encode(pixels), "headers": {"Content-Type": "image/png"}}
+
+
+def certify(folder, name, *options):
+    """Make a self-signed certificate for 127.0.0.1 by openssl; return its path and its key's."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    kind = ("-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2")
+    names = ("-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1")
+    command = ("openssl", "req", *kind, *names, *options, "-keyout", key, "-out", cert)
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
 
 
 def free_port():

@@ -21,10 +21,10 @@ import orjson
 from starlette.applications import Starlette
 from uvicorn import Config
 
-from dropserve.service.errors import DropserveError
+from dropserve.service.errors import DropserveError, TooManyRequests
 from dropserve.service.http.connection import MAX_FIELDS, NEVER, Connection
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
-from dropserve.service.http.keys import KeyCheck
+from dropserve.service.http.keys import ApiKey, KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
 from dropserve.service.http.request_log import RequestLog, record, request_id
 from dropserve.service.inference.batcher import QueueFull
@@ -195,6 +195,7 @@ class FastPathRequest:
     line: dict[str, Any]
     started: float
     probed: bool = False
+    key: ApiKey | None = None
 
     @classmethod
     def queued(
@@ -205,9 +206,34 @@ class FastPathRequest:
         started: float,
     ) -> "FastPathRequest | None":
         """Queue a request; None: it takes the ASGI path."""
-        headers, body = message.headers, message.body
-        if state.keys is not None and not state.keys.admit(headers):
+        if state.keys is None:
+            return cls._queued(state, message, options, started)
+        key: ApiKey | None = state.keys.find(message.headers)
+        if key is None:
             return None
+        try:
+            key.enter()
+        except TooManyRequests:
+            return None
+        request = None
+        try:
+            request = cls._queued(state, message, options, started)
+        finally:
+            if request is None:
+                key.leave(counted=False)
+        if request is not None:
+            request.key, request.line["key"] = key, key.name
+        return request
+
+    @classmethod
+    def _queued(
+        cls,
+        state: SimpleNamespace,
+        message: "_Message",
+        options: Options,
+        started: float,
+    ) -> "FastPathRequest | None":
+        headers, body = message.headers, message.body
         name, version, route, parsed = options
         inference: Inference = state.inference
         reader = state.reader
@@ -232,7 +258,9 @@ class FastPathRequest:
         """Write the response, or raise what went wrong instead."""
         content = {**self.head, **self.waiting.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        lines = b"".join([b"%b: %b\r\n" % header for header in server_headers])
+        lines = _server_lines(server_headers)
+        if self.state.settings.cors_origins:
+            lines += b"vary: Origin\r\n"
         return _ANSWER % (lines, len(body), self.line["request_id"].encode(), body)
 
     def cancel(self, status: int | None) -> None:
@@ -243,9 +271,29 @@ class FastPathRequest:
     def end(self, status: int | None) -> None:
         """Release the body; log and count the request, unless the ASGI path will (None)."""
         self.state.reader.release(self.size)
+        if self.key is not None:
+            self.key.leave(counted=status is not None)
         if status is not None:
             self.line |= {"images": 1, "status": status}
             record(self.state.metrics, self.line, self.started)
+
+
+class _ServerLines:
+    """The headers that uvicorn adds to every answer, as they are sent."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Headers, bytes] = [], b""
+
+    def __call__(self, headers: Headers) -> bytes:
+        """Write them; uvicorn replaces the list once a second, because of the date."""
+        latest = self._latest
+        if latest[0] is not headers:
+            lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+            latest = self._latest = headers, lines
+        return latest[1]
+
+
+_server_lines = _ServerLines()
 
 
 def _candidate(data: bytes, max_samples: int) -> Options | None:

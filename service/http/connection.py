@@ -327,7 +327,7 @@ class Connection(HttpToolsProtocol):
             self._end()
         elif not self.flow.write_paused:
             self.deadline = self.loop.time() + _PROBE
-        return not self.transport.is_closing()
+        return not self.transport.is_closing() and self.transport.can_write_eof()  # not with TLS
 
     def _end(self) -> None:
         """Close the connection of a client that sends no more, after an error if one is due."""
