@@ -1,10 +1,15 @@
-"""200 kills of a training, every call that can fail, full disks: some minutes, by `make soak`."""
+"""200 kills of a training, every call that can fail, full disks: ten minutes, by `make soak`."""
 
 import errno
+import re
 import shutil
+import subprocess
+import sys
+from collections import Counter
 
 import pytest
 
+from tests.reliability.figures import ROOT, SCALE, published
 from tests.reliability.training_faults import (
     REMEDIES,
     assert_explained,
@@ -14,6 +19,7 @@ from tests.reliability.training_faults import (
     train_through_kills,
 )
 
+COMMAND = "pytest tests/reliability/soak_training.py"
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 """Has the trainer mount file systems that nobody else sees."""
 
@@ -26,26 +32,42 @@ def trainer(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_200_kills(trainer, tmp_path):
-    versions = train_through_kills(trainer, tmp_path / "models", 200, 13)
-    print(f"200 kills, {versions} versions")
+    with published("training-kills", COMMAND) as figures:
+        figures["kill -9 of a training"] = kills = int(200 * SCALE)
+        figures["versions saved meanwhile"] = train_through_kills(
+            trainer, tmp_path / "models", kills, 13
+        )
 
 
 @pytest.mark.timeout(900)
 def test_every_call_that_changes_a_file_fails(trainer, tmp_path):
     trainer.unbroken(1)
-    start = tmp_path / "unbroken 1"
     moments = trainer(tmp_path / "counted", fail=10**9, errno=0, lasting=False).moments
-    refused = 0
-    for number in range(moments):
-        for code in REMEDIES:
-            for lasting in (False, True):
-                root = shutil.copytree(start, tmp_path / "models")
-                ended = train_through_failure(
-                    trainer, root, fail=number, errno=code, lasting=lasting
-                )
-                refused += ended.status != 0
-                shutil.rmtree(root)
-    print(f"{moments} calls, {6 * moments} failures, {refused} of them errors of the command")
+    with published("training-failures", COMMAND) as figures:
+        figures |= {"calls that change a file, in one training": moments}
+        ended = Counter()
+        for number in range(0, moments, round(1 / SCALE)):
+            for code in REMEDIES:
+                for lasting in (False, True):
+                    root = shutil.copytree(tmp_path / "unbroken 1", tmp_path / "models")
+                    failure = {"fail": number, "errno": code, "lasting": lasting}
+                    ended[train_through_failure(trainer, root, **failure).status] += 1
+                    shutil.rmtree(root)
+        figures["failures (ENOSPC, EIO, EROFS; one call, or all from it on)"] = ended.total()
+        figures["of them, trainings that ended with an error"] = ended[2]
+        figures["of them, trainings that ended well"] = ended[0]
+
+
+def test_power_failures():
+    """The tests of power failures count the states; they are few enough for every run of tests."""
+    tests = "tests/reliability/test_power_failure.py"
+    with published("power-failures", COMMAND) as figures:
+        command = [sys.executable, "-m", "pytest", "-s", tests]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        replays = re.findall(r"replayed: (\d+) operations, (\d+) states", done.stdout)
+        operations, states = zip(*replays, strict=True)
+        figures["operations recorded"] = sum(map(int, operations))
+        figures["states of the disk replayed"] = sum(map(int, states))
 
 
 @pytest.fixture
@@ -74,20 +96,21 @@ def assert_resumes(trainer, disk):
 def test_full_disks(mounted):
     trainer, disk = mounted
     version = sum(-(-p.stat().st_size // 4096) for p in trainer.folder.glob("unbroken 1/*/*/*"))
-    refused = 0
-    for pages in range(version, 10 * version):
-        mount(trainer, disk, 4 * pages)
-        ended = trainer(disk)
-        assert_explained(ended, errno.ENOSPC, disk)
-        if ended.status == 0:
-            break
-        refused += 1
-        assert digests(trainer.seen(disk)) == [trainer.unbroken(1)]
-        trainer.shell(f"mount -o remount,size=9m {disk}")
-        assert_resumes(trainer, disk)
-        trainer.shell(f"umount {disk}")
-    print(f"{refused} full disks")
-    assert refused > version
+    with published("training-full-disks", COMMAND) as figures:
+        refused = 0
+        for pages in range(version, 10 * version):
+            mount(trainer, disk, 4 * pages)
+            ended = trainer(disk)
+            assert_explained(ended, errno.ENOSPC, disk)
+            if ended.status == 0:
+                break
+            refused += 1
+            assert digests(trainer.seen(disk)) == [trainer.unbroken(1)]
+            trainer.shell(f"mount -o remount,size=9m {disk}")
+            assert_resumes(trainer, disk)
+            trainer.shell(f"umount {disk}")
+        figures["disks, from 4 kB too small on, that were full in the middle"] = refused
+        assert refused > 3
 
 
 def test_a_disk_that_becomes_read_only(mounted):

@@ -73,6 +73,7 @@ def failures(tmp_path, monkeypatch):
     def write_each(recording):
         monkeypatch.setattr(os, "fsync", lambda _: None)  # of what follows nothing is recorded
         found = power_failures(recording)
+        print(f"replayed: {len(recording.events)} operations, {len(found)} states")
         for failure in found:
             folder = tmp_path / str(next(numbers))
             failure.write(folder)
