@@ -59,7 +59,7 @@ def test_every_call_that_changes_a_file_fails(trainer, tmp_path):
 
 
 def test_power_failures():
-    """The tests of power failures say how many states there are; those of the replay do not count."""
+    """The tests of power failures print how many states they replay."""
     tests = "tests/reliability/test_power_failure.py"
     with published("power-failures", COMMAND) as figures:
         command = [sys.executable, "-m", "pytest", "-s", "-k", "not notices", tests]
