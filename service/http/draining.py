@@ -61,14 +61,24 @@ class DrainingProtocol(HttpToolsProtocol):
 
     def _finish(self) -> None:
         """Close the connection, or refuse its request, if nothing more was received."""
-        if self.transport.is_closing():
+        if self not in self.connections:
             return
-        if self._has_unread or self.pipeline:
+        if self.transport.is_closing():
+            self._abort_when_sent()
+        elif self._has_unread or self.pipeline:
             self.loop.call_later(_GRACE, self._finish)
         elif not self._is_answering:
             self.transport.close()
+            self._abort_when_sent()
         elif self.cycle.more_body and not self.cycle.response_started:
             self._refuse_rest()
+
+    def _abort_when_sent(self) -> None:
+        """Have a closing connection end: TLS would wait for the client, up to half a minute."""
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(_GRACE, self._finish)
+        else:
+            self.loop.call_later(_LINGER, self.transport.abort)
 
     @property
     def _is_answering(self) -> bool:
