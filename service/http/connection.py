@@ -355,10 +355,10 @@ class Connection(HttpToolsProtocol):
     def expire(self) -> None:
         """Do what is due at the deadline."""
         self.deadline = self.loop.time() + _LINGER
-        if self.transport.is_closing() or self._lingers or self.flow.write_paused:
+        if self._draining and (self.transport.get_write_buffer_size() or self._is_readable):
+            self.deadline = self.loop.time() + _GRACE  # the drain has an end of its own
+        elif self.transport.is_closing() or self._lingers or self.flow.write_paused:
             self.transport.abort()
-        elif self._draining and self._is_readable:
-            self.deadline = self.loop.time() + _GRACE
         elif self.busy:
             self._probe()
         elif self.in_flight:  # and draining

@@ -1,4 +1,4 @@
-"""50 SIGTERMs and 20 worker kills under load: figures for docs/reliability.md, some minutes.
+"""50 SIGTERMs and 20 worker kills under load: figures for docs/reliability.md, in some minutes.
 
 `python -m pytest tests/reliability/soak_shutdown.py` writes the figures to
 bench/results/reliability/shutdown.json.
@@ -19,7 +19,7 @@ from tests.helpers import eventually, workers
 from tests.reliability.exchanges import Load
 from tests.reliability.faults import clients_of, serving_workers
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 RESULTS = Path(__file__).parents[2] / "bench/results/reliability/shutdown.json"
 SIGTERMS = 50
 KILLS = 20
@@ -72,6 +72,7 @@ def test_sigterms(make_server, results):
         lost += tally.lost
         closed.append(seconds_open)
         ended.append(seconds)
+        print(f"{len(ended)}: {tally.answered} answered, {len(tally.lost)} lost, {seconds:.2f} s")
     results["sigterms"] = {
         "sigterms": SIGTERMS,
         "received_in_full": statuses.total() + len(lost),

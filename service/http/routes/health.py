@@ -21,7 +21,10 @@ async def livez() -> Health:
 @router.get("/readyz", responses=errors(503))
 @router.get("/healthz", name="healthz", responses=errors(503))
 async def readyz(request: Request) -> Readiness:
-    """Models are loaded. The port is closed before that and from the start of a shutdown.
+    """Models are loaded, and the service is not stopping.
+
+    The port is closed before they are, and from the start of a shutdown: then only requests that
+    were received before it are answered, this one with 503.
 
     A version that cannot be served does not change that; it is listed as refused, with the reason.
     It is 503 if no model is served, because an operator unloaded all.

@@ -189,7 +189,7 @@ async def live() -> dict[str, bool]:
 
 @router.get("/health/ready", responses=common.errors(503))
 async def ready(request: Request) -> dict[str, bool]:
-    """Models are loaded. The port is closed before that and from the start of a shutdown."""
+    """Models are loaded, and the service is not stopping: `/readyz` says more."""
     common.require_model(request)
     return {"ready": True}
 
