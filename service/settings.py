@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         1024, ge=1, description="Images that may wait; more are refused with 503."
     )
+    max_wait: float = Field(
+        2.0, gt=0, description="Seconds that a request may wait; what would wait longer gets 503."
+    )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Bytes of one request's body.")
     max_held_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of all bodies at once.")
     max_pixels: int = Field(
@@ -70,6 +73,11 @@ class Settings(BaseSettings):
     fast_path: bool = Field(True, description="Answer small PNG requests without ASGI.")
     body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
     drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")
+    watchdog: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds after which a process that is stuck ends; 0: never.",
+    )
     tracing: bool = Field(
         False,
         description="Send OpenTelemetry spans; OTEL_* variables say where. Needs dropserve[otel].",

@@ -25,9 +25,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from dropserve.service.errors import DropserveError
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import KeyCheck
-from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
+from dropserve.service.http.options import (
+    PATHS,
+    TIMEOUT,
+    ParsedOptions,
+    read_options,
+    route_template,
+)
 from dropserve.service.http.request_log import RequestLog, record, request_id
-from dropserve.service.inference.batcher import QueueFull
+from dropserve.service.inference.batcher import QueueFull, QueueTimeout
 from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.observability.metrics import CLIENT_CLOSED
 
@@ -47,7 +53,10 @@ _MAX_BYTES = SMALL_BYTES + 4096
 _MAX_URL = 512
 _WAIT = 0.01
 """Seconds to wait for a body: many clients send it apart from the headers."""
-_ASGI_ONLY = {b"origin", b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"}
+_ASGI_ONLY = {
+    *(b"origin", b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"),
+    TIMEOUT.lower().encode(),
+}
 """Headers of requests that take the ASGI path."""
 _ANSWER = (
     b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: application/json\r\n"
@@ -134,7 +143,7 @@ class FastPathProtocol(HttpToolsProtocol):
         try:
             answer = request.response(self.server_state.default_headers)
         except Exception as error:  # the ASGI path finds it again and reports it
-            if not isinstance(error, DropserveError):
+            if not isinstance(error, DropserveError | QueueTimeout | MemoryError):
                 self.logger.exception("a request is passed to the ASGI path")
             error.__traceback__ = None  # as in RequestLog
             self._pass_request(request)
@@ -156,10 +165,15 @@ class FastPathProtocol(HttpToolsProtocol):
 
     def _pass_request(self, request: "FastPathRequest") -> None:
         """Pass the request in flight, and what came behind it, to the ASGI path."""
-        data = self._sent + self._take_behind()
+        data, behind = self._sent, self._take_behind()
         self._request, self._sent = None, b""
         request.cancel(None)
+        state = self.app_state
+        self.app_state = {**state, "arrived": request.started}  # its time to wait goes on
         super().data_received(data)
+        self.app_state = state
+        if behind:
+            super().data_received(behind)
 
     def _take_behind(self) -> bytes:
         behind = b"".join(self._behind)

@@ -416,7 +416,8 @@ def test_an_entry_may_be_cancelled_before_during_and_after_its_run():
         assert during.future.cancelled()
         assert batcher.queued == 0
         batcher.close()
-        batcher.cancel(batcher.queue("a", 5))
+        with pytest.raises(RuntimeError, match="closed"):
+            batcher.queue("a", 5)
         assert batcher.queued == 0
 
     batches = run(scenario)
