@@ -103,6 +103,7 @@ class _Queue(Generic[Key, Item, Result]):
     cost: _Cost
     units: int
     entries: OrderedDict[Entry[Key, Item, Result], None]
+    weight: int = 0
 
 
 class _Line(Generic[Key, Item, Result]):
@@ -138,6 +139,7 @@ class _Line(Generic[Key, Item, Result]):
         """Count what comes into a queue, or leaves it: then both are negative."""
         cost = queue.cost
         cost.queued += units
+        queue.weight += weight
         self.weight += weight
         self.seconds += units * cost.unit
 
@@ -280,16 +282,20 @@ class Batcher(Generic[Key, Item, Result]):
     def _expect(self, urgent: bool, now: float) -> float:
         """Add up what waits and what is left of jobs; an urgent item waits for some of their steps.
 
-        A step that has taken longer than expected will take as long again, for all we know.
+        What has taken longer than expected will take as long again, for all we know.
         """
-        left, job = self._left, self._running
+        rest, paused, job = 0.0, self._left, self._running
         if job is not None:
-            left += abs(job.left - (now - self._since)) - job.left
-        others = self._others.seconds + left
+            ran = now - self._since
+            rest = abs(job.left - ran)
+            paused -= job.left
+            if urgent and job.queue.line is self._others:  # which lets us in after its step
+                rest = min(rest, abs(self._step - ran))
+        others = self._others.seconds + paused
         if urgent:
-            steps = 1 + len(self._urgent.queues) + self._urgent.weight // self._max_batch
-            others = min(others, steps * self._step)
-        return self._urgent.seconds + others
+            turns = 1 + len(self._urgent.queues) + self._urgent.weight // self._max_batch
+            others = min(others, turns * self._step)
+        return rest + self._urgent.seconds + others
 
     async def submit(
         self, key: Key, item: Item, weight: int = 1, *, urgent: bool = False, max_wait: float = 0.0
@@ -322,14 +328,20 @@ class Batcher(Generic[Key, Item, Result]):
         now, line = perf_counter(), self._urgent if urgent else self._others
         if self._closed:
             raise RuntimeError("the batcher is closed")
+        queue = line.queues.get(key)
         if self._busy:
             queued = self._urgent.weight + self._others.weight
             if weight and queued and queued + weight > self._max_queue:
                 raise QueueFull
             if max_wait and (seconds := self._expect(urgent, now)) > max_wait:
-                raise WaitTooLong(seconds)
+                if queue is not None:  # its last batch has room, and would not be waited for
+                    together = queue.weight % self._max_batch * queue.units
+                    seconds -= together * queue.cost.unit
+                if seconds > max_wait:
+                    raise WaitTooLong(seconds)
         loop = asyncio.get_running_loop()
-        queue = line.queues.get(key) or line.open(key)
+        if queue is None:
+            queue = line.open(key)
         deadline = now + max_wait if max_wait else inf
         entry: Entry[Key, Item, Result] = Entry(
             item, weight, queue, loop.create_future(), now, deadline
