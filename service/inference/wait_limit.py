@@ -49,7 +49,6 @@ class WaitLimit:
     @asynccontextmanager
     async def enforced(self) -> AsyncIterator[None]:
         """End the block with QueueTimeout once the time is over, but not while work is done."""
-
         loop = asyncio.get_running_loop()
         timer: asyncio.TimerHandle
 
