@@ -1,0 +1,34 @@
+"""Fixtures of the tests of reliability: the default network, to serve and to publish again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dropserve.models import checkpoint
+from dropserve.models.networks import default_config
+from dropserve.models.preprocessing import Preprocessing
+
+
+@pytest.fixture(scope="session")
+def save_version():
+    """Publish the next version of `digits-mlp`, of default size, with weights of a seed."""
+    preprocessing = Preprocessing((28, 28), 1, (0.3,), (0.4,), invert=True)
+
+    def save(root: Path, seed: int = 0) -> Path:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = default_config("mlp", preprocessing.shape, 10)
+            module = network.build()
+        classes = tuple(str(digit) for digit in range(10))
+        about = checkpoint.Metadata("digits-mlp", network, preprocessing, classes)
+        return checkpoint.save(root, module, about)
+
+    return save
+
+
+@pytest.fixture
+def models(tmp_path, save_version):
+    """A folder with one version of `digits-mlp`."""
+    save_version(tmp_path)
+    return tmp_path
