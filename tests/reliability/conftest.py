@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from dropserve.models import checkpoint
-from dropserve.models.networks import default_config
+from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="session")
 def save_version():
-    """Publish the next version of `digits-mlp`, of default size, with weights of a seed."""
+    """Publish the next version of `digits-mlp`, by default of default size, with random weights."""
     preprocessing = Preprocessing((28, 28), 1, (0.3,), (0.4,), invert=True)
 
-    def save(root: Path, seed: int = 0) -> Path:
+    def save(root: Path, seed: int = 0, hidden: tuple[int, int] = (256, 256)) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = default_config("mlp", preprocessing.shape, 10)
+            network = NetworkConfig("mlp", preprocessing.shape, 10, hidden, (0.2, 0.5))
             module = network.build()
         classes = tuple(str(digit) for digit in range(10))
         about = checkpoint.Metadata("digits-mlp", network, preprocessing, classes)

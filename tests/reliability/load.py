@@ -26,7 +26,9 @@ from tests.reliability.messages import Answer, first_answer
 
 Result = TypeVar("Result")
 BROKEN = 0
-"""Status of a request that got no answer: its connection was refused or broke."""
+"""Status of a request that got no answer: its connection was refused or broke, or none came."""
+PATIENCE = 30
+"""Seconds that a client waits for an answer."""
 
 
 class Connection(asyncio.Protocol):
@@ -73,10 +75,15 @@ class Clients:
         self.opened = 0
 
     async def ask(self, raw: bytes) -> Answer:
-        """Send a request over a free connection; return its answer. OSError: there is none."""
+        """Send a request over a free connection; return its answer.
+
+        Raises:
+            OSError: there is none, or it took too long (a TimeoutError is one).
+        """
         connection = await self._connection()
         try:
-            answer = await connection.ask(raw)
+            async with asyncio.timeout(PATIENCE):
+                answer = await connection.ask(raw)
         except BaseException:  # also when cancelled: its answer may still come
             self._close(connection)
             raise
@@ -272,13 +279,13 @@ class Usage:
             return cls(found.memory_info().rss, found.num_fds(), found.num_threads())
 
 
-def metric(url: str, name: str) -> float:
-    """Return a metric of a service, summed over its labels."""
-    text = httpx.get(url + "/metrics").text
-    families = text_string_to_metric_families(text)
-    found = [s.value for family in families for s in family.samples if s.name == name]
-    assert found, f"no metric {name}"
-    return sum(found)
+def metrics(url: str) -> Counter[str]:
+    """Ask a service for its metrics; return each, summed over its labels."""
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(httpx.get(url + "/metrics").text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+    return found
 
 
 @contextmanager

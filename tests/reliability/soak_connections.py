@@ -61,7 +61,7 @@ class Held(asyncio.Protocol):
             self._transport.write(bytes([byte]))
             asyncio.get_running_loop().call_later(1, self._drip)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _error: Exception | None) -> None:
         self.seconds = time.perf_counter() - self._opened
 
 
