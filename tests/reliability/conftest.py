@@ -1,13 +1,16 @@
 """Fixtures of the tests of reliability: the default network, to serve and to publish again."""
 
+import base64
 from pathlib import Path
 
 import pytest
 import torch
 
 from dropserve.models import checkpoint
+from dropserve.models.examples import Example
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
+from tests.helpers import encode, noise
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +24,10 @@ def save_version():
             network = NetworkConfig("mlp", preprocessing.shape, 10, hidden, (0.2, 0.5))
             module = network.build()
         classes = tuple(str(digit) for digit in range(10))
-        about = checkpoint.Metadata("digits-mlp", network, preprocessing, classes)
+        examples = (Example(0, base64.b64encode(encode(noise(28, 28))).decode()),)
+        about = checkpoint.Metadata(
+            "digits-mlp", network, preprocessing, classes, examples=examples
+        )
         return checkpoint.save(root, module, about)
 
     return save

@@ -11,7 +11,7 @@ import random
 import resource
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.reliability.messages import Answer, first_answer
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 BROKEN = 0
 """Status of a request that got no answer: its connection was refused or broke, or none came."""
@@ -66,13 +67,16 @@ class Connection(asyncio.Protocol):
 
 
 class Clients:
-    """Connections to a server, used again; a request that finds none free opens one more."""
+    """Connections to a server, used again; a request that finds none free opens one more.
 
-    def __init__(self, port: int, *, keep_alive: bool = True) -> None:
+    If there are `most`, it waits for one.
+    """
+
+    def __init__(self, port: int, most: int = 2**16, *, keep_alive: bool = True) -> None:
         self._port, self._keep_alive = port, keep_alive
-        self._free: list[Connection] = []
+        self._slots = asyncio.Semaphore(most)
+        self._free: deque[Connection] = deque()
         self._all: set[Connection] = set()
-        self.opened = 0
 
     async def ask(self, raw: bytes) -> Answer:
         """Send a request over a free connection; return its answer.
@@ -80,34 +84,33 @@ class Clients:
         Raises:
             OSError: there is none, or it took too long (a TimeoutError is one).
         """
-        connection = await self._connection()
-        try:
-            async with asyncio.timeout(PATIENCE):
+        async with self._slots, asyncio.timeout(PATIENCE):
+            connection = await self._connection()
+            try:
                 answer = await connection.ask(raw)
-        except BaseException:  # also when cancelled: its answer may still come
-            self._close(connection)
-            raise
-        if self._keep_alive and connection.is_open:
-            self._free.append(connection)
-        else:
-            self._close(connection)
-        return answer
+            except BaseException:  # also when cancelled: its answer may still come
+                self._close(connection)
+                raise
+            if self._keep_alive and connection.is_open:
+                self._free.append(connection)
+            else:
+                self._close(connection)
+            return answer
 
     async def _connection(self) -> Connection:
         while self._free:
-            connection = self._free.pop()
+            connection = self._free.popleft()  # in turn: none is idle for long
             if connection.is_open:
                 return connection
             self._close(connection)
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(Connection, "127.0.0.1", self._port)
         self._all.add(connection)
-        self.opened += 1
         return connection
 
     async def open(self, count: int) -> None:
         """Open connections ahead of use."""
-        self._free += [await self._connection() for _ in range(count - len(self._free))]
+        self._free.extend([await self._connection() for _ in range(count)])
 
     def _close(self, connection: Connection) -> None:
         connection.transport.close()
@@ -121,9 +124,11 @@ class Clients:
 
 
 @asynccontextmanager
-async def clients(port: int, count: int = 0, *, keep_alive: bool = True) -> AsyncIterator[Clients]:
-    """Yield clients of a server on this machine, and close their connections in the end."""
-    made = Clients(port, keep_alive=keep_alive)
+async def clients(
+    port: int, count: int = 0, most: int = 2**16, *, keep_alive: bool = True
+) -> AsyncIterator[Clients]:
+    """Yield clients of a server on this machine, `count` of them connected, and close them."""
+    made = Clients(port, most, keep_alive=keep_alive)
     try:
         await made.open(count)
         yield made
@@ -196,24 +201,18 @@ async def closed_loop(
 
 
 async def send_all(
-    asked: Clients, requests: Iterable[bytes], connections: int
-) -> AsyncIterator[tuple[bytes, Answer | OSError]]:
-    """Send every request over some connections; yield each with its answer, in order."""
-    flying: deque[tuple[bytes, asyncio.Task[Answer]]] = deque()
-
-    async def first() -> tuple[bytes, Answer | OSError]:
-        raw, task = flying.popleft()
-        try:
-            return raw, await task
-        except OSError as error:
-            return raw, error
-
-    for raw in requests:
-        if len(flying) == connections:
-            yield await first()
-        flying.append((raw, asyncio.create_task(asked.ask(raw))))
+    ask: Callable[[Item], Awaitable[Result]], items: Iterable[Item], at_once: int
+) -> AsyncIterator[tuple[Item, Result]]:
+    """Ask for every item, some at once; yield each with its answer, in order."""
+    flying: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+    for item in items:
+        if len(flying) == at_once:
+            earlier, answer = flying.popleft()
+            yield earlier, await answer
+        flying.append((item, asyncio.ensure_future(ask(item))))
     while flying:
-        yield await first()
+        earlier, answer = flying.popleft()
+        yield earlier, await answer
 
 
 @asynccontextmanager
