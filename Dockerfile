@@ -6,24 +6,29 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # [otel] to send traces, as in --build-arg EXTRAS=[otel].
 ARG EXTRAS=
 
-# By environment, the constraints also hold for the build backend that pip fetches by itself.
-ENV PIP_CONSTRAINT=/source/constraints.txt \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_ROOT_USER_ACTION=ignore
 
+# Every package is held against the SHA-256 that a lock has for it, the build backend too; none is
+# built from source. A PyTorch other than the one in torch.lock is refused.
 WORKDIR /source
-COPY constraints.txt ./
+COPY torch.lock ./
 RUN python -m venv --without-pip /opt/dropserve \
-    && pip --python /opt/dropserve/bin/python install --no-compile \
-        --no-deps --index-url "${TORCH_INDEX}" torch
+    && pip --python /opt/dropserve/bin/python install --no-compile --no-deps --only-binary :all: \
+        --require-hashes --index-url "${TORCH_INDEX}" --requirement torch.lock
+COPY requirements.lock ./
+RUN pip download --no-deps --only-binary :all: --require-hashes --dest /wheels \
+        --requirement requirements.lock
 
+# From here on pip asks no index: what the lock lacks is missing.
 COPY pyproject.toml README.md ./
 COPY dropserve dropserve
 COPY models models
 COPY service service
-RUN pip wheel --no-deps --wheel-dir dist . \
-    && pip --python /opt/dropserve/bin/python install --no-compile "$(ls dist/*.whl)${EXTRAS}"
+RUN pip wheel --no-deps --no-index --find-links /wheels --wheel-dir dist . \
+    && pip --python /opt/dropserve/bin/python install --no-compile --no-index --find-links /wheels \
+        "$(ls dist/*.whl)${EXTRAS}"
 
 # Left out: tests, headers, static libraries, and PyTorch's programs but the one that it starts.
 RUN cd /opt/dropserve/lib/python3.11/site-packages \
@@ -61,8 +66,8 @@ ENV PATH=/opt/dropserve/bin:$PATH \
 # By number, so that an orchestrator can see that it is not root.
 USER 10001:10001
 EXPOSE 8000
-# An answer of 400 or more raises, and so exits with 1.
+# An answer of 400 or more raises, and so exits with 1. The certificate, if any, is for another name.
 HEALTHCHECK --interval=10s --timeout=5s --retries=3 --start-period=60s \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"DROPSERVE_PORT\"]}/readyz', timeout=3)"]
+    CMD ["python", "-c", "import os, ssl, urllib.request as r; e = os.environ; s = 's' * ('DROPSERVE_TLS_CERT' in e); r.urlopen(f'http{s}://127.0.0.1:{e[\"DROPSERVE_PORT\"]}/readyz', timeout=3, context=ssl._create_unverified_context())"]
 ENTRYPOINT ["dropserve"]
 CMD ["serve"]

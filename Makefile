@@ -6,7 +6,7 @@ BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve train test test-compose test-kserve test-openapi check browser screenshots docs format bench \
-	bench-accuracy bench-http bench-photos bench-report clean
+	bench-accuracy bench-http bench-photos bench-report lock sbom clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -90,6 +90,28 @@ bench-report: setup ## Make docs/benchmarks.md and its pictures from what was me
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
 	$(PYTHON) -m bench.report
 
+# After constraints.txt or the dependencies in pyproject.toml have changed. For another PyTorch, change
+# torch.lock too, by hand.
+lock: .venv-supply/.installed ## Renew requirements.lock: the image's packages with their hashes
+	echo hatchling | .venv-supply/bin/uv pip compile pyproject.toml - --extra otel -c constraints.txt \
+		--python-version 3.11 --python-platform linux --generate-hashes --no-emit-package torch \
+		--no-annotate --custom-compile-command 'make lock' --quiet --output-file requirements.lock
+
+# The tool validates what it writes. It knows one index, and PyTorch has its own.
+sbom: .venv-supply/.installed ## Write build/sbom.cdx.json: the image's packages with their hashes, as CycloneDX
+	mkdir -p build
+	cat torch.lock requirements.lock | .venv-supply/bin/cyclonedx-py requirements - \
+		--pyproject pyproject.toml --output-reproducible --output-file build/sbom.all
+	sed 's|https://pypi.org/simple/torch/|https://download.pytorch.org/whl/cpu/torch/|' \
+		build/sbom.all >build/sbom.cdx.json
+	rm build/sbom.all
+
+# In an environment of their own: they need two dozen packages that nothing else does.
+.venv-supply/.installed: Makefile
+	$(BOOTSTRAP) -m venv .venv-supply
+	.venv-supply/bin/python -m pip install uv==0.13.9 cyclonedx-bom==7.5.0
+	touch $@
+
 clean: ## Remove .venv, caches and builds; checkpoints and data stay
-	rm -rf .venv .venv-kserve bench/.venvs bench/.cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-kserve .venv-supply bench/.venvs bench/.cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find models service tests bench -name __pycache__ -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -37,7 +38,9 @@ def create_app(
         OSError: the file of API keys has none.
         ServerError: tracing is on, and OpenTelemetry is not installed.
     """
-    app = FastAPIOffline(
+    # without the pages neither their files nor the document has a route
+    make = FastAPIOffline if settings.docs else partial(FastAPI, openapi_url=None)
+    app = make(
         title="Dropserve",
         description="Image classification with Monte Carlo dropout.",
         version=version("dropserve"),
@@ -47,18 +50,25 @@ def create_app(
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked of each request
     )
-    keys = Keys(settings.api_keys_file, kept_keys()) if settings.api_keys_file else None
+    keys = None
+    if settings.api_keys_file is not None:
+        limits = settings.key_rate, settings.key_concurrency
+        keys = Keys(settings.api_keys_file, kept_keys(), *limits)
     app.state.settings, app.state.metrics, app.state.keys = settings, Metrics(), keys
     app.state.reader = BodyReader(settings)
     app.state.tracing = None
+    app.state.draining = False  # the server says when
     busiest = tasks.router, oip.infer_router  # in this order routes are tried
-    for router in (*busiest, oip.router, models.router, health.router, playground.router):
+    for router in (*busiest, oip.router, models.router, health.router):
         app.include_router(router)
+    if settings.docs:
+        app.include_router(playground.router)
     complete_document(app, settings)
     app.add_exception_handler(HTTPException, _describe_http_error)
     if keys is not None:
         app.add_middleware(KeyCheck, keys=keys)
-    app.add_middleware(RequestLog)  # around the key check, whose 401 it turns into a response
+    # around the key check, whose errors it turns into responses
+    app.add_middleware(RequestLog, origins=settings.cors_origins)
     if settings.tracing:  # the module is not loaded where tracing is off
         from dropserve.service.observability.tracing import TracedRequests, Tracing
 

@@ -49,6 +49,7 @@ Images: TypeAlias = "Image | Sequence[Image]"
 DEFAULT_URL = "http://127.0.0.1:8000"
 _KINDS = "a pathlib.Path, the bytes of a file, a NumPy array or a PIL image"
 _FIRST_BACKOFF = 0.1  # seconds; doubles with each retry
+_RETRIED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 Answer = TypeVar("Answer")
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -90,7 +91,7 @@ class Comparing(Target, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[Answer]):
-    """One request, and how its answer is read; a 503 is tried again if `retried`.
+    """One request, and how its answer is read; a 429 or 503 is tried again if `retried`.
 
     `body` are arguments of `httpx.Client.build_request`; None: it is a GET.
     """
@@ -258,7 +259,7 @@ class _Backoff:
     def after(self, response: httpx.Response) -> float:
         """Return the seconds to wait before the next try; where there is none, raise the error."""
         asked: str = response.headers.get("Retry-After", "")
-        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE and self._delays:
+        if response.status_code in _RETRIED and self._delays:
             jitter = random.uniform(0.5, 1)  # noqa: S311  so that clients do not return together
             delay = self._delays.pop() * jitter + (float(asked) if asked.isdecimal() else 0.0)
             self._left -= delay
@@ -397,7 +398,7 @@ class DropserveClient(_Client[httpx.Client, httpx.BaseTransport, Callable[[float
 
     Args:
         url: where the service listens, http:// or https://.
-        retries: how often a 503 is tried again, after `Retry-After` and a random back-off.
+        retries: how often a 429 or 503 is tried again, after `Retry-After` and a random back-off.
         max_wait: seconds to wait between tries in all; a longer wait is given up at once.
         timeout: seconds for a connection, and for each read and write.
         api_key: one of the service's, where it asks for one.

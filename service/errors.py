@@ -8,8 +8,11 @@
     │   ├── NotFound              404
     │   ├── RequestTimeout        408
     │   ├── TooLarge              413
+    │   ├── UriTooLong            414
     │   ├── UnsupportedMediaType  415
-    │   └── InvalidRequest        422
+    │   ├── InvalidRequest        422
+    │   └── HeadTooLarge          431
+    ├── TooManyRequests           429, with Retry-After
     ├── Overloaded                503, with Retry-After
     ├── ServerError               any other status
     └── Unreachable               no answer at all; on the client's side only
@@ -29,6 +32,7 @@ OverloadReason = Literal[
     "timeout",  # too long in it
     "decode",  # too many images wait to be decoded
     "streams",  # too many at once
+    "connections",  # more than the cap (http/connection.py)
     "body_memory",  # bodies of other requests take all of it (http/body.py)
     "draining",  # the time for open requests at shutdown is over (http/request_log.py)
     "no_model",  # none is served (http/common.py)
@@ -86,7 +90,7 @@ class NotFound(RequestError):
 
 
 class RequestTimeout(RequestError):
-    """The body did not arrive in time."""
+    """The request did not arrive in time."""
 
     status = 408
 
@@ -95,6 +99,12 @@ class TooLarge(RequestError):
     """The body, or the image in it, is larger than the service accepts."""
 
     status = 413
+
+
+class UriTooLong(RequestError):
+    """The path and the query are longer than the service reads."""
+
+    status = 414
 
 
 class UnsupportedMediaType(RequestError):
@@ -107,6 +117,21 @@ class InvalidRequest(RequestError):
     """The format is right and a value is not: an undecodable image, an option out of range."""
 
     status = 422
+
+
+class HeadTooLarge(RequestError):
+    """The header fields are larger, or more, than the service reads."""
+
+    status = 431
+
+
+class TooManyRequests(DropserveError):
+    """The API key has reached one of its limits; try again after `Retry-After` seconds."""
+
+    status = 429
+
+    def __init__(self, detail: str, seconds: int = 1) -> None:
+        super().__init__(detail, headers={"Retry-After": str(seconds)})
 
 
 class Overloaded(DropserveError):
@@ -160,7 +185,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def error_for(status: int, detail: str) -> DropserveError:
     """Make the error that a response of this status stands for."""
-    kinds: tuple[type[DropserveError], ...] = (*RequestError.__subclasses__(), Overloaded)
+    refused = RequestError.__subclasses__()
+    kinds: tuple[type[DropserveError], ...] = (*refused, TooManyRequests, Overloaded)
     for kind in kinds:
         if kind.status == status:
             return kind(detail)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from pydantic import SecretStr
 
+from dropserve.service import tls
 from dropserve.service.http.keys import Keys
 from dropserve.service.inference.workers import StartupBarrier, shared_folder
 from dropserve.service.observability import logs
 from dropserve.service.settings import Settings, environment_name
+from dropserve.service.supervisor import Server, Supervisor
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -25,11 +27,12 @@ def serve(settings: Settings) -> None:
     """Load the models, then serve until SIGTERM or SIGINT; open requests are finished.
 
     A ModelStoreError (no model can be served, or not all in a strict start), a ServerError (no
-    OpenTelemetry) or an OSError (no API keys) is raised before anything listens.
+    OpenTelemetry) or an OSError (no API keys, no certificate) is raised before anything listens.
     """
     logs.configure(settings.log_level)
     if settings.api_keys_file is not None:
         Keys(settings.api_keys_file)  # for its errors, before the models are loaded
+    tls.check(settings)
     if settings.tracing:
         import dropserve.service.observability.tracing  # noqa: F401  for its error, too
     from dropserve.service.inference.inference import Inference  # loads PyTorch, which may log
@@ -44,21 +47,22 @@ def serve(settings: Settings) -> None:
         for name in settings.model_fields_set:
             os.environ[environment_name(name)] = _as_text(getattr(settings, name))
         with shared_folder():
-            uvicorn.run(
-                "dropserve.service.server:worker_app",
-                factory=True,
-                workers=settings.workers,
-                **options,
-            )
-        return
+            sys.exit(_supervise(settings.workers, options))
     from dropserve.service.app import create_app
 
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, inference), **options))
+    server = Server(uvicorn.Config(create_app(settings, inference), **options))
     for stop in (signal.SIGTERM, signal.SIGINT):
         # uvicorn drains on these, then raises them again; by then the work is done: exit 0
-        signal.signal(stop, lambda _signal, _frame: None)
+        signal.signal(stop, signal.SIG_IGN)
     server.run()
     sys.exit(0 if server.started else 1)
+
+
+def _supervise(workers: int, options: dict[str, Any]) -> int:
+    """Run several workers on one port; return the exit status."""
+    app = "dropserve.service.server:worker_app"
+    config = uvicorn.Config(app, factory=True, workers=workers, **options)
+    return Supervisor(config, [config.bind_socket()]).run()
 
 
 def worker_app() -> "FastAPI":
@@ -80,27 +84,41 @@ def _configure_collector() -> None:
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
     """Return how uvicorn is to run the application."""
     from dropserve.service.fastpath.uvicorn_protocol import FastPathProtocol
+    from dropserve.service.http.connection import Connection
 
     fast = settings.fast_path and not settings.tracing  # spans are made by ASGI middleware
-    # Connections are not capped: uvicorn's limit_concurrency does not see those of the fast path.
     return {
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": FastPathProtocol if fast else "httptools",
+        "http": FastPathProtocol if fast else Connection,
         "ws": "none",
         "access_log": False,
         "proxy_headers": False,  # the client's address is neither used nor logged
         "log_config": None,
         "server_header": False,
-        # a worker that does not answer its parent is replaced: on a busy machine importing torch
-        # takes longer than uvicorn's 5 seconds, and workers were replaced before they had started
-        "timeout_worker_healthcheck": 30,
-        # longer than clients and proxies keep theirs (httpx 5, many load balancers 60): if the
-        # server closed a connection first, a request could cross the closing
-        "timeout_keep_alive": 75,
+        "headers": security_headers(settings),
+        # the default is longer than clients and proxies keep theirs (httpx 5, many load balancers
+        # 60): if the server closed a connection first, a request could cross the closing
+        "timeout_keep_alive": settings.keep_alive,
         "timeout_graceful_shutdown": settings.drain_seconds,
+        **tls.uvicorn_tls(settings),
     }
+
+
+def security_headers(settings: Settings) -> list[tuple[str, str]]:
+    """Return the headers of every response, whatever writes it; pages add policies of their own."""
+    headers = [
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", "frame-ancestors 'none'"),
+        ("X-Frame-Options", "DENY"),
+        ("Referrer-Policy", "no-referrer"),
+    ]
+    if not settings.cors_origins:
+        headers.append(("Cross-Origin-Resource-Policy", "same-origin"))
+    if settings.tls_cert is not None:
+        headers.append(("Strict-Transport-Security", "max-age=31536000"))
+    return headers
 
 
 def _as_text(value: object) -> str:

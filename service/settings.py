@@ -1,6 +1,7 @@
 """What a deployer sets: environment variables that begin with DROPSERVE_."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -11,6 +12,7 @@ from dropserve.service.errors import did_you_mean
 from dropserve.service.schemas import MAX_SAMPLES
 
 PREFIX = "DROPSERVE_"
+_ORIGIN = re.compile(r"https?://[^/?#@\s]+")
 
 
 class Settings(BaseSettings):
@@ -32,6 +34,24 @@ class Settings(BaseSettings):
         None, description="File of keys, one per line; requests except probes must have one."
     )
     api_key: SecretStr | None = Field(None, description="Key that the commands send to a service.")
+    key_rate: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Requests per second and worker with one key; more get 429. 0: no limit.",
+    )
+    key_concurrency: int = Field(
+        0,
+        ge=0,
+        description="Requests in flight per worker with one key; more get 429. 0: no limit.",
+    )
+    tls_cert: Path | None = Field(None, description="Certificate chain (PEM); serves HTTPS.")
+    tls_key: Path | None = Field(None, description="Private key of the certificate (PEM).")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins, comma-separated, whose pages may read answers; * for all.",
+    )
+    docs: bool = Field(True, description="Serve the playground, /docs and /openapi.json.")
     default_model: str | None = Field(
         None, description="Model for routes that name none; required with several models."
     )
@@ -57,6 +77,17 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         1024, ge=1, description="Images that may wait; more are refused with 503."
     )
+    max_connections: int = Field(
+        8192, ge=1, description="Connections of one worker; more get 503. Open files bound it, too."
+    )
+    head_timeout: float = Field(
+        10.0, gt=0, description="Seconds for a request's first byte, and for its head, to arrive."
+    )
+    keep_alive: float = Field(
+        75.0,
+        gt=0,
+        description="Seconds that a connection may be idle, or its client leave an answer unread.",
+    )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Bytes of one request's body.")
     max_held_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of all bodies at once.")
     max_pixels: int = Field(
@@ -78,12 +109,28 @@ class Settings(BaseSettings):
         "info", description="Lowest severity that is logged; request lines are info."
     )
 
-    @field_validator("factories", mode="before")
+    @field_validator("factories", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
+            raise ValueError("an origin is * or http[s]://host[:port], with nothing behind it")
+        return origins
+
+    @model_validator(mode="after")
+    def _refuse_half(self) -> Self:
+        """Refuse settings that have no effect without another."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("DROPSERVE_TLS_CERT and DROPSERVE_TLS_KEY need each other")
+        if (self.key_rate or self.key_concurrency) and self.api_keys_file is None:
+            raise ValueError("limits per API key need DROPSERVE_API_KEYS_FILE")
+        return self
 
     @model_validator(mode="after")
     def _refuse_unknown(self) -> Self:
@@ -99,7 +146,10 @@ class Settings(BaseSettings):
     def url(self) -> str:
         """Where a client on this machine finds the service."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "http" if self.tls_cert is None else "https"
+        return (
+            f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+        )
 
 
 def environment_name(field: str) -> str:

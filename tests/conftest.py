@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -61,7 +62,9 @@ def checkpoints(tmp_path_factory):
 class Server:
     """A process that runs `dropserve.service.server.serve`, its log in a file."""
 
-    def __init__(self, folder: Path, checkpoints: Path, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, checkpoints: Path, command: str = SERVE, **settings: object
+    ) -> None:
         defaults = {"port": 0, "checkpoints": checkpoints, "default_model": "digits-mlp"}
         self.settings = defaults | settings
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DROPSERVE_")}
@@ -73,13 +76,14 @@ class Server:
         self.errors = folder / "stderr.log"
         with self.log.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVE], env=environment, stdout=out, stderr=err
+                [sys.executable, "-c", command], env=environment, stdout=out, stderr=err
             )
         self.port = 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if self.settings.get("tls_cert") else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     def lines(self) -> list[dict]:
         """The log so far; every whole line of it is JSON."""
@@ -94,13 +98,13 @@ class Server:
 
         return eventually(found, 5, 0.01)[-1]
 
-    def start(self, seconds: float = 60) -> "Server":
+    def start(self, seconds: float = 60, verify: ssl.SSLContext | bool = True) -> "Server":
         """Wait until it answers /readyz."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             if self.port or self._find_port():
                 try:
-                    if httpx.get(self.url + "/readyz").status_code == 200:
+                    if httpx.get(self.url + "/readyz", verify=verify).status_code == 200:
                         return self
                 except httpx.TransportError:
                     pass

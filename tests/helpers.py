@@ -1,15 +1,19 @@
-"""What tests of several folders use: pictures as files, free ports, conditions to wait for."""
+"""What tests of several folders use: pictures as files, free ports, waiting, packages."""
 
 import asyncio
+import importlib.metadata
 import inspect
 import io
 import socket
 import struct
+import subprocess
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -60,6 +64,16 @@ def zero():
 
     pixels = (load_digits().images[0] * (255 / 16)).round().astype(np.uint8)
     return {"content": encode(pixels), "headers": {"Content-Type": "image/png"}}
+
+
+def certify(folder, name, *options):
+    """Make a self-signed certificate for 127.0.0.1 by openssl; return its path and its key's."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    kind = ("-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2")
+    names = ("-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1")
+    command = ("openssl", "req", *kind, *names, *options, "-keyout", key, "-out", cert)
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
 
 
 def free_port():
@@ -119,3 +133,23 @@ def dropserve(*arguments, **environment):
     result = invoke(*arguments, **environment)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def needed(requirements, instead=None):
+    """Find the installed distributions that requirements lead to, directly or not.
+
+    `instead` maps a distribution's name to requirements that count in place of its own.
+    """
+    found, seen = {}, set()
+    pending = [(Requirement(text), "") for text in requirements]
+    while pending:
+        requirement, extra = pending.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in {("", name), *((e, name) for e in requirement.extras)} - seen:
+            seen.add(wanted)
+            found[name] = importlib.metadata.distribution(name)
+            asked = (instead or {}).get(name, found[name].requires)
+            pending += [(Requirement(text), wanted[0]) for text in asked or ()]
+    return list(found.values())

@@ -86,7 +86,8 @@ def test_only_a_service_with_keys_says_that_they_are_needed_and_not_by_its_probe
                 assert needed == [{"adminToken": [], "keyAsHeader": []}]
             else:
                 assert [*map(list, needed)] == [["keyAsBearer"], ["keyAsHeader"], ["keyAsPassword"]]
-            assert ("401" in operation["responses"]) == (path not in OPEN)
+            for status in ("401", "429"):
+                assert (status in operation["responses"]) == (path not in OPEN)
 
 
 def test_limits_in_the_document_are_those_of_the_service():

@@ -4,7 +4,6 @@ The tests read the command lines, environments and the health check from those f
 in an environment that holds the wheel and what it asks for, and nothing else.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -27,13 +26,10 @@ import jsonschema
 import pytest
 import typer
 import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from dropserve.service.cli.main import app
 from dropserve.service.settings import Settings, environment_name
-from tests.helpers import free_port, zero
+from tests.helpers import free_port, needed, zero
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -236,41 +232,23 @@ def test_commands_exist():
     assert {command[0] for command in named} <= set(typer.main.get_command(app).commands)
 
 
-# The constraints
+def test_nothing_is_installed_in_the_image_without_its_hash():
+    ran = [arguments for name, arguments in BUILDER if name == "RUN"]
+    commands = [
+        part for run in ran for part in run.split("&&") if re.search(r"(?<!-)\bpip\b", part)
+    ]
+    asking = [command for command in commands if "--no-index" not in command]
+    assert len(asking) == 2
+    for command in asking:
+        assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(command.split())
+    assert [command.split()[-1] for command in asking] == ["torch.lock", "requirements.lock"]
+
+
+# The wheel
 
 
 def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def pins():
-    text = (ROOT / "constraints.txt").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in (x.split("==") for x in lines)}
-
-
-def versions(requirements):
-    """Map what requirements lead to to the versions at hand, less local parts such as +cpu."""
-    return {
-        canonicalize_name(distribution.name): Version(distribution.version).public
-        for distribution in needed(requirements)
-    }
-
-
-def test_constraints_pin_what_the_tests_run_with_and_nothing_else():
-    extra = project()["optional-dependencies"]["dev"]
-    at_hand = versions([*project()["dependencies"], *extra])
-    # On some machines PyTorch brings a GPU's libraries along, and chooses their versions itself.
-    unpinned = at_hand.keys() - pins().keys() - versions(["torch"]).keys()
-    assert not unpinned
-    assert pins() == {name: at_hand.get(name) for name in pins()}
-
-
-def test_constraints_suit_any_build_of_a_version():
-    assert not [version for version in pins().values() if Version(version).local]
-
-
-# The wheel
 
 
 def run(*command, **options):
@@ -333,22 +311,6 @@ def installed(wheel, tmp_path_factory):
     run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
     run(*pip, "check")
     return folder
-
-
-def needed(requirements):
-    """Find the installed distributions that requirements lead to, directly or not."""
-    found, seen = {}, set()
-    pending = [(Requirement(text), "") for text in requirements]
-    while pending:
-        requirement, extra = pending.pop()
-        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
-            continue
-        name = canonicalize_name(requirement.name)
-        for wanted in {("", name), *((e, name) for e in requirement.extras)} - seen:
-            seen.add(wanted)
-            found[name] = importlib.metadata.distribution(name)
-            pending += [(Requirement(text), wanted[0]) for text in found[name].requires or ()]
-    return list(found.values())
 
 
 def top_level(distribution):

@@ -18,7 +18,13 @@ from rich.text import Text
 from dropserve.service.cli.options import Opt, Port, Url, find_service
 from dropserve.service.cli.terminal import console, say
 from dropserve.service.client import DropserveClient
-from dropserve.service.errors import DropserveError, Overloaded, ServerError, Unreachable
+from dropserve.service.errors import (
+    DropserveError,
+    Overloaded,
+    ServerError,
+    TooManyRequests,
+    Unreachable,
+)
 from dropserve.service.schemas import Readiness
 
 if TYPE_CHECKING:
@@ -75,7 +81,7 @@ def watch_figures(
     while True:
         try:
             snapshots.append(Snapshot(client.metrics(), client.readiness(), clock()))
-        except (Unreachable, Overloaded, ServerError) as error:
+        except (Unreachable, Overloaded, TooManyRequests, ServerError) as error:
             snapshots.clear()
             yield error
         except ValueError as error:

@@ -5,9 +5,9 @@ takes longer than decoding a small image and running a small network (docs/bench
 request goes from the socket to the queue in one call, and its answer to the socket in another.
 
 Only a 200 is written here. Every other request - by how it was sent, what it asks for or what
-becomes of it - is passed to uvicorn from its first byte on: the ASGI path. So every rule and error
-has one place, and without this package no answer would change. uvicorn's parser sees all bytes of
-a request or none of them, and one request is in flight on a connection at a time.
+becomes of it - takes the ASGI path from its first byte on. So every rule and error has one place,
+and without this package no answer would change. uvicorn's parser sees all bytes of a request or
+none of them.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ import httptools
 import orjson
 from starlette.applications import Starlette
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from dropserve.service.errors import DropserveError
+from dropserve.service.errors import DropserveError, TooManyRequests
+from dropserve.service.http.connection import MAX_FIELDS, NEVER, Connection
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
-from dropserve.service.http.keys import KeyCheck
+from dropserve.service.http.keys import ApiKey, KeyCheck
 from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
 from dropserve.service.http.request_log import RequestLog, record, request_id
 from dropserve.service.inference.batcher import QueueFull
@@ -55,7 +55,7 @@ _ANSWER = (
 )
 
 
-class FastPathProtocol(HttpToolsProtocol):
+class FastPathProtocol(Connection):
     """One connection: the fast path where it can be taken, and uvicorn's own elsewhere."""
 
     def __init__(self, config: Config, *arguments: Any, **named: Any) -> None:  # noqa: ANN401
@@ -66,62 +66,59 @@ class FastPathProtocol(HttpToolsProtocol):
         self._message = _Message()
         self._request: FastPathRequest | None = None
         self._sent = b""  # all bytes of the request in flight
-        self._behind: list[bytes] = []  # what came after them
-        self._partial = b""  # a request whose body is not complete
-        self._timer: TimerHandle | None = None  # of the partial request
-        self._between = True  # uvicorn's parser is between two requests
-        self._answered = 0.0
+        self._asgi = False  # the next request takes the ASGI path
+        self._timer: TimerHandle | None = None  # of a request whose body is not complete
 
-    def data_received(self, data: bytes) -> None:
-        """Take the fast path, the ASGI path, or wait for what was received before."""
-        if self._request is not None:
-            self._behind.append(data)
-            self.flow.pause_reading()
-            return
-        data = self._partial + data
-        if not self.take(data):
-            self._clear_partial()
-            super().data_received(data)
+    @property
+    def in_flight(self) -> bool:
+        """Whether the answer to a request is not complete."""
+        return self._request is not None or super().in_flight
 
-    def take(self, data: bytes) -> bool:
-        """Queue a request, or wait for the rest of its body; False: it takes the ASGI path."""
-        started = perf_counter()
-        if self._state is None or len(data) > _MAX_BYTES or not self._is_free:
-            return False
+    def begin(self) -> bool:
+        """Take the fast path, wait for the rest of a small body, or take the ASGI path."""
+        taken = self.take()
+        if taken is not None:
+            return taken
+        self._clear_timer()
+        self._asgi = False
+        return super().begin()
+
+    def take(self) -> bool | None:
+        """Queue a request; False: the rest of its body is awaited; None: it takes the ASGI path."""
+        started, data = perf_counter(), self.unread
+        if self._state is None or self._asgi or len(data) > _MAX_BYTES or not self._is_free:
+            return None
         options = _candidate(data, self._state.settings.max_samples)
         if options is None:
-            return False
+            return None
         message = self._message
         message.read(data)
         if message.complete and message.is_plain:
             self._request = FastPathRequest.queued(self._state, message, options, started)
         waits = message.partial and message.is_plain
         message.reset()
-        if waits:
-            self._partial = data
-            if self._timer is None:  # the limit is per request, not per chunk
-                self._timer = self.loop.call_later(_WAIT, self._pass_partial)
-        elif self._request is not None:
-            self._clear_partial()
-            self._sent = data
+        if self._request is not None:
+            self._clear_timer()
+            self._sent, self.unread = data, b""
+            self.deadline = NEVER
             self._request.waiting.future.add_done_callback(self._answer)
-        return waits or self._request is not None
+            return True
+        if waits and self._timer is None:  # the limit is per request, not per chunk
+            self._timer = self.loop.call_later(_WAIT, self._pass_partial)
+        return False if waits else None
 
     @property
     def _is_free(self) -> bool:
-        """Whether uvicorn has nothing to read, to answer or to write on this connection."""
-        answered = self.cycle is None or self.cycle.response_complete
-        idle = self._between and answered and not self.pipeline
-        return idle and not self.flow.write_paused and not self.transport.is_closing()
+        """Whether a request may be answered at once."""
+        ready = not self.flow.write_paused and not self.transport.is_closing()
+        return ready and not self._watch.is_over(self)
 
     def _pass_partial(self) -> None:
         """Pass a partial request to the ASGI path, where its rest has a time limit."""
-        data = self._partial
-        self._clear_partial()
-        super().data_received(data)
+        self._asgi = True
+        self.advance()
 
-    def _clear_partial(self) -> None:
-        self._partial = b""
+    def _clear_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -146,66 +143,45 @@ class FastPathProtocol(HttpToolsProtocol):
             request.end(CLIENT_CLOSED)
             return
         request.end(200)
-        self.server_state.total_requests += 1
-        self._answered = self.loop.time()
-        if self.timeout_keep_alive_task is None:
-            self._close_after(self.timeout_keep_alive)
-        if self._behind:
-            self.flow.resume_reading()
-            self.data_received(self._take_behind())
+        self.on_response_complete()
 
     def _pass_request(self, request: "FastPathRequest") -> None:
-        """Pass the request in flight, and what came behind it, to the ASGI path."""
-        data = self._sent + self._take_behind()
+        """Pass the request in flight to the ASGI path."""
+        self.unread = self._sent + self.unread
         self._request, self._sent = None, b""
         request.cancel(None)
-        super().data_received(data)
+        self._pass_partial()
 
-    def _take_behind(self) -> bytes:
-        behind = b"".join(self._behind)
-        self._behind.clear()
-        return behind
+    def may_probe(self) -> bool:
+        """Say if an interim response may be sent now; it is sent once."""
+        if self._request is None:
+            return super().may_probe()
+        may, self._request.probed = not self._request.probed, True
+        return may
 
-    def _close_after(self, seconds: float) -> None:
-        handler = self.timeout_keep_alive_handler
-        self.timeout_keep_alive_task = self.loop.call_later(seconds, handler)
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection. The timer runs on during requests: resetting it is slow."""
-        busy = self._request is not None or self._partial
-        idle = 0.0 if busy else self.loop.time() - self._answered
-        if idle < self.timeout_keep_alive:
-            self._close_after(self.timeout_keep_alive - idle)
-        else:
-            super().timeout_keep_alive_handler()
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Let the ASGI path refuse a partial request."""
+        if self._timer is not None:
+            self._pass_partial()
+        return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the request in flight; the ASGI path logs a partial one."""
-        if self._partial:
+        if self._timer is not None:
             self._pass_partial()
         if self._request is not None:
             request, self._request = self._request, None
             request.cancel(CLIENT_CLOSED)
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # uvicorn leaves it on if the connection broke
 
     def shutdown(self) -> None:
-        """Close the connection, or pass its request to the ASGI path, which the drain waits for."""
-        if self._partial:
+        """Pass what was received to the ASGI path, whose answers announce the close."""
+        self._state = None
+        if self._timer is not None:
             self._pass_partial()
         if self._request is not None:
             self._pass_request(self._request)
         super().shutdown()
-
-    def on_message_begin(self) -> None:
-        """Note that uvicorn is reading a request."""
-        self._between = False
-        super().on_message_begin()
-
-    def on_message_complete(self) -> None:
-        """Note that uvicorn has read it."""
-        self._between = True
-        super().on_message_complete()
 
 
 @dataclass(eq=False, slots=True)
@@ -218,6 +194,8 @@ class FastPathRequest:
     head: dict[str, Any]
     line: dict[str, Any]
     started: float
+    probed: bool = False
+    key: ApiKey | None = None
 
     @classmethod
     def queued(
@@ -228,9 +206,34 @@ class FastPathRequest:
         started: float,
     ) -> "FastPathRequest | None":
         """Queue a request; None: it takes the ASGI path."""
-        headers, body = message.headers, message.body
-        if state.keys is not None and not state.keys.admit(headers):
+        if state.keys is None:
+            return cls._queued(state, message, options, started)
+        key: ApiKey | None = state.keys.find(message.headers)
+        if key is None:
             return None
+        try:
+            key.enter()
+        except TooManyRequests:
+            return None
+        request = None
+        try:
+            request = cls._queued(state, message, options, started)
+        finally:
+            if request is None:
+                key.leave(counted=False)
+        if request is not None:
+            request.key, request.line["key"] = key, key.name
+        return request
+
+    @classmethod
+    def _queued(
+        cls,
+        state: SimpleNamespace,
+        message: "_Message",
+        options: Options,
+        started: float,
+    ) -> "FastPathRequest | None":
+        headers, body = message.headers, message.body
         name, version, route, parsed = options
         inference: Inference = state.inference
         reader = state.reader
@@ -255,7 +258,9 @@ class FastPathRequest:
         """Write the response, or raise what went wrong instead."""
         content = {**self.head, **self.waiting.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        lines = b"".join([b"%b: %b\r\n" % header for header in server_headers])
+        lines = _server_lines(server_headers)
+        if self.state.settings.cors_origins:
+            lines += b"vary: Origin\r\n"
         return _ANSWER % (lines, len(body), self.line["request_id"].encode(), body)
 
     def cancel(self, status: int | None) -> None:
@@ -266,9 +271,29 @@ class FastPathRequest:
     def end(self, status: int | None) -> None:
         """Release the body; log and count the request, unless the ASGI path will (None)."""
         self.state.reader.release(self.size)
+        if self.key is not None:
+            self.key.leave(counted=status is not None)
         if status is not None:
             self.line |= {"images": 1, "status": status}
             record(self.state.metrics, self.line, self.started)
+
+
+class _ServerLines:
+    """The headers that uvicorn adds to every answer, as they are sent."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Headers, bytes] = [], b""
+
+    def __call__(self, headers: Headers) -> bytes:
+        """Write them; uvicorn replaces the list once a second, because of the date."""
+        latest = self._latest
+        if latest[0] is not headers:
+            lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+            latest = self._latest = headers, lines
+        return latest[1]
+
+
+_server_lines = _ServerLines()
 
 
 def _candidate(data: bytes, max_samples: int) -> Options | None:
@@ -327,7 +352,8 @@ class _Message:
         """Whether a small PNG comes after headers that the fast path knows."""
         given = dict(self.headers)
         small = int(given.get(b"content-length", b"0")) <= SMALL_BYTES
-        plain = len(given) == len(self.headers) and _ASGI_ONLY.isdisjoint(given)
+        once = len(given) == len(self.headers) <= MAX_FIELDS and b"host" in given
+        plain = once and _ASGI_ONLY.isdisjoint(given)
         return plain and small and given.get(b"content-type") == b"image/png"
 
     def on_message_begin(self) -> None:

@@ -76,6 +76,9 @@ class BodyReader:
                     headers={"Connection": "close"},
                 ) from None
             raise
+        if cut := request.scope["state"].get("cut"):  # by http/connection.py
+            self._held -= sum(map(len, chunks))
+            raise cut
         return b"".join(chunks)
 
     async def _append(self, request: Request, chunks: list[bytes]) -> None:

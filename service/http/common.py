@@ -2,8 +2,8 @@
 
 A handler takes the plain `Request` and returns a `Response`, so that the framework solves no
 dependencies per request; `described` says in the OpenAPI document what the handler reads.
-`request.app.state` has `settings`, `reader` (of bodies) and `inference`; `request.state.log` are
-the fields of the request's log line.
+`request.app.state` has `settings`, `reader` (of bodies), `inference`, and whether the server is
+`draining`; `request.state.log` are the fields of the request's log line.
 """
 
 import asyncio
@@ -111,8 +111,15 @@ def find_model(request: Request, *, log: bool = False) -> "Classifier":
     return model
 
 
+def require_serving(request: Request) -> None:
+    """Raise Overloaded if the service is stopping: what it reports as ready would be sent more."""
+    if request.app.state.draining:
+        raise Overloaded("the service is stopping", "draining")
+
+
 def require_model(request: Request) -> None:
-    """Raise Overloaded if no model is served."""
+    """Raise Overloaded if the service is stopping, or no model is served."""
+    require_serving(request)
     if not any(inference_of(request).store):
         raise Overloaded("no model is served", "no_model")
 

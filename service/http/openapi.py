@@ -6,8 +6,10 @@ it. The examples are what a service was sent and answered: `docs/examples.py` wr
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Mapping
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +65,31 @@ def complete_document(app: FastAPI, settings: Settings) -> None:
         return derive()
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does it
+    if settings.docs:
+        page = _docs_page()
 
-    @app.get("/docs", include_in_schema=False)
-    async def page() -> Response:
-        static = "static-offline-docs"  # mounted by FastAPIOffline
-        return get_swagger_ui_html(
-            openapi_url="openapi.json",
-            title="Dropserve: API",
-            swagger_js_url=f"{static}/swagger-ui-bundle.js",
-            swagger_css_url=f"{static}/swagger-ui.css",
-            swagger_favicon_url="playground/icon.svg",
-        )
+        @app.get("/docs", include_in_schema=False)
+        async def docs() -> Response:
+            return page
+
+
+def _docs_page() -> Response:
+    """Make the page of the document, with a policy that allows no script but its own."""
+    static = "static-offline-docs"  # mounted by FastAPIOffline
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="Dropserve: API",
+        swagger_js_url=f"{static}/swagger-ui-bundle.js",
+        swagger_css_url=f"{static}/swagger-ui.css",
+        swagger_favicon_url="playground/icon.svg",
+    )
+    (script,) = re.findall(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
+    digest = b64encode(sha256(script).digest()).decode()
+    page.headers["Content-Security-Policy"] = (
+        f"default-src 'none'; script-src 'self' 'sha256-{digest}'; style-src 'self'; "
+        "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
+    )
+    return page
 
 
 def shortest_path(path: str) -> str:
@@ -129,7 +145,7 @@ def _complete_operation(
     answers = {status: r for status, r in declared.items() if status < "400"}
     # not the 422 that the framework makes up
     failed = {s for s, r in declared.items() if s >= "400" and "ValidationError" not in str(r)}
-    failed |= {"500", *(["401"] if keys or admin else [])}
+    failed |= {"500", *(["401"] if keys or admin else []), *(["429"] if keys else [])}
     operation["responses"] = answers | {s: _error(path, int(s)) for s in sorted(failed)}
     for parameter in operation.get("parameters", ()):
         if parameter["name"] == "samples":

@@ -8,10 +8,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +23,11 @@ from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
 
 REQUEST_ID = b"x-request-id"
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_CORS_REQUEST = (
+    *("Authorization", "X-API-Key", "X-Request-ID", "X-Request-Timeout"),
+    *("Inference-Header-Content-Length", "traceparent", "tracestate"),
+)
+_CORS_RESPONSE = ("Inference-Header-Content-Length", "Retry-After", "X-Request-ID")
 _log = logging.getLogger("dropserve.requests")
 
 
@@ -29,10 +35,23 @@ class RequestLog:
     """ASGI middleware; `request.state` then has `request_id`, and `log` to add fields to.
 
     It answers HEAD wherever there is GET, and turns errors into responses.
+
+    Args:
+        app: what is wrapped.
+        origins: whose pages a browser lets read the answers, errors included; "*": all.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, origins: Sequence[str] = ()) -> None:
         self._app = app
+        self._respond: ASGIApp = self._answer
+        if origins:  # within the log and around errors; preflights have no key
+            self._respond = CORSMiddleware(
+                self._answer,
+                allow_origins=origins,
+                allow_methods=("GET", "HEAD", "POST"),
+                allow_headers=_CORS_REQUEST,
+                expose_headers=_CORS_RESPONSE,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -56,7 +75,7 @@ class RequestLog:
                 raise ClientDisconnect from error
 
         try:
-            await self._answer(scope, receive, send_logged)
+            await self._respond(scope, receive, send_logged)
         except ClientDisconnect:
             line["status"] = CLIENT_CLOSED
         finally:
@@ -108,10 +127,17 @@ def error_response(
     scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> JsonResponse:
     """Write an error as clients of this path expect it."""
-    if is_protocol(scope["path"]):
-        return JsonResponse({"error": detail}, status, headers)
-    content = problem(status, detail, scope["state"]["request_id"])
-    return JsonResponse(content, status, headers, media_type="application/problem+json")
+    content, media_type = error_content(scope["path"], status, detail, scope["state"]["request_id"])
+    return JsonResponse(content, status, headers, media_type=media_type)
+
+
+def error_content(
+    path: str, status: int, detail: str, request_id: str
+) -> tuple[dict[str, object], str]:
+    """Return the content of an error as clients of this path expect it, and its media type."""
+    if is_protocol(path):
+        return {"error": detail}, "application/json"
+    return problem(status, detail, request_id), "application/problem+json"
 
 
 def is_protocol(path: str) -> bool:
@@ -135,6 +161,8 @@ def record(metrics: Metrics, line: dict[str, Any], started: float) -> None:
     seconds = time.perf_counter() - started
     model, version = line.get("model", ""), line.get("version", "")
     metrics.record_request(line["route"] or "other", model, version, line["status"], seconds)
+    if "key" in line:
+        metrics.record_key(line["key"], line["status"])
     if line.get("reason"):
         metrics.record_shed(line["reason"])
     if _log.isEnabledFor(logging.INFO):

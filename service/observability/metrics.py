@@ -8,6 +8,7 @@ worker writes files of its own; the one that answers /metrics adds them up.
 import asyncio
 import logging
 import os
+from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -105,6 +106,8 @@ class Metrics:
         self._shed = counter("shed_total", "Requests refused with 503.", ["reason"])
         for reason in REASONS:
             self._shed.labels(reason)  # so that it is 0, not absent, until it happens
+        text, labels = "Requests answered, by the name of their API key.", ["key", "status"]
+        self._key_requests = counter("key_requests_total", text, labels)
         self._cancelled = counter("cancelled_total", "Requests whose client went away.")
 
         text = "From the queue to a batch."
@@ -131,6 +134,7 @@ class Metrics:
 
         self._pending = _Buffer()  # by histogram and its labels
         self.requests = _Buffer()  # seconds by route, model, version and status
+        self._keys: Tally[tuple[str, int]] = Tally()  # requests by name of the key and status
         self._counted_loads: dict[tuple[str, str], int] = {}
         self._served: set[tuple[str, int]] = set()
         self._models: set[str] = set()
@@ -140,6 +144,10 @@ class Metrics:
     ) -> None:
         """Record an answered request; model and version are "" where it did not reach one."""
         self.requests[route, model, version, status].append(seconds)
+
+    def record_key(self, name: str, status: int) -> None:
+        """Count an answered request that came with a key of this name; on the event loop only."""
+        self._keys[name, status] += 1
 
     def record_shed(self, reason: str) -> None:
         """Count a request that is refused with 503."""
@@ -183,6 +191,9 @@ class Metrics:
             self._seconds.labels(route, model, status).observe_all(seconds)
             if status == CLIENT_CLOSED:
                 self._cancelled.inc(len(seconds))
+        for (key_name, status), count in self._keys.items():
+            self._key_requests.labels(key_name, status).inc(count)
+        self._keys.clear()
         for (histogram, *labels), values in self._pending.drain():
             histogram.labels(*labels).observe_all(values)
         self._queued.set(source.queued)

@@ -55,9 +55,9 @@ def answering(status: int, body: object, headers: dict[str, str] | None = None) 
     return lambda _: httpx.Response(status, json=body, headers=headers)
 
 
-def busy(times: int, headers: dict[str, str]) -> Handler:
-    """503 so many times, then an answer."""
-    left = [httpx.Response(503, headers=headers) for _ in range(times)]
+def busy(times: int, headers: dict[str, str], status: int = 503) -> Handler:
+    """A 503, or another status, so many times, then an answer."""
+    left = [httpx.Response(status, headers=headers) for _ in range(times)]
     return lambda _: left.pop() if left else httpx.Response(200, json=PREDICTED)
 
 
@@ -145,8 +145,9 @@ def test_options_go_into_the_query(call):
     }
 
 
-def test_a_503_is_tried_again_after_what_retry_after_asks_for(call):
-    assert call(busy(2, {"Retry-After": "3"}), "predict", PNG).version == 3
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_429_or_503_is_tried_again_after_what_retry_after_asks_for(call, status):
+    assert call(busy(2, {"Retry-After": "3"}, status), "predict", PNG).version == 3
     assert len(call.waited) == 2
     assert all(3 <= seconds < 3.3 for seconds in call.waited)
     assert [request.content for request in call.sent] == [PNG] * 3
@@ -164,9 +165,12 @@ def test_without_retry_after_the_delay_doubles_within_its_jitter(call):
         assert most / 2 <= seconds <= most
 
 
-def test_it_gives_up_after_the_last_retry(call):
-    with pytest.raises(errors.Overloaded) as caught:
-        call(busy(9, {"Retry-After": "1"}), "predict", PNG, retries=2)
+@pytest.mark.parametrize(
+    ("status", "kind"), [(429, errors.TooManyRequests), (503, errors.Overloaded)]
+)
+def test_it_gives_up_after_the_last_retry(call, status, kind):
+    with pytest.raises(kind) as caught:
+        call(busy(9, {"Retry-After": "1"}, status), "predict", PNG, retries=2)
     assert len(call.sent) == 3
     assert caught.value.headers == {"retry-after": "1"}
 

@@ -14,6 +14,7 @@ from PIL import Image
 from dropserve.models import checkpoint
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
+from dropserve.service.fastpath.uvicorn_protocol import FastPathProtocol
 from dropserve.service.server import uvicorn_options
 from dropserve.service.settings import Settings
 from tests.helpers import encode, free_port
@@ -129,4 +130,4 @@ def test_two_workers_serve_the_same_and_stop_cleanly(started):
 )
 def test_the_fast_path_is_on_unless_it_is_switched_off_or_requests_are_traced(settings, fast):
     http = uvicorn_options(Settings(**settings))["http"]
-    assert (http == "httptools") is not fast
+    assert issubclass(http, FastPathProtocol) is fast

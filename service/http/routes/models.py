@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from dropserve.service.inference.inference import Inference
 
 router = APIRouter(tags=["models"])
-_IMAGE_HEADERS = {
-    "Cache-Control": "private, max-age=86400",  # a version does not change
-    "X-Content-Type-Options": "nosniff",
-}
+_IMAGE_HEADERS = {"Cache-Control": "private, max-age=86400"}  # a version does not change
 _PNG = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
 
 

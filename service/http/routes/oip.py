@@ -196,6 +196,7 @@ async def ready(request: Request) -> dict[str, bool]:
 
 async def model_ready(request: Request) -> dict[str, str | bool]:
     """Say that a model can answer."""
+    common.require_serving(request)
     return {"name": common.find_model(request).name, "ready": True}
 
 

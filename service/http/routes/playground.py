@@ -18,16 +18,13 @@ _TYPES = {  # not from the machine's tables, which differ: nosniff makes browser
 }
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'",
     "Cache-Control": "no-cache",  # revalidated each time: a new version shows at once
 }
 
 
 class _Files(StaticFiles):
-    """The folder's files, with the page's policy on every response."""
+    """The folder's files, with the page's policy on every response, beside the server's headers."""
 
     def file_response(self, full_path: Any, *args: Any, **kwargs: Any) -> Response:  # noqa: ANN401
         response = super().file_response(full_path, *args, **kwargs)

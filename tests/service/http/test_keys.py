@@ -10,7 +10,7 @@ from dropserve.service.http.keys import OPEN, Keys, KeysError
 from tests.helpers import eventually
 
 KEY, OTHER = "first-key-0123456789", "second-key-0123456789"
-CHALLENGE = 'Basic realm="dropserve", charset="UTF-8", Bearer'
+CHALLENGE = 'Basic realm="dropserve", charset="UTF-8", Bearer realm="dropserve"'
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,14 @@ def test_what_is_wrong_with_a_file_is_said_but_not_what_is_in_it(tmp_path):
         ("# nothing yet\n", "no API key in it"),
         ("secret-one\nsecret two\n", "line 2 is no key"),
         ("schlüssel\n", "line 1 is no key"),
+        ("secret-one name=\n", "line 1 is no key"),
+        ("secret-one name=schlüssel\n", "line 1 is no key"),
+        ("secret-one name=a=b\n", "line 1 is no key"),
+        ("secret-one rate=-1\n", "line 1 is no key"),
+        ("secret-one rate=nan\n", "line 1 is no key"),
+        ("secret-one concurrency=1.5\n", "line 1 is no key"),
+        ("secret-one secret=two\n", "line 1 is no key"),
+        ("secret-one name=a\nsecret-two name=a\n", "two keys have the same name"),
     ):
         path.write_text(content)
         with pytest.raises(KeysError, match=complaint) as caught:
@@ -148,18 +156,33 @@ def test_the_file_is_only_read_again_when_it_has_changed(tmp_path, monkeypatch):
     os.utime(path, (1, 1))
     keys.refresh()
     assert reads == [path]
-    assert keys.admit([(b"x-api-key", KEY.encode())])
+    assert keys.find([(b"x-api-key", KEY.encode())])
+
+
+def test_a_key_has_a_name_and_limits_of_its_own_or_those_of_the_service(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# who\nolder==\nfirst  name=phone rate=0.5\nsecond rate=0 concurrency=3\n")
+    keys = Keys(path, rate=7, concurrency=9)
+
+    def read(key):
+        found = keys.find([(b"x-api-key", key)])
+        return found.name, found.rate, found.concurrency
+
+    assert read(b"older==") == ("line-2", 7, 9)
+    assert read(b"first") == ("phone", 0.5, 9)
+    assert read(b"second") == ("line-4", 0, 3)
 
 
 def test_a_worker_that_starts_when_the_keys_are_spoilt_uses_the_last_good_ones(tmp_path):
     path, kept = tmp_path / "keys", tmp_path / "kept"
-    path.write_text("first-key\n")
+    path.write_text("first-key name=phone rate=5\n")
     Keys(path, kept)
     path.write_text("# none\n")
     late = Keys(path, kept)
-    assert late.admit([(b"x-api-key", b" first-key ")])
-    assert not late.admit([(b"x-api-key", b"# none")])
+    found = late.find([(b"x-api-key", b" first-key ")])
+    assert (found.name, found.rate) == ("phone", 5)
+    assert not late.find([(b"x-api-key", b"# none")])
     assert "first-key" not in kept.read_text()
     path.unlink()
     os.mkfifo(path)
-    assert Keys(path, kept).admit([(b"authorization", b"Bearer first-key")])
+    assert Keys(path, kept).find([(b"authorization", b"Bearer first-key")])

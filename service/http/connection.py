@@ -1,0 +1,535 @@
+"""uvicorn's protocol class with limits on size, time and number, and errors in our own format.
+
+The parser gets one message at a time, in pieces that end where a message can end: behind an empty
+line, or with the last byte of `Content-Length`. So a message and its answer are complete before the
+next is parsed: pipelined requests are answered in order, and what is read ahead is bounded.
+"""
+
+import asyncio
+import re
+import resource
+import termios
+from fcntl import ioctl
+from socket import IPPROTO_TCP, TCP_INFO
+from time import perf_counter
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import httptools
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from dropserve.service.errors import (
+    DropserveError,
+    HeadTooLarge,
+    MalformedRequest,
+    Overloaded,
+    RequestTimeout,
+    UriTooLong,
+)
+from dropserve.service.http.common import to_json
+from dropserve.service.http.keys import OPEN
+from dropserve.service.http.request_log import REQUEST_ID, error_content, record, request_id
+from dropserve.service.settings import Settings
+
+MAX_HEAD = 65_536
+"""Bytes of a request's first line and header fields."""
+MAX_FIELDS = 100
+"""Header fields of a request."""
+MAX_TARGET = 8_192
+"""Bytes of the path and the query."""
+_METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"}
+_OTHER_METHOD = b"TRACE"
+"""Of what the parser gets for a method that no route has: the route answers 405."""
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_REQUEST_LINE = re.compile(rb"(%b+) ([!-~]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
+_FIRST_BYTES = re.compile(rb"%b+(?: [^\0\n]*)?" % _TOKEN)
+_FRAMING = re.compile(rb"(?i)\r\n(host|content-length|transfer-encoding):[ \t]*([^\r\n]*)")
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+_UPGRADE = re.compile(rb"(?i)\r\nupgrade:[^\r\n]*")
+_ID = re.compile(rb"(?i)\r\nx-request-id:[ \t]*([^\r\n]*?)[ \t]*\r\n")
+_END = b"\r\n\r\n"
+_READ_AHEAD = 65_536  # bytes of later messages that are read while one is answered
+_RESERVE = 64
+"""Connections over the cap, for probes."""
+_OTHER_FILES = 128 + _RESERVE  # descriptors that are no connections within the cap
+_TICK = 0.1  # seconds between two looks at the deadlines
+_LINGER = 2.0
+"""Seconds in which a refused client may still send: closing at once could destroy the answer."""
+_MOST_THROWN_AWAY = 32 * 2**20  # bytes in that time
+_GRACE = 0.1
+"""Seconds after the start of a shutdown in which the whole of a request must have arrived."""
+_EMPTY = bytes(4)
+_PROBE = 0.2
+"""Seconds after which it is asked whether a client that sends no more still reads."""
+_CLOSE_WAIT = 8  # of the kernel's TCP states: the peer sends no more, and has not reset
+NEVER = float("inf")
+"""A deadline that never comes."""
+
+
+class Watch:
+    """The connections of one server: their deadlines, and those over the cap."""
+
+    _watches: ClassVar["WeakKeyDictionary[ServerState, Watch]"] = WeakKeyDictionary()
+
+    def __init__(self, connections: "set[Connection]", settings: Settings) -> None:
+        self.most = max(1, min(settings.max_connections, open_files(settings) - _OTHER_FILES))
+        self._connections = connections
+        self._over: dict[Connection, None] = {}  # in the order of their arrival
+        self._ticking = False
+
+    @classmethod
+    def of(cls, server: ServerState, settings: Settings) -> "Watch":
+        """Find or make the watch of a server."""
+        if server not in cls._watches:
+            cls._watches[server] = cls(server.connections, settings)  # type: ignore[arg-type]
+        return cls._watches[server]
+
+    def add(self, connection: "Connection") -> None:
+        """Count a connection, and see to its deadlines."""
+        if len(self._connections) > self.most:
+            self._over[connection] = None
+            if len(self._over) > _RESERVE:
+                next(iter(self._over)).transport.abort()
+        if not self._ticking:
+            self._ticking = True
+            connection.loop.call_later(_TICK, self._tick, connection.loop)
+
+    def is_over(self, connection: "Connection") -> bool:
+        """Say if a connection is still over the cap."""
+        if connection in self._over and len(self._connections) - len(self._over) < self.most:
+            del self._over[connection]
+        return connection in self._over
+
+    def remove(self, connection: "Connection") -> None:
+        """Forget a connection that was lost."""
+        self._over.pop(connection, None)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for connection in [c for c in self._connections if c.deadline <= now]:
+            connection.expire()
+        self._ticking = bool(self._connections)
+        if self._ticking:
+            loop.call_later(_TICK, self._tick, loop)
+
+
+def open_files(settings: Settings) -> int:
+    """Let the process open as many files as its connections need, if it may; return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.max_connections + _OTHER_FILES
+    if soft < needed and hard != soft:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
+
+
+class Connection(HttpToolsProtocol):
+    """One connection.
+
+    Attributes:
+        unread: bytes that were received, and that the parser has not got.
+        deadline: time of the event loop at which `expire` is due.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._app_state = config.loaded_app.state
+        self._settings: Settings = self._app_state.settings
+        self._watch = Watch.of(server_state, self._settings)
+        self.unread = b""
+        self.deadline = self.loop.time() + self._settings.head_timeout
+        self._between = True  # the parser is between two messages
+        self._head_bytes = 0  # of a head that is not complete: those that were looked at
+        self._rest: int | None = 0  # bytes of the body that the parser lacks; None: chunked
+        self._tail = b""  # of a chunked body: the last bytes that the parser got
+        self._overhead = 0  # of a chunked body: bytes since the last that are its data
+        self._ended = False  # the client sends no more
+        self._lingers = False  # what arrives is thrown away
+        self._thrown_away = 0  # bytes
+        self._draining = False  # the service stops
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin; while the service stops, connections come from the kernel's backlog."""
+        super().connection_made(transport)
+        self._watch.add(self)
+        if self._app_state.draining:
+            self.shutdown()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        super().connection_lost(exc)
+        self._watch.remove(self)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether the answer to a request is not complete."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def busy(self) -> bool:
+        """Whether the next message must wait: for an answer, or for the client to read one."""
+        return self._between and (self.in_flight or self.flow.write_paused)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        if self._lingers:
+            self._thrown_away += len(data)
+            if self._thrown_away > _MOST_THROWN_AWAY:
+                self.transport.abort()
+            return
+        self.unread += data
+        self.advance()
+
+    def advance(self) -> None:
+        """Read to the end of a message: the next waits for its answer."""
+        while self.unread and not self.busy and not self._lingers:
+            if not self._between:
+                self._read_body()
+            elif not self.begin():
+                break
+        if len(self.unread) > _READ_AHEAD:
+            self.flow.pause_reading()
+        if self._draining:
+            self._announce_close()
+
+    def begin(self) -> bool:
+        """Read a head; False: it is not complete, or was refused."""
+        self.unread = self.unread.lstrip(b"\r\n")
+        end = self.unread.find(_END, max(self._head_bytes - len(_END), 0))
+        if end < 0 and not self._head_bytes:
+            seconds = _GRACE if self._draining else self._settings.head_timeout
+            self.deadline = self.loop.time() + seconds
+        self._head_bytes = 0 if end >= 0 else len(self.unread)
+        head = self.unread[: end + len(_END)] if end >= 0 else self.unread
+        try:
+            if end < 0:
+                check_beginning(head)
+                return False
+            self._rest = check_head(head)
+            if self._watch.is_over(self) and head.split(b" ", 2)[1].decode("latin-1") not in OPEN:
+                raise Overloaded("too many connections; try again in a second", "connections")
+        except DropserveError as error:
+            self.refuse(error)
+            return False
+        self.deadline = self.loop.time() + _GRACE if self._draining else NEVER
+        self._tail, self._overhead = b"", 0
+        self.unread = self.unread[len(head) :]
+        method, space, rest = head.partition(b" ")
+        if method not in _METHODS:
+            head = _OTHER_METHOD + space + rest
+        self._feed(_UPGRADE.sub(b"", head))  # without the field, the parser reads the body
+        if not self._between:
+            self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
+        return not self._lingers
+
+    def _read_body(self) -> None:
+        size = len(self.unread)
+        if self._rest is None:
+            found = (self._tail + self.unread).find(_END)
+            size = size if found < 0 else found + len(_END) - len(self._tail)
+        else:
+            size = min(size, self._rest)
+            self._rest -= size
+        piece, self.unread = self.unread[:size], self.unread[size:]
+        self._tail = (self._tail + piece[-3:])[-3:]
+        self._overhead += size
+        self._feed(piece)
+        if self._overhead > MAX_HEAD:
+            self._cut(_head_too_large())
+        elif not self._between and self._rest == 0:
+            self._cut(_bad_chunks())
+
+    def _feed(self, data: bytes) -> None:
+        head = self._between
+        try:
+            self.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if head:
+                self._between = True
+                self.refuse(MalformedRequest("the request breaks the rules of HTTP"), data)
+            else:
+                self._cut(_bad_chunks())
+
+    def on_message_begin(self) -> None:
+        """Note that a message has begun."""
+        self._between = False
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a field of the head; those behind a body are ignored."""
+        if self._overhead == 0:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        self._overhead = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note that the message is complete."""
+        self._between = True
+        super().on_message_complete()
+        self.set_deadline()
+
+    def on_response_complete(self) -> None:
+        """Go on with what came behind the request."""
+        self.server_state.total_requests += 1
+        if self._lingers:
+            return
+        self.set_deadline()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        self.advance()
+        if self._ended and not self.busy and not self._lingers:
+            self._end()
+
+    def set_deadline(self) -> None:
+        """Set the deadline; a request in flight has none while the client reads."""
+        if self.in_flight and not self.flow.write_paused:
+            self.deadline = NEVER
+            return
+        idle = _GRACE if self._draining else self.timeout_keep_alive
+        self.deadline = self.loop.time() + (idle if self._between else self._settings.body_timeout)
+
+    def shutdown(self) -> None:
+        """Answer what was received in full, refuse what was not, and close."""
+        self._draining = True
+        self._announce_close()
+        if not self.busy and not self._lingers:
+            self.deadline = self.loop.time() + _GRACE
+
+    def _announce_close(self) -> None:
+        """Have the answer to the last request that was received say `Connection: close`."""
+        if self.busy and self.cycle is not None and not self.unread and not self._is_readable:
+            self.cycle.keep_alive = False
+
+    @property
+    def _is_readable(self) -> bool:
+        """Whether the kernel has bytes of this connection that were not read."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        return descriptor >= 0 and ioctl(descriptor, termios.FIONREAD, _EMPTY) != _EMPTY
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what was received completely; return whether the connection stays open."""
+        self._ended = True
+        if not self.busy:
+            self._end()
+        elif not self.flow.write_paused:
+            self.deadline = self.loop.time() + _PROBE
+        return not self.transport.is_closing() and self.transport.can_write_eof()  # not with TLS
+
+    def _end(self) -> None:
+        """Close the connection of a client that sends no more, after an error if one is due."""
+        if self._lingers and not self.in_flight:
+            self.transport.close()
+        elif not self._between and not self._lingers:
+            self._cut(MalformedRequest("the body is shorter than it says"))
+        elif self.unread:
+            self.refuse(MalformedRequest("the request ends before its head does"))
+        else:
+            self.transport.close()
+
+    def _cut(self, error: DropserveError) -> None:
+        """Let the reader of a body that cannot be complete raise an error."""
+        self._lingers, self.unread = True, b""
+        self.deadline = NEVER
+        cycle = self.cycle
+        if cycle.response_complete:
+            self.linger()
+            return
+        cycle.scope["state"]["cut"] = error
+        cycle.keep_alive = cycle.more_body = False
+        cycle.message_event.set()
+
+    def expire(self) -> None:
+        """Do what is due at the deadline."""
+        self.deadline = self.loop.time() + _LINGER
+        if self.transport.is_closing() or self._lingers or self.flow.write_paused:
+            self.transport.abort()
+        elif self._draining and self._is_readable:
+            self.deadline = self.loop.time() + _GRACE
+        elif self.busy:
+            self._probe()
+        elif self.in_flight:  # and draining
+            self._cut(Overloaded("the service is stopping", "draining"))
+        elif self._between and self.unread and not self._draining:
+            seconds = self._settings.head_timeout
+            self.refuse(RequestTimeout(f"the head did not arrive within {seconds:g} seconds"))
+        else:
+            self.transport.close()
+
+    def _probe(self) -> None:
+        """Find out if a client that sends no more has left: then it resets when it is sent to.
+
+        What it is sent is an interim response (RFC 9110, section 15.2).
+        """
+        self.deadline = self.loop.time() + _TICK
+        socket = self.transport.get_extra_info("socket")
+        if socket.getsockopt(IPPROTO_TCP, TCP_INFO, 1)[0] != _CLOSE_WAIT:
+            self.transport.abort()
+        elif self.may_probe():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def may_probe(self) -> bool:
+        """Say if an interim response may be sent now; it is sent once."""
+        cycle = self.cycle
+        fresh = not cycle.response_started and cycle.scope["http_version"] == "1.1"
+        may = fresh and not cycle.scope["state"].get("probed")
+        cycle.scope["state"]["probed"] = True
+        return may
+
+    def pause_writing(self) -> None:
+        """Give a client that does not read its answer a deadline."""
+        super().pause_writing()
+        self.set_deadline()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        self.set_deadline()
+        self.advance()
+
+    def refuse(self, error: DropserveError, head: bytes | None = None) -> None:
+        """Answer an error, and close the connection once the client has stopped sending."""
+        self.write_error(error, self.unread if head is None else head, close=True)
+        self.linger()
+
+    def close(self) -> None:
+        """Close the connection after an answer."""
+        if self._between:
+            self.transport.close()
+        else:
+            self.linger()
+
+    def linger(self) -> None:
+        """Close the connection once the client has stopped sending.
+
+        If bytes were unread when it is closed, a reset might destroy the answer.
+        """
+        self._lingers, self.unread = True, b""
+        self.deadline = self.loop.time() + _LINGER
+        if self._ended:
+            self.transport.close()
+        elif self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+        else:  # TLS
+            self.transport.close()
+
+    def write_error(self, error: DropserveError, head: bytes, *, close: bool) -> None:
+        """Write and log the error that answers a request of this head."""
+        started = perf_counter()
+        asked = _ID.search(head)
+        name = request_id([(REQUEST_ID, asked[1])] if asked else [])
+        method, _, rest = head[:MAX_HEAD].partition(b" ")
+        content, media_type = error_content(
+            rest.partition(b" ")[0].decode("latin-1"), error.status, str(error), name
+        )
+        body = to_json(content)
+        headers = {
+            "content-length": str(len(body)),
+            "content-type": media_type,
+            REQUEST_ID.decode(): name,
+            **error.headers,
+            **({"connection": "close"} if close else {}),
+        }
+        fields = [b"%b: %b\r\n" % field for field in self.server_state.default_headers]
+        fields += [f"{key}: {value}\r\n".encode("latin-1") for key, value in headers.items()]
+        self.transport.write(b"".join([STATUS_LINE[error.status], *fields, b"\r\n", body]))
+        shown = method.decode() if method in _METHODS else None
+        line = {"request_id": name, "method": shown, "route": None, "status": error.status}
+        if isinstance(error, Overloaded):
+            line["reason"] = error.reason
+        record(self._app_state.metrics, line, started)
+
+
+class _Lingering:
+    """A connection's transport, for an answer that may be complete before its request is."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._connection.transport, name)
+
+    def close(self) -> None:
+        """Close the connection, once nothing more comes."""
+        self._connection.close()
+
+
+def check_beginning(received: bytes) -> None:
+    """Check the first bytes of a head.
+
+    Raises:
+        MalformedRequest: no request begins so.
+        UriTooLong, HeadTooLarge: they are too many already.
+    """
+    line, newline, _ = received.partition(b"\n")
+    if newline:
+        check_request_line(line.removesuffix(b"\r") if line.endswith(b"\r") else line + b"\n")
+    elif not _FIRST_BYTES.fullmatch(line):
+        raise MalformedRequest("this is no HTTP request")
+    elif len(line) > MAX_TARGET + 64:
+        raise _uri_too_long()
+    if len(received) > MAX_HEAD or received.count(b"\n") > MAX_FIELDS + 1:
+        raise _head_too_large()
+
+
+def check_head(head: bytes) -> int | None:
+    """Check a whole head; return the length of its body in bytes; None: it comes in chunks.
+
+    Raises:
+        MalformedRequest: it has an unknown version, not one Host, or a body whose end is ambiguous.
+        UriTooLong, HeadTooLarge: it is beyond the limits.
+    """
+    version = check_request_line(head[: head.find(b"\r\n")])
+    if len(head) > MAX_HEAD or head.count(b"\r\n") > MAX_FIELDS + 2:
+        raise _head_too_large()
+    fields = _FRAMING.findall(head)
+    framing = {name.lower(): value.rstrip(b" \t") for name, value in fields}
+    length, coding = framing.get(b"content-length"), framing.get(b"transfer-encoding")
+    if len(framing) != len(fields) or (version == b"1.1" and b"host" not in framing):
+        raise MalformedRequest("there must be one Host, and one length of the body at most")
+    if coding is None and _LENGTH.fullmatch(length or b"0"):
+        return int(length or 0)
+    if coding is None or coding.lower() != b"chunked" or length is not None or version == b"1.0":
+        raise MalformedRequest("the body must have a Content-Length, or be chunked, and no more")
+    return None
+
+
+def check_request_line(line: bytes) -> bytes:
+    """Check a request line; return the version of HTTP."""
+    if len(line) > MAX_TARGET + 64:
+        raise _uri_too_long()
+    found = _REQUEST_LINE.fullmatch(line)
+    if found is None or found[3] not in (b"1.0", b"1.1"):
+        raise MalformedRequest("this is no request of HTTP/1.1 or 1.0")
+    if len(found[2]) > MAX_TARGET:
+        raise _uri_too_long()
+    return found[3]
+
+
+def _bad_chunks() -> MalformedRequest:
+    return MalformedRequest("the body's chunks are not valid")
+
+
+def _uri_too_long() -> UriTooLong:
+    return UriTooLong(f"the path and the query have more than {MAX_TARGET} bytes")
+
+
+def _head_too_large() -> HeadTooLarge:
+    return HeadTooLarge(
+        f"the head has more than {MAX_HEAD} bytes, or more than {MAX_FIELDS} header fields"
+    )
