@@ -1,7 +1,7 @@
 """Writes the tables of docs/api.md and docs/reliability.md: `make docs`.
 
-Those of the API are in the OpenAPI document, those of reliability were measured by `make soak`. They
-stand between `<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
+The first are in the OpenAPI document, the second were measured by `make soak`. They stand between
+`<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
 """
 
 import json

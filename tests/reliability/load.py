@@ -6,6 +6,7 @@ at which a request was due: a slow server is not asked less, and a slow generato
 
 import asyncio
 import gc
+import math
 import os
 import random
 import resource
@@ -247,8 +248,9 @@ def run(main: Coroutine[object, object, Result]) -> Result:
 
 
 def milliseconds(seconds: Iterable[float], percentile: float) -> float:
-    """Return a percentile of times, in milliseconds to two digits."""
-    return round(1000 * float(np.percentile(list(seconds), percentile)), 2)
+    """Return a percentile of times, in milliseconds to two digits; NaN if there are none."""
+    times = list(seconds)
+    return round(1000 * float(np.percentile(times, percentile)), 2) if times else math.nan
 
 
 def statuses(samples: Iterable[Sample]) -> dict[int, int]:
