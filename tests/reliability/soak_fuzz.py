@@ -220,7 +220,7 @@ async def converse(port: int, made: Conversation) -> list[str]:
     except TimeoutError:
         end = "no end"
     transport.abort()
-    parts = re.split(r"(?=HTTP/1\.1 )", heard.received.decode("latin-1"))
+    parts = re.split(r"(?=HTTP/1\.1 \d{3} )", heard.received.decode("latin-1"))
     final = [part for part in parts if part and not part.startswith("HTTP/1.1 100")]
     return [*map(masked, final), end]
 
