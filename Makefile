@@ -5,8 +5,8 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test test-compose test-kserve test-openapi check browser screenshots docs format bench \
-	bench-accuracy bench-http bench-photos bench-report lock sbom clean
+.PHONY: help setup serve train test test-compose test-kserve test-openapi soak check browser screenshots docs format \
+	bench bench-accuracy bench-http bench-photos bench-report lock sbom clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -46,6 +46,13 @@ test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own cli
 test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman: after changes to either
 	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py -x -rs
 
+# Bounded in time, over loopback only, on an idle machine: figures are measured. SOAK=overload runs one,
+# SCALE=0.1 a tenth of each, which writes no figures.
+SOAK = *
+soak: setup ## Hold the service to its figures under load, faults and bad input (an hour and a half)
+	@failed=0; for file in tests/reliability/soak_$(SOAK).py; do \
+		$(PYTHON) -m pytest -q -s $$file || failed=1; done; exit $$failed
+
 # Private names that the field's terms replaced.
 WORDS := errand|express|StartingLine|NoticeBoard|pour|obey|let_go|keep_up|lay_out|streamline|brief|is_quick
 
@@ -65,7 +72,7 @@ screenshots: setup browser ## Take the playground's pictures for README and docs
 	@fc-list | grep -q Inter || apt-get install -y --no-install-recommends fonts-inter
 	$(PYTHON) docs/screenshots.py
 
-docs: setup ## Update the tables of docs/api.md
+docs: setup ## Update the tables of docs/api.md and docs/reliability.md
 	$(PYTHON) docs/generate.py
 
 format: setup ## Format the code and fix what ruff can

@@ -1,9 +1,12 @@
-"""Writes the tables of docs/api.md that the OpenAPI document knows: `make docs`.
+"""Writes the tables of docs/api.md and docs/reliability.md: `make docs`.
 
-They stand between `<!-- NAME: generated -->` and `<!-- end -->`; all else on the page is by hand.
+The first are in the OpenAPI document, the second were measured by `make soak`. They stand between
+`<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,54 @@ from dropserve.service.http.openapi import shortest_path
 from dropserve.service.settings import Settings
 
 PAGE = Path(__file__).with_name("api.md")
+RELIABILITY = Path(__file__).with_name("reliability.md")
+RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
 
 Document = Mapping[str, Any]
 
 
 def write(page: str, document: Document) -> str:
-    """Return the page with its tables as the document has them."""
+    """Return the page of the API with its tables as the document has them."""
     for name, table in (("options", options), ("responses", responses), ("types", types)):
-        start = f"<!-- {name}: generated -->\n"
-        before, found, rest = page.partition(start)
-        _, end, after = rest.partition("<!-- end -->")
-        if not found or not end:
-            raise ValueError(f"{PAGE.name}: there is no {start.strip()} with an end")
-        lines = "\n".join(table(document)).strip()
-        page = f"{before}{start}\n{lines}\n\n{end}{after}"
+        page = fill(page, name, table(document))
     return page
+
+
+def write_figures(page: str, results: Mapping[str, Document]) -> str:
+    """Return the page of reliability with a table for each test whose name it has."""
+    for name in re.findall("<!-- (.+): generated -->", page):
+        page = fill(page, name, figures(results.get(name)))
+    return page
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, Document]:
+    """Read what tests have measured, by their names."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def fill(page: str, name: str, table: Iterable[str]) -> str:
+    """Replace what is between a table's marks."""
+    start = f"<!-- {name}: generated -->\n"
+    before, found, rest = page.partition(start)
+    _, end, after = rest.partition("<!-- end -->")
+    if not found or not end:
+        raise ValueError(f"there is no {start.strip()} with an end")
+    lines = "\n".join(table).strip()
+    return f"{before}{start}\n{lines}\n\n{end}{after}"
+
+
+def figures(result: Document | None) -> Iterator[str]:
+    """Yield a table of what a test measured, and on what."""
+    if result is None:
+        yield "Not measured yet."
+        return
+    yield from ("| measured | figure |", "|---|---|")
+    for label, value in result["figures"].items():
+        yield _row(label, f"{value:,}" if isinstance(value, int) else str(value))
+    machine = result["machine"]
+    about = f"`{result['command']}`, {result['date']}, commit {result['commit']}"
+    outcome = "every limit was held" if result["passed"] else "**a limit was not held**"
+    yield from ("", f"{about}, {machine['cpu']} with {machine['cores']} cores: {outcome}.")
 
 
 def options(document: Document) -> Iterator[str]:
@@ -125,8 +161,9 @@ def _row(*cells: str) -> str:
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the pages anew."""
     PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
+    RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The documentation is held against the code: commands, outputs, settings, routes, the map."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -176,6 +177,23 @@ def test_training_page_says_helps_or_hurts_as_its_figures_do():
         better = (mc_nll < nll, mc_ece < ece)
         words = {(True, True): "helps", (False, False): "hurts", (True, False): "helps the NLL"}
         assert says == words[better]
+
+
+def test_reliability_page_has_every_figure_that_was_measured():
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    page, results = (ROOT / "docs/reliability.md").read_text(), generate["read_results"]()
+    assert page == generate["write_figures"](page, results), "make docs writes it anew"
+    assert set(results) <= set(re.findall("<!-- (.+): generated -->", page))
+
+
+def test_figures_that_were_not_held_are_shown_as_such():
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    machine = {"cpu": "a CPU", "cores": 2}
+    result = {"command": "make soak", "date": "2026-01-01", "commit": "abc", "machine": machine}
+    result |= {"passed": False, "figures": {"requests": 100_000, "p99, ms": 1.5}}
+    page = generate["write_figures"]("<!-- a: generated -->\n<!-- end -->", {"a": result})
+    assert "| requests | 100,000 |\n| p99, ms | 1.5 |\n" in page
+    assert "2026-01-01, commit abc, a CPU with 2 cores: **a limit was not held**.\n" in page
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -1,39 +1,23 @@
-"""50 SIGTERMs and 20 worker kills under load: figures for docs/reliability.md, in some minutes.
-
-`python -m pytest tests/reliability/soak_shutdown.py` writes the figures to
-bench/results/reliability/shutdown.json.
-"""
+"""50 SIGTERMs and 20 worker kills under load: what was received is answered; some minutes."""
 
 import asyncio
-import json
 import os
 import random
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from tests.helpers import eventually, workers
 from tests.reliability.exchanges import Load
 from tests.reliability.faults import clients_of, serving_workers
+from tests.reliability.figures import SCALE, published
 
-pytestmark = pytest.mark.timeout(1800)
-RESULTS = Path(__file__).parents[2] / "bench/results/reliability/shutdown.json"
-SIGTERMS = 50
-KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def results():
-    """Figures by test; they are written and shown when the module is done."""
-    figures = {}
-    yield figures
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures, indent=2)
-    RESULTS.write_text(text + "\n")
-    print(text)
+pytestmark = pytest.mark.timeout(900)
+COMMAND = "make soak SOAK=shutdown"
+SIGTERMS = round(50 * SCALE)
+KILLS = round(20 * SCALE)
 
 
 def rounded(seconds):
@@ -58,8 +42,8 @@ def stop_under_load(server, pause):
     return tally, closed, time.monotonic() - started
 
 
-def test_sigterms(make_server, results):
-    draw = random.Random(1)  # noqa: S311
+def test_sigterms(make_server):
+    draw = random.Random(1)
     counts = [1 + n % 2 for n in range(SIGTERMS)]
     servers = [make_server(workers=counts[0])]
     statuses, lost, closed, ended = Counter(), [], [], []
@@ -72,20 +56,20 @@ def test_sigterms(make_server, results):
         lost += tally.lost
         closed.append(seconds_open)
         ended.append(seconds)
-        print(f"{len(ended)}: {tally.answered} answered, {len(tally.lost)} lost, {seconds:.2f} s")
-    results["sigterms"] = {
-        "sigterms": SIGTERMS,
-        "received_in_full": statuses.total() + len(lost),
-        "answered": dict(statuses),
-        "lost": len(lost),
-        "longest_seconds_until_the_port_was_closed": rounded(closed),
-        "longest_seconds_until_the_process_had_ended": rounded(ended),
-    }
-    assert lost == []
-    assert set(statuses) == {200}
+    with published("sigterms", COMMAND) as figures:
+        figures |= {
+            "SIGTERMs, of one worker and of two in turn": SIGTERMS,
+            "requests received in full": statuses.total() + len(lost),
+            "answers by status": str(dict(statuses)),
+            "requests lost": len(lost),
+            "until the port was closed, longest, s": rounded(closed),
+            "until the process had ended, longest, s": rounded(ended),
+        }
+        assert lost == []
+        assert set(statuses) == {200}
 
 
-def test_worker_kills(make_server, results):
+def test_worker_kills(make_server):
     server = make_server(workers=2).start(90)
     answered, in_flight, others, served = 0, 0, [], []
 
@@ -109,12 +93,13 @@ def test_worker_kills(make_server, results):
         eventually(lambda old=old: len(set(workers(server)) - old) == 1, 30, 0.005)
         eventually(lambda: serving_workers(server) == 2, 60, 0.05)
         served.append(time.monotonic() - started)
-    results["worker_kills"] = {
-        "kills": KILLS,
-        "answered": answered,
-        "lost_in_flight_at_the_killed_worker": in_flight,
-        "lost_elsewhere": len(others),
-        "longest_seconds_until_two_workers_served_again": rounded(served),
-    }
-    assert others == []
-    assert server.stop() == 0
+    with published("worker-kills", COMMAND) as figures:
+        figures |= {
+            "workers killed, of two": KILLS,
+            "requests answered": answered,
+            "requests lost in flight at the killed worker": in_flight,
+            "requests lost elsewhere": len(others),
+            "until two workers served again, longest, s": rounded(served),
+        }
+        assert others == []
+        assert server.stop() == 0

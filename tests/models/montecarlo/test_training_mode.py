@@ -28,7 +28,7 @@ SITES = {
     "LSTM, dropout on its outputs": ["dropout"],
 }
 LOG = logging.getLogger(__name__)
-PRIVATE = random.Random(1)  # noqa: S311
+PRIVATE = random.Random(1)
 NUMPYS = np.random.default_rng(1)
 OLDER = np.random.RandomState(1)
 X = torch.linspace(-1, 1, 12).view(2, 6)
@@ -257,7 +257,7 @@ def if_training(change):
         (lambda x: x * torch.empty_like(x).bernoulli_(x.sigmoid()), "aten.bernoulli_.Tensor"),
         (lambda x: x * x.int().bernoulli_(0.5), "aten.bernoulli_.float"),
         (lambda x: x * torch.ops.aten.dropout(x, 0.5, True), "dropout|bernoulli"),
-        (lambda x: x * random.choice((1.0, 1.0)), "Python's random"),  # noqa: S311
+        (lambda x: x * random.choice((1.0, 1.0)), "Python's random"),
         (lambda x: x * PRIVATE.choice((1.0, 1.0)), "Python's random"),
         (lambda x: x * float(np.random.rand() < 2), "a generator of NumPy"),
         (lambda x: x * float(NUMPYS.random() < 2), "a generator of NumPy"),
