@@ -1,22 +1,24 @@
 """Saved models: `<root>/<name>/<version>/` holds model.safetensors, model.json and manifest.json.
 
 Safetensors and JSON only: nothing is ever pickled or unpickled. A version is written to a temporary
-folder, flushed to disk and renamed, so it is there whole or not at all. Reading trusts nothing:
-bytes are read once, from one descriptor, and every claim of the header is checked. The manifest has
-the size and SHA-256 of both other files: it shows damage and changes, not who made them.
+folder, flushed to disk and renamed, so it is there whole or not at all; the next process that saves
+removes what a killed one left. Reading trusts nothing: bytes are read once, from one descriptor,
+and every claim of the header is checked. The manifest has the size and SHA-256 of both other files:
+it shows damage and changes, not who made them.
 
 What is missing raises CheckpointNotFound; what is damaged or was tampered with CheckpointRefused,
 which names the file or tensor. PyTorch is imported by the functions that need it: listing and
 pinning versions do not load it.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -103,7 +105,8 @@ class Version:
 def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
     """Write the next version of `metadata.name`, whole or not at all; return its folder.
 
-    CheckpointError: it cannot be written, or could not be read again; nothing is left behind.
+    CheckpointError: it cannot be written (CheckpointNotWritten), or could not be read again;
+    nothing is left behind.
     """
     import torch
 
@@ -116,26 +119,51 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
     if not is_name(metadata.name):
         raise CheckpointError(f"{metadata.name!r} cannot name a model: {NAME_RULE}")
     folder = root / metadata.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.sync_folder(root)
-        with TemporaryDirectory(prefix=".new-", dir=folder) as made:
-            temporary = Path(made)
+    with storage.changing(folder, "write a version"):
+        storage.make_folder(folder)
+        with _temporary(folder) as temporary:
             temporary.chmod(0o755)
             storage.write_durably(temporary / WEIGHTS, weights)
             storage.write_durably(temporary / METADATA, about)
             manifest = _dump_json({"files": _digests(about, weights)})
             storage.write_durably(temporary / MANIFEST, manifest)
             storage.sync_folder(temporary)
-            path = _publish(temporary, folder, max(versions(root, metadata.name), default=0) + 1)
-        storage.sync_folder(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot write a version: {error}") from error
+            return _publish(temporary, max(versions(root, metadata.name), default=0) + 1)
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """Make a folder for a version in a model's; first remove those that killed processes left.
+
+    A process that writes a version holds a shared lock on the model's folder, so that whoever gets
+    an exclusive one knows that nobody writes. Where there are no locks, nothing is removed.
+    """
+    with storage.open_folder(folder) as model:
+        with suppress(OSError):
+            fcntl.flock(model, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.glob(".new-*"):  # renamed, so that nobody can publish half of it
+                left.rename(folder / f".removed-{left.name.lstrip('.')}")
+            _delete_removed(folder)
+        with suppress(OSError):
+            fcntl.flock(model, fcntl.LOCK_SH)
+        with TemporaryDirectory(prefix=".new-", dir=folder, ignore_cleanup_errors=True) as made:
+            yield Path(made)
+
+
+def _publish(temporary: Path, version: int) -> Path:
+    """Give a folder the first free version number, for good; OSError: it has none."""
+    path = _rename(temporary, version)
+    try:
+        storage.sync_folder(path.parent)
+    except OSError:
+        path.rename(temporary)
+        raise
     return path
 
 
-def _publish(temporary: Path, folder: Path, version: int) -> Path:
+def _rename(temporary: Path, version: int) -> Path:
     """Rename to the first free version number; someone else may be saving at the same time."""
+    folder = temporary.parent
     while True:
         target = folder / str(version)
         try:
@@ -177,10 +205,22 @@ def load(path: Path, factories: Collection[str] | None = ()) -> "tuple[nn.Module
     return version.build(factories), version.metadata
 
 
+def holding(root: Path, name: str, module: "nn.Module") -> tuple[Path, Metadata] | None:
+    """Find the newest version if it has a module's weights, to the bit; None: it has others."""
+    path = root / name / str(max(versions(root, name), default=0))
+    weights = storage.dump_tensors(path, module.state_dict())
+    try:
+        metadata = read(path).metadata
+    except CheckpointError:
+        return None
+    return (path, metadata) if metadata.sha256 == hashlib.sha256(weights).hexdigest() else None
+
+
 def add_manifest(version: Version) -> Version:
-    """Write the manifest that a version lacks, of the bytes that were verified; may be OSError."""
-    manifest = _dump_json({"files": version.files})
-    storage.replace_durably(version.path / MANIFEST, manifest)
+    """Write the manifest that a version lacks, of the bytes that were verified."""
+    manifest, path = _dump_json({"files": version.files}), version.path / MANIFEST
+    with storage.changing(path, "write the manifest"):
+        storage.replace_durably(path, manifest)
     return replace(version, manifest_sha256=hashlib.sha256(manifest).hexdigest())
 
 
@@ -338,11 +378,12 @@ def pinned(root: Path, name: str) -> int | None:
 def pin(root: Path, name: str, version: int | None) -> None:
     """Pin a version, or none. A reader of the folder finds the old pin or the new one."""
     path = root / name / PIN
-    if version is None:
-        path.unlink(missing_ok=True)
-        storage.sync_folder(path.parent)
-    else:
-        storage.replace_durably(path, json.dumps({"version": version}).encode() + b"\n")
+    with storage.changing(path, "change the pin"):
+        if version is None:
+            path.unlink(missing_ok=True)
+            storage.sync_folder(path.parent)
+        else:
+            storage.replace_durably(path, json.dumps({"version": version}).encode() + b"\n")
 
 
 def remove(root: Path, name: str, version: int) -> bool:
@@ -352,10 +393,15 @@ def remove(root: Path, name: str, version: int) -> bool:
         return False
     (folder / str(version)).rename(folder / f".removed-{version}")
     storage.sync_folder(folder)
-    for removed in folder.glob(".removed-*"):  # those of an interrupted removal, too
+    _delete_removed(folder)
+    return True
+
+
+def _delete_removed(folder: Path) -> None:
+    """Delete what removals have hidden: an interrupted one leaves some."""
+    for removed in folder.glob(".removed-*"):
         with suppress(FileNotFoundError):  # another process removes it
             removed.unlink() if removed.is_symlink() else shutil.rmtree(removed)
-    return True
 
 
 def mark(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:

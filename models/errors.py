@@ -29,6 +29,10 @@ class CheckpointNotFound(CheckpointError):
     """There is no such checkpoint."""
 
 
+class CheckpointNotWritten(CheckpointError):
+    """The disk or its permissions do not allow a change; says what to do."""
+
+
 class CheckpointRefused(CheckpointError):
     """The file or folder `path` is invalid; `reason` says why, and what was expected."""
 

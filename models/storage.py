@@ -1,11 +1,12 @@
 """Safetensors and JSON files: validated when they are read, flushed to disk when written."""
 
+import errno
 import fcntl
 import json
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from dropserve.models.errors import CheckpointRefused, ConfigError
+from dropserve.models.errors import CheckpointNotWritten, CheckpointRefused, ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 10_000
+_FREE = "free some space"
+_PERMIT = "make it writable, or choose another folder"
+_REMEDIES = {
+    errno.ENOSPC: _FREE, errno.EDQUOT: _FREE, errno.EFBIG: "raise the limit on a file's size",
+    errno.EROFS: _PERMIT, errno.EACCES: _PERMIT, errno.EPERM: _PERMIT, errno.EIO: "check the disk",
+}  # fmt: skip
 
 
 def read_once(path: Path, limit: int) -> bytes:
@@ -140,6 +147,17 @@ def parse_dataclass(
     return made
 
 
+@contextmanager
+def changing(path: Path, what: str) -> Iterator[None]:
+    """Turn an OSError of the block into CheckpointNotWritten: `path` cannot `what`, the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        reason = f"cannot {what}: {error.strerror or error}{remedy}"
+        raise CheckpointNotWritten(f"{path}: {reason}") from error
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a new file and flush it to disk."""
     with path.open("xb") as file:
@@ -149,19 +167,42 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Replace a file: a reader, or a crash, finds the old one or the new one."""
+    """Replace a file: a reader, or a crash, finds the old one or the new one.
+
+    OSError: it is the old one, and no half-written one is left; or the new one may not last.
+    """
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
-    write_durably(part, data)
-    part.replace(path)
+    try:
+        write_durably(part, data)
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):  # the first error is the one to report
+            part.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, and flush their names to disk."""
+    if not path.parent.is_dir():
+        make_folder(path.parent)
+    path.mkdir(exist_ok=True)
     sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries to disk, so that a rename in it lasts."""
+    with open_folder(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[int]:
+    """Yield a descriptor of a folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -169,7 +210,7 @@ def sync_folder(path: Path) -> None:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Lock a folder for the length of the block; BlockingIOError if another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -111,6 +112,7 @@ def fit(
         ConfigError: the state is of another run, there are too few images, or a batch cannot be
             divided among the processes.
         TrainingDiverged: the loss is not finite; the state is that of the epoch before.
+        CheckpointNotWritten: the state cannot be written; it is that of an epoch before.
     """
     fabric = fabric or launch()
     size, rank, processes = recipe.batch_size, fabric.global_rank, fabric.world_size
@@ -271,7 +273,7 @@ class State:
         return patience > 0 and self.epoch - self._best_epoch >= patience
 
     def write(self, path: Path) -> None:
-        """Replace the last state, whole or not at all."""
+        """Replace the last state, whole or not at all; CheckpointNotWritten."""
         tensors = {f"module.{n}": t for n, t in self._module.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
@@ -283,9 +285,10 @@ class State:
             "best_epoch": str(self._best_epoch),
             "sha256": _BLANK.decode(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         head, _, rest = _CHECKSUM.split(storage.dump_tensors(path, tensors, metadata), 1)
-        storage.replace_durably(path, b"".join((head, _digest(head, rest), rest)))
+        with storage.changing(path, "write the run's state"):
+            storage.make_folder(path.parent)
+            storage.replace_durably(path, b"".join((head, _digest(head, rest), rest)))
 
     def restore(self, path: Path) -> None:
         """Continue from a state written by `write()`; ConfigError: it belongs to another run."""
@@ -333,14 +336,27 @@ class State:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other runs of the model out of a state's folder; ConfigError: another one has it."""
+    """Keep other runs of the model out of a state's folder.
+
+    Raises:
+        ConfigError: another one has it.
+        CheckpointNotWritten: it cannot be made or locked.
+    """
     with ExitStack() as held:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # else a further process of the same run
-            try:
-                held.enter_context(storage.alone_in(folder))
-            except BlockingIOError as error:
-                raise ConfigError(f"{folder}: another run of this model is in progress") from error
+            with storage.changing(folder, "prepare the run's folder"):
+                try:
+                    held.enter_context(storage.alone_in(folder))
+                except BlockingIOError as error:
+                    reason = "another run of this model is in progress"
+                    raise ConfigError(f"{folder}: {reason}") from error
         yield
+
+
+def discard(state: Path) -> None:
+    """Remove the folder of a run that is done; CheckpointNotWritten."""
+    with storage.changing(state.parent, "remove the run's state"):
+        shutil.rmtree(state.parent)
 
 
 def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:

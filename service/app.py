@@ -18,6 +18,7 @@ from dropserve.service.http.keys import OPERATIONS, KeyCheck, Keys
 from dropserve.service.http.openapi import complete_document
 from dropserve.service.http.request_log import RequestLog, error_response
 from dropserve.service.http.routes import health, models, oip, playground, tasks
+from dropserve.service.inference import watchdog
 from dropserve.service.inference.inference import Inference
 from dropserve.service.inference.workers import ControlState, StartupBarrier, kept_keys
 from dropserve.service.observability.metrics import Metrics
@@ -94,7 +95,11 @@ async def _lifespan(
     running.metrics, running.tracing = state.metrics, state.tracing
     if barrier is not None:
         await barrier.wait()
-    loops = [running.store.watch(), state.metrics.flush_loop(running)]
+    loops = [
+        running.store.watch(),
+        state.metrics.flush_loop(running),
+        watchdog.watch(running.stalled, state.settings.watchdog),
+    ]
     if state.keys is not None:
         loops.append(state.keys.watch())
     background = [asyncio.create_task(loop) for loop in loops]

@@ -25,17 +25,21 @@ parameter.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import ceil
 from typing import ClassVar, Literal
 
 OverloadReason = Literal[
     "queue",  # the batcher's is full (inference.py)
-    "timeout",  # too long in it
+    "wait",  # it would take too long to start (inference.py)
+    "timeout",  # it has not started within its time
+    "memory",  # there was none for this request (http/request_log.py)
     "decode",  # too many images wait to be decoded
     "streams",  # too many at once
     "connections",  # more than the cap (http/connection.py)
     "body_memory",  # bodies of other requests take all of it (http/body.py)
     "draining",  # the time for open requests at shutdown is over (http/request_log.py)
     "no_model",  # none is served (http/common.py)
+    "hung",  # the inference thread is dead or does not go on; of probes alone (http/common.py)
     "workers",  # others have not followed a load or unload yet (model_store.py)
 ]
 """Why a request was answered 503: a label of the metric, and a field of the log."""
@@ -137,14 +141,18 @@ class TooManyRequests(DropserveError):
 class Overloaded(DropserveError):
     """The service has no capacity for the request now; try again after `Retry-After` seconds.
 
+    `wait` is when there may be capacity, in seconds.
+
     Attributes:
         reason: which limit was reached; None on the client's side.
     """
 
     status = 503
 
-    def __init__(self, detail: str, reason: OverloadReason | None = None) -> None:
-        super().__init__(detail, headers={"Retry-After": "1"})
+    def __init__(
+        self, detail: str, reason: OverloadReason | None = None, wait: float = 1.0
+    ) -> None:
+        super().__init__(detail, headers={"Retry-After": str(max(1, ceil(wait)))})
         self.reason = reason
 
 

@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         1024, ge=1, description="Images that may wait; more are refused with 503."
     )
+    max_wait: float = Field(
+        2.0, gt=0, description="Seconds that a request may wait; what would wait longer gets 503."
+    )
     max_connections: int = Field(
         8192, ge=1, description="Connections of one worker; more get 503. Open files bound it, too."
     )
@@ -101,6 +104,11 @@ class Settings(BaseSettings):
     fast_path: bool = Field(True, description="Answer small PNG requests without ASGI.")
     body_timeout: float = Field(30.0, gt=0, description="Seconds for one body to arrive.")
     drain_seconds: int = Field(20, ge=1, description="Seconds that open requests get at shutdown.")
+    watchdog: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds after which a process that is stuck ends; 0: never.",
+    )
     tracing: bool = Field(
         False,
         description="Send OpenTelemetry spans; OTEL_* variables say where. Needs dropserve[otel].",

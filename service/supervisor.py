@@ -186,6 +186,8 @@ class _Worker:
 
 def _work(config: uvicorn.Config, sockets: list[socket.socket]) -> None:
     """Serve in a worker process."""
+    config.configure_logging()  # of uvicorn, where it differs from the default: no access log
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     with suppress(KeyboardInterrupt):  # raised again by uvicorn when it has drained
         Server(config).run(sockets)

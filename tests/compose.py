@@ -52,6 +52,17 @@ for folder in Path("/proc").glob("[0-9]*"):
     if b"serve" in command and int(folder.name) not in (1, os.getpid()):
         os.kill(int(folder.name), signal.SIGKILL)
 """
+OUT_OF_MEMORY = """
+from pathlib import Path
+
+processes = Path("/proc").glob("[0-9]*")
+worker = next(p for p in processes if b"spawn_main" in (p / "cmdline").read_bytes())
+(worker / "oom_score_adj").write_text("1000")  # the kernel kills it before others
+held = []
+while worker.exists() and len(held) < 200:
+    held.append(b"x" * 2**24)
+print(worker.name)
+"""
 
 
 @dataclass(frozen=True)
@@ -314,3 +325,32 @@ def test_requests_must_bring_a_key_and_a_key_that_is_appended_counts(guided):
         lambda: httpx.get(f"{stack.url}/v1/models", headers=headers).status_code == 200, 30
     )
     assert stack.ask("/predict", headers=headers)["model"] == "mine"
+
+
+# several workers
+
+
+@pytest.fixture(scope="module")
+def two_workers(make_stack, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-workers")
+    shutil.copy(ROOT / "docker-compose.yml", folder)
+    override = {"services": {"service": {"environment": {"DROPSERVE_WORKERS": "2"}}}}
+    (folder / "docker-compose.override.yml").write_text(yaml.safe_dump(override))
+    stack = make_stack(folder)
+    stack.compose("up", "--detach")
+    stack.wait_until(stack.healthy)
+    return stack
+
+
+def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(two_workers):
+    killed = two_workers.inside("service", OUT_OF_MEMORY).strip()
+    assert two_workers.ask("/predict")["predictions"][0]["label"] == "0"
+    line = f"worker {killed} died (exit code -9)"
+    two_workers.wait_until(lambda: line in two_workers.log("service"), 10)
+    two_workers.wait_until(lambda: both_serve(two_workers), 60)
+    assert two_workers.inspect("service", "{{.State.Running}} {{.RestartCount}}") == "true 0"
+
+
+def both_serve(stack):
+    metrics = httpx.get(stack.url + "/metrics").text
+    return 'dropserve_model_loaded{model="digits-mlp",version="1"} 2.0' in metrics

@@ -184,6 +184,7 @@ def servers(make_server):
     def serving(fast_path):
         if fast_path not in running:
             options = {"max_body_bytes": 2**20, "max_queue": 100_000, "fast_path": fast_path}
+            options["max_wait"] = 60  # no test is refused because another has the machine
             running[fast_path] = make_server(**options).start()
         return running[fast_path]
 

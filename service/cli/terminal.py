@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from dropserve.models.errors import CheckpointNotWritten
 from dropserve.service.errors import DropserveError
 
 BAR = 30  # characters
@@ -50,9 +51,12 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def interruptible(hint: Callable[[], str]) -> Iterator[None]:
-    """On Ctrl-C say how to continue, and exit with 130, as a shell expects."""
+    """Say how to continue after Ctrl-C, with exit code 130 as a shell expects, or a full disk."""
     try:
         yield
+    except CheckpointNotWritten as error:
+        error.add_note(hint())
+        raise
     except KeyboardInterrupt as error:
         typer.echo(f"interrupted: {hint()}", err=True)
         raise typer.Exit(130) from error

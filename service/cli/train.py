@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -206,28 +205,31 @@ def train(
     def hint() -> str:
         return "--resume continues" if state.exists() else "no epoch was finished"
 
-    with training.claimed(state.parent), terminal.interruptible(hint):
-        finished = training.earlier_run(state, resume=resume, restart=restart)
-        fabric = training.launch(accelerator, devices, precision)
-        recipe = training.with_threads(plan.recipe, module, normalize(data.train.images[:1]))
-        made_with = plan.description() | {"on": [precision, devices]}
-        run: dict[str, Any] = {"state_path": state, "description": made_with, "fabric": fabric}
-        if not fabric.is_global_zero:  # one of several processes: the first shows and saves
-            list(training.fit(module, data.train, normalize, recipe, **run))
-            return
-        if resume and not finished:
-            say(f"no interrupted run of {name} to resume: a new one begins")
-        say(data.summary() + (f"; epochs done before: {finished}" if finished else ""))
+    with training.claimed(state.parent):
+        with terminal.interruptible(hint):
+            finished = training.earlier_run(state, resume=resume, restart=restart)
+            fabric = training.launch(accelerator, devices, precision)
+            recipe = training.with_threads(plan.recipe, module, normalize(data.train.images[:1]))
+            made_with = plan.description() | {"on": [precision, devices]}
+            run: dict[str, Any] = {"state_path": state, "description": made_with, "fabric": fabric}
+            if not fabric.is_global_zero:  # one of several processes: the first shows and saves
+                list(training.fit(module, data.train, normalize, recipe, **run))
+                return
+            if resume and not finished:
+                say(f"no interrupted run of {name} to resume: a new one begins")
+            say(data.summary() + (f"; epochs done before: {finished}" if finished else ""))
 
-        def fit_(progress: Callable[[int, int], None]) -> "Iterator[Epoch]":
-            return training.fit(module, data.train, normalize, recipe, progress=progress, **run)
+            def fit_(progress: Callable[[int, int], None]) -> "Iterator[Epoch]":
+                return training.fit(module, data.train, normalize, recipe, progress=progress, **run)
 
-        show_epochs(fit_, recipe.epochs, finished)
-        with training.cpu_threads(recipe.threads):
-            metadata = _evaluated(plan.metadata(name, recipe), module, data.test, samples)
-            path = checkpoint.save(root, module, metadata)
-        shutil.rmtree(state.parent)
-    _say_saved(path, metadata, checkpoints)
+            last = show_epochs(fit_, recipe.epochs, finished)
+            # A run that was killed after its last epoch may have saved its version already.
+            saved = checkpoint.holding(root, name, module) if last == finished else None
+            with training.cpu_threads(recipe.threads):
+                metadata = plan.metadata(name, recipe)
+                path, metadata = saved or _save(root, metadata, module, data.test, samples)
+        _say_saved(path, metadata, checkpoints)
+        training.discard(state)
 
 
 def import_(
@@ -341,8 +343,11 @@ def _given(**given: object) -> dict[str, object]:
 
 def show_epochs(
     fit: "Callable[[Callable[[int, int], None]], Iterator[Epoch]]", epochs: int, finished: int
-) -> None:
-    """Train, and show a live bar with the last epoch's figures; without a terminal, lines."""
+) -> int:
+    """Train, and show a live bar with the last epoch's figures; without a terminal, lines.
+
+    Returns the number of the last epoch, `finished` where none was left to do.
+    """
     with terminal.bar(TextColumn("{task.fields[figures]}"), TimeRemainingColumn()) as shown:
         task = shown.add_task("", total=epochs, completed=finished, figures="")
 
@@ -360,6 +365,7 @@ def show_epochs(
             shown.update(task, completed=finished, figures=figures)
             if shown.disable:
                 say(f"epoch {finished}/{epochs}: {figures}, {epoch.seconds:.1f} s")
+    return finished
 
 
 def _figures(
@@ -385,6 +391,14 @@ def _evaluated(
     figures = _figures(metadata, module, test, samples)
     shown = examples.choose(test, len(metadata.classes), metadata.preprocessing)
     return replace(metadata, evaluation=figures, examples=shown)
+
+
+def _save(
+    root: Path, metadata: "Metadata", module: "nn.Module", test: "Split", samples: int
+) -> "tuple[Path, Metadata]":
+    """Score a module and save it as the next version."""
+    metadata = _evaluated(metadata, module, test, samples)
+    return checkpoint.save(root, module, metadata), metadata
 
 
 def _say_saved(path: Path, metadata: "Metadata", checkpoints: Path | None) -> None:

@@ -25,9 +25,15 @@ from dropserve.service.errors import DropserveError, TooManyRequests
 from dropserve.service.http.connection import MAX_FIELDS, NEVER, Connection
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import ApiKey, KeyCheck
-from dropserve.service.http.options import PATHS, ParsedOptions, read_options, route_template
+from dropserve.service.http.options import (
+    PATHS,
+    TIMEOUT,
+    ParsedOptions,
+    read_options,
+    route_template,
+)
 from dropserve.service.http.request_log import RequestLog, record, request_id
-from dropserve.service.inference.batcher import QueueFull
+from dropserve.service.inference.batcher import QueueFull, QueueTimeout
 from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.observability.metrics import CLIENT_CLOSED
 
@@ -47,7 +53,10 @@ _MAX_BYTES = SMALL_BYTES + 4096
 _MAX_URL = 512
 _WAIT = 0.01
 """Seconds to wait for a body: many clients send it apart from the headers."""
-_ASGI_ONLY = {b"origin", b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"}
+_ASGI_ONLY = {
+    *(b"origin", b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"),
+    TIMEOUT.lower().encode(),
+}
 """Headers of requests that take the ASGI path."""
 _ANSWER = (
     b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: application/json\r\n"
@@ -131,7 +140,7 @@ class FastPathProtocol(Connection):
         try:
             answer = request.response(self.server_state.default_headers)
         except Exception as error:  # the ASGI path finds it again and reports it
-            if not isinstance(error, DropserveError):
+            if not isinstance(error, DropserveError | QueueTimeout | MemoryError):
                 self.logger.exception("a request is passed to the ASGI path")
             error.__traceback__ = None  # as in RequestLog
             self._pass_request(request)
@@ -150,7 +159,10 @@ class FastPathProtocol(Connection):
         self.unread = self._sent + self.unread
         self._request, self._sent = None, b""
         request.cancel(None)
+        state = self.app_state
+        self.app_state = {**state, "arrived": request.started}  # its time to wait goes on
         self._pass_partial()
+        self.app_state = state
 
     def may_probe(self) -> bool:
         """Say if an interim response may be sent now; it is sent once."""

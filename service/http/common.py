@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -21,7 +22,9 @@ from starlette.types import Receive, Scope, Send
 
 from dropserve.service.errors import Overloaded
 from dropserve.service.http.images import SMALL_BYTES, ImageSource, are_small, prepared
+from dropserve.service.http.options import TIMEOUT, read_timeout
 from dropserve.service.inference.decoder import Pixels, Steps, finish
+from dropserve.service.inference.wait_limit import WaitLimit
 
 if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Classifier
@@ -124,20 +127,47 @@ def require_model(request: Request) -> None:
         raise Overloaded("no model is served", "no_model")
 
 
-async def parsed(inference: "Inference", steps: Steps[Result], size: int) -> Result:
+def require_ready(request: Request) -> None:
+    """Raise Overloaded if no model is served, or the thread that runs them is stuck."""
+    require_model(request)
+    problem = inference_of(request).stalled()
+    if problem is not None:
+        raise Overloaded(problem, "hung")
+
+
+def admit(request: Request, *, urgent: bool) -> float:
+    """Return how many seconds a request may wait once its body is read.
+
+    Raises:
+        InvalidRequest: its header that says so is malformed.
+        Overloaded: it would wait for longer, as an urgent task or another.
+    """
+    seconds = read_timeout(request.headers.getlist(TIMEOUT), request.app.state.settings.max_wait)
+    arrived = request.scope["state"].get("arrived")  # if the fast path has taken it at first
+    if arrived is not None:
+        seconds -= perf_counter() - arrived
+    inference_of(request).check_wait(seconds, urgent=urgent)
+    return seconds
+
+
+async def parsed(
+    inference: "Inference", steps: Steps[Result], size: int, limit: WaitLimit
+) -> Result:
     """Parse a body of so many bytes: small ones here, others on a decoding thread."""
-    return finish(steps) if size <= SMALL_BYTES else await inference.decode(steps)
+    return finish(steps) if size <= SMALL_BYTES else await inference.decode(steps, limit)
 
 
 async def decoded(
-    inference: "Inference", model: "Classifier", images: Sequence[ImageSource]
+    inference: "Inference", model: "Classifier", images: Sequence[ImageSource], limit: WaitLimit
 ) -> "Pixels | Read":
     """Decode images on threads; small ones later, with their batch."""
 
     def steps() -> Steps[Pixels]:
         return prepared(images, model)
 
-    return (lambda: finish(steps())) if are_small(images) else await inference.decode(steps())
+    if are_small(images):
+        return lambda: finish(steps())
+    return await inference.decode(steps(), limit)
 
 
 @asynccontextmanager

@@ -29,7 +29,7 @@ from dropserve.service.errors import (
     UriTooLong,
 )
 from dropserve.service.http.common import to_json
-from dropserve.service.http.keys import OPEN
+from dropserve.service.http.keys import OPEN, ApiKey
 from dropserve.service.http.request_log import REQUEST_ID, error_content, record, request_id
 from dropserve.service.settings import Settings
 
@@ -49,6 +49,8 @@ _FRAMING = re.compile(rb"(?i)\r\n(host|content-length|transfer-encoding):[ \t]*(
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:[^\r\n]*")
 _ID = re.compile(rb"(?i)\r\nx-request-id:[ \t]*([^\r\n]*?)[ \t]*\r\n")
+_TASK = re.compile(rb"POST (?:/[^ ?]*)?/(predict|uncertainty|compare)[? ]")
+_SPECIAL = re.compile(rb"(?i)\r\n(?:connection:[^\r]*close|expect:|origin:|x-request-timeout:)")
 _END = b"\r\n\r\n"
 _READ_AHEAD = 65_536  # bytes of later messages that are read while one is answered
 _RESERVE = 64
@@ -221,6 +223,9 @@ class Connection(HttpToolsProtocol):
         except DropserveError as error:
             self.refuse(error)
             return False
+        if self._rest is not None and self._declined(head, len(head) + self._rest):
+            self.unread = self.unread[len(head) + self._rest :]
+            return True
         self.deadline = self.loop.time() + _GRACE if self._draining else NEVER
         self._tail, self._overhead = b"", 0
         self.unread = self.unread[len(head) :]
@@ -231,6 +236,26 @@ class Connection(HttpToolsProtocol):
         if not self._between:
             self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
         return not self._lingers
+
+    def _declined(self, head: bytes, size: int) -> bool:
+        """Refuse a whole request of so many bytes if it would wait for too long.
+
+        The route would do the same in ten times the time; it is left what needs more thought.
+        """
+        task = _TASK.match(head)
+        if task is None or len(self.unread) < size or _SPECIAL.search(head):
+            return False
+        state = self._app_state
+        try:
+            state.inference.check_wait(self._settings.max_wait, urgent=task[1] == b"predict")
+        except Overloaded as error:
+            key = None if state.keys is None else state.keys.find(_fields(head))
+            if state.keys is not None and (key is None or key.is_limited):
+                return False
+            self.write_error(error, head, close=False, key=key)
+            self.set_deadline()
+            return True
+        return False
 
     def _read_body(self) -> None:
         size = len(self.unread)
@@ -355,10 +380,10 @@ class Connection(HttpToolsProtocol):
     def expire(self) -> None:
         """Do what is due at the deadline."""
         self.deadline = self.loop.time() + _LINGER
-        if self.transport.is_closing() or self._lingers or self.flow.write_paused:
+        if self._draining and (self.transport.get_write_buffer_size() or self._is_readable):
+            self.deadline = self.loop.time() + _GRACE  # the drain has an end of its own
+        elif self.transport.is_closing() or self._lingers or self.flow.write_paused:
             self.transport.abort()
-        elif self._draining and self._is_readable:
-            self.deadline = self.loop.time() + _GRACE
         elif self.busy:
             self._probe()
         elif self.in_flight:  # and draining
@@ -427,7 +452,9 @@ class Connection(HttpToolsProtocol):
         else:  # TLS
             self.transport.close()
 
-    def write_error(self, error: DropserveError, head: bytes, *, close: bool) -> None:
+    def write_error(
+        self, error: DropserveError, head: bytes, *, close: bool, key: ApiKey | None = None
+    ) -> None:
         """Write and log the error that answers a request of this head."""
         started = perf_counter()
         asked = _ID.search(head)
@@ -449,6 +476,8 @@ class Connection(HttpToolsProtocol):
         self.transport.write(b"".join([STATUS_LINE[error.status], *fields, b"\r\n", body]))
         shown = method.decode() if method in _METHODS else None
         line = {"request_id": name, "method": shown, "route": None, "status": error.status}
+        if key is not None:
+            line["key"] = key.name
         if isinstance(error, Overloaded):
             line["reason"] = error.reason
         record(self._app_state.metrics, line, started)
@@ -519,6 +548,12 @@ def check_request_line(line: bytes) -> bytes:
     if len(found[2]) > MAX_TARGET:
         raise _uri_too_long()
     return found[3]
+
+
+def _fields(head: bytes) -> list[tuple[bytes, bytes]]:
+    """Split the fields of a head; names are in lower case."""
+    parts = (line.partition(b":") for line in head.split(b"\r\n")[1:-2])
+    return [(name.lower(), value.strip(b" \t")) for name, _, value in parts]
 
 
 def _bad_chunks() -> MalformedRequest:

@@ -73,6 +73,11 @@ class ApiKey:
     _tokens: float = math.inf  # requests that may begin now, as of `_counted`
     _counted: float = 0.0
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has limits."""
+        return bool(self.rate or self.concurrency)
+
     def enter(self) -> None:
         """Count a request that begins, or raise TooManyRequests."""
         if self.concurrency and self.in_flight >= self.concurrency:

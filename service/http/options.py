@@ -1,7 +1,7 @@
 """Parses the options of a task from a request's path and query."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,6 +34,9 @@ PATHS = re.compile(
     + ")"
 )
 """Paths of the task routes, whole."""
+TIMEOUT = "X-Request-Timeout"
+"""Header of a request: seconds that it may wait."""
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 def route_template(name: str | None, version: str | None, action: str) -> str:
@@ -91,6 +94,20 @@ def _parse(action: str, query: bytes, max_samples: int) -> ParsedOptions:
 
 
 _cached = lru_cache(256)(_parse)
+
+
+def read_timeout(values: Sequence[str], most: float) -> float:
+    """Return the seconds that a request may wait: what its header says, or `most` if that is less.
+
+    Raises:
+        InvalidRequest: the header's values are not one positive decimal number.
+    """
+    if not values:
+        return most
+    seconds = float(values[0]) if len(values) == 1 and _SECONDS.fullmatch(values[0]) else 0.0
+    if not seconds > 0:
+        raise InvalidRequest(f"{TIMEOUT}: must be one positive decimal number of seconds")
+    return min(seconds, most)
 
 
 def limit_samples(options: SamplingOptions, max_samples: int) -> int:

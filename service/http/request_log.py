@@ -113,6 +113,9 @@ def failure(error: BaseException, scope: Scope) -> DropserveError:
         sent = error
         if error.status == 500:
             _log.error(str(error), extra=about)
+    elif isinstance(error, MemoryError):
+        sent = Overloaded("there is not enough memory for this request", "memory")
+        _log.error("out of memory", extra=about)
     elif isinstance(error, asyncio.CancelledError):  # the time for open requests is over
         sent = Overloaded("the service is stopping", "draining")
     else:

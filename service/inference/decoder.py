@@ -66,9 +66,13 @@ class Decoder:
                 self._freed.clear()
                 await self._freed.wait()
             self._free -= reserved
-        job = asyncio.get_running_loop().run_in_executor(self._executor, self._step, work, reserved)
-        job.add_done_callback(lambda _: self._return_to_budget(reserved))
-        return await asyncio.shield(job)  # a started step uses its memory to its end
+        job = self._executor.submit(self._step, work, reserved)
+        done = asyncio.wrap_future(job)
+        done.add_done_callback(lambda _: self._return_to_budget(reserved))
+        try:
+            return await asyncio.shield(done)
+        finally:
+            job.cancel()  # of no effect on a started step, which uses its memory to its end
 
     def _step(self, work: "_Work[Result]", reserved: int) -> int | None:
         if 2 * reserved <= self._budget:

@@ -1,6 +1,16 @@
 """Runs the models: one thread for networks, two for decoding, one for loading new versions."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
+import re
+import threading
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Generator,
+    Hashable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,10 +21,17 @@ import torch
 
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded
-from dropserve.service.inference.batcher import Batcher, Entry, QueueFull, QueueTimeout
+from dropserve.service.inference.batcher import (
+    Batcher,
+    Entry,
+    QueueFull,
+    QueueTimeout,
+    WaitTooLong,
+)
 from dropserve.service.inference.classifier import (
     Answer,
     Classifier,
+    Compare,
     Predict,
     Stream,
     Task,
@@ -22,6 +39,7 @@ from dropserve.service.inference.classifier import (
 )
 from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Decoder, Pixels, Steps
 from dropserve.service.inference.model_store import CheckpointFolder, ModelStore
+from dropserve.service.inference.wait_limit import WaitLimit
 from dropserve.service.inference.workers import ControlState
 from dropserve.service.settings import Settings
 
@@ -40,7 +58,15 @@ Request = tuple[Task, Pixels | Read | None]
 Waiting = Entry[Key, Request, Answer]
 MAX_STREAMS = 64
 """Most streams at once: each is remembered until its last answer."""
-_QUEUE_FULL = "too many images are waiting; try again in a second"
+_QUEUE_FULL = "too many images are waiting"
+_TOO_LATE = "the request waited for longer than it may"
+_STOPPING = "the service is stopping"
+_STALLED = 0.5, 10
+"""A step is stalled after so many seconds and so many times what such steps take,"""
+_STALLED_UNKNOWN = 30.0
+"""or after so many seconds, or half of the watchdog's limit, if none has ended yet."""
+_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|bad_alloc|create a primitive")
+"""In messages of PyTorch's RuntimeError."""
 _SEEDS = 4
 """Seeds that run together: a quarter less work an image than alone, and hardly less with more."""
 
@@ -71,10 +97,12 @@ class Inference:
         self._settings = settings
         self._set_threads = partial(torch.set_num_threads, settings.threads)
         self._worker = ThreadPoolExecutor(1, "inference", self._set_threads)
+        self._thread = self._worker.submit(threading.current_thread).result()
         self._loader = ThreadPoolExecutor(1, "loading", self._set_threads)
         self._decoder = Decoder(2, settings.max_pixels * BYTES_PER_PIXEL, release_freed_memory)
         self._decoding = 0
         self._streams = 0
+        self._closed = False
         self.metrics: Metrics | None = None
         self.tracing: Tracing | None = None
         self._batcher: Batcher[Key, Request, Answer] = Batcher(
@@ -82,6 +110,7 @@ class Inference:
             self._worker,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
+            classify=_classify,
             inline=_is_inline,
             observe=self._observe,
         )
@@ -97,18 +126,55 @@ class Inference:
         """Images that wait."""
         return self._batcher.queued
 
-    async def decode(self, steps: Steps[Result]) -> Result:
+    def refuses(self, *, urgent: bool) -> bool:
+        """Say if there is no use in reading a request: it would be refused; cheap to ask."""
+        batcher, settings = self._batcher, self._settings
+        return (
+            batcher.expected_wait(urgent=urgent) > settings.max_wait
+            or batcher.queued >= settings.max_queue
+        )
+
+    def expected_wait(self, *, urgent: bool) -> float:
+        """Estimate the seconds that a request would wait; `urgent` ones are predictions."""
+        return self._batcher.expected_wait(urgent=urgent)
+
+    def check_wait(self, seconds: float, *, urgent: bool) -> None:
+        """Raise Overloaded if a request would wait for longer than so many seconds."""
+        if seconds <= 0:
+            raise Overloaded(_TOO_LATE, "timeout")
+        expected = self._batcher.expected_wait(urgent=urgent)
+        if expected > seconds:
+            raise _too_long(expected)
+
+    def stalled(self) -> str | None:
+        """Say what is wrong with the inference thread, if it is: it is dead, or does not go on."""
+        if not self._thread.is_alive():
+            return None if self._closed else "the inference thread is dead"
+        seconds, expected = self._batcher.step_under_way
+        if expected is None:
+            most = self._settings.watchdog / 2 or _STALLED_UNKNOWN
+        else:
+            most = _STALLED[0] + _STALLED[1] * expected
+        return f"the network has run for {seconds:.1f} seconds" if seconds > most else None
+
+    async def decode(self, steps: Steps[Result], limit: WaitLimit | None = None) -> Result:
         """Run decoding off the event loop; steps that have not started when cancelled are dropped.
 
         Raises:
-            Overloaded: as many requests as the queue holds images wait to be decoded.
+            Overloaded: as many requests as the queue holds images wait to be decoded, the time
+                that this one may wait is over, or the threads are stopped.
         """
         if self._decoding >= self._settings.max_queue:
             raise Overloaded(_QUEUE_FULL, "decode")
         self._decoding += 1
         try:
-            with self.tracing.span("decode") if self.tracing is not None else nullcontext():
-                return await self._decoder.run(steps)
+            with (
+                self.tracing.span("decode") if self.tracing is not None else nullcontext(),
+                self._overloaded(),
+            ):
+                limit = limit or WaitLimit(self._settings.max_wait)
+                async with limit.enforced():
+                    return await self._decoder.run(limit.timed(steps))
         finally:
             self._decoding -= 1
 
@@ -118,43 +184,49 @@ class Inference:
         task: Task,
         pixels: Pixels | Read,
         images: int,
-        max_wait: float = 0.0,
+        limit: WaitLimit | None = None,
     ) -> Answer:
         """Answer one request, batched with others of the same task that wait.
 
         A prediction goes before other tasks: it waits for one step of theirs at most. `pixels` are
         uint8 [B, C, H, W] of B `images`, or a function that decodes small ones: decoded one after
-        another they take half as long as with other code in between. `max_wait` is in seconds in
-        the queue; 0: no limit.
+        another they take half as long as with other code in between. `limit` is how long it may
+        wait; None: as long as the setting says.
 
         Raises:
-            Overloaded: the queue is full, or the time is over before the run has started.
+            Overloaded: the queue is full, the wait would be longer than its limit, or was.
             RequestError: the images could not be decoded.
         """
         key, urgent = _key(classifier, task), isinstance(task, Predict)
 
         def submit(pixels: Pixels | Read) -> Awaitable[Answer]:
             request = (task, pixels)
-            return self._batcher.submit(key, request, images, urgent=urgent, max_wait=max_wait)
+            left = self._require_time(limit)
+            return self._batcher.submit(key, request, images, urgent=urgent, max_wait=left)
 
-        with _overloaded():
+        with self._overloaded():
             return await (self.tracing.staged(submit) if self.tracing else submit)(pixels)
 
     def queue(self, classifier: Classifier, task: Task, pixels: Read) -> Waiting:
         """Do as `run` for one image, without waiting; whoever stops waiting must `cancel`.
 
         Raises:
-            QueueFull: it would not fit.
+            QueueFull: it would not fit, or wait for too long.
         """
         key, urgent = _key(classifier, task), isinstance(task, Predict)
-        return self._batcher.queue(key, (task, pixels), urgent=urgent)
+        wait = self._settings.max_wait
+        return self._batcher.queue(key, (task, pixels), urgent=urgent, max_wait=wait)
 
     def cancel(self, waiting: Waiting) -> None:
         """Give up what `queue` queued."""
         self._batcher.cancel(waiting)
 
     async def stream(
-        self, classifier: Classifier, task: Stream, pixels: Pixels | Read
+        self,
+        classifier: Classifier,
+        task: Stream,
+        pixels: Pixels | Read,
+        limit: WaitLimit | None = None,
     ) -> AsyncGenerator[Answer, None]:
         """Answer one request of one image in steps, as `Classifier.stream` does.
 
@@ -162,32 +234,56 @@ class Inference:
         nothing is computed for a client that has left.
 
         Raises:
-            Overloaded: the queue is full, or there are too many streams; neither interrupts a
-                stream that has started.
+            Overloaded: the queue is full, the wait would be longer than its limit or was, or there
+                are too many streams; none interrupts a stream that has started.
             RequestError: the image could not be decoded.
         """
         if self._streams >= MAX_STREAMS:
-            raise Overloaded("too many images are streamed; try again in a second", "streams")
+            raise Overloaded("too many images are streamed", "streams")
         self._streams += 1
         steps = _steps(classifier, task, pixels)
         del pixels
-        weight = 1
         key = classifier, task, steps
+        weight, wait = 1, self._require_time(limit)
         try:
-            with _overloaded():
-                while step := await self._batcher.submit(key, (task, None), weight):
+            with self._overloaded():
+                while step := await self._batcher.submit(key, (task, None), weight, max_wait=wait):
                     yield step
-                    weight = 0
+                    weight, wait = 0, 0.0
         finally:
             self._streams -= 1
 
     def close(self) -> None:
-        """Stop the threads after their current work; what waits is dropped."""
+        """Stop the threads after their current work; what waits is cancelled."""
+        self._closed = True
         self._batcher.close()
         self.store.close()
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def _overloaded(self) -> Iterator[None]:
+        """Raise Overloaded where the batcher raises its own errors, or the threads are stopped."""
+        try:
+            yield
+        except WaitTooLong as error:
+            raise _too_long(error.seconds) from error
+        except QueueFull as error:
+            raise Overloaded(_QUEUE_FULL, "queue", self.expected_wait(urgent=False)) from error
+        except QueueTimeout as error:
+            raise Overloaded(_TOO_LATE, "timeout", self.expected_wait(urgent=False)) from error
+        except RuntimeError as error:
+            if not self._closed:
+                raise
+            raise Overloaded(_STOPPING, "draining") from error
+
+    def _require_time(self, limit: WaitLimit | None) -> float:
+        """Return the seconds that are left, or may be; raise Overloaded if none are."""
+        left = self._settings.max_wait if limit is None else limit.left
+        if left <= 0:
+            raise Overloaded(_TOO_LATE, "timeout", self.expected_wait(urgent=False))
+        return left
 
     def _observe(self, key: Key, images: int, waits: Sequence[float]) -> None:
         if self.metrics is not None and images:
@@ -197,26 +293,32 @@ class Inference:
         self, key: Key, requests: Sequence[Request | None]
     ) -> Generator[None, None, list[Answer | Exception]]:
         classifier, task, steps = key
-        if steps is None:
-            complete = answers = yield from _answers(classifier, requests)
-        else:
-            answers = [step := next(steps, {})]
-            complete = [*step.get("end", ())]
+        with _memory_errors():
+            if steps is None:
+                complete = answers = yield from _answers(classifier, requests)
+            else:
+                answers = [step := next(steps, {})]
+                complete = [*step.get("end", ())]
         if self.metrics is not None and complete:
             self.metrics.record_answers(classifier.name, task, complete)
         return answers
 
 
+def _too_long(seconds: float) -> Overloaded:
+    return Overloaded("the request would wait for too long", "wait", seconds)
+
+
 @contextmanager
-def _overloaded() -> Iterator[None]:
-    """Raise Overloaded where the batcher raises its own errors."""
+def _memory_errors() -> Iterator[None]:
+    """Raise MemoryError where PyTorch raises an error of its own for it."""
     try:
         yield
-    except QueueFull as error:
-        raise Overloaded(_QUEUE_FULL, "queue") from error
-    except QueueTimeout as error:
-        detail = "the request waited in the queue for longer than its timeout"
-        raise Overloaded(detail, "timeout") from error
+    except RuntimeError as error:
+        if not _NO_MEMORY.search(str(error)):
+            raise
+    else:
+        return
+    raise MemoryError
 
 
 def _key(classifier: Classifier, task: Task) -> Key:
@@ -227,6 +329,21 @@ def _key(classifier: Classifier, task: Task) -> Key:
     if type(task) is Uncertainty and task.seed:
         task = replace(task, seed=-1)
     return classifier, task, None
+
+
+def _classify(key: Key) -> tuple[Hashable, int]:
+    """Name what costs alike, by name and version: a model that is unloaded is not kept for it.
+
+    And say how many passes an image takes: more of them cost in proportion, nearly.
+    """
+    classifier, task, steps = key
+    name, version, kind = classifier.name, classifier.version, type(task)
+    if isinstance(task, Predict) or steps is not None:
+        return (name, version, kind), 1
+    if isinstance(task, Compare):
+        return (name, version, kind, task.passes.bit_length()), task.passes
+    samples = task.samples
+    return (name, version, kind, samples.bit_length(), task.masks, task.include_samples), samples
 
 
 def _is_inline(key: Key, images: int) -> bool:

@@ -1,8 +1,7 @@
 """A version is there whole or not at all: through kills, full disks and rivals."""
 
+import errno
 import json
-import os
-import re
 import subprocess
 import sys
 import threading
@@ -11,18 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dropserve.models.checkpoint import (
-    MANIFEST,
-    METADATA,
-    WEIGHTS,
-    Metadata,
-    load,
-    pin,
-    remove,
-    save,
-    versions,
-)
-from dropserve.models.errors import CheckpointRefused
+from dropserve.models import checkpoint, storage
+from dropserve.models.checkpoint import METADATA, WEIGHTS, Metadata, load, save, versions
+from dropserve.models.errors import CheckpointNotWritten, CheckpointRefused
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 
@@ -186,23 +176,33 @@ def test_a_number_that_is_taken_or_is_taken_meanwhile_is_passed_over(tmp_path, m
     assert save(tmp_path, *small()).name == "4"
 
 
-def test_a_version_is_flushed_to_disk_before_and_after_its_name_is(tmp_path, monkeypatch):
-    flushed, fsync = [], os.fsync
+def test_other_users_may_read_a_version(tmp_path):
+    assert save(tmp_path, *small()).stat().st_mode & 0o777 == 0o755
 
-    def record(descriptor):
-        fsync(descriptor)
-        path = Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path)
-        flushed.append(re.sub(r"\.new-\w+", "new", path.as_posix()))
 
-    monkeypatch.setattr(os, "fsync", record)
-    path = save(tmp_path, *small())
-    files = [f"net/new/{name}" for name in (WEIGHTS, METADATA, MANIFEST)]
-    assert flushed == [".", *files, "net/new", "net"]
-    assert path.stat().st_mode & 0o777 == 0o755
-    for version in (1, None):
-        pin(tmp_path, "net", version)
-    assert remove(tmp_path, "net", 1)
-    assert flushed[6:] == ["net/pin.json.part", "net", "net", "net"]
+def test_a_temporary_folder_is_removed_by_the_next_save_but_not_while_its_owner_writes(tmp_path):
+    save(tmp_path, *small())
+    killed = tmp_path / "net" / ".new-killed"
+    killed.mkdir()
+    (killed / WEIGHTS).write_bytes(b"half of it")
+    with checkpoint._temporary(tmp_path / "net") as mine:
+        assert not killed.exists()
+        (mine / WEIGHTS).write_bytes(b"half of it")
+        save(tmp_path, *small())
+        assert (mine / WEIGHTS).exists()
+    assert sorted(path.name for path in (tmp_path / "net").iterdir()) == ["1", "2"]
+
+
+def test_a_version_that_could_not_be_flushed_under_its_name_is_taken_back(tmp_path, monkeypatch):
+    def fail(folder):
+        if (folder / "2").exists():
+            raise OSError(errno.EIO, "Input/output error")
+
+    save(tmp_path, *small())
+    monkeypatch.setattr(storage, "sync_folder", fail)
+    with pytest.raises(CheckpointNotWritten, match=r"net: cannot write a version: .*check the dis"):
+        save(tmp_path, *small())
+    assert [path.name for path in (tmp_path / "net").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, METADATA])

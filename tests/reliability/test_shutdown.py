@@ -80,6 +80,7 @@ def test_under_load_what_was_received_is_answered_and_the_port_refuses(count, ma
     assert b"stopping" in answers[3][2]
     assert [line["reason"] for line in server.lines() if "reason" in line] == ["draining"] * 3
     assert server.errors.read_text() == ""
+    assert "uvicorn.access" not in server.log.read_text()
 
 
 @pytest.fixture

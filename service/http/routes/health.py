@@ -6,7 +6,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dropserve.service.http.common import errors, inference_of, require_model
+from dropserve.service.http.common import errors, inference_of, require_ready
 from dropserve.service.schemas import Health, ModelState, Readiness
 
 router = APIRouter(tags=["operations"])
@@ -21,12 +21,16 @@ async def livez() -> Health:
 @router.get("/readyz", responses=errors(503))
 @router.get("/healthz", name="healthz", responses=errors(503))
 async def readyz(request: Request) -> Readiness:
-    """Models are loaded. The port is closed before that and from the start of a shutdown.
+    """Models are loaded, and the service is not stopping.
+
+    The port is closed before they are, and from the start of a shutdown: then only requests that
+    were received before it are answered, this one with 503.
 
     A version that cannot be served does not change that; it is listed as refused, with the reason.
-    It is 503 if no model is served, because an operator unloaded all.
+    It is 503 if no model is served, because an operator unloaded all, or if the thread that runs
+    them is dead, or takes far longer for a step than such steps do.
     """
-    require_model(request)
+    require_ready(request)
     store = inference_of(request).store
     models = {name: ModelState.model_validate(store.state(name)) for name in store.models()}
     return Readiness(status="ready", models=models)

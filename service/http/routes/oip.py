@@ -24,6 +24,7 @@ from dropserve.service.http import common, images
 from dropserve.service.http.options import invalid, limit_samples
 from dropserve.service.inference.classifier import Answer, Classifier, Predict, Task, Uncertainty
 from dropserve.service.inference.decoder import Pixels, Steps
+from dropserve.service.inference.wait_limit import WaitLimit
 from dropserve.service.schemas import SamplingOptions, Sent
 from dropserve.service.settings import Settings
 
@@ -62,7 +63,9 @@ class InferParameters(Strict, SamplingOptions):
 
     mode: Literal["predict", "uncertainty"] | None = None
     binary_data_output: bool = Field(False, description="All outputs as binary data.")
-    timeout: int = Field(0, ge=0, lt=2**63, description="Microseconds in the queue; 0: no limit.")
+    timeout: int = Field(
+        0, ge=0, lt=2**63, description="Microseconds to wait; 0: as long as the service allows."
+    )
     priority: Ignored = None
     content_type: Ignored = None
     sequence_id: Ignored = None
@@ -189,8 +192,8 @@ async def live() -> dict[str, bool]:
 
 @router.get("/health/ready", responses=common.errors(503))
 async def ready(request: Request) -> dict[str, bool]:
-    """Models are loaded. The port is closed before that and from the start of a shutdown."""
-    common.require_model(request)
+    """Models are loaded, and can run. The port is closed before, and from a shutdown's start."""
+    common.require_ready(request)
     return {"ready": True}
 
 
@@ -222,21 +225,27 @@ async def infer(request: Request) -> Response:
     if media_type not in ("", "application/json", "application/octet-stream"):  # Triton's has none
         raise errors.UnsupportedMediaType("send application/json or application/octet-stream")
     lengths, state = request.headers.getlist(HEADER), request.app.state
+    seconds = common.admit(request, urgent=True)  # its mode is in the body
     body = await state.reader.read(request)
+    limit = WaitLimit(seconds)
     size, parsing = len(body), _parse(body, lengths, model, state.settings)
     del body  # its memory is free as soon as it is parsed
     try:
         async with common.while_connected(request.receive):
-            sent, sources = await common.parsed(inference, parsing, size)
+            sent, sources = await common.parsed(inference, parsing, size, limit)
             request.state.log["images"] = count = len(sources)
             outputs, tasks = _plan(sent, state.settings.max_samples)
-            pixels = await common.decoded(inference, model, sources)
+            if sent.parameters.timeout:
+                limit.lower(sent.parameters.timeout / 1e6)
+            inference.check_wait(limit.left, urgent=isinstance(tasks[0], Predict))
+            pixels = await common.decoded(inference, model, sources, limit)
             del sources  # and with them the body
             if callable(pixels):
                 pixels = cache(pixels)  # by the first task, once for both
-            wait = sent.parameters.timeout / 1e6
+            left = limit.left
             answers = {
-                task: await inference.run(model, task, pixels, count, wait) for task in tasks
+                task: await inference.run(model, task, pixels, count, WaitLimit(left))
+                for task in tasks
             }
     finally:
         state.reader.release(size)

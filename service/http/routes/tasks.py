@@ -19,6 +19,7 @@ from dropserve.service.http.common import (
     TASK_ERRORS,
     JsonResponse,
     PlainRoute,
+    admit,
     decoded,
     described,
     errors,
@@ -30,7 +31,15 @@ from dropserve.service.http.common import (
 )
 from dropserve.service.http.options import MODEL, OPTIONS, VERSION, read_options
 from dropserve.service.http.request_log import failure, problem
-from dropserve.service.inference.classifier import Answer, Classifier, Stream, Task, Uncertainty
+from dropserve.service.inference.classifier import (
+    Answer,
+    Classifier,
+    Predict,
+    Stream,
+    Task,
+    Uncertainty,
+)
+from dropserve.service.inference.wait_limit import WaitLimit
 from dropserve.service.schemas import CompareResponse, PredictResponse, UncertaintyResponse
 
 MAX_NUMBERS = 1_000_000
@@ -130,23 +139,25 @@ async def _answer(request: Request, action: str) -> Response:
     inference, state = inference_of(request), request.app.state
     model = find_model(request, log=True)
     options = read_options(action, request.scope["query_string"], state.settings.max_samples)
+    seconds = admit(request, urgent=isinstance(options.task, Predict))
     head = {"model": model.name, "version": model.version, **options.head}
     reader: BodyReader = state.reader
     content_type = request.headers.get("content-type", "")
     body = await reader.read(request)
+    limit = WaitLimit(seconds)
     size, parsing = len(body), parse_images(body, content_type, state.settings, options.scale)
     del body  # its memory is free as soon as it is parsed
     try:
         async with while_connected(request.receive):
-            sources = await parsed(inference, parsing, size)
+            sources = await parsed(inference, parsing, size, limit)
             request.state.log["images"] = images = len(sources)
             _check_length(options.task, model, images)
-            pixels = await decoded(inference, model, sources)
+            pixels = await decoded(inference, model, sources, limit)
             del sources  # and with them the body
             if isinstance(options.task, Stream):
-                steps = inference.stream(model, options.task, pixels)
+                steps = inference.stream(model, options.task, pixels, limit)
                 return EventStream(request, head, await anext(steps), steps)
-            answer = await inference.run(model, options.task, pixels, images)
+            answer = await inference.run(model, options.task, pixels, images, limit)
             return JsonResponse({**head, **answer})
     finally:
         reader.release(size)

@@ -17,6 +17,7 @@ from dropserve.service.errors import Overloaded
 from dropserve.service.http.routes.oip import PLAIN, ROWS, SAMPLED
 from dropserve.service.inference.classifier import Predict, Uncertainty
 from dropserve.service.inference.inference import Inference
+from dropserve.service.inference.wait_limit import WaitLimit
 from dropserve.service.settings import Settings
 from tests.helpers import encode, noise
 
@@ -254,14 +255,15 @@ def test_the_request_is_logged_with_its_route_model_and_number_of_images(http, s
 class RecordingInference(Inference):
     """Remembers tasks, the pixels they get and how long they wait; counts decoding on threads."""
 
-    async def run(self, model, task, pixels, images, max_wait):
-        answer = await super().run(model, task, pixels, images, max_wait)
-        self.ran.append((task, pixels() if callable(pixels) else pixels, images, max_wait))
+    async def run(self, model, task, pixels, images, limit=None):
+        left = limit.left
+        answer = await super().run(model, task, pixels, images, limit)
+        self.ran.append((task, pixels() if callable(pixels) else pixels, images, left))
         return answer
 
-    async def decode(self, steps):
+    async def decode(self, steps, limit):
         self.decoded += 1
-        return await super().decode(steps)
+        return await super().decode(steps, limit)
 
 
 @pytest.fixture
@@ -317,13 +319,14 @@ def test_prediction_and_sampling_share_the_pixels(data, decoded, post, inference
         image["data"] = [base64.b64encode(content).decode() for content in data]
     else:
         image |= {"shape": data.shape, "datatype": "UINT8", "data": data.tolist()}
-    body = {"inputs": [image], "parameters": {"mode": "uncertainty", "timeout": 60_000_000}}
+    body = {"inputs": [image], "parameters": {"mode": "uncertainty", "timeout": 1_500_000}}
     assert post(f"models/{MLP}/infer", json=body).status_code == 200
     (plain, pixels, count, wait), (sampled, same, _, _) = inference.ran
     assert (plain, sampled) == (Predict(), Uncertainty(samples=20))
     assert pixels is same
     assert pixels.shape == (len(data), 1, 8, 8)
-    assert (inference.decoded, count, wait) == (decoded, len(data), 60)
+    assert (inference.decoded, count) == (decoded, len(data))
+    assert 0.5 < wait <= 1.5
 
 
 @pytest.mark.parametrize(("samples", "drawn"), [(None, 20), (20, 20), (19, 19), (21, None)])
@@ -357,10 +360,10 @@ def test_a_request_that_waits_longer_than_its_timeout_is_refused(inference):
         return np.zeros((1, 1, 8, 8), np.uint8)
 
     async def ask():
-        busy = asyncio.create_task(inference.run(model, Predict(), slow, 1, 0))
+        busy = asyncio.create_task(inference.run(model, Predict(), slow, 1, WaitLimit(2)))
         await asyncio.sleep(0.05)
-        with pytest.raises(Overloaded, match="waited in the queue for longer than its timeout"):
-            await inference.run(model, Uncertainty(samples=20), slow, 1, 0.005)
+        with pytest.raises(Overloaded, match="waited for longer than it may"):
+            await inference.run(model, Uncertainty(samples=20), slow, 1, WaitLimit(0.1))
         await busy
 
     asyncio.run(ask())

@@ -1,7 +1,9 @@
 """The batcher alone: a thread to run on, and no network."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropserve.service.inference.batcher import Batcher, QueueFull, QueueTimeout
+from dropserve.service.inference import batcher as batching
+from dropserve.service.inference.batcher import Batcher, QueueFull, QueueTimeout, WaitTooLong
 
 
 class Pause:
@@ -416,7 +419,8 @@ def test_an_entry_may_be_cancelled_before_during_and_after_its_run():
         assert during.future.cancelled()
         assert batcher.queued == 0
         batcher.close()
-        batcher.cancel(batcher.queue("a", 5))
+        with pytest.raises(RuntimeError, match="closed"):
+            batcher.queue("a", 5)
         assert batcher.queued == 0
 
     batches = run(scenario)
@@ -503,3 +507,160 @@ def test_every_item_gets_its_own_result_whatever_the_interleaving(actions):
 
     for key, items in run(scenario, max_batch=7, max_queue=10_000):
         assert all(actions[item][0] == key for item in items if isinstance(item, int))
+
+
+class Simulation:
+    """A batcher on a clock of its own: batches take what `cost` says, and items arrive meanwhile.
+
+    Attributes:
+        now: the time in seconds.
+        accepted: for each item that was queued: when, the expected wait, and its future.
+        started: when an item's batch started.
+        refused: when items were.
+    """
+
+    def __init__(self, monkeypatch, cost, max_wait, **limits):
+        self.now, self.accepted, self.started, self.refused = 0.0, {}, {}, []
+        self._cost, self._max_wait, self._limits = cost, max_wait, limits
+        monkeypatch.setattr(batching, "perf_counter", lambda: self.now)
+
+    def run(self, key, items):
+        self.started |= dict.fromkeys(items, self.now)
+        for seconds in self._cost(key, len(items)):
+            self.now += seconds
+            yield
+        return items
+
+    async def play(self, arrivals):
+        """Queue (time, key, urgent) as time comes; answer the rest."""
+        limits = {"max_batch": 64, "max_queue": 10**6} | self._limits
+        batcher = Batcher(self.run, None, inline=lambda *_: True, **limits)
+        for item, (time, key, urgent) in enumerate(arrivals):
+            while self.now < time:
+                if not batcher._busy:
+                    self.now = time
+                await asyncio.sleep(0)
+            expected = batcher.expected_wait(urgent=urgent)
+            try:
+                entry = batcher.queue(key, item, urgent=urgent, max_wait=self._max_wait)
+            except WaitTooLong:
+                self.refused.append(self.now)
+            else:
+                self.accepted[item] = self.now, expected, entry.future
+        await asyncio.gather(*(f for *_, f in self.accepted.values()), return_exceptions=True)
+        return batcher
+
+    def waits(self):
+        """Return the expected and the real waits of those that were accepted and computed."""
+        computed = [(n, t, e) for n, (t, e, _) in self.accepted.items() if n in self.started]
+        return np.array([(e, self.started[n] - t) for n, t, e in computed]).T
+
+
+def test_under_overload_the_wait_is_bounded_and_every_batch_is_useful(monkeypatch):
+    """Four times as much as fits: what is accepted starts in time, and the thread never rests."""
+    simulation = Simulation(monkeypatch, lambda _key, n: [0.002 + 0.01 * n], max_wait=2.0)
+    times = np.arange(0, 30, 1 / 400)  # and 100 a second fit
+    asyncio.run(simulation.play([(t, "a", False) for t in times]))
+    expected, real = simulation.waits()
+    steady = real[len(real) // 5 :]
+    assert steady.max() < 2.0 + 0.02
+    assert np.median(steady) > 1.0  # the queue is not emptied by refusing too much
+    expired = len(simulation.accepted) - len(simulation.started)
+    assert expired < 0.02 * len(simulation.accepted)
+    assert len(simulation.started) > 0.95 * 100 * 30
+    assert np.median(np.abs(expected - real) / np.maximum(real, 0.1)) < 0.4
+
+
+def test_what_is_urgent_is_expected_to_wait_for_less(monkeypatch):
+    """Long jobs of 50 steps fill the queue; what is urgent waits for two of their steps at most."""
+
+    def cost(key, n):
+        return [0.001 * n] if key == "urgent" else [0.02] * 50
+
+    simulation = Simulation(monkeypatch, cost, max_wait=5.0, max_batch=1)
+    arrivals = [(t, f"long {t}", False) for t in np.arange(0, 20, 0.5)]
+    arrivals += [(t + 0.013, "urgent", True) for t in np.arange(5, 20, 0.1)]
+    asyncio.run(simulation.play(sorted(arrivals)))
+    urgent = {n: e for n, (_, e, _) in simulation.accepted.items() if sorted(arrivals)[n][2]}
+    assert len(urgent) == 150
+    assert max(urgent.values()) < 0.1
+    assert len(simulation.refused) > 5  # long ones, of which half fit
+
+
+def test_an_idle_batcher_never_refuses_and_a_busy_one_does_at_once(monkeypatch):
+    simulation = Simulation(monkeypatch, lambda _key, _n: [1.0] * 10, max_wait=1.5)
+    times = [0, 20, 21, 28.5, 50, 50]  # the last two make a batch
+    batcher = asyncio.run(simulation.play([(t, "a", False) for t in times]))
+    assert simulation.started == {0: 0, 1: 20, 3: 29, 4: 50, 5: 50}
+    assert simulation.refused == [21]
+    assert batcher.expected_wait() == 0
+
+
+def test_the_costs_of_few_classes_are_kept():
+    classes = [(f"class {n}", 1) for n in range(1000)]
+
+    async def scenario(batcher, _runner):
+        for n in range(1000):
+            await batcher.submit("a", n)
+        assert len(batcher._others._costs) <= 256
+
+    run(scenario, classify=lambda _key: classes.pop())
+
+
+def test_one_bad_item_of_many_is_found_by_halves():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            items = ["poison" if n == 37 else n for n in range(64)]
+            tasks = await queued(*(batcher.submit("a", item) for item in items))
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(results.pop(37), ValueError)
+        assert results == [("a", n) for n in range(64) if n != 37]
+
+    batches = run(scenario, max_batch=64)[1:]
+    assert len(batches) == 1 + 2 * 6
+    assert sorted({len(items) for _, items in batches}) == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_memory_of_a_failed_batch_is_free_before_its_halves_run():
+    held, most = [], []
+
+    class Tensor:
+        pass
+
+    def runs(_key, items):
+        tensor = Tensor()
+        held.append(weakref.ref(tensor))
+        most.append(sum(each() is not None for each in held))
+        yield
+        if "poison" in items:
+            raise MemoryError
+        return items
+
+    async def main(executor):
+        batcher = Batcher(runs, executor, max_batch=8, max_queue=8)
+        tasks = await queued(*(batcher.submit("a", n) for n in (1, 2, "poison", 4)))
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            *good, bad, last = asyncio.run(main(executor))
+    finally:
+        gc.enable()
+    assert (good, last) == ([1, 2], 4)
+    assert isinstance(bad, MemoryError)
+    assert max(most) <= 2  # the two halves are under way at once
+
+
+def test_cancelled_items_leave_nothing_behind_in_the_queue():
+    async def scenario(batcher, runner):
+        async with busy(batcher, runner):
+            entries = [batcher.queue("a", n, urgent=n % 2 == 0) for n in range(2000)]
+            for entry in entries:
+                batcher.cancel(entry)
+            assert batcher.queued == 0
+            assert not batcher._urgent.queues
+            assert not batcher._others.queues
+            assert batcher._others.seconds == pytest.approx(0, abs=1e-9)
+
+    assert run(scenario, max_queue=5000) == [("a", ["first"])]

@@ -88,7 +88,7 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue(server):
 
 
 def test_what_is_not_done_when_the_drain_is_over_gets_503_and_not_silence(make_server, problem):
-    server = make_server(drain_seconds=1, max_queue=100_000).start()
+    server = make_server(drain_seconds=1, max_queue=100_000, max_wait=60).start()
     body = json.dumps({"instances": [[[7] * 16] * 16] * 64})
     headers = {"Content-Type": "application/json"}
 
