@@ -14,7 +14,7 @@ from tests.reliability.exchanges import Load
 from tests.reliability.faults import clients_of, serving_workers
 from tests.reliability.figures import SCALE, published
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 COMMAND = "make soak SOAK=shutdown"
 SIGTERMS = round(50 * SCALE)
 KILLS = round(20 * SCALE)
@@ -56,6 +56,7 @@ def test_sigterms(make_server):
         lost += tally.lost
         closed.append(seconds_open)
         ended.append(seconds)
+        print(f"{len(ended)}: {tally.answered} answered, {len(tally.lost)} lost, {seconds:.2f} s")
     with published("sigterms", COMMAND) as figures:
         figures |= {
             "SIGTERMs, of one worker and of two in turn": SIGTERMS,

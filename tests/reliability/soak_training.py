@@ -19,7 +19,7 @@ from tests.reliability.training_faults import (
     train_through_kills,
 )
 
-COMMAND = "pytest tests/reliability/soak_training.py"
+COMMAND = "make soak SOAK=training"
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 """Has the trainer mount file systems that nobody else sees."""
 
