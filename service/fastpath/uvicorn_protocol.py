@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from uvicorn import Config
 
 from dropserve.service.errors import DropserveError, TooManyRequests
-from dropserve.service.http.connection import MAX_FIELDS, NEVER, Connection
+from dropserve.service.http.connection import MAX_FIELDS, NEVER, TASK, Connection
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import ApiKey, KeyCheck
 from dropserve.service.http.options import (
@@ -97,6 +97,8 @@ class FastPathProtocol(Connection):
         started, data = perf_counter(), self.unread
         if self._state is None or self._asgi or len(data) > _MAX_BYTES or not self._is_free:
             return None
+        if self._watch.refusing and (task := TASK.match(data)) and task[1] in self._watch.refusing:
+            return None  # it is refused soonest there
         options = _candidate(data, self._state.settings.max_samples)
         if options is None:
             return None

@@ -49,7 +49,7 @@ _FRAMING = re.compile(rb"(?i)\r\n(host|content-length|transfer-encoding):[ \t]*(
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:[^\r\n]*")
 _ID = re.compile(rb"(?i)\r\nx-request-id:[ \t]*([^\r\n]*?)[ \t]*\r\n")
-_TASK = re.compile(rb"POST (?:/[^ ?]*)?/(predict|uncertainty|compare)[? ]")
+TASK = re.compile(rb"POST (?:/[^ ?]*)?/(predict|uncertainty|compare)[? ]")
 _SPECIAL = re.compile(rb"(?i)\r\n(?:connection:[^\r]*close|expect:|origin:|x-request-timeout:)")
 _END = b"\r\n\r\n"
 _READ_AHEAD = 65_536  # bytes of later messages that are read while one is answered
@@ -78,6 +78,7 @@ class Watch:
     def __init__(self, connections: "set[Connection]", settings: Settings) -> None:
         self.most = max(1, min(settings.max_connections, open_files(settings) - _OTHER_FILES))
         self._connections = connections
+        self.refusing: set[bytes] = set()  # actions: the last request for one waited too long
         self._over: dict[Connection, None] = {}  # in the order of their arrival
         self._ticking = False
 
@@ -242,13 +243,15 @@ class Connection(HttpToolsProtocol):
 
         The route would do the same in ten times the time; it is left what needs more thought.
         """
-        task = _TASK.match(head)
+        task = TASK.match(head)
         if task is None or len(self.unread) < size or _SPECIAL.search(head):
             return False
         state = self._app_state
         try:
             state.inference.check_wait(self._settings.max_wait, urgent=task[1] == b"predict")
+            self._watch.refusing.discard(task[1])
         except Overloaded as error:
+            self._watch.refusing.add(task[1])
             key = None if state.keys is None else state.keys.find(_fields(head))
             if state.keys is not None and (key is None or key.is_limited):
                 return False

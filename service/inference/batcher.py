@@ -35,6 +35,9 @@ time and joins the batch: a seventh less work a request under load, and 10 us mo
 asks alone."""
 _SWEEP = 0.02
 """Seconds that an item may stay in the queue after its time is over."""
+SURE = 0.8
+"""Part of the time that an item may wait which its expected wait may be: estimates err, and what
+expires has waited in vain."""
 _DECAY = 0.8
 """Weight of earlier batches in a mean, against the next."""
 _STEP_DECAY = 0.99
@@ -181,6 +184,10 @@ class _Job(Generic[Key, Item, Result]):
     error: Exception | None = None
     closed: bool = False
 
+    def expected(self) -> float:
+        """Return the seconds that are left: what takes longer than it should will take as long."""
+        return self.left or self.spent
+
     def advance(self, run: Run[Key, Item, Result]) -> None:
         """Run to the next `yield`, the end or an error; close the steps if nobody waits."""
         try:
@@ -224,6 +231,8 @@ class Batcher(Generic[Key, Item, Result]):
         max_jobs: most jobs under way; other keys then wait, except urgent ones.
         classify: names the class of a key, whose work costs alike, and says how many units of it a
             weight of one is; what weighs nothing counts as one.
+        fits: makes, for the batch of a key, what says item by item if one more may be in it; the
+            first always is.
         inline: says if a batch of a key and weight takes so little time that it may run on the
             event loop, which saves two changes of thread.
         observe: called as a batch starts, with key, weight, and the seconds that items waited.
@@ -238,6 +247,7 @@ class Batcher(Generic[Key, Item, Result]):
         max_queue: int,
         max_jobs: int = 16,
         classify: Classify[Key] = lambda _key: (None, 1),
+        fits: Callable[[Key], Callable[[Item], bool]] = lambda _key: lambda _item: True,
         inline: Callable[[Key, int], bool] = lambda _key, _weight: False,
         observe: Callable[[Key, int, Sequence[float]], None] = lambda _key, _weight, _waits: None,
     ) -> None:
@@ -246,6 +256,7 @@ class Batcher(Generic[Key, Item, Result]):
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_jobs = max_jobs
+        self._fits = fits
         self._inline = inline
         self._observe = observe
         self._urgent: _Line[Key, Item, Result] = _Line(classify)
@@ -333,11 +344,11 @@ class Batcher(Generic[Key, Item, Result]):
             queued = self._urgent.weight + self._others.weight
             if weight and queued and queued + weight > self._max_queue:
                 raise QueueFull
-            if max_wait and (seconds := self._expect(urgent, now)) > max_wait:
+            if max_wait and (seconds := self._expect(urgent, now)) > SURE * max_wait:
                 if queue is not None:  # its last batch has room, and would not be waited for
                     together = queue.weight % self._max_batch * queue.units
                     seconds -= together * queue.cost.unit
-                if seconds > max_wait:
+                if seconds > SURE * max_wait:
                     raise WaitTooLong(seconds)
         loop = asyncio.get_running_loop()
         if queue is None:
@@ -472,13 +483,29 @@ class Batcher(Generic[Key, Item, Result]):
         for _ in range(4):
             job = None
             line = next(self._turns)
-            if line is None:
+            if line is None or (line is self._others and self._is_done_sooner()):
                 job = self._jobs.popleft() if self._jobs else None
             elif line is self._urgent or len(self._jobs) < self._max_jobs:
                 job = self._start(line)
             if job is not None:
                 return job
         return None
+
+    def _is_done_sooner(self) -> bool:
+        """Bring the job under way with the least left to the front, if a new one would take longer.
+
+        Equal jobs then end one after another, and not all of them late.
+        """
+        if not self._jobs or not self._others.queues:
+            return False
+        job = min(self._jobs, key=_Job.expected)
+        queue = next(iter(self._others.queues.values()))
+        new = min(queue.weight or 1, self._max_batch) * queue.units * queue.cost.unit
+        if job.expected() > new:
+            return False
+        self._jobs.remove(job)
+        self._jobs.appendleft(job)
+        return True
 
     def _start(self, line: _Line[Key, Item, Result]) -> _Job[Key, Item, Result] | None:
         """Make a batch of the first key; a key with more than fits goes to the back."""
@@ -507,8 +534,10 @@ class Batcher(Generic[Key, Item, Result]):
         """Take the first entries out of a queue, as many as fit into a batch, and one at least."""
         taken: list[Entry[Key, Item, Result]] = []
         weight = units = 0
+        fits = self._fits(queue.key)
         for entry in queue.entries:
-            if taken and weight + entry.weight > self._max_batch:
+            more = fits(entry.item) and weight + entry.weight <= self._max_batch
+            if taken and not more:
                 break
             taken.append(entry)
             weight += entry.weight

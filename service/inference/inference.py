@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded
 from dropserve.service.inference.batcher import (
+    SURE,
     Batcher,
     Entry,
     QueueFull,
@@ -111,6 +113,7 @@ class Inference:
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             classify=_classify,
+            fits=_fits,
             inline=_is_inline,
             observe=self._observe,
         )
@@ -126,25 +129,22 @@ class Inference:
         """Images that wait."""
         return self._batcher.queued
 
-    def refuses(self, *, urgent: bool) -> bool:
-        """Say if there is no use in reading a request: it would be refused; cheap to ask."""
-        batcher, settings = self._batcher, self._settings
-        return (
-            batcher.expected_wait(urgent=urgent) > settings.max_wait
-            or batcher.queued >= settings.max_queue
-        )
-
     def expected_wait(self, *, urgent: bool) -> float:
         """Estimate the seconds that a request would wait; `urgent` ones are predictions."""
         return self._batcher.expected_wait(urgent=urgent)
 
     def check_wait(self, seconds: float, *, urgent: bool) -> None:
-        """Raise Overloaded if a request would wait for longer than so many seconds."""
+        """Raise Overloaded if a request would wait for longer than so many seconds, or has no room.
+
+        It is cheap, so that a request can be refused before it is read.
+        """
         if seconds <= 0:
             raise Overloaded(_TOO_LATE, "timeout")
         expected = self._batcher.expected_wait(urgent=urgent)
-        if expected > seconds:
+        if expected > SURE * seconds:
             raise _too_long(expected)
+        if self.queued >= self._settings.max_queue:
+            raise Overloaded(_QUEUE_FULL, "queue", expected)
 
     def stalled(self) -> str | None:
         """Say what is wrong with the inference thread, if it is: it is dead, or does not go on."""
@@ -346,6 +346,17 @@ def _classify(key: Key) -> tuple[Hashable, int]:
     return (name, version, kind, samples.bit_length(), task.masks, task.include_samples), samples
 
 
+def _fits(_key: Key) -> Callable[[Request], bool]:
+    """Make what says, request by request, if one fits into a batch: more seeds share no work."""
+    seeds: set[int] = set()
+
+    def fits(request: Request) -> bool:
+        seeds.add(_seed(request))
+        return len(seeds) <= _SEEDS
+
+    return fits
+
+
 def _is_inline(key: Key, images: int) -> bool:
     """Say if a batch may block the event loop; steps of streams, which weigh nothing, may not."""
     classifier, task, _ = key
@@ -365,23 +376,25 @@ def _answers(
 
     A request whose client has left is None from then on, and is not run.
     """
-    tasks: list[Any] = [request and request[0] for request in requests]
     answers: list[Any] = [request and _decoded(request[1]) for request in requests]
-    seeds: dict[int, list[int]] = {}
-    for number, task in enumerate(tasks):
-        if not isinstance(answers[number], Exception):
-            seeds.setdefault(getattr(task, "seed", 0), []).append(number)
-    while seeds := {s: g for s, g in seeds.items() if any(requests[n] for n in g)}:
-        some = [seeds.popitem() for _ in range(min(_SEEDS, len(seeds)))]
-        numbers = [n for _, group in some for n in group if requests[n]]
-        each = [tasks[n].seed for n in numbers for _ in answers[n]] if some[1:] else []
-        task, pixels = tasks[numbers[0]], [answers[n] for n in numbers]
-        found = yield from classifier.run(task, pixels, each)
-        for number, answer in zip(numbers, found, strict=True):
+    runs = [
+        (_seed(request), number, request[0])
+        for number, request in enumerate(requests)
+        if request is not None and not isinstance(answers[number], Exception)
+    ]
+    runs.sort(key=itemgetter(0))  # images of one seed side by side
+    if runs:
+        images = [answers[number] for _, number, _ in runs]
+        each = [seed for seed, number, _ in runs for _ in answers[number]]
+        seeds = each if runs[0][0] != runs[-1][0] else []
+        found = yield from classifier.run(runs[0][2], images, seeds)
+        for (_, number, _), answer in zip(runs, found, strict=True):
             answers[number] = answer
-        if seeds:
-            yield
     return answers
+
+
+def _seed(request: Request) -> int:
+    return getattr(request[0], "seed", 0)
 
 
 def _decoded(pixels: Pixels | Read | None) -> Pixels | Exception | None:
