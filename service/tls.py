@@ -11,8 +11,8 @@ from dropserve.service.settings import Settings
 if TYPE_CHECKING:
     from uvicorn import Config
 
-_HANDSHAKE_SECONDS = 10.0
-_CLOSING_SECONDS = 5.0
+_HANDSHAKE_SECONDS = 5.0
+_CLOSING_SECONDS = 60.0  # until an answer is sent; a connection without one has a deadline
 
 
 class TlsError(OSError):

@@ -22,7 +22,14 @@ from starlette.applications import Starlette
 from uvicorn import Config
 
 from dropserve.service.errors import DropserveError, TooManyRequests
-from dropserve.service.http.connection import MAX_FIELDS, NEVER, TASK, Connection
+from dropserve.service.http.connection import (
+    MAX_FIELDS,
+    NEVER,
+    TASK,
+    Connection,
+    Fields,
+    server_lines,
+)
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import ApiKey, KeyCheck
 from dropserve.service.http.options import (
@@ -43,7 +50,6 @@ if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Answer
     from dropserve.service.inference.inference import Inference, Waiting
 
-Headers = list[tuple[bytes, bytes]]
 Options = tuple[str | None, str | None, str, ParsedOptions]
 """Model, version, route and what the query asks for."""
 _KNOWN = {RequestLog, KeyCheck}
@@ -57,9 +63,9 @@ _ASGI_ONLY = {
     *(b"origin", b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"),
     TIMEOUT.lower().encode(),
 }
-"""Headers of requests that take the ASGI path."""
+"""Header fields of requests that take the ASGI path."""
 _ANSWER = (
-    b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: application/json\r\n"
+    b"HTTP/1.1 200 OK\r\n%b%bcontent-length: %d\r\ncontent-type: application/json\r\n"
     b"x-request-id: %b\r\n\r\n%b"
 )
 
@@ -111,6 +117,7 @@ class FastPathProtocol(Connection):
         if self._request is not None:
             self._clear_timer()
             self._sent, self.unread = data, b""
+            self._begun = self._probed = False
             self.deadline = NEVER
             self._request.waiting.future.add_done_callback(self._answer)
             return True
@@ -139,8 +146,9 @@ class FastPathProtocol(Connection):
         request = self._request
         if request is None:
             return  # it was cancelled
+        last = self._draining and not self.unread and not self._is_readable
         try:
-            answer = request.response(self.server_state.default_headers)
+            answer = request.response(self.server_state.default_headers, last=last)
         except Exception as error:  # the ASGI path finds it again and reports it
             if not isinstance(error, DropserveError | QueueTimeout | MemoryError):
                 self.logger.exception("a request is passed to the ASGI path")
@@ -154,6 +162,8 @@ class FastPathProtocol(Connection):
             request.end(CLIENT_CLOSED)
             return
         request.end(200)
+        if last:
+            self.transport.close()
         self.on_response_complete()
 
     def _pass_request(self, request: "FastPathRequest") -> None:
@@ -165,13 +175,6 @@ class FastPathProtocol(Connection):
         self.app_state = {**state, "arrived": request.started}  # its time to wait goes on
         self._pass_partial()
         self.app_state = state
-
-    def may_probe(self) -> bool:
-        """Say if an interim response may be sent now; it is sent once."""
-        if self._request is None:
-            return super().may_probe()
-        may, self._request.probed = not self._request.probed, True
-        return may
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Let the ASGI path refuse a partial request."""
@@ -189,12 +192,10 @@ class FastPathProtocol(Connection):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Pass what was received to the ASGI path, whose answers announce the close."""
+        """Close once the request in flight is answered; the ASGI path takes others."""
         self._state = None
         if self._timer is not None:
             self._pass_partial()
-        if self._request is not None:
-            self._pass_request(self._request)
         super().shutdown()
 
 
@@ -208,7 +209,6 @@ class FastPathRequest:
     head: dict[str, Any]
     line: dict[str, Any]
     started: float
-    probed: bool = False
     key: ApiKey | None = None
 
     @classmethod
@@ -268,14 +268,15 @@ class FastPathRequest:
         line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
         return cls(state, waiting, len(body), {**shown, **parsed.head}, line, started)
 
-    def response(self, server_headers: Headers) -> bytes:
-        """Write the response, or raise what went wrong instead."""
+    def response(self, server_headers: Fields, *, last: bool) -> bytes:
+        """Write the response, the connection's last or not, or raise what went wrong instead."""
         content = {**self.head, **self.waiting.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        lines = _server_lines(server_headers)
+        lines = server_lines(server_headers)
         if self.state.settings.cors_origins:
             lines += b"vary: Origin\r\n"
-        return _ANSWER % (lines, len(body), self.line["request_id"].encode(), body)
+        closing = b"connection: close\r\n" if last else b""
+        return _ANSWER % (lines, closing, len(body), self.line["request_id"].encode(), body)
 
     def cancel(self, status: int | None) -> None:
         """Take the request out of the queue, if it is still there, and `end` it."""
@@ -290,24 +291,6 @@ class FastPathRequest:
         if status is not None:
             self.line |= {"images": 1, "status": status}
             record(self.state.metrics, self.line, self.started)
-
-
-class _ServerLines:
-    """The headers that uvicorn adds to every answer, as they are sent."""
-
-    def __init__(self) -> None:
-        self._latest: tuple[Headers, bytes] = [], b""
-
-    def __call__(self, headers: Headers) -> bytes:
-        """Write them; uvicorn replaces the list once a second, because of the date."""
-        latest = self._latest
-        if latest[0] is not headers:
-            lines = b"".join([b"%b: %b\r\n" % header for header in headers])
-            latest = self._latest = headers, lines
-        return latest[1]
-
-
-_server_lines = _ServerLines()
 
 
 def _candidate(data: bytes, max_samples: int) -> Options | None:
@@ -348,7 +331,7 @@ class _Message:
 
     def reset(self) -> None:
         """Forget what was found: a connection may be idle for long."""
-        self.headers: Headers = []
+        self.headers: Fields = []
         self.body = b""
         self.complete = self.partial = False  # of a client that keeps the connection alive
         self._messages = 0

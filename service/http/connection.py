@@ -6,6 +6,7 @@ next is parsed: pipelined requests are answered in order, and what is read ahead
 """
 
 import asyncio
+import logging
 import re
 import resource
 import termios
@@ -41,16 +42,18 @@ MAX_TARGET = 8_192
 """Bytes of the path and the query."""
 _METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"}
 _OTHER_METHOD = b"TRACE"
-"""Of what the parser gets for a method that no route has: the route answers 405."""
+"""What the parser gets for a method that no route has: the route answers 405."""
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _REQUEST_LINE = re.compile(rb"(%b+) ([!-~]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
 _FIRST_BYTES = re.compile(rb"%b+(?: [^\0\n]*)?" % _TOKEN)
-_FRAMING = re.compile(rb"(?i)\r\n(host|content-length|transfer-encoding):[ \t]*([^\r\n]*)")
+_FIELDS = re.compile(rb"(?:\r\n%b+:[^\0-\x08\x0a-\x1f\x7f]*)*\r\n\r\n" % _TOKEN)
+_FRAMING = {b"host", b"content-length", b"transfer-encoding"}
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:[^\r\n]*")
-_ID = re.compile(rb"(?i)\r\nx-request-id:[ \t]*([^\r\n]*?)[ \t]*\r\n")
+# no two parts of it match the same: a head of spaces must not take long
+_ID = re.compile(rb"(?i)\r\nx-request-id:[ \t]*([A-Za-z0-9._:-]{1,128})[ \t]*\r\n")
 TASK = re.compile(rb"POST (?:/[^ ?]*)?/(predict|uncertainty|compare)[? ]")
-_SPECIAL = re.compile(rb"(?i)\r\n(?:connection:[^\r]*close|expect:|origin:|x-request-timeout:)")
+_SPECIAL = {b"expect", b"origin", b"x-request-timeout"}
 _END = b"\r\n\r\n"
 _READ_AHEAD = 65_536  # bytes of later messages that are read while one is answered
 _RESERVE = 64
@@ -66,8 +69,10 @@ _EMPTY = bytes(4)
 _PROBE = 0.2
 """Seconds after which it is asked whether a client that sends no more still reads."""
 _CLOSE_WAIT = 8  # of the kernel's TCP states: the peer sends no more, and has not reset
+Fields = list[tuple[bytes, bytes]]
 NEVER = float("inf")
 """A deadline that never comes."""
+_log = logging.getLogger("dropserve.connections")
 
 
 class Watch:
@@ -94,7 +99,9 @@ class Watch:
         if len(self._connections) > self.most:
             self._over[connection] = None
             if len(self._over) > _RESERVE:
-                next(iter(self._over)).transport.abort()
+                oldest = next(iter(self._over))
+                del self._over[oldest]
+                oldest.transport.abort()
         if not self._ticking:
             self._ticking = True
             connection.loop.call_later(_TICK, self._tick, connection.loop)
@@ -110,12 +117,16 @@ class Watch:
         self._over.pop(connection, None)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
-        for connection in [c for c in self._connections if c.deadline <= now]:
-            connection.expire()
         self._ticking = bool(self._connections)
         if self._ticking:
             loop.call_later(_TICK, self._tick, loop)
+        now = loop.time()
+        for connection in [c for c in self._connections if c.deadline <= now]:
+            try:
+                connection.expire()
+            except Exception:
+                _log.exception("a connection is aborted")
+                connection.transport.abort()
 
 
 def open_files(settings: Settings) -> int:
@@ -152,7 +163,8 @@ class Connection(HttpToolsProtocol):
         self.unread = b""
         self.deadline = self.loop.time() + self._settings.head_timeout
         self._between = True  # the parser is between two messages
-        self._head_bytes = 0  # of a head that is not complete: those that were looked at
+        self._begun = False  # a head was received in part
+        self._in_head = False  # the parser is within a head
         self._rest: int | None = 0  # bytes of the body that the parser lacks; None: chunked
         self._tail = b""  # of a chunked body: the last bytes that the parser got
         self._overhead = 0  # of a chunked body: bytes since the last that are its data
@@ -160,6 +172,7 @@ class Connection(HttpToolsProtocol):
         self._lingers = False  # what arrives is thrown away
         self._thrown_away = 0  # bytes
         self._draining = False  # the service stops
+        self._probed = False  # the client of the request in flight was sent an interim response
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; while the service stops, connections come from the kernel's backlog."""
@@ -194,57 +207,69 @@ class Connection(HttpToolsProtocol):
         self.advance()
 
     def advance(self) -> None:
-        """Read to the end of a message: the next waits for its answer."""
+        """Go on as far as is possible: to the end of a message, whose answer the next waits for."""
         while self.unread and not self.busy and not self._lingers:
             if not self._between:
                 self._read_body()
             elif not self.begin():
                 break
-        if len(self.unread) > _READ_AHEAD:
-            self.flow.pause_reading()
+        if self.transport.is_closing():
+            return
         if self._draining:
             self._announce_close()
+        if self._ended:
+            self._end()
+        elif len(self.unread) > _READ_AHEAD:
+            self.flow.pause_reading()
+        elif self._between or not self.in_flight:  # else uvicorn says: the body waits to be read
+            self.flow.resume_reading()
 
     def begin(self) -> bool:
         """Read a head; False: it is not complete, or was refused."""
         self.unread = self.unread.lstrip(b"\r\n")
-        end = self.unread.find(_END, max(self._head_bytes - len(_END), 0))
-        if end < 0 and not self._head_bytes:
+        if not self.unread:
+            return False
+        end = self.unread.find(_END)
+        if end < 0 and not self._begun:
             seconds = _GRACE if self._draining else self._settings.head_timeout
             self.deadline = self.loop.time() + seconds
-        self._head_bytes = 0 if end >= 0 else len(self.unread)
+        self._begun = end < 0
         head = self.unread[: end + len(_END)] if end >= 0 else self.unread
         try:
             if end < 0:
                 check_beginning(head)
                 return False
-            self._rest = check_head(head)
-            if self._watch.is_over(self) and head.split(b" ", 2)[1].decode("latin-1") not in OPEN:
+            self._rest, fields = check_head(head)
+            method, path, rest = head.split(b" ", 2)
+            if self._watch.is_over(self) and path.decode() not in OPEN:
                 raise Overloaded("too many connections; try again in a second", "connections")
         except DropserveError as error:
             self.refuse(error)
             return False
-        if self._rest is not None and self._declined(head, len(head) + self._rest):
+        if self._rest is not None and self._declined(head, fields, len(head) + self._rest):
             self.unread = self.unread[len(head) + self._rest :]
             return True
         self.deadline = self.loop.time() + _GRACE if self._draining else NEVER
-        self._tail, self._overhead = b"", 0
+        self._tail, self._overhead, self._probed = b"", 0, False
         self.unread = self.unread[len(head) :]
-        method, space, rest = head.partition(b" ")
         if method not in _METHODS:
-            head = _OTHER_METHOD + space + rest
+            head = b" ".join((_OTHER_METHOD, path, rest))
         self._feed(_UPGRADE.sub(b"", head))  # without the field, the parser reads the body
         if not self._between:
             self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
         return not self._lingers
 
-    def _declined(self, head: bytes, size: int) -> bool:
+    def _declined(self, head: bytes, fields: Fields, size: int) -> bool:
         """Refuse a whole request of so many bytes if it would wait for too long.
 
         The route would do the same in ten times the time; it is left what needs more thought.
         """
         task = TASK.match(head)
-        if task is None or len(self.unread) < size or _SPECIAL.search(head):
+        if task is None or len(self.unread) < size or self._draining:
+            return False
+        given = dict(fields)
+        closes = b"close" in given.get(b"connection", b"").lower() or b" HTTP/1.1\r\n" not in head
+        if closes or not _SPECIAL.isdisjoint(given):
             return False
         state = self._app_state
         try:
@@ -252,7 +277,7 @@ class Connection(HttpToolsProtocol):
             self._watch.refusing.discard(task[1])
         except Overloaded as error:
             self._watch.refusing.add(task[1])
-            key = None if state.keys is None else state.keys.find(_fields(head))
+            key = None if state.keys is None else state.keys.find(fields)
             if state.keys is not None and (key is None or key.is_limited):
                 return False
             self.write_error(error, head, close=False, key=key)
@@ -261,42 +286,53 @@ class Connection(HttpToolsProtocol):
         return False
 
     def _read_body(self) -> None:
-        size = len(self.unread)
-        if self._rest is None:
-            found = (self._tail + self.unread).find(_END)
-            size = size if found < 0 else found + len(_END) - len(self._tail)
-        else:
-            size = min(size, self._rest)
-            self._rest -= size
-        piece, self.unread = self.unread[:size], self.unread[size:]
-        self._tail = (self._tail + piece[-3:])[-3:]
-        self._overhead += size
-        self._feed(piece)
-        if self._overhead > MAX_HEAD:
-            self._cut(_head_too_large())
-        elif not self._between and self._rest == 0:
-            self._cut(_bad_chunks())
+        """Give the parser what may be of one message's body, and leave the rest unread."""
+        data, start = self.unread, 0
+        stop = -1 if self._rest is not None else (self._tail + data[:3]).find(_END)
+        stop += len(_END) - len(self._tail) if stop >= 0 else 0  # it may lie across the seam
+        self._tail = data[-3:]
+        while start < len(data) and not self._between and not self._lingers:
+            if self._rest is not None:
+                stop = min(len(data), self._rest)
+                self._rest -= stop
+            elif stop <= start:
+                found = data.find(_END, start)
+                stop = found + len(_END) if found >= 0 else len(data)
+            self._overhead += stop - start
+            self._feed(data[start:stop])
+            start = stop
+            if self._overhead > MAX_HEAD:
+                self._cut(_head_too_large())
+        self.unread = b"" if self._lingers else data[start:]
 
     def _feed(self, data: bytes) -> None:
-        head = self._between
+        head, cycle = self._between, self.cycle
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if head:
-                self._between = True
-                self.refuse(MalformedRequest("the request breaks the rules of HTTP"), data)
-            else:
-                self._cut(_bad_chunks())
+            if not head:
+                self._cut(MalformedRequest("the body's chunks are not valid"))
+                return
+            if self.cycle is not cycle:  # the error came late
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self._between = True
+            self.refuse(MalformedRequest("the request breaks the rules of HTTP"), data)
 
     def on_message_begin(self) -> None:
         """Note that a message has begun."""
-        self._between = False
+        self._between, self._in_head = False, True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a field of the head; those behind a body are ignored."""
-        if self._overhead == 0:
+        if self._in_head:
             super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer."""
+        self._in_head = False
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -312,23 +348,21 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with what came behind the request."""
         self.server_state.total_requests += 1
-        if self._lingers:
-            return
         self.set_deadline()
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
         self.advance()
-        if self._ended and not self.busy and not self._lingers:
-            self._end()
 
     def set_deadline(self) -> None:
         """Set the deadline; a request in flight has none while the client reads."""
+        if self._lingers:
+            return
         if self.in_flight and not self.flow.write_paused:
             self.deadline = NEVER
-            return
-        idle = _GRACE if self._draining else self.timeout_keep_alive
-        self.deadline = self.loop.time() + (idle if self._between else self._settings.body_timeout)
+        elif self._draining:
+            self.deadline = self.loop.time() + _GRACE
+        else:
+            idle = self._between or self.flow.write_paused
+            seconds = self.timeout_keep_alive if idle else self._settings.body_timeout
+            self.deadline = self.loop.time() + seconds
 
     def shutdown(self) -> None:
         """Answer what was received in full, refuse what was not, and close."""
@@ -345,23 +379,25 @@ class Connection(HttpToolsProtocol):
     @property
     def _is_readable(self) -> bool:
         """Whether the kernel has bytes of this connection that were not read."""
-        descriptor = self.transport.get_extra_info("socket").fileno()
+        socket = self.transport.get_extra_info("socket")
+        descriptor = -1 if socket is None else socket.fileno()
         return descriptor >= 0 and ioctl(descriptor, termios.FIONREAD, _EMPTY) != _EMPTY
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer what was received completely; return whether the connection stays open."""
         self._ended = True
-        if not self.busy:
-            self._end()
-        elif not self.flow.write_paused:
+        self.advance()
+        if self.busy and not self.flow.write_paused:
             self.deadline = self.loop.time() + _PROBE
         return not self.transport.is_closing() and self.transport.can_write_eof()  # not with TLS
 
     def _end(self) -> None:
         """Close the connection of a client that sends no more, after an error if one is due."""
-        if self._lingers and not self.in_flight:
+        if self.busy or (self._lingers and self.in_flight):
+            return
+        if self._lingers:
             self.transport.close()
-        elif not self._between and not self._lingers:
+        elif not self._between:
             self._cut(MalformedRequest("the body is shorter than it says"))
         elif self.unread:
             self.refuse(MalformedRequest("the request ends before its head does"))
@@ -403,19 +439,15 @@ class Connection(HttpToolsProtocol):
         What it is sent is an interim response (RFC 9110, section 15.2).
         """
         self.deadline = self.loop.time() + _TICK
-        socket = self.transport.get_extra_info("socket")
-        if socket.getsockopt(IPPROTO_TCP, TCP_INFO, 1)[0] != _CLOSE_WAIT:
+        socket, cycle = self.transport.get_extra_info("socket"), self.cycle
+        if socket is None or socket.getsockopt(IPPROTO_TCP, TCP_INFO, 1)[0] != _CLOSE_WAIT:
             self.transport.abort()
-        elif self.may_probe():
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def may_probe(self) -> bool:
-        """Say if an interim response may be sent now; it is sent once."""
-        cycle = self.cycle
-        fresh = not cycle.response_started and cycle.scope["http_version"] == "1.1"
-        may = fresh and not cycle.scope["state"].get("probed")
-        cycle.scope["state"]["probed"] = True
-        return may
+        elif not self._probed:
+            answering = cycle is not None and not cycle.response_complete  # else: the fast path
+            old = answering and cycle.scope["http_version"] != "1.1"
+            if not (answering and cycle.response_started) and not old:
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._probed = True
 
     def pause_writing(self) -> None:
         """Give a client that does not read its answer a deadline."""
@@ -474,9 +506,10 @@ class Connection(HttpToolsProtocol):
             **error.headers,
             **({"connection": "close"} if close else {}),
         }
-        fields = [b"%b: %b\r\n" % field for field in self.server_state.default_headers]
-        fields += [f"{key}: {value}\r\n".encode("latin-1") for key, value in headers.items()]
-        self.transport.write(b"".join([STATUS_LINE[error.status], *fields, b"\r\n", body]))
+        lines = [f"{key}: {value}\r\n".encode("latin-1") for key, value in headers.items()]
+        lines.insert(0, server_lines(self.server_state.default_headers))
+        body = b"" if method == b"HEAD" else body
+        self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
         shown = method.decode() if method in _METHODS else None
         line = {"request_id": name, "method": shown, "route": None, "status": error.status}
         if key is not None:
@@ -484,6 +517,24 @@ class Connection(HttpToolsProtocol):
         if isinstance(error, Overloaded):
             line["reason"] = error.reason
         record(self._app_state.metrics, line, started)
+
+
+class _ServerLines:
+    """The headers that uvicorn adds to every answer, as they are sent."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Fields, bytes] = [], b""
+
+    def __call__(self, headers: Fields) -> bytes:
+        """Write them; uvicorn replaces the list once a second, because of the date."""
+        latest = self._latest
+        if latest[0] is not headers:
+            lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+            latest = self._latest = headers, lines
+        return latest[1]
+
+
+server_lines = _ServerLines()
 
 
 class _Lingering:
@@ -519,26 +570,36 @@ def check_beginning(received: bytes) -> None:
         raise _head_too_large()
 
 
-def check_head(head: bytes) -> int | None:
-    """Check a whole head; return the length of its body in bytes; None: it comes in chunks.
+def check_head(head: bytes) -> tuple[int | None, Fields]:
+    """Check a whole head.
+
+    Returns:
+        The length of its body in bytes, None if it comes in chunks; and its fields, names in lower
+        case.
 
     Raises:
-        MalformedRequest: it has an unknown version, not one Host, or a body whose end is ambiguous.
+        MalformedRequest: it breaks the rules of HTTP, has an unknown version, not one Host, or a
+            body whose end is ambiguous.
         UriTooLong, HeadTooLarge: it is beyond the limits.
     """
-    version = check_request_line(head[: head.find(b"\r\n")])
+    line, _, rest = head.partition(b"\r\n")
+    version = check_request_line(line)
     if len(head) > MAX_HEAD or head.count(b"\r\n") > MAX_FIELDS + 2:
         raise _head_too_large()
-    fields = _FRAMING.findall(head)
-    framing = {name.lower(): value.rstrip(b" \t") for name, value in fields}
-    length, coding = framing.get(b"content-length"), framing.get(b"transfer-encoding")
-    if len(framing) != len(fields) or (version == b"1.1" and b"host" not in framing):
+    if not _FIELDS.fullmatch(head, len(line)):
+        raise MalformedRequest("the head breaks the rules of HTTP")
+    parts = [field.partition(b":") for field in rest[:-4].split(b"\r\n") if field]
+    fields = [(name.lower(), value.lstrip(b" \t").rstrip(b" ")) for name, _, value in parts]
+    framing = [field for field in fields if field[0] in _FRAMING]
+    given = dict(framing)
+    length, coding = given.get(b"content-length"), given.get(b"transfer-encoding")
+    if len(given) != len(framing) or (version == b"1.1" and b"host" not in given):
         raise MalformedRequest("there must be one Host, and one length of the body at most")
-    if coding is None and _LENGTH.fullmatch(length or b"0"):
-        return int(length or 0)
+    if coding is None and (length is None or _LENGTH.fullmatch(length)):
+        return int(length or 0), fields
     if coding is None or coding.lower() != b"chunked" or length is not None or version == b"1.0":
         raise MalformedRequest("the body must have a Content-Length, or be chunked, and no more")
-    return None
+    return None, fields
 
 
 def check_request_line(line: bytes) -> bytes:
@@ -551,16 +612,6 @@ def check_request_line(line: bytes) -> bytes:
     if len(found[2]) > MAX_TARGET:
         raise _uri_too_long()
     return found[3]
-
-
-def _fields(head: bytes) -> list[tuple[bytes, bytes]]:
-    """Split the fields of a head; names are in lower case."""
-    parts = (line.partition(b":") for line in head.split(b"\r\n")[1:-2])
-    return [(name.lower(), value.strip(b" \t")) for name, _, value in parts]
-
-
-def _bad_chunks() -> MalformedRequest:
-    return MalformedRequest("the body's chunks are not valid")
 
 
 def _uri_too_long() -> UriTooLong:
