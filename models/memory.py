@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; 32 MiB is the largest that glibc accepts
-    return all([mallopt(-1, 256 * 2**20), mallopt(-3, 32 * 2**20)])
+    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h
+    return all([mallopt(-1, 256 * 2**20), mallopt(-3, 32 * 2**20), mallopt(-8, 1)])
 
 
 def release_freed_memory() -> bool:
