@@ -87,7 +87,7 @@ class BodyReader:
                 raise self._too_late(limit.when() == deadline) from None
             raise
         if cut := request.scope["state"].get("cut"):  # by http/connection.py
-            self._held -= sum(map(len, chunks))
+            self.release(sum(map(len, chunks)))
             raise cut
         return b"".join(chunks)
 

@@ -1,15 +1,14 @@
 """Decodes images on threads, within a memory budget.
 
 The work is a generator: before each step it yields how many bytes of memory the step takes at most.
-Small steps run on at once; a large one waits until the budget has room for it, and smaller ones
-overtake it for a time. One thread always is left for small steps.
+Small steps run on at once: one thread is always left for them. Large ones wait until the budget has
+room, and are admitted by turns: the one that has waited longest, then the smallest.
 """
 
 import asyncio
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -23,8 +22,6 @@ BYTES_PER_PIXEL = 12
 four channels (2 a coefficient, and 4); PNG takes 4, and 4 for the converted copy."""
 _SMALL = 16 * 2**20
 """Bytes of memory that are not counted: each thread takes so much beside the budget."""
-_OVERTAKEN = 50e6
-"""Bytes for which a step may be overtaken for a second: that is ten times what decoding takes."""
 _RELEASE_AFTER = 1.0
 """Seconds from the end of a large step until freed memory is given back: each time costs some
 milliseconds, and page faults of whoever would have used it again."""
@@ -41,7 +38,7 @@ def finish(steps: Steps[Result]) -> Result:
 
 
 class Decoder:
-    """Runs work in steps on threads: `threads` large steps at once, and small ones on another, too.
+    """Runs work in steps: `threads` large ones at once at most, small ones on one thread more.
 
     `budget` is the memory, in bytes, of all large steps together; a step that needs more runs
     alone. `release` gives freed memory back to the system: before the largest steps, and soon after
@@ -53,8 +50,10 @@ class Decoder:
         self._threads = threads
         self._budget = self._free = budget
         self._release = release
-        self._waiting: list[_Room] = []  # a heap
+        self._waiting: list[_Room] = []  # in the order of their requests
+        self._oldest_next = True
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
     async def run(self, steps: Steps[Result]) -> Result:
         """Do all steps; those that have not started when this is cancelled are dropped."""
@@ -69,40 +68,45 @@ class Decoder:
 
     async def _advance(self, work: "_Work[Result]", needed: int) -> int | None:
         """Advance once `needed` bytes are free."""
-        loop = asyncio.get_running_loop()
-        if needed <= _SMALL:
-            return await asyncio.shield(loop.run_in_executor(self._executor, work.advance))
-        reserved = min(needed, self._budget)
-        await self._reserve(reserved)
-        job = loop.run_in_executor(self._executor, self._step, work, reserved)
-        job.add_done_callback(lambda _: self._return_to_budget(reserved))
-        return await asyncio.shield(job)  # a started step uses its memory to its end
+        reserved = min(needed, self._budget) if needed > _SMALL else 0
+        if reserved:
+            await self._reserve(reserved)
+        job = self._executor.submit(self._step, work, reserved)
+        done = asyncio.wrap_future(job)
+        if reserved:
+            done.add_done_callback(lambda _: self._return_to_budget(reserved))
+        try:
+            return await asyncio.shield(done)
+        finally:
+            job.cancel()  # of no effect on a started step, which uses its memory to its end
 
     async def _reserve(self, size: int) -> None:
-        """Wait for room: the smaller a step, and the longer it waits, the sooner is its turn."""
-        loop = asyncio.get_running_loop()
-        room = _Room(loop.time() + size / _OVERTAKEN, size, loop.create_future())
-        heappush(self._waiting, room)
+        """Wait for room in the budget and for a thread."""
+        room = _Room(size, asyncio.get_running_loop().create_future())
+        self._waiting.append(room)
         self._admit()
         try:
             await room.admitted
         except asyncio.CancelledError:
-            if not room.admitted.cancelled():
+            if room.admitted.cancelled():
+                self._admit()
+            else:
                 self._return_to_budget(size)
-            self._admit()
             raise
 
     def _admit(self) -> None:
-        """Admit who waits, in order, while there is room."""
-        while self._waiting:
-            room = self._waiting[0]
-            if not room.admitted.cancelled():
-                if not self._threads or self._free < room.size:
-                    return
-                self._threads -= 1
-                self._free -= room.size
-                room.admitted.set_result(None)
-            heappop(self._waiting)
+        """Admit who waits until the next does not fit: neither kind can hold up the other."""
+        self._waiting = [room for room in self._waiting if not room.admitted.cancelled()]
+        while self._waiting and self._threads:
+            oldest, smallest = self._waiting[0], min(self._waiting, key=lambda room: room.size)
+            room = oldest if self._oldest_next else smallest
+            if room.size > self._free:
+                return
+            self._oldest_next = not self._oldest_next
+            self._waiting.remove(room)
+            self._threads -= 1
+            self._free -= room.size
+            room.admitted.set_result(None)
 
     def _step(self, work: "_Work[Result]", reserved: int) -> int | None:
         if 2 * reserved > self._budget:
@@ -118,22 +122,21 @@ class Decoder:
 
     def _release_now(self) -> None:
         self._timer = None
-        self._executor.submit(self._release)
+        if not self._closed:
+            self._executor.submit(self._release)
 
     def close(self) -> None:
         """Stop after the steps that have started."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass(order=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Room:
-    """Memory that a step waits for; sorted by `turn`, a time on the event loop's clock."""
+    """Bytes of the budget that a step waits for."""
 
-    turn: float
     size: int
-    admitted: asyncio.Future[None] = field(compare=False)
+    admitted: asyncio.Future[None]
 
 
 class _Work(Generic[Result]):

@@ -96,12 +96,13 @@ def test_large_steps_wait_for_room_and_smaller_ones_overtake_them():
     assert meter.order[3] == "large"
 
 
-def test_a_large_step_is_not_overtaken_for_ever():
+def test_a_large_step_is_overtaken_by_one_smaller_one_at_a_time():
     meter = Meter()
-    decoder = Decoder(1, 100 * MB, list)
-    many = [meter.steps(*[20 * MB] * 40, name="many", seconds=0.1) for _ in range(2)]
-    run(decoder, *many, meter.steps(90 * MB, name="large"))
-    assert 10 < meter.order.index("large") < 30  # of 80: after 90 - 20 MB at 50 MB a second
+    many = [meter.steps(*[20 * MB] * 8, name="many", seconds=0.01) for _ in range(3)]
+    large = [meter.steps(90 * MB, name="large") for _ in range(2)]
+    run(Decoder(1, 100 * MB, list), *many, *large)
+    first, second = [turn for turn, name in enumerate(meter.order) if name == "large"]
+    assert 2 <= first < second < 12  # of 26: each second turn is that of who has waited longest
 
 
 def test_one_thread_is_left_for_small_steps():
@@ -190,12 +191,15 @@ def test_who_leaves_as_room_is_found_gives_it_back():
     async def main():
         decoder = Decoder(1, 100 * MB, list)
         await decoder._reserve(90 * MB)
-        waits = asyncio.create_task(decoder._reserve(80 * MB))
+        before, after = (asyncio.create_task(decoder._reserve(80 * MB)) for _ in range(2))
         await asyncio.sleep(0)
+        before.cancel()
         decoder._return_to_budget(90 * MB)
+        after.cancel()
         assert decoder._free == 20 * MB
-        waits.cancel()
-        await asyncio.wait([waits])
+        await asyncio.wait([before, after])
+        assert before.cancelled()
+        assert after.cancelled()
         assert decoder._free == 100 * MB
         assert await decoder.run(Meter().steps(90 * MB, name="next")) == "next"
         decoder.close()
