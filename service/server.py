@@ -60,6 +60,8 @@ def serve(settings: Settings) -> None:
 
 def _supervise(workers: int, options: dict[str, Any]) -> int:
     """Run several workers on one port; return the exit status."""
+    # keep_freed_memory() would come too late: a worker has threads before it loads models
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     app = "dropserve.service.server:worker_app"
     config = uvicorn.Config(app, factory=True, workers=workers, **options)
     return Supervisor(config, [config.bind_socket()]).run()

@@ -40,21 +40,32 @@ MAX_ELEMENTS = 1_000_000
 MAX_NAMES = 10_000  # a hundred at most are known; each takes 300 bytes of memory
 MAX_PARTS = 1000
 NUMBERS: frozenset[type] = frozenset((int, float))
+LEAST_BYTES, WINDOW = 5 * 1024, 5.0
+"""So many bytes of a body, or its rest, must arrive in so many seconds."""
 Item = TypeVar("Item")
 
 
 class BodyReader:
-    """Reads bodies of bounded size in bounded time, and no more than `max_held_bytes` of all."""
+    """Reads bodies of bounded size in bounded time, and no more than `max_held_bytes` of all.
+
+    The first 1/256 of that, of each body, may take all of it: 256 KiB by default. What is beyond,
+    of all bodies together, takes half, or one body of the largest size: a few senders of large
+    bodies leave room for small ones.
+    """
 
     def __init__(self, limits: Settings) -> None:
-        self._limits, self._held = limits, 0
+        self._limits = limits
+        most = limits.max_held_bytes
+        self._share = most // 256
+        self._most_beyond = max(most // 2, min(limits.max_body_bytes, most))
+        self._held = self._held_beyond = 0
 
     async def read(self, request: Request) -> bytes:
         """Read a request's body, which counts as held until it is released.
 
         Raises:
             TooLarge: it has more bytes than allowed.
-            RequestTimeout: it did not arrive in time.
+            RequestTimeout: it did not arrive in time, or too slowly.
             UnsupportedMediaType: it is compressed.
             Overloaded: too many bytes are held already.
             ClientDisconnect: the client went away.
@@ -64,41 +75,45 @@ class BodyReader:
             raise UnsupportedMediaType("the body is compressed: send it as it is")
         if "expect" in headers and int(headers.get("content-length", "0")) > most:
             raise self._too_large()
+        now = asyncio.get_running_loop().time()
+        deadline = now + self._limits.body_timeout
         chunks: list[bytes] = []
         try:
-            async with asyncio.timeout(self._limits.body_timeout):
-                await self._append(request, chunks)
+            async with asyncio.timeout_at(min(now + WINDOW, deadline)) as limit:
+                await self._append(request, chunks, limit, deadline)
         except BaseException as error:
-            self._held -= sum(map(len, chunks))
+            self.release(sum(map(len, chunks)))
             if isinstance(error, TimeoutError):
-                raise RequestTimeout(
-                    f"the body did not arrive within {self._limits.body_timeout:g} seconds",
-                    headers={"Connection": "close"},
-                ) from None
+                raise self._too_late(limit.when() == deadline) from None
             raise
         if cut := request.scope["state"].get("cut"):  # by http/connection.py
-            self._held -= sum(map(len, chunks))
+            self.release(sum(map(len, chunks)))
             raise cut
         return b"".join(chunks)
 
-    async def _append(self, request: Request, chunks: list[bytes]) -> None:
-        """Append to `chunks` what arrives.
+    async def _append(
+        self, request: Request, chunks: list[bytes], limit: asyncio.Timeout, deadline: float
+    ) -> None:
+        """Append to `chunks` what arrives, and postpone `limit`, to the deadline at most.
 
         A sender of more than allowed is read for as many bytes again, so that it gets to see the
         answer; then the connection is closed.
         """
-        size, most = 0, self._limits.max_body_bytes
+        loop, most = asyncio.get_running_loop(), self._limits.max_body_bytes
+        size, expected = 0, LEAST_BYTES
         async for chunk in request.stream():
             size += len(chunk)
             if size > 2 * most:
                 break
             if chunk and size <= most:
-                chunks.append(chunk)
-                self._held += len(chunk)
-                if self._held > self._limits.max_held_bytes:
+                if not self._take(size - len(chunk), len(chunk)):
                     raise Overloaded(
                         "too many bodies at once; try again in a second", "body_memory"
                     )
+                chunks.append(chunk)
+            if size >= expected:
+                expected = size + LEAST_BYTES
+                limit.reschedule(min(loop.time() + WINDOW, deadline))
         if size > most:
             raise self._too_large()
 
@@ -109,16 +124,30 @@ class BodyReader:
             headers={"Connection": "close"},
         )
 
+    def _too_late(self, total: bool) -> RequestTimeout:
+        detail = f"the body did not arrive within {self._limits.body_timeout:g} seconds"
+        if not total:
+            detail = f"fewer than {LEAST_BYTES} bytes of the body arrived in {WINDOW:g} seconds"
+        return RequestTimeout(detail, headers={"Connection": "close"})
+
     def hold(self, body: bytes) -> bool:
         """Count a body that was read already as held until it is released, if `read` would."""
-        limits = self._limits
-        fits = len(body) <= min(limits.max_body_bytes, limits.max_held_bytes - self._held)
-        self._held += len(body) if fits else 0
-        return fits
+        return len(body) <= self._limits.max_body_bytes and self._take(0, len(body))
 
     def release(self, size: int) -> None:
         """Stop counting a body of so many bytes that `read` returned or `hold` counted."""
         self._held -= size
+        self._held_beyond -= max(0, size - self._share)
+
+    def _take(self, size: int, more: int) -> bool:
+        """Count `more` bytes of a body of which `size` are counted, if there is room for them."""
+        beyond = max(0, size + more - self._share) - max(0, size - self._share)
+        fits = self._held + more <= self._limits.max_held_bytes
+        if not fits or (beyond and self._held_beyond + beyond > self._most_beyond):
+            return False
+        self._held += more
+        self._held_beyond += beyond
+        return True
 
 
 def parse_images(

@@ -1,4 +1,4 @@
-"""Runs the models: one thread for networks, two for decoding, one for loading new versions."""
+"""Runs the models: one thread for networks, three for decoding, one for loading new versions."""
 
 import re
 import threading
@@ -96,6 +96,7 @@ class Inference:
         *,
         check: bool = True,
     ) -> None:
+        keep_freed_memory()
         self._settings = settings
         self._set_threads = partial(torch.set_num_threads, settings.threads)
         self._worker = ThreadPoolExecutor(1, "inference", self._set_threads)
@@ -117,7 +118,6 @@ class Inference:
             inline=_is_inline,
             observe=self._observe,
         )
-        keep_freed_memory()
         self.store = ModelStore(settings, self._loader, folder, control, check=check)
 
     def adopt_this_thread(self) -> None:
