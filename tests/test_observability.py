@@ -33,12 +33,16 @@ def queries():
 
 
 @pytest.fixture(scope="module")
-def metrics(server):
+def metrics(make_server, tmp_path_factory):
     """Name each family's kind, and each series' labels, of a server that has done something."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("a-key\n")
+    server, headers = make_server(api_keys_file=keys).start(), {"X-API-Key": "a-key"}
     pixels = {"instances": np.zeros((1, 8, 8)).tolist()}
     for path in ("/predict", "/uncertainty?samples=10", "/v1/models/nothing/predict"):
-        httpx.post(server.url + path, json=pixels)
-    families = text_string_to_metric_families(httpx.get(server.url + "/metrics").text)
+        httpx.post(server.url + path, json=pixels, headers=headers)
+    text = httpx.get(server.url + "/metrics", headers=headers).text
+    families = text_string_to_metric_families(text)
     found = [family for family in families if not family.name.endswith("_created")]
     kinds = {f.name + "_total" * (f.type == "counter"): f.type for f in found}
     labels = {s.name: set(s.labels) for f in found for s in f.samples}

@@ -65,7 +65,7 @@ _ASGI_ONLY = {
 }
 """Header fields of requests that take the ASGI path."""
 _ANSWER = (
-    b"HTTP/1.1 200 OK\r\n%b%bcontent-length: %d\r\ncontent-type: application/json\r\n"
+    b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: application/json\r\n"
     b"x-request-id: %b\r\n\r\n%b"
 )
 
@@ -146,9 +146,8 @@ class FastPathProtocol(Connection):
         request = self._request
         if request is None:
             return  # it was cancelled
-        last = self._draining and not self.unread and not self._is_readable
         try:
-            answer = request.response(self.server_state.default_headers, last=last)
+            answer = request.response(self.server_state.default_headers)
         except Exception as error:  # the ASGI path finds it again and reports it
             if not isinstance(error, DropserveError | QueueTimeout | MemoryError):
                 self.logger.exception("a request is passed to the ASGI path")
@@ -162,8 +161,6 @@ class FastPathProtocol(Connection):
             request.end(CLIENT_CLOSED)
             return
         request.end(200)
-        if last:
-            self.transport.close()
         self.on_response_complete()
 
     def _pass_request(self, request: "FastPathRequest") -> None:
@@ -192,10 +189,12 @@ class FastPathProtocol(Connection):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close once the request in flight is answered; the ASGI path takes others."""
+        """Pass what was received to the ASGI path, whose answers announce the close."""
         self._state = None
         if self._timer is not None:
             self._pass_partial()
+        if self._request is not None:
+            self._pass_request(self._request)
         super().shutdown()
 
 
@@ -268,15 +267,14 @@ class FastPathRequest:
         line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
         return cls(state, waiting, len(body), {**shown, **parsed.head}, line, started)
 
-    def response(self, server_headers: Fields, *, last: bool) -> bytes:
-        """Write the response, the connection's last or not, or raise what went wrong instead."""
+    def response(self, server_headers: Fields) -> bytes:
+        """Write the response, or raise what went wrong instead."""
         content = {**self.head, **self.waiting.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
         lines = server_lines(server_headers)
         if self.state.settings.cors_origins:
             lines += b"vary: Origin\r\n"
-        closing = b"connection: close\r\n" if last else b""
-        return _ANSWER % (lines, closing, len(body), self.line["request_id"].encode(), body)
+        return _ANSWER % (lines, len(body), self.line["request_id"].encode(), body)
 
     def cancel(self, status: int | None) -> None:
         """Take the request out of the queue, if it is still there, and `end` it."""

@@ -146,7 +146,8 @@ def admit(request: Request, *, urgent: bool) -> float:
     arrived = request.scope["state"].get("arrived")  # if the fast path has taken it at first
     if arrived is not None:
         seconds -= perf_counter() - arrived
-    inference_of(request).check_wait(seconds, urgent=urgent)
+    if arrived is None or seconds <= 0:  # else it was admitted
+        inference_of(request).check_wait(seconds, urgent=urgent)
     return seconds
 
 

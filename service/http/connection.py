@@ -506,7 +506,7 @@ class Connection(HttpToolsProtocol):
             **error.headers,
             **({"connection": "close"} if close else {}),
         }
-        lines = [f"{key}: {value}\r\n".encode("latin-1") for key, value in headers.items()]
+        lines = [f"{key.lower()}: {value}\r\n".encode("latin-1") for key, value in headers.items()]
         lines.insert(0, server_lines(self.server_state.default_headers))
         body = b"" if method == b"HEAD" else body
         self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))

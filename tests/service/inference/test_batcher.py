@@ -591,7 +591,7 @@ def test_an_idle_batcher_never_refuses_and_a_busy_one_does_at_once(monkeypatch):
     simulation = Simulation(monkeypatch, lambda _key, _n: [1.0] * 10, max_wait=1.5)
     times = [0, 20, 21, 28.5, 50, 50]  # the last two make a batch
     batcher = asyncio.run(simulation.play([(t, "a", False) for t in times]))
-    assert simulation.started == {0: 0, 1: 20, 3: 29, 4: 50, 5: 50}
+    assert simulation.started == {0: 0, 1: 20, 3: 30, 4: 50, 5: 50}
     assert simulation.refused == [21]
     assert batcher.expected_wait() == 0
 

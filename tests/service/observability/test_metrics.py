@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections import Counter, defaultdict
@@ -170,15 +171,14 @@ def test_clients_that_go_are_counted(fresh):
         with socket.create_connection(("127.0.0.1", fresh.port)) as connection:
             connection.sendall(head)
             time.sleep(0.1)
+            reset = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
     after = settled(fresh, lambda s: s("dropserve_requests_total", status="499") == 2)
     assert after("dropserve_cancelled_total") - before("dropserve_cancelled_total") == 2
 
 
 def settled(server, condition):
-    """Scrape until a condition holds: other workers lag half a second, a new one loads models.
-
-    A worker that dies while it is asked if it lives is missed for 30 seconds (`server.py`).
-    """
+    """Scrape until a condition holds: other workers lag half a second, a new one loads models."""
 
     def holds():
         scrape = Scrape(server.url)
