@@ -273,7 +273,7 @@ def test_jobs_that_yield_take_turns_with_each_other_and_with_keys_that_start():
             tasks = await queued(*(batcher.submit(k, 1) for k in ("x 2", "y 2", "b", "c", "d")))
         assert await asyncio.gather(*tasks) == [(k, 1) for k in ("x 2", "y 2", "b", "c", "d")]
 
-    steps = run_steps(scenario).steps
+    steps = run_steps(scenario, classify=lambda key: (key, 1)).steps  # nobody knows what they cost
     assert steps == ["a", "x 2", "x 2", "y 2", "x 2", "b", "y 2", "c", "y 2", "d"]
 
 
@@ -594,6 +594,17 @@ def test_an_idle_batcher_never_refuses_and_a_busy_one_does_at_once(monkeypatch):
     assert simulation.started == {0: 0, 1: 20, 3: 30, 4: 50, 5: 50}
     assert simulation.refused == [21]
     assert batcher.expected_wait() == 0
+
+
+def test_of_equal_jobs_one_ends_before_the_next_starts_and_a_short_one_does_not_wait(monkeypatch):
+    def cost(key, _n):
+        return [1.0] if key == "short" else [1.0] * 10
+
+    limits = {"classify": lambda key: (key == "short", 1)}
+    simulation = Simulation(monkeypatch, cost, max_wait=100, **limits)
+    arrivals = [(0, "a"), (20, "short"), (30, "b"), (31, "c"), (41.5, "short"), (42, "d")]
+    asyncio.run(simulation.play([(time, key, False) for time, key in arrivals]))
+    assert simulation.started == {0: 0, 1: 20, 2: 30, 3: 40, 4: 42, 5: 51}
 
 
 def test_the_costs_of_few_classes_are_kept():
