@@ -118,8 +118,7 @@ async def _describe_http_error(request: Request, error: Exception) -> Response:
         raise error
     headers, detail = error.headers, str(error.detail)
     if error.status_code == 405 and headers is not None:
-        allowed = headers["Allow"]
-        if "HEAD" not in allowed:
-            allowed = allowed.replace("GET", "GET, HEAD")
+        methods = set(headers["Allow"].split(", "))  # in any order
+        allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         headers, detail = {"Allow": allowed}, f"this path takes another method: {allowed}"
     return error_response(request.scope, error.status_code, detail, headers)

@@ -10,6 +10,8 @@ import httpx
 import psutil
 import pytest
 
+from dropserve.service.errors import MalformedRequest
+from dropserve.service.http.connection import check_head
 from tests.conftest import SERVE
 from tests.helpers import PNG, eventually
 
@@ -220,6 +222,89 @@ def test_an_upgrade_is_ignored(hasty, kind):
     )
     found = answers(hasty, raw + GET, end=True)
     assert [status for status, _ in found] == [200, 200, 200]
+
+
+def chunked(*fields, data=PNG, trailer=b""):
+    head = post(b"/predict", *fields).split(b"\r\n\r\n")[0]
+    head = head.replace(b"Content-Length: %d" % len(PNG), b"Transfer-Encoding: chunked")
+    return b"%b\r\n\r\n%x\r\n%b\r\n0\r\n%b\r\n" % (head, len(data), data, trailer)
+
+
+def test_spaces_in_a_request_id_take_no_time(hasty):
+    started = time.monotonic()
+    for raw in (
+        b"X-Request-ID:" + b" " * 60_000,
+        b"X-Request-ID: a" + b" " * 50_000 + b"b\r\n\r\n",
+    ):
+        ((status, _),) = answers(hasty, b"GET / HTTP/1.1\r\n" + raw, end=True)
+        assert status == 400
+    assert time.monotonic() - started < 2
+
+
+def test_empty_lines_between_requests_are_ignored(hasty):
+    found = answers(hasty, b"\r\n" + post() + b"\r\n" + GET + b"\r\n\r\n", end=True)
+    assert [status for status, _ in found] == [200, 200]
+
+
+def test_a_trailer_is_no_header(hasty):
+    sent = chunked(trailer=b"X-Request-ID: trailer\r\n")
+    with connect(hasty) as connection:
+        connection.sendall(sent + GET)
+        connection.shutdown(socket.SHUT_WR)
+        received = hasty.read_all(connection)
+    assert [status for status, _ in parse(received)] == [200, 200]
+    assert b"trailer" not in received
+
+
+@pytest.mark.parametrize("cut", range(-6, 0))
+def test_a_chunked_body_ends_where_it_ends(hasty, cut):
+    raw = chunked() + post() + chunked() + GET
+    end = len(chunked()) + cut + 3
+    with connect(hasty) as connection:
+        for piece in (raw[:end], raw[end:]):
+            connection.sendall(piece)
+            time.sleep(0.05)
+        connection.shutdown(socket.SHUT_WR)
+        assert [status for status, _ in parse(hasty.read_all(connection))] == [200] * 4
+
+
+def test_empty_lines_in_a_chunk_take_little_time(hasty):
+    started = time.monotonic()
+    ((status, _), _) = answers(hasty, chunked(data=b"\r\n\r\n" * 100_000) + GET, end=True)
+    assert status == 415
+    assert time.monotonic() - started < 2
+
+
+def test_a_head_in_pieces_leaves_nothing_behind(hasty):
+    with connect(hasty) as connection:
+        for raw in (post(), post(), GET):
+            for piece in (raw[:40], raw[40:], GET):
+                connection.sendall(piece)
+                time.sleep(0.05)  # it is answered before the next comes
+        connection.shutdown(socket.SHUT_WR)
+        assert [status for status, _ in parse(hasty.read_all(connection))] == [200] * 6
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"X: a\nContent-Length: 3",
+        b"Content-Length : 3",
+        b"Content-Length:",
+        b"Content-Length: 3, 3",
+        b"Content-Length: +3",
+        b"Transfer-Encoding\t: chunked",
+        b"Transfer-Encoding: chunked\t",
+        b"Transfer-Encoding: gzip, chunked",
+        b" X: a",
+        b"X: a\0",
+        b"X: a\rb",
+        b"X",
+    ],
+)
+def test_what_two_parsers_could_read_differently_is_refused_before_any_parser(field):
+    with pytest.raises(MalformedRequest):
+        check_head(b"POST /predict HTTP/1.1\r\nHost: x\r\n" + field + b"\r\n\r\n")
 
 
 def test_more_connections_than_the_cap_get_503_and_probes_an_answer(hasty):
