@@ -333,7 +333,7 @@ def test_silent_connections_beyond_all_descriptors_leave_room_for_probes(make_se
         "serve(Settings())",
     )
     try:
-        server = make_server(command=limited, head_timeout=5)
+        server = make_server(command=limited, head_timeout=2)
         server.start()
         with ExitStack() as stack:
             for _ in range(1010):
