@@ -22,14 +22,8 @@ from starlette.applications import Starlette
 from uvicorn import Config
 
 from dropserve.service.errors import DropserveError, TooManyRequests
-from dropserve.service.http.connection import (
-    MAX_FIELDS,
-    NEVER,
-    TASK,
-    Connection,
-    Fields,
-    server_lines,
-)
+from dropserve.service.http.connection import NEVER, TASK, Connection, server_lines
+from dropserve.service.http.heads import MAX_FIELDS, Fields
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import ApiKey, KeyCheck
 from dropserve.service.http.options import (

@@ -23,38 +23,31 @@ from uvicorn.server import ServerState
 
 from dropserve.service.errors import (
     DropserveError,
-    HeadTooLarge,
     MalformedRequest,
     Overloaded,
     RequestTimeout,
-    UriTooLong,
 )
 from dropserve.service.http.common import to_json
+from dropserve.service.http.heads import (
+    END,
+    MAX_HEAD,
+    Fields,
+    check_beginning,
+    check_head,
+    head_too_large,
+)
 from dropserve.service.http.keys import OPEN, ApiKey
 from dropserve.service.http.request_log import REQUEST_ID, error_content, record, request_id
 from dropserve.service.settings import Settings
 
-MAX_HEAD = 65_536
-"""Bytes of a request's first line and header fields."""
-MAX_FIELDS = 100
-"""Header fields of a request."""
-MAX_TARGET = 8_192
-"""Bytes of the path and the query."""
 _METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"}
 _OTHER_METHOD = b"TRACE"
 """What the parser gets for a method that no route has: the route answers 405."""
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-_REQUEST_LINE = re.compile(rb"(%b+) ([!-~]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
-_FIRST_BYTES = re.compile(rb"%b+(?: [^\0\n]*)?" % _TOKEN)
-_FIELDS = re.compile(rb"(?:\r\n%b+:[^\0-\x08\x0a-\x1f\x7f]*)*\r\n\r\n" % _TOKEN)
-_FRAMING = {b"host", b"content-length", b"transfer-encoding"}
-_LENGTH = re.compile(rb"[0-9]{1,18}")
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:[^\r\n]*")
 # no two parts of it match the same: a head of spaces must not take long
 _ID = re.compile(rb"(?i)\r\nx-request-id:[ \t]*([A-Za-z0-9._:-]{1,128})[ \t]*\r\n")
 TASK = re.compile(rb"POST (?:/[^ ?]*)?/(predict|uncertainty|compare)[? ]")
 _SPECIAL = {b"expect", b"origin", b"x-request-timeout"}
-_END = b"\r\n\r\n"
 _READ_AHEAD = 65_536  # bytes of later messages that are read while one is answered
 _RESERVE = 64
 """Connections over the cap, for probes."""
@@ -69,7 +62,6 @@ _EMPTY = bytes(4)
 _PROBE = 0.2
 """Seconds after which it is asked whether a client that sends no more still reads."""
 _CLOSE_WAIT = 8  # of the kernel's TCP states: the peer sends no more, and has not reset
-Fields = list[tuple[bytes, bytes]]
 NEVER = float("inf")
 """A deadline that never comes."""
 _log = logging.getLogger("dropserve.connections")
@@ -229,12 +221,12 @@ class Connection(HttpToolsProtocol):
         self.unread = self.unread.lstrip(b"\r\n")
         if not self.unread:
             return False
-        end = self.unread.find(_END)
+        end = self.unread.find(END)
         if end < 0 and not self._begun:
             seconds = _GRACE if self._draining else self._settings.head_timeout
             self.deadline = self.loop.time() + seconds
         self._begun = end < 0
-        head = self.unread[: end + len(_END)] if end >= 0 else self.unread
+        head = self.unread[: end + len(END)] if end >= 0 else self.unread
         try:
             if end < 0:
                 check_beginning(head)
@@ -288,21 +280,21 @@ class Connection(HttpToolsProtocol):
     def _read_body(self) -> None:
         """Give the parser what may be of one message's body, and leave the rest unread."""
         data, start = self.unread, 0
-        stop = -1 if self._rest is not None else (self._tail + data[:3]).find(_END)
-        stop += len(_END) - len(self._tail) if stop >= 0 else 0  # it may lie across the seam
+        stop = -1 if self._rest is not None else (self._tail + data[:3]).find(END)
+        stop += len(END) - len(self._tail) if stop >= 0 else 0  # it may lie across the seam
         self._tail = data[-3:]
         while start < len(data) and not self._between and not self._lingers:
             if self._rest is not None:
                 stop = min(len(data), self._rest)
                 self._rest -= stop
             elif stop <= start:
-                found = data.find(_END, start)
-                stop = found + len(_END) if found >= 0 else len(data)
+                found = data.find(END, start)
+                stop = found + len(END) if found >= 0 else len(data)
             self._overhead += stop - start
             self._feed(data[start:stop])
             start = stop
             if self._overhead > MAX_HEAD:
-                self._cut(_head_too_large())
+                self._cut(head_too_large())
         self.unread = b"" if self._lingers else data[start:]
 
     def _feed(self, data: bytes) -> None:
@@ -550,75 +542,3 @@ class _Lingering:
     def close(self) -> None:
         """Close the connection, once nothing more comes."""
         self._connection.close()
-
-
-def check_beginning(received: bytes) -> None:
-    """Check the first bytes of a head.
-
-    Raises:
-        MalformedRequest: no request begins so.
-        UriTooLong, HeadTooLarge: they are too many already.
-    """
-    line, newline, _ = received.partition(b"\n")
-    if newline:
-        check_request_line(line.removesuffix(b"\r") if line.endswith(b"\r") else line + b"\n")
-    elif not _FIRST_BYTES.fullmatch(line):
-        raise MalformedRequest("this is no HTTP request")
-    elif len(line) > MAX_TARGET + 64:
-        raise _uri_too_long()
-    if len(received) > MAX_HEAD or received.count(b"\n") > MAX_FIELDS + 1:
-        raise _head_too_large()
-
-
-def check_head(head: bytes) -> tuple[int | None, Fields]:
-    """Check a whole head.
-
-    Returns:
-        The length of its body in bytes, None if it comes in chunks; and its fields, names in lower
-        case.
-
-    Raises:
-        MalformedRequest: it breaks the rules of HTTP, has an unknown version, not one Host, or a
-            body whose end is ambiguous.
-        UriTooLong, HeadTooLarge: it is beyond the limits.
-    """
-    line, _, rest = head.partition(b"\r\n")
-    version = check_request_line(line)
-    if len(head) > MAX_HEAD or head.count(b"\r\n") > MAX_FIELDS + 2:
-        raise _head_too_large()
-    if not _FIELDS.fullmatch(head, len(line)):
-        raise MalformedRequest("the head breaks the rules of HTTP")
-    parts = [field.partition(b":") for field in rest[:-4].split(b"\r\n") if field]
-    fields = [(name.lower(), value.lstrip(b" \t").rstrip(b" ")) for name, _, value in parts]
-    framing = [field for field in fields if field[0] in _FRAMING]
-    given = dict(framing)
-    length, coding = given.get(b"content-length"), given.get(b"transfer-encoding")
-    if len(given) != len(framing) or (version == b"1.1" and b"host" not in given):
-        raise MalformedRequest("there must be one Host, and one length of the body at most")
-    if coding is None and (length is None or _LENGTH.fullmatch(length)):
-        return int(length or 0), fields
-    if coding is None or coding.lower() != b"chunked" or length is not None or version == b"1.0":
-        raise MalformedRequest("the body must have a Content-Length, or be chunked, and no more")
-    return None, fields
-
-
-def check_request_line(line: bytes) -> bytes:
-    """Check a request line; return the version of HTTP."""
-    if len(line) > MAX_TARGET + 64:
-        raise _uri_too_long()
-    found = _REQUEST_LINE.fullmatch(line)
-    if found is None or found[3] not in (b"1.0", b"1.1"):
-        raise MalformedRequest("this is no request of HTTP/1.1 or 1.0")
-    if len(found[2]) > MAX_TARGET:
-        raise _uri_too_long()
-    return found[3]
-
-
-def _uri_too_long() -> UriTooLong:
-    return UriTooLong(f"the path and the query have more than {MAX_TARGET} bytes")
-
-
-def _head_too_large() -> HeadTooLarge:
-    return HeadTooLarge(
-        f"the head has more than {MAX_HEAD} bytes, or more than {MAX_FIELDS} header fields"
-    )

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dropserve.service.errors import MalformedRequest
-from dropserve.service.http.connection import check_head
+from dropserve.service.http.heads import check_head
 from tests.conftest import SERVE
 from tests.helpers import PNG, eventually
 
