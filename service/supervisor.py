@@ -27,7 +27,7 @@ _BACKLOG = 0.1
 """Seconds for connections from the kernel's backlog to be set up; TLS may take longer."""
 _OVERTIME = 3.0
 """Seconds after the drain when a process ends that is still not done."""
-_YOUNG = 30.0
+_YOUNG = 5.0
 """Seconds: a worker that dies earlier may die again, and its replacement waits."""
 _LONGEST_PAUSE = 30.0
 _log = logging.getLogger("dropserve.supervisor")
