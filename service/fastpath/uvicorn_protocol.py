@@ -282,7 +282,7 @@ class FastPathRequest:
             self.key.leave(counted=status is not None)
         if status is not None:
             self.line |= {"images": 1, "status": status}
-            record(self.state.metrics, self.line, self.started)
+            record(self.state.metrics, self.line, perf_counter() - self.started)
 
 
 def _candidate(data: bytes, max_samples: int) -> Options | None:

@@ -80,7 +80,7 @@ class RequestLog:
             line["status"] = CLIENT_CLOSED
         finally:
             line["route"] = getattr(scope.get("route"), "path", None)
-            record(scope["app"].state.metrics, line, started)
+            record(scope["app"].state.metrics, line, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -159,9 +159,8 @@ def problem(status: int, detail: str, request_id: str) -> dict[str, object]:
     }
 
 
-def record(metrics: Metrics, line: dict[str, Any], started: float) -> None:
-    """Log a request that started at this `time.perf_counter()`, and count it."""
-    seconds = time.perf_counter() - started
+def record(metrics: Metrics, line: dict[str, Any], seconds: float) -> None:
+    """Log a request that took so many seconds, and count it."""
     model, version = line.get("model", ""), line.get("version", "")
     metrics.record_request(line["route"] or "other", model, version, line["status"], seconds)
     if "key" in line:
