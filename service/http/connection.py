@@ -273,7 +273,8 @@ class Connection(HttpToolsProtocol):
         The route would do the same in ten times the time; it is left what needs more thought.
         """
         task = TASK.match(head)
-        if task is None or len(self.unread) < size or self._draining:
+        admitted = "arrived" in self.app_state  # by the fast path, which passes it on
+        if task is None or len(self.unread) < size or self._draining or admitted:
             return False
         given = dict(fields)
         closes = b"close" in given.get(b"connection", b"").lower() or b" HTTP/1.1\r\n" not in head
