@@ -29,8 +29,8 @@ pytestmark = pytest.mark.timeout(600)
 SECONDS = 60 * SCALE
 CALIBRATION = 10 * SCALE
 TIMES = 5
-LEAST_SERVICE = {"overload": (25.0, 0.9), "overload-short": (5.0, 0.75)}
-"""Milliseconds of a request, and the least goodput as a part of capacity, of each test."""
+LEAST_SERVICE = {"overload": (2048, 25.0, 0.9), "overload-short": (512, 5.0, 0.75)}
+"""Units of a layer, milliseconds of a request, and the least goodput as a part of capacity."""
 MAX_WAIT = 2000.0  # milliseconds, the default of DROPSERVE_MAX_WAIT
 SLACK = 50.0  # milliseconds
 CONNECTIONS = 500
@@ -81,8 +81,8 @@ class Overload:
 
 @pytest.mark.parametrize("name", LEAST_SERVICE)
 def test_overload(name, tmp_path, save_version, make_server):
-    save_version(tmp_path, hidden=(512, 512))
-    least, share = LEAST_SERVICE[name]
+    units, least, share = LEAST_SERVICE[name]
+    save_version(tmp_path, hidden=(units, units))
     with published(name, "make soak SOAK=overload") as figures:
         with on_core(0):
             server = make_server(tmp_path).start()
