@@ -116,10 +116,19 @@ class Server:
         self.port = int(told[0].split(" (")[0].rpartition(":")[2]) if told else 0
         return bool(told)
 
-    def exchange(self, raw: bytes, seconds: float = 10) -> bytes:
-        """Send bytes over a fresh connection; return what comes until the server closes it."""
-        with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
+    def connect(self, seconds: float = 20) -> socket.socket:
+        """Open a connection whose calls take so many seconds at most."""
+        return socket.create_connection(("127.0.0.1", self.port), seconds)
+
+    def exchange(self, raw: bytes, seconds: float = 10, *, end: bool = False) -> bytes:
+        """Send bytes over a fresh connection, and perhaps no more after them.
+
+        It returns what comes until the server closes the connection.
+        """
+        with self.connect(seconds) as connection:
             connection.sendall(raw)
+            if end:
+                connection.shutdown(socket.SHUT_WR)
             return self.read_all(connection)
 
     @staticmethod

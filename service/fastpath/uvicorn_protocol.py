@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from uvicorn import Config
 
 from dropserve.service.errors import DropserveError, TooManyRequests
-from dropserve.service.http.connection import NEVER, TASK, Connection, server_lines
+from dropserve.service.http.connection import NEVER, Connection, server_lines
 from dropserve.service.http.heads import MAX_FIELDS, Fields
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
 from dropserve.service.http.keys import ApiKey, KeyCheck
@@ -30,6 +30,7 @@ from dropserve.service.http.options import (
     PATHS,
     TIMEOUT,
     ParsedOptions,
+    action_of,
     read_options,
     route_template,
 )
@@ -97,9 +98,10 @@ class FastPathProtocol(Connection):
         started, data = perf_counter(), self.unread
         if self._state is None or self._asgi or len(data) > _MAX_BYTES or not self._is_free:
             return None
-        if self._watch.refusing and (task := TASK.match(data)) and task[1] in self._watch.refusing:
+        url, refusing = _candidate(data), self._watch.refusing
+        if url is None or (refusing and action_of(url) in refusing):
             return None  # it is refused soonest there
-        options = _candidate(data, self._state.settings.max_samples)
+        options = _options(url, self._state.settings.max_samples)
         if options is None:
             return None
         message = self._message
@@ -213,34 +215,10 @@ class FastPathRequest:
         started: float,
     ) -> "FastPathRequest | None":
         """Queue a request; None: it takes the ASGI path."""
-        if state.keys is None:
-            return cls._queued(state, message, options, started)
-        key: ApiKey | None = state.keys.find(message.headers)
-        if key is None:
-            return None
-        try:
-            key.enter()
-        except TooManyRequests:
-            return None
-        request = None
-        try:
-            request = cls._queued(state, message, options, started)
-        finally:
-            if request is None:
-                key.leave(counted=False)
-        if request is not None:
-            request.key, request.line["key"] = key, key.name
-        return request
-
-    @classmethod
-    def _queued(
-        cls,
-        state: SimpleNamespace,
-        message: "_Message",
-        options: Options,
-        started: float,
-    ) -> "FastPathRequest | None":
         headers, body = message.headers, message.body
+        key: ApiKey | None = None
+        if state.keys is not None and (key := state.keys.find(headers)) is None:
+            return None
         name, version, route, parsed = options
         inference: Inference = state.inference
         reader = state.reader
@@ -259,7 +237,15 @@ class FastPathRequest:
             return None
         shown = {"model": model.name, "version": model.version}
         line = {"request_id": request_id(headers), "method": "POST", "route": route, **shown}
-        return cls(state, waiting, len(body), {**shown, **parsed.head}, line, started)
+        request = cls(state, waiting, len(body), {**shown, **parsed.head}, line, started)
+        if key is not None:
+            try:
+                key.enter()
+            except TooManyRequests:
+                request.cancel(None)
+                return None
+            request.key, line["key"] = key, key.name
+        return request
 
     def response(self, server_headers: Fields) -> bytes:
         """Write the response, or raise what went wrong instead."""
@@ -285,12 +271,12 @@ class FastPathRequest:
             record(self.state.metrics, self.line, perf_counter() - self.started)
 
 
-def _candidate(data: bytes, max_samples: int) -> Options | None:
-    """Decide by what a parser is not needed for; None: it takes the ASGI path."""
+def _candidate(data: bytes) -> bytes | None:
+    """Return the URL, by what a parser is not needed for; None: it takes the ASGI path."""
     if not data.startswith(b"POST ") or b"image/png" not in data:
         return None
     url = data[5 : data.find(b" ", 5)]
-    return _options(url, max_samples) if len(url) <= _MAX_URL else None
+    return url if len(url) <= _MAX_URL else None
 
 
 @lru_cache(256)

@@ -32,12 +32,20 @@ from dropserve.service.http.heads import (
     END,
     MAX_HEAD,
     Fields,
+    Head,
     check_beginning,
-    check_head,
     head_too_large,
+    read_head,
 )
 from dropserve.service.http.keys import OPEN, ApiKey
-from dropserve.service.http.request_log import REQUEST_ID, error_content, record, request_id
+from dropserve.service.http.options import TIMEOUT, action_of
+from dropserve.service.http.request_log import (
+    REQUEST_ID,
+    SAFE_ID,
+    error_content,
+    record,
+    request_id,
+)
 from dropserve.service.observability.metrics import Metrics
 from dropserve.service.settings import Settings
 
@@ -46,9 +54,8 @@ _OTHER_METHOD = b"TRACE"
 """What the parser gets for a method that no route has: the route answers 405."""
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:[^\r\n]*")
 # no two parts of it match the same: a head of spaces must not take long
-_ID = re.compile(rb"(?i)\r\nx-request-id:[ \t]*([A-Za-z0-9._:-]{1,128})[ \t]*\r\n")
-TASK = re.compile(rb"POST (?:/[^ ?]*)?/(predict|uncertainty|compare)[? ]")
-_SPECIAL = {b"expect", b"origin", b"x-request-timeout"}
+_ID = re.compile(rb"(?i)\r\n%b:[ \t]*(%b)[ \t]*\r\n" % (REQUEST_ID, SAFE_ID.pattern))
+_SPECIAL = {b"expect", b"origin", TIMEOUT.lower().encode()}
 _READ_AHEAD = 65_536  # bytes of later messages that are read while one is answered
 _RESERVE = 64
 """Connections over the cap, for probes."""
@@ -79,7 +86,7 @@ class Watch:
         self.most = max(1, min(settings.max_connections, open_files(settings) - _OTHER_FILES))
         self._connections, self._metrics = connections, metrics
         self._lines: list[tuple[dict[str, Any], float]] = []  # of the log, and seconds
-        self.refusing: set[bytes] = set()  # actions: the last request for one waited too long
+        self.refusing: set[str] = set()  # actions: the last request for one waited too long
         self._over: dict[Connection, None] = {}  # in the order of their arrival
         self._ticking = False
 
@@ -242,56 +249,57 @@ class Connection(HttpToolsProtocol):
             seconds = _GRACE if self._draining else self._settings.head_timeout
             self.deadline = self.loop.time() + seconds
         self._begun = end < 0
-        head = self.unread[: end + len(END)] if end >= 0 else self.unread
+        received = self.unread[: end + len(END)] if end >= 0 else self.unread
         try:
             if end < 0:
-                check_beginning(head)
+                check_beginning(received)
                 return False
-            self._rest, fields = check_head(head)
-            method, path, rest = head.split(b" ", 2)
-            if self._watch.is_over(self) and path.decode() not in OPEN:
+            head = read_head(received)
+            if self._watch.is_over(self) and head.target.decode() not in OPEN:
                 raise Overloaded("too many connections; try again in a second", "connections")
         except DropserveError as error:
             self.refuse(error)
             return False
-        if self._rest is not None and self._declined(head, fields, len(head) + self._rest):
-            self.unread = self.unread[len(head) + self._rest :]
+        if self._declined(head, received):
             return True
         self.deadline = self.loop.time() + _GRACE if self._draining else NEVER
+        self._rest = head.length
         self._tail, self._overhead, self._probed = b"", 0, False
-        self.unread = self.unread[len(head) :]
-        if method not in _METHODS:
-            head = b" ".join((_OTHER_METHOD, path, rest))
-        self._feed(_UPGRADE.sub(b"", head))  # without the field, the parser reads the body
+        self.unread = self.unread[len(received) :]
+        if head.method not in _METHODS:
+            received = _OTHER_METHOD + received[len(head.method) :]
+        self._feed(_UPGRADE.sub(b"", received))  # without the field, the parser reads the body
         if not self._between:
             self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
         return not self._lingers
 
-    def _declined(self, head: bytes, fields: Fields, size: int) -> bool:
-        """Refuse a whole request of so many bytes if it would wait for too long.
+    def _declined(self, head: Head, received: bytes) -> bool:
+        """Refuse a request that was received whole if it would wait for too long.
 
         The route would do the same in ten times the time; it is left what needs more thought.
         """
-        task = TASK.match(head)
+        action = action_of(head.target) if head.method == b"POST" else None
+        size = len(self.unread) + 1 if head.length is None else len(received) + head.length
         admitted = "arrived" in self.app_state  # by the fast path, which passes it on
-        if task is None or len(self.unread) < size or self._draining or admitted:
+        if action is None or len(self.unread) < size or self._draining or admitted:
             return False
-        given = dict(fields)
-        closes = b"close" in given.get(b"connection", b"").lower() or b" HTTP/1.1\r\n" not in head
+        given = dict(head.fields)
+        closes = head.version == b"1.0" or b"close" in given.get(b"connection", b"").lower()
         if closes or not _SPECIAL.isdisjoint(given):
             return False
         state = self._app_state
         try:
-            state.inference.check_wait(self._settings.max_wait, urgent=task[1] == b"predict")
-            self._watch.refusing.discard(task[1])
+            state.inference.check_wait(self._settings.max_wait, urgent=action == "predict")
         except Overloaded as error:
-            self._watch.refusing.add(task[1])
-            key = None if state.keys is None else state.keys.find(fields)
+            self._watch.refusing.add(action)
+            key = None if state.keys is None else state.keys.find(head.fields)
             if state.keys is not None and (key is None or key.is_limited):
                 return False
-            self.write_error(error, head, close=False, key=key)
+            self.write_error(error, received, close=False, key=key)
+            self.unread = self.unread[size:]
             self.set_deadline()
             return True
+        self._watch.refusing.discard(action)
         return False
 
     def _read_body(self) -> None:

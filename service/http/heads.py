@@ -4,6 +4,7 @@ What two parsers could read differently is refused before any parser sees it.
 """
 
 import re
+from dataclasses import dataclass
 
 from dropserve.service.errors import HeadTooLarge, MalformedRequest, UriTooLong
 
@@ -24,6 +25,24 @@ _FRAMING = {b"host", b"content-length", b"transfer-encoding"}
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 
+@dataclass(slots=True, eq=False)
+class Head:
+    """A head that keeps the grammar and the limits.
+
+    Attributes:
+        method, target, version: of the first line; the target is path and query, the version 1.0
+            or 1.1.
+        length: of the body, in bytes; None: it comes in chunks.
+        fields: all of them.
+    """
+
+    method: bytes
+    target: bytes
+    version: bytes
+    length: int | None
+    fields: Fields
+
+
 def check_beginning(received: bytes) -> None:
     """Check the first bytes of a head.
 
@@ -42,40 +61,36 @@ def check_beginning(received: bytes) -> None:
         raise head_too_large()
 
 
-def check_head(head: bytes) -> tuple[int | None, Fields]:
-    """Check a whole head.
-
-    Returns:
-        The length of its body in bytes, None if it comes in chunks; and its fields, names in lower
-        case.
+def read_head(received: bytes) -> Head:
+    """Read a whole head, to the end of its empty line.
 
     Raises:
         MalformedRequest: it breaks the rules of HTTP, has an unknown version, not one Host, or a
             body whose end is ambiguous.
         UriTooLong, HeadTooLarge: it is beyond the limits.
     """
-    line, _, rest = head.partition(b"\r\n")
-    version = check_request_line(line)
-    if len(head) > MAX_HEAD or head.count(b"\r\n") > MAX_FIELDS + 2:
+    line, _, rest = received.partition(b"\r\n")
+    method, target, version = check_request_line(line)
+    if len(received) > MAX_HEAD or received.count(b"\r\n") > MAX_FIELDS + 2:
         raise head_too_large()
-    if not _FIELDS.fullmatch(head, len(line)):
+    if not _FIELDS.fullmatch(received, len(line)):
         raise MalformedRequest("the head breaks the rules of HTTP")
     parts = [field.partition(b":") for field in rest[:-4].split(b"\r\n") if field]
     fields = [(name.lower(), value.lstrip(b" \t").rstrip(b" ")) for name, _, value in parts]
     framing = [field for field in fields if field[0] in _FRAMING]
     given = dict(framing)
-    length, coding = given.get(b"content-length"), given.get(b"transfer-encoding")
     if len(given) != len(framing) or (version == b"1.1" and b"host" not in given):
         raise MalformedRequest("there must be one Host, and one length of the body at most")
+    length, coding = given.get(b"content-length"), given.get(b"transfer-encoding")
     if coding is None and (length is None or _LENGTH.fullmatch(length)):
-        return int(length or 0), fields
+        return Head(method, target, version, int(length or 0), fields)
     if coding is None or coding.lower() != b"chunked" or length is not None or version == b"1.0":
         raise MalformedRequest("the body must have a Content-Length, or be chunked, and no more")
-    return None, fields
+    return Head(method, target, version, None, fields)
 
 
-def check_request_line(line: bytes) -> bytes:
-    """Check a request line; return the version of HTTP."""
+def check_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
+    """Check a request line; return the method, the target and the version of HTTP."""
     if len(line) > MAX_TARGET + 64:
         raise _uri_too_long()
     found = _REQUEST_LINE.fullmatch(line)
@@ -83,7 +98,7 @@ def check_request_line(line: bytes) -> bytes:
         raise MalformedRequest("this is no request of HTTP/1.1 or 1.0")
     if len(found[2]) > MAX_TARGET:
         raise _uri_too_long()
-    return found[3]
+    return found[1], found[2], found[3]
 
 
 def _uri_too_long() -> UriTooLong:

@@ -39,6 +39,12 @@ TIMEOUT = "X-Request-Timeout"
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
+def action_of(target: bytes) -> str | None:
+    """Return the action that a request's target, path and query, asks for; None: another route."""
+    found = PATHS.fullmatch(target.partition(b"?")[0].decode("latin-1"))
+    return found and found["action"]
+
+
 def route_template(name: str | None, version: str | None, action: str) -> str:
     """Return the path of a task route as it is declared."""
     prefix = "" if name is None else MODEL if version is None else VERSION

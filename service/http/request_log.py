@@ -22,7 +22,7 @@ from dropserve.service.observability.logs import FIELDS
 from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
 
 REQUEST_ID = b"x-request-id"
-_SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _CORS_REQUEST = (
     *("Authorization", "X-API-Key", "X-Request-ID", "X-Request-Timeout"),
     *("Inference-Header-Content-Length", "traceparent", "tracestate"),
@@ -175,4 +175,4 @@ def record(metrics: Metrics, line: dict[str, Any], seconds: float) -> None:
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the id that the client chose, if it did and it is safe to log; else a new one."""
     asked = next((value for name, value in headers if name == REQUEST_ID), b"")
-    return asked.decode() if _SAFE_ID.fullmatch(asked) else os.urandom(16).hex()
+    return asked.decode() if SAFE_ID.fullmatch(asked) else os.urandom(16).hex()

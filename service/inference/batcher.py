@@ -5,7 +5,8 @@ runs on the executor, or on the event loop if it is inline, from one `yield` to 
 jobs run in between:
 
 - an urgent batch gets at least every other turn: it waits for one step of another job;
-- of the rest, keys that wait to start and jobs under way take turns: round-robin, a batch a turn.
+- of the rest, jobs under way get every other turn, round-robin; in the others the key that waits
+  longest starts a batch, unless a job under way is expected to end sooner.
 
 It measures what each class of work costs. So it knows how long an item would wait, refuses at once
 what would wait longer than it may, and tells when a step takes far longer than such steps do.
@@ -13,7 +14,7 @@ what would wait longer than it may, and tells when a step takes far longer than 
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import chain, cycle
@@ -345,9 +346,8 @@ class Batcher(Generic[Key, Item, Result]):
             if weight and queued and queued + weight > self._max_queue:
                 raise QueueFull
             if max_wait and (seconds := self._expect(urgent, now)) > SURE * max_wait:
-                if queue is not None:  # its last batch has room, and would not be waited for
-                    together = queue.weight % self._max_batch * queue.units
-                    seconds -= together * queue.cost.unit
+                if queue is not None:
+                    seconds -= self._shared(queue, item, weight)
                 if seconds > SURE * max_wait:
                     raise WaitTooLong(seconds)
         loop = asyncio.get_running_loop()
@@ -483,29 +483,31 @@ class Batcher(Generic[Key, Item, Result]):
         for _ in range(4):
             job = None
             line = next(self._turns)
-            if line is None or (line is self._others and self._is_done_sooner()):
+            if line is None:
                 job = self._jobs.popleft() if self._jobs else None
-            elif line is self._urgent or len(self._jobs) < self._max_jobs:
+            elif line is self._others:
+                job = self._take_sooner()
+            has_room = line is self._urgent or len(self._jobs) < self._max_jobs
+            if job is None and line is not None and has_room:
                 job = self._start(line)
             if job is not None:
                 return job
         return None
 
-    def _is_done_sooner(self) -> bool:
-        """Bring the job under way with the least left to the front, if a new one would take longer.
+    def _take_sooner(self) -> _Job[Key, Item, Result] | None:
+        """Take the job under way with the least left; None: a new one would not take longer.
 
         Equal jobs then end one after another, and not all of them late.
         """
         if not self._jobs or not self._others.queues:
-            return False
+            return None
         job = min(self._jobs, key=_Job.expected)
         queue = next(iter(self._others.queues.values()))
         new = min(queue.weight or 1, self._max_batch) * queue.units * queue.cost.unit
         if job.expected() > new:
-            return False
+            return None
         self._jobs.remove(job)
-        self._jobs.appendleft(job)
-        return True
+        return job
 
     def _start(self, line: _Line[Key, Item, Result]) -> _Job[Key, Item, Result] | None:
         """Make a batch of the first key; a key with more than fits goes to the back."""
@@ -528,24 +530,38 @@ class Batcher(Generic[Key, Item, Result]):
         line.seconds = 0.0  # sums of floats are not exact
         return None
 
+    def _shared(self, queue: _Queue[Key, Item, Result], item: Item, weight: int) -> float:
+        """Return the seconds of the last batch that waits if an item would join it, else 0."""
+        *_, last = self._divide(queue)
+        fits = self._fits(queue.key)
+        joins = all(fits(each) for each in (*(entry.item for entry in last), item))
+        if not joins or sum(entry.weight for entry in last) + weight > self._max_batch:
+            return 0.0
+        return sum(entry.weight or 1 for entry in last) * queue.units * queue.cost.unit
+
     def _take(
         self, line: _Line[Key, Item, Result], queue: _Queue[Key, Item, Result]
     ) -> list[Entry[Key, Item, Result]]:
-        """Take the first entries out of a queue, as many as fit into a batch, and one at least."""
-        taken: list[Entry[Key, Item, Result]] = []
-        weight = units = 0
-        fits = self._fits(queue.key)
-        for entry in queue.entries:
-            more = fits(entry.item) and weight + entry.weight <= self._max_batch
-            if taken and not more:
-                break
-            taken.append(entry)
-            weight += entry.weight
-            units += entry.weight or 1
+        """Take the first batch out of a queue."""
+        taken = next(self._divide(queue))
         for entry in taken:
             del queue.entries[entry]
-        line.count(queue, -weight, -units * queue.units)
+        units = sum(entry.weight or 1 for entry in taken)
+        line.count(queue, -sum(entry.weight for entry in taken), -units * queue.units)
         return taken
+
+    def _divide(self, queue: _Queue[Key, Item, Result]) -> Iterator[list[Entry[Key, Item, Result]]]:
+        """Divide what waits into batches: as many entries as fit into each, and one at least."""
+        batch: list[Entry[Key, Item, Result]] = []
+        weight, fits = 0, self._fits(queue.key)
+        for entry in queue.entries:
+            weight += entry.weight
+            if not (fits(entry.item) and weight <= self._max_batch) and batch:
+                yield batch
+                batch, weight, fits = [], entry.weight, self._fits(queue.key)
+                fits(entry.item)
+            batch.append(entry)
+        yield batch
 
     def _job(
         self, queue: _Queue[Key, Item, Result], batch: list[Entry[Key, Item, Result]], weight: int

@@ -15,17 +15,13 @@ from dataclasses import dataclass, field
 from fcntl import ioctl
 
 from tests.helpers import PNG
+from tests.reliability.messages import first_answer, request
 
 JSON = json.dumps({"instances": [[[7] * 8] * 8]}).encode()
 
 
-def post(path, body, kind):
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-FAST = post("/predict", PNG, "image/png")
-SLOW = post("/uncertainty?samples=200&seed=1", JSON, "application/json")  # by way of ASGI
+FAST = request("/predict", PNG, "image/png")
+SLOW = request("/uncertainty?samples=200&seed=1", JSON, "application/json")  # by way of ASGI
 CLIENTS = {
     "kept": ([FAST], True),
     "kept, by ASGI": ([SLOW], True),
@@ -123,11 +119,9 @@ async def read_answer(connection, received=b""):
     """
     loop = asyncio.get_running_loop()
     while True:
-        head, found, rest = received.partition(b"\r\n\r\n")
-        lines = head.lower().split(b"\r\n")
-        length = next((int(s[15:]) for s in lines if s.startswith(b"content-length:")), 0)
-        if found and len(rest) >= length:
-            return int(head[9:12]), rest[length:], b"connection: close" in lines
+        if (first := first_answer(received)) is not None:
+            answer, size = first
+            return answer.status, received[size:], answer.headers.get("connection") == "close"
         chunk = b""
         with suppress(OSError):
             chunk = await loop.sock_recv(connection, 65_536)

@@ -138,7 +138,7 @@ def test_pipelined_requests_are_answered_in_order(server):
 def test_an_upgrade_is_ignored(protocol, cut, server):
     upgrade = f"Upgrade: {protocol}", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMA"
     raw = request("/predict", PNG, "image/png", *upgrade)
-    with connect(server) as connection:
+    with server.connect(10) as connection:
         connection.sendall(raw[:cut])
         if cut is not None:
             time.sleep(0.05)
@@ -186,7 +186,7 @@ FLOODS = {
 def test_floods_take_bounded_memory(case, server):
     start, more = FLOODS[case]
     before = server.resident()
-    with connect(server, 2) as connection:
+    with server.connect(2) as connection:
         connection.sendall(start)
         sent = send_until_refused(connection, more, most=100 * 2**20)
         assert httpx.get(server.url + "/livez").elapsed.total_seconds() < 0.5
@@ -197,7 +197,7 @@ def test_floods_take_bounded_memory(case, server):
 def test_clients_that_leave_pipelined_requests_log_no_error(server):
     before = len(server.lines())
     for _ in range(20):
-        with connect(server) as connection:
+        with server.connect(10) as connection:
             reset_on_close(connection)
             connection.sendall(request("/uncertainty?samples=100") * 3 + LIVEZ * 20)
             time.sleep(0.01)
@@ -231,7 +231,7 @@ def test_drips_are_ended_at_their_deadline(case, impatient, refusal):
     raw = DRIPS[case]
     whole = raw.rfind(b"\r\n\r\n") + 4 if raw.startswith(b"POST") or case == "a second head" else 0
     started = time.monotonic()
-    with connect(impatient) as connection:
+    with impatient.connect(10) as connection:
         drip = threading.Thread(target=drip_into, args=(connection, raw, whole))
         drip.start()
         *before, last = answers(impatient.read_all(connection))
@@ -269,7 +269,7 @@ def crowded(request, make_server):
     """A server all of whose connections are taken, and those connections: uploads that wait."""
     server = make_server(fast_path=request.param, max_connections=CAP).start()
     with ExitStack() as stack:
-        uploads = [stack.enter_context(connect(server)) for _ in range(CAP)]
+        uploads = [stack.enter_context(server.connect(10)) for _ in range(CAP)]
         for upload in uploads:
             upload.sendall(SHORT + PNG[:-1])
         time.sleep(0.2)
@@ -322,20 +322,12 @@ def refusal():
     return check
 
 
-def connect(server, seconds=10):
-    return socket.create_connection(("127.0.0.1", server.port), seconds)
-
-
 def exchange(server, raw, *, half_close=False):
     """Send bytes; return the answers that come until the server closes, within two seconds."""
-    with connect(server) as connection:
-        connection.sendall(raw)
-        if half_close:
-            connection.shutdown(socket.SHUT_WR)
-        started = time.monotonic()
-        found = answers(server.read_all(connection))
-        # of its last byte, or of a deadline of one second
-        assert time.monotonic() - started < (2 if found else 3)
+    started = time.monotonic()
+    found = answers(server.exchange(raw, end=half_close))
+    # of its last byte, or of a deadline of one second
+    assert time.monotonic() - started < (2 if found else 3)
     return found
 
 

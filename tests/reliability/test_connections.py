@@ -11,18 +11,18 @@ import psutil
 import pytest
 
 from dropserve.service.errors import MalformedRequest
-from dropserve.service.http.heads import check_head
+from dropserve.service.http.heads import read_head
 from tests.conftest import SERVE
 from tests.helpers import PNG, eventually
+from tests.reliability import messages
 
 HEAD_TIMEOUT, KEEP_ALIVE, CAP = 0.6, 1.5, 40
-GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+GET = messages.get("/livez")
 SLOW = b"/uncertainty?samples=1000&seed=%d"
 
 
 def post(path=b"/predict", *fields, body=PNG):
-    lines = [b"POST %b HTTP/1.1" % path, b"Host: x", b"Content-Type: image/png", *fields]
-    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", b""]) + body
+    return messages.request(path.decode(), body, "image/png", *map(bytes.decode, fields))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fast path", "ASGI path"])
@@ -40,30 +40,14 @@ def hasty(make_server, request):
     assert not [line for line in server.lines() if line["level"] == "error"]
 
 
-def connect(server, seconds=20):
-    return socket.create_connection(("127.0.0.1", server.port), seconds)
-
-
 def answers(server, raw, *, end=False):
     """Send bytes, and perhaps no more after them; return the (status, body) of each answer."""
-    with connect(server) as connection:
-        connection.sendall(raw)
-        if end:
-            connection.shutdown(socket.SHUT_WR)
-        received = server.read_all(connection)
-    return parse(received)
+    return parse(server.exchange(raw, 20, end=end))
 
 
 def parse(received):
-    found = []
-    while received:
-        head, _, received = received.partition(b"\r\n\r\n")
-        fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
-        size = int(fields.get(b"content-length", 0))
-        if (status := int(head.split()[1])) != 100:  # which asks if the client is there
-            found.append((status, received[:size]))
-        received = received[size:]
-    return found
+    """Read answers, without the interim ones, which ask if the client is there."""
+    return [(each.status, each.body) for each in messages.answers(received) if each.status != 100]
 
 
 def problem(server, raw_or_answers, status):
@@ -86,14 +70,14 @@ def closed_after(connection):
 
 
 def test_a_silent_connection_is_closed(hasty):
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         seconds, received = closed_after(connection)
     assert received == b""
     assert HEAD_TIMEOUT - 0.1 < seconds < HEAD_TIMEOUT + 1
 
 
 def test_an_idle_connection_is_closed(hasty):
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         connection.sendall(post())
         seconds, received = closed_after(connection)
     assert [status for status, _ in parse(received)] == [200]
@@ -102,7 +86,7 @@ def test_an_idle_connection_is_closed(hasty):
 
 @pytest.mark.parametrize("sent", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\n", post()[:60]])
 def test_an_unfinished_head_gets_408(hasty, sent):
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         for k in range(0, len(sent), 8):  # drops do not prolong it
             connection.sendall(sent[k : k + 8])
             time.sleep(0.05)
@@ -112,7 +96,7 @@ def test_an_unfinished_head_gets_408(hasty, sent):
 
 
 def test_a_head_after_an_answer_has_the_same_deadline(hasty):
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         connection.sendall(post() + post()[:50])
         seconds, received = closed_after(connection)
     assert [status for status, _ in parse(received)] == [200, 408]
@@ -133,7 +117,7 @@ def test_a_head_after_an_answer_has_the_same_deadline(hasty):
     ],
 )
 def test_heads_are_bounded(hasty, raw, status):
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         with suppress(BrokenPipeError, ConnectionResetError):  # it is refused before its end
             connection.sendall(raw)
         received = hasty.read_all(connection)
@@ -147,7 +131,7 @@ def send_many(connection, data, times):
 
 def test_100_mb_of_header_fields_cost_no_memory(hasty):
     before = hasty.resident()
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
         with suppress(BrokenPipeError, ConnectionResetError):
             send_many(connection, b"A: b\r\n" * 17_000, 1000)
@@ -206,8 +190,8 @@ def test_a_client_that_left_while_it_waited_is_found_out(hasty):
 
     with ExitStack() as stack:
         for seed in range(1, 9):  # they take turns with it
-            stack.enter_context(connect(hasty)).sendall(long(seed))
-        with connect(hasty) as leaving:
+            stack.enter_context(hasty.connect()).sendall(long(seed))
+        with hasty.connect() as leaving:
             leaving.sendall(long(9))
         line = hasty.line("left9")
         assert line["status"] == 499
@@ -248,7 +232,7 @@ def test_empty_lines_between_requests_are_ignored(hasty):
 
 def test_a_trailer_is_no_header(hasty):
     sent = chunked(trailer=b"X-Request-ID: trailer\r\n")
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         connection.sendall(sent + GET)
         connection.shutdown(socket.SHUT_WR)
         received = hasty.read_all(connection)
@@ -260,7 +244,7 @@ def test_a_trailer_is_no_header(hasty):
 def test_a_chunked_body_ends_where_it_ends(hasty, cut):
     raw = chunked() + post() + chunked() + GET
     end = len(chunked()) + cut + 3
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         for piece in (raw[:end], raw[end:]):
             connection.sendall(piece)
             time.sleep(0.05)
@@ -276,7 +260,7 @@ def test_empty_lines_in_a_chunk_take_little_time(hasty):
 
 
 def test_a_head_in_pieces_leaves_nothing_behind(hasty):
-    with connect(hasty) as connection:
+    with hasty.connect() as connection:
         for raw in (post(), post(), GET):
             for piece in (raw[:40], raw[40:], GET):
                 connection.sendall(piece)
@@ -304,14 +288,14 @@ def test_a_head_in_pieces_leaves_nothing_behind(hasty):
 )
 def test_what_two_parsers_could_read_differently_is_refused_before_any_parser(field):
     with pytest.raises(MalformedRequest):
-        check_head(b"POST /predict HTTP/1.1\r\nHost: x\r\n" + field + b"\r\n\r\n")
+        read_head(b"POST /predict HTTP/1.1\r\nHost: x\r\n" + field + b"\r\n\r\n")
 
 
 def test_more_connections_than_the_cap_get_503_and_probes_an_answer(hasty):
     with ExitStack() as stack:
         for _ in range(CAP):
-            stack.enter_context(connect(hasty)).sendall(b"GET")
-        with connect(hasty) as over:
+            stack.enter_context(hasty.connect()).sendall(b"GET")
+        with hasty.connect() as over:
             over.sendall(post())
             _, received = closed_after(over)
         assert b"retry-after: 1" in received.lower()
@@ -337,7 +321,7 @@ def test_silent_connections_beyond_all_descriptors_leave_room_for_probes(make_se
         server.start()
         with ExitStack() as stack:
             for _ in range(1010):
-                stack.enter_context(connect(server))
+                stack.enter_context(server.connect())
             for _ in range(5):
                 assert httpx.get(server.url + "/livez", timeout=2).status_code == 200
                 refused = httpx.get(server.url + "/v1/models", timeout=2)

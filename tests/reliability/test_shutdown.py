@@ -35,10 +35,6 @@ DRAINED = b"".join(post(LONG.format(n), NUMBERS, "application/json") for n in ra
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 
 
-def connect(server):
-    return socket.create_connection(("127.0.0.1", server.port), 20)
-
-
 def refuses(server):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", server.port)) != 0
@@ -67,7 +63,7 @@ def test_under_load_what_was_received_is_answered_and_the_port_refuses(count, ma
             await load.refused()
             return load.tally, time.monotonic() - started
 
-    with connect(server) as connection:
+    with server.connect() as connection:
         connection.sendall(DRAINED)
         tally, seconds_open = asyncio.run(stop_under_load())
         answers = read_answers(connection, 7)
@@ -140,7 +136,7 @@ def test_what_only_the_kernel_has_received_is_answered(stopping):
 @pytest.mark.parametrize("fast_path", [True, False])
 def test_a_half_sent_upload_is_refused_and_not_waited_for(fast_path, make_server):
     server = make_server(fast_path=fast_path).start(90)
-    with connect(server) as small, connect(server) as large, connect(server) as head:
+    with server.connect() as small, server.connect() as large, server.connect() as head:
         small.sendall(HEAD % len(IMAGE) + IMAGE[:-1])
         large.sendall(HEAD % 2**20 + bytes(2**19))
         head.sendall(b"POST /predict HTTP/1.1\r\nHost:")

@@ -23,10 +23,6 @@ def head(length, *lines, path="/predict"):
     return "\r\n".join([*fixed, *lines, "", ""]).encode()
 
 
-def connect(server, seconds=10):
-    return socket.create_connection(("127.0.0.1", server.port), seconds)
-
-
 def read_until(connection, end):
     received = b""
     while end not in received and (got := connection.recv(65_536)):
@@ -140,7 +136,7 @@ def test_an_unknown_route_is_404(path, http, problem):
 
 
 def test_an_expected_body_is_asked_for_and_an_oversize_one_refused_unread(server):
-    with connect(server) as connection:
+    with server.connect(10) as connection:
         connection.sendall(head(len(PNG), "Expect: 100-continue"))
         assert read_until(connection, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(PNG)
@@ -162,7 +158,7 @@ def test_a_body_over_the_limit_is_413_to_a_client_that_sends_all_of_it(size, ser
 def test_a_body_without_end_is_cut_and_takes_no_memory(server):
     before = server.resident()
     chunks = (b"10000\r\n" + bytes(0x10000) + b"\r\n") * 1000
-    with connect(server) as connection:
+    with server.connect(10) as connection:
         connection.sendall(head(None, "Transfer-Encoding: chunked"))
         with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
             connection.sendall(chunks)
@@ -170,7 +166,7 @@ def test_a_body_without_end_is_cut_and_takes_no_memory(server):
 
 
 def test_a_body_that_drips_in_is_408_within_the_time_allowed(tight_server):
-    with connect(tight_server) as connection:
+    with tight_server.connect(10) as connection:
         connection.sendall(head(len(PNG)) + PNG[:10])
         started = time.monotonic()
         answer = tight_server.read_all(connection)
@@ -181,14 +177,14 @@ def test_a_body_that_drips_in_is_408_within_the_time_allowed(tight_server):
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error(server):
-    with connect(server) as connection:
+    with server.connect(10) as connection:
         connection.sendall(head(500_000, "X-Request-ID: leaver") + bytes(1000))
     line = server.line("leaver")
     assert (line["status"], line["level"]) == (400, "info")  # it ended its body, and left
 
 
 def test_a_body_shorter_than_announced_is_refused(server):
-    with connect(server) as connection:
+    with server.connect(10) as connection:
         connection.sendall(head(len(PNG) + 1, "X-Request-ID: short") + PNG)
         connection.shutdown(socket.SHUT_WR)
         answer = server.read_all(connection)
@@ -233,7 +229,7 @@ def test_pipelined_requests_are_answered_in_order(server):
 
 def test_a_client_that_leaves_its_pipelined_requests_leaves_no_traceback(server):
     path = "/v1/models/colour-cnn/uncertainty?samples=300&seed={}"
-    with connect(server) as connection:
+    with server.connect(10) as connection:
         for n in range(5):
             line = f"X-Request-ID: abandoned-{n}"
             connection.sendall(head(len(PNG), line, path=path.format(n)) + PNG)
@@ -266,7 +262,7 @@ def test_bodies_are_held_within_a_limit_and_give_their_room_back(make_server, pr
     server = make_server(max_body_bytes=65_536, max_held_bytes=100_000).start()
     body = PNG + bytes(60_000 - len(PNG))  # what follows a picture is ignored
     answers = []
-    with connect(server) as slow:
+    with server.connect(10) as slow:
         slow.sendall(head(65_000) + body)
         end = time.monotonic() + 10
         while 503 not in answers and time.monotonic() < end:
@@ -282,7 +278,7 @@ def test_bodies_are_held_within_a_limit_and_give_their_room_back(make_server, pr
 
 def test_a_connection_outlives_what_clients_keep_idle(server):
     """httpx closes its idle connections after 5 s: asking and closing must not cross."""
-    with connect(server) as connection:
+    with server.connect(10) as connection:
         for pause in (5.5, 0):
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_until(connection, b"}").startswith(b"HTTP/1.1 200")
