@@ -5,8 +5,6 @@ import os
 import signal
 import socket
 import ssl
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
 from dropserve.service.schemas import Problem
 from dropserve.service.settings import environment_name
+from tests.forked import Process
 from tests.helpers import eventually
 
 SERVE = (
@@ -74,10 +73,7 @@ class Server:
         environment.setdefault(environment_name("precision"), "float32")  # figures are compared
         self.log = folder / "stdout.log"
         self.errors = folder / "stderr.log"
-        with self.log.open("wb") as out, self.errors.open("wb") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", command], env=environment, stdout=out, stderr=err
-            )
+        self.process = Process(command, environment, self.log, self.errors)
         self.port = 0
 
     @property

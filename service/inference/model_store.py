@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from dropserve.models import checkpoint
+from dropserve.models.memory import release_freed_memory
 from dropserve.service.errors import (
     InvalidRequest,
     ModelStoreError,
@@ -122,7 +123,8 @@ class ModelStore:
         self._control = control or ControlState()
         self._done = ControlMessage(number=-1)
         self._models: Mapping[str, _Model] = {}
-        self._marks: dict[tuple[str, int], Hashable] = {}
+        self._marks: dict[tuple[str, int], Hashable] = {}  # of the versions that are served
+        self._dropped = False  # versions, in the last update
         self._closing = False
         self.default = settings.default_model
         self.loads: Counter[tuple[str, str]] = Counter()
@@ -260,6 +262,8 @@ class ModelStore:
 
     def update(self) -> None:
         """Carry out the latest control message and scan the source; in the loader thread."""
+        if self._dropped:  # by now, their last requests are mostly done
+            release_freed_memory()
         message = self._control.read()
         for name in self._models:
             if message != self._done:  # what was refused is tried again
@@ -267,6 +271,9 @@ class ModelStore:
             if name in message.unloaded:
                 self._change(name, versions={}, answers=None)
         self._scan(message.unloaded)
+        served = {(name, number) for name in self for number in self.versions(name)}
+        self._dropped = not served >= self._marks.keys()
+        self._marks = {key: mark for key, mark in self._marks.items() if key in served}
         if message != self._done:
             self._control.acknowledge(message)
             self._done = message

@@ -22,14 +22,16 @@ from dropserve.service.server import uvicorn_options
 from dropserve.service.settings import Settings
 from dropserve.service.supervisor import Server
 from tests.helpers import encode, eventually, noise, workers
-from tests.reliability.exchanges import FAST, SLOW, Load, post
+from tests.reliability.exchanges import FAST, SLOW, Load
+from tests.reliability.messages import get, request
 
 IMAGE = encode(noise(16, 16, 3))
 LONG = "/v1/models/colour-cnn/uncertainty?samples=1000&seed={}"
 READY = ("/readyz", "/v2/health/ready", "/v2/models/digits-mlp/ready", "/livez")
 NUMBERS = json.dumps({"instances": [[[7] * 16] * 16] * 64}).encode()
-DRAINED = b"".join(post(LONG.format(n), NUMBERS, "application/json") for n in range(3)) + b"".join(
-    f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in READY
+DRAINED = b"".join(
+    [request(LONG.format(n), NUMBERS, "application/json") for n in range(3)]
+    + [get(path) for path in READY]
 )
 """Long requests, and probes that are answered when those are: while the server drains."""
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
