@@ -27,6 +27,7 @@ while line := sys.stdin.readline():
         break
 else:
     sys.exit()
+os.sched_setaffinity(0, asked["cores"])
 os.environ.clear()
 os.environ.update(asked["environment"])
 sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
@@ -59,7 +60,8 @@ class Process:
         files = str(out), str(errors)
         for file in (out, errors):
             file.touch()
-        asked = {"command": command, "environment": dict(environment), "files": files}
+        cores = [*os.sched_getaffinity(0)]
+        asked = {"command": command, "cores": cores, "environment": {**environment}, "files": files}
         self.pid = _ask(asked)
         self._ended = os.pidfd_open(self.pid)
         self.returncode: int | None = None

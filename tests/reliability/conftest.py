@@ -1,6 +1,7 @@
-"""Fixtures of the tests of reliability: the default network, to serve and to publish again."""
+"""Fixtures of the tests of reliability: a network to publish, and what an error must be."""
 
 import base64
+import json
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,24 @@ def models(tmp_path, save_version):
     """A folder with one version of `digits-mlp`."""
     save_version(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def refusal():
+    """Check an error: a problem with the request's id, which the log has, and no echo.
+
+    It returns the detail.
+    """
+
+    def check(server, answer, status):
+        assert answer.status == status, answer
+        assert answer.headers["content-type"] == "application/problem+json"
+        problem = json.loads(answer.body)
+        assert set(problem) == {"type", "title", "status", "detail", "request_id"}
+        assert (problem["status"], bool(problem["detail"])) == (status, True)
+        assert problem["request_id"] == answer.headers["x-request-id"]
+        assert b"MARKER" not in answer.body
+        assert server.line(problem["request_id"])["status"] == status
+        return problem["detail"]
+
+    return check
