@@ -36,19 +36,19 @@ def root(trainer, tmp_path):
 
 
 def test_a_killed_training_resumes_to_the_same_weights_and_harms_no_version(trainer, tmp_path):
-    train_through_kills(trainer, tmp_path, 4, 5)
+    train_through_kills(trainer, tmp_path, 3, 5)
 
 
 @pytest.mark.parametrize("kind", range(6))
 def test_a_training_that_cannot_write_says_why_and_resumes(trainer, root, tmp_path, kind):
-    """Each kind of failure comes at every 16th call that changes a file, from another one on."""
+    """Each kind of failure comes at every 32nd call that changes a file, from another one on."""
     moments = trainer(tmp_path / "counted", fail=10**9, errno=0, lasting=False).moments
     failure = {"errno": [*REMEDIES][kind % 3], "lasting": kind < 3}
     ended = []
-    for number in range(3 * kind, moments, 16):
+    for number in range(5 * kind, moments, 32):
         copied = shutil.copytree(root, tmp_path / f"{number}")
         ended.append(train_through_failure(trainer, copied, fail=number, **failure).status)
-    assert len(ended) > 2
+    assert len(ended) > 1
     assert 2 in ended  # not in all: a training ends well without a lock, say
 
 

@@ -4,9 +4,10 @@ import asyncio
 import base64
 import gc
 import json
-import socket
+import select
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
@@ -23,6 +24,7 @@ from dropserve.service.observability.logs import FIELDS
 from dropserve.service.schemas import Problem, StreamEnd, StreamSample, StreamStart
 from dropserve.service.settings import Settings
 from tests.helpers import encode, noise
+from tests.reliability.messages import request
 
 MLP, CNN = "/v1/models/digits-mlp", "/v1/models/colour-cnn"
 EVENTS = {"start": StreamStart, "sample": StreamSample, "end": StreamEnd, "error": Problem}
@@ -198,23 +200,20 @@ def test_many_are_watched_at_once_and_each_is_told_the_same(http):
     assert together == alone * 3
 
 
-def test_the_work_stops_when_the_one_who_watches_has_left(server, http):
-    body = encode(picture(CNN))
-    head = (
-        f"POST {CNN}/uncertainty/stream?samples=1000&seed=1 HTTP/1.1\r\nHost: x\r\n"
-        f"X-Request-ID: watcher\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    many = {"instances": [picture(CNN).tolist()] * 64}
-    with ThreadPoolExecutor(4) as threads:
-        others = [  # they take turns with the stream, which so lasts
-            threads.submit(http.post, f"{CNN}/uncertainty?samples=500&seed={n}", json=many)
-            for n in range(4)
-        ]
-        with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
-            connection.sendall(head.encode() + body)
+def test_the_work_stops_when_the_one_who_watches_has_left(server):
+    many = json.dumps({"instances": [picture(CNN).tolist()] * 64}).encode()
+    with ExitStack() as stack:
+        others = [stack.enter_context(server.connect()) for _ in range(4)]
+        for seed, other in enumerate(others):  # they take turns with the stream, which so lasts
+            path = f"{CNN}/uncertainty?samples=1000&seed={seed}"
+            other.sendall(request(path, many, "application/json"))
+        with server.connect() as connection:
+            path = f"{CNN}/uncertainty/stream?samples=1000&seed=1"
+            watcher = request(path, encode(picture(CNN)), "image/png", "X-Request-ID: watcher")
+            connection.sendall(watcher)
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         line = server.line("watcher")
-        assert not all(other.done() for other in others)
+        assert len(select.select(others, [], [], 0)[0]) < len(others)
     assert (line["status"], line["level"]) == (499, "info")
     assert (line["model"], line["images"]) == ("colour-cnn", 1)
     assert line["route"] == "/v1/models/{name}/uncertainty/stream"
