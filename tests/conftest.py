@@ -24,6 +24,8 @@ SERVE = (
     "from dropserve.service.server import serve; from dropserve.service.settings import Settings;"
     "serve(Settings())"
 )
+LIMITED = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); {SERVE}"
+"""The same, with so many file descriptors at most."""
 CONTRACT = {
     *("test_bad_http", "test_bad_inputs", "test_contract", "test_http", "test_kserve", "test_oip"),
 }

@@ -38,7 +38,7 @@ from dropserve.service.http.heads import (
     read_head,
 )
 from dropserve.service.http.keys import OPEN, ApiKey
-from dropserve.service.http.options import TIMEOUT, action_of
+from dropserve.service.http.options import TIMEOUT, action_of, route_of
 from dropserve.service.http.request_log import (
     REQUEST_ID,
     SAFE_ID,
@@ -512,8 +512,9 @@ class Connection(HttpToolsProtocol):
         asked = _ID.search(head)
         name = request_id([(REQUEST_ID, asked[1])] if asked else [])
         method, _, rest = head[:MAX_HEAD].partition(b" ")
+        target = rest.partition(b" ")[0]
         content, media_type = error_content(
-            rest.partition(b" ")[0].decode("latin-1"), error.status, str(error), name
+            target.decode("latin-1"), error.status, str(error), name
         )
         body = to_json(content)
         headers = {
@@ -528,7 +529,8 @@ class Connection(HttpToolsProtocol):
         body = b"" if method == b"HEAD" else body
         self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
         shown = method.decode() if method in _METHODS else None
-        line = {"request_id": name, "method": shown, "route": None, "status": error.status}
+        route = route_of(target) if method == b"POST" else None
+        line = {"request_id": name, "method": shown, "route": route, "status": error.status}
         if key is not None:
             line["key"] = key.name
         if isinstance(error, Overloaded):

@@ -1,6 +1,7 @@
 """The head of a request: its limits, and the grammar that it must keep.
 
-What two parsers could read differently is refused before any parser sees it.
+What two parsers could read differently is refused before uvicorn's parser sees it. The fast path,
+which has a parser of its own, takes only requests whose fields it knows.
 """
 
 import re

@@ -41,8 +41,18 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 def action_of(target: bytes) -> str | None:
     """Return the action that a request's target, path and query, asks for; None: another route."""
-    found = PATHS.fullmatch(target.partition(b"?")[0].decode("latin-1"))
+    found = _task_path(target)
     return found and found["action"]
+
+
+def route_of(target: bytes) -> str | None:
+    """Return the task route of a request's target, as it is declared; None: another route."""
+    found = _task_path(target)
+    return found and route_template(found["name"], found["version"], found["action"])
+
+
+def _task_path(target: bytes) -> re.Match[str] | None:
+    return PATHS.fullmatch(target.partition(b"?")[0].decode("latin-1"))
 
 
 def route_template(name: str | None, version: str | None, action: str) -> str:

@@ -291,7 +291,7 @@ def metrics(url: str) -> Counter[str]:
 
 @contextmanager
 def descriptors(soft: int) -> Iterator[None]:
-    """Limit this process, and what it starts, to so many descriptors."""
+    """Let this process have so many descriptors."""
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:

@@ -159,14 +159,17 @@ def test_nothing_stays(fuzzed, request):
         )
         failed = request.session.testsfailed - fuzzed.failed_before
         usages = fuzzed.usages()
-        growth = [now.resident - w.resident for now, w in zip(usages, fuzzed.warm, strict=True)]
+        pairs = [*zip(usages, fuzzed.warm, strict=True)]
+        growth = [now.resident - warm.resident for now, warm in pairs]
         figures |= {f"requests, {kind}": n for kind, n in sorted(fuzzed.asked.items())}
         figures |= {
             "unplanned 5xx, missing answers, or differences between the paths": len(fuzzed.wrong),
             "tests that failed": failed,
             "memory growth after the warm-up, fast path, MB": round(growth[0] / 1e6, 1),
             "memory growth after the warm-up, ASGI path, MB": round(growth[1] / 1e6, 1),
-            "descriptors more than before": 0,
+            "descriptors more than before": max(
+                now.descriptors - w.descriptors for now, w in pairs
+            ),
         }
         assert not failed
         assert max(growth) < GROWTH

@@ -109,7 +109,7 @@ def test_full_disks(mounted):
             trainer.shell(f"mount -o remount,size=9m {disk}")
             assert_resumes(trainer, disk)
             trainer.shell(f"umount {disk}")
-        figures["disks of 4 kB steps that became full during a training"] = refused
+        figures["disk sizes, in steps of 4 kB, at which a training ran out of space"] = refused
         assert refused > 3
 
 

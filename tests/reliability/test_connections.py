@@ -1,7 +1,6 @@
 """Connections: deadlines, their number, what is read ahead, and clients that leave."""
 
 import json
-import resource
 import socket
 import threading
 import time
@@ -11,8 +10,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import SERVE
+from tests.conftest import LIMITED
 from tests.helpers import PNG, eventually
+from tests.reliability.load import descriptors
 from tests.reliability.messages import answers, get, head, request
 
 HEAD_TIMEOUT, KEEP_ALIVE, BODY_TIMEOUT, CAP = 1.0, 1.5, 2.0, 40
@@ -116,11 +116,12 @@ def test_more_connections_than_the_cap_get_503_and_probes_an_answer(hasty, refus
         uploads = [stack.enter_context(hasty.connect()) for _ in range(CAP)]
         for upload in uploads:
             upload.sendall(SHORT + PNG[:-1])
-        for refused in (request(), get("/v1/models")):
+        for refused, route in ((request(), "/predict"), (get("/v1/models"), None)):
             (answer,) = answers(hasty.exchange(refused))
             assert "connections" in refusal(hasty, answer, 503)
             assert answer.headers["retry-after"] == "1"
-            assert hasty.line(answer.headers["x-request-id"])["reason"] == "connections"
+            line = hasty.line(answer.headers["x-request-id"])
+            assert (line["reason"], line["route"]) == ("connections", route)
         for path in ("/livez", "/readyz", "/healthz", "/v2/health/live"):
             assert httpx.get(hasty.url + path).status_code == 200
         for upload in uploads:
@@ -148,25 +149,13 @@ def test_a_client_that_left_while_it_waited_is_found_out(hasty):
 
 
 def test_silent_connections_beyond_all_descriptors_leave_room_for_probes(make_server):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
-    limited = SERVE.replace(
-        "serve(Settings())",
-        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024));"
-        "serve(Settings())",
-    )
-    try:
-        server = make_server(command=limited, head_timeout=3)
-        server.start()
-        with ExitStack() as stack:
-            for _ in range(1010):
-                stack.enter_context(server.connect())
-            assert httpx.get(server.url + "/livez", timeout=2).status_code == 200
-            refused = httpx.get(server.url + "/v1/models", timeout=2)
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-            eventually(
-                lambda: httpx.get(server.url + "/v1/models", timeout=2).status_code == 200, 10
-            )
-        assert not [line for line in server.lines() if line["level"] == "error"]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    server = make_server(command=LIMITED, head_timeout=3).start()
+    with ExitStack() as stack:
+        stack.enter_context(descriptors(2048))
+        for _ in range(1010):
+            stack.enter_context(server.connect())
+        assert httpx.get(server.url + "/livez", timeout=2).status_code == 200
+        refused = httpx.get(server.url + "/v1/models", timeout=2)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        eventually(lambda: httpx.get(server.url + "/v1/models", timeout=2).status_code == 200, 10)
+    assert not [line for line in server.lines() if line["level"] == "error"]
