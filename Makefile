@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test test-compose test-kserve test-openapi soak check browser screenshots docs format \
+.PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi soak check browser screenshots docs format \
 	bench bench-accuracy bench-http bench-photos bench-report lock sbom clean
 
 help: ## List the targets
@@ -26,8 +26,12 @@ train: setup ## Train the default model, digits, if there is none (seconds, no d
 	$(DROPSERVE) train --dataset digits --if-missing --resume
 
 # Two processes, for the many tests that wait for a server; one thread each, or they would compete.
-test: check browser ## Run every check and every test
+test: check browser ## Run every check, and the tests that are not slow
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+# Three minutes. When the supervisor, training's files, the memory of images or bench/ have changed.
+test-slow: setup ## Kill workers, trainers and disks, fill the memory, and try the benchmarks
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m slow
 
 # Some minutes. When a route, a type or the OpenAPI document has changed.
 test-openapi: setup ## Hold a server to its OpenAPI document with many requests, by Schemathesis

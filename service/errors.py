@@ -156,6 +156,11 @@ class Overloaded(DropserveError):
         self.reason = reason
 
 
+def stopping() -> Overloaded:
+    """Make the error of what comes while the service stops, or is not done in its drain."""
+    return Overloaded("the service is stopping", "draining")
+
+
 class ServerError(DropserveError):
     """The service failed; its log says why, under the request's id."""
 

@@ -136,7 +136,13 @@ class Supervisor:
         return max(0.0, self._next_start - time.monotonic())
 
     def _start(self, *, first: bool = False) -> None:
-        self._workers.append(_Worker(self._config, self._sockets, first))
+        try:
+            self._workers.append(_Worker(self._config, self._sockets, first))
+        except OSError as error:  # the machine has no memory or processes left
+            if first:
+                raise
+            pause = self._postpone(max(1, self._early_deaths) + 1)
+            _log.error("no worker can be started (%s); next try in %g seconds", error, pause)
 
     def _remove(self, worker: "_Worker") -> None:
         """Forget a dead worker, and plan when its replacement starts."""
@@ -147,12 +153,16 @@ class Supervisor:
             self._failed = True
             return
         young = time.monotonic() - worker.started < _YOUNG
-        self._early_deaths = self._early_deaths + 1 if young else 0
-        deaths = self._early_deaths
-        pause = min(2.0 ** (deaths - 2), _LONGEST_PAUSE) if deaths > 1 else 0.0
-        self._next_start = time.monotonic() + pause
+        pause = self._postpone(self._early_deaths + 1 if young else 0)
         text = "worker %s died (exit code %s); it is replaced in %g seconds"
         _log.error(text, worker.process.pid, code, pause)
+
+    def _postpone(self, early_deaths: int) -> float:
+        """Plan the next start after so many early deaths; return the seconds until then."""
+        self._early_deaths = early_deaths
+        pause = min(2.0 ** (early_deaths - 2), _LONGEST_PAUSE) if early_deaths > 1 else 0.0
+        self._next_start = time.monotonic() + pause
+        return pause
 
     def _stop(self) -> int:
         """Close the port, have the workers drain, and kill those that do not end."""

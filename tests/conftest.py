@@ -168,9 +168,7 @@ def make_server(tmp_path_factory, checkpoints):
 
     yield make
     for server in made:
-        server.process.terminate()
-    for server in made:
-        server.stop()
+        server.process.kill()
 
 
 def pytest_generate_tests(metafunc):

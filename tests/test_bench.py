@@ -41,6 +41,7 @@ def row(result, part, **wanted):
     return next(r for r in result[part] if wanted.items() <= r.items())
 
 
+@pytest.mark.slow
 def test_every_network_is_timed_in_every_way(result):
     paths = {r["network"]: r["path"] for r in result["engine"]}
     assert paths == {"mlp": "folded", "cnn": "folded", "residual": "vmap", "encoder": "vmap"}
@@ -52,6 +53,7 @@ def test_every_network_is_timed_in_every_way(result):
         assert r["ratios"]["loop/ours"] == pytest.approx(times["loop"] / times["ours"])
 
 
+@pytest.mark.slow
 def test_ten_stratified_samples_beat_ten_independent_ones_and_more_beat_fewer(result):
     for study in result["efficiency"]:
         rmse = {(r["masks"], r["samples"]): r["rmse"]["mean"] for r in study["rows"]}
@@ -60,6 +62,7 @@ def test_ten_stratified_samples_beat_ten_independent_ones_and_more_beat_fewer(re
         assert rmse["independent", 50] < 0.7 * rmse["independent", 10]
 
 
+@pytest.mark.slow
 def test_the_reported_error_of_independent_samples_is_about_the_true_one(result):
     for study in result["efficiency"]:
         found = row({"rows": study["rows"]}, "rows", masks="independent", samples=10)
@@ -68,17 +71,20 @@ def test_the_reported_error_of_independent_samples_is_about_the_true_one(result)
         assert stratified["reported/true"] is None  # one block says nothing of its own error
 
 
+@pytest.mark.slow
 def test_a_thousand_samples_stay_within_the_memory_that_is_claimed(result):
     found = row(result, "memory", network="cnn", samples=1000, batch=64)
     assert 1 < found["mib"]["ours_summary"] < 600
 
 
+@pytest.mark.slow
 def test_training_is_measured_beside_plain_loops(result):
     for r in result["training"]:
         assert set(r["images_per_second"]) == {"fit", "dataloader", "dataloader_batches"}
         assert min(r["images_per_second"].values()) > 0
 
 
+@pytest.mark.slow
 def test_every_claim_says_whether_it_is_met(result):
     assert len(result["claims"]) >= 10
     for claim in result["claims"]:

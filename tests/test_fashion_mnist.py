@@ -18,6 +18,8 @@ from dropserve.models.dropout import InvertedDropout
 from dropserve.service.client import DropserveClient
 from tests.helpers import encode
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DROPSERVE_DATA_DIR", ROOT.parent / "shared" / "data"))
 IMAGES = 100

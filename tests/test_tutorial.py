@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from dropserve.service.cli.main import app as command_line
 from tests.helpers import free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DROPSERVE_DATA_DIR", ROOT.parent / "shared" / "data"))
 PARTS = re.split(r"^(?=## )", (ROOT / "docs/tutorial.md").read_text(), flags=re.MULTILINE)[1:]

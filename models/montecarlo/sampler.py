@@ -194,6 +194,10 @@ class Sampler:
             h, kernel = self._prepare(x)
             kernel(h, self._store.get("stratified", 0, chosen, x.device, pin=True))
 
+    def forget_masks(self) -> None:
+        """Free the memory of kept masks: they are drawn again when a seed comes back."""
+        self._store.forget()
+
     def thinned(
         self, x: Tensor, seed: int, masks: MaskKind, sample: int, p: float | None = None
     ) -> Tensor:

@@ -100,6 +100,13 @@ class MaskStore:
                 del self._bytes[oldest], self._kept[oldest]
         return kept.first(len(samples))
 
+    def forget(self) -> None:
+        """Drop all masks that are neither pinned nor in use."""
+        with self._lock:
+            for key in self._bytes:
+                del self._kept[key]
+            self._bytes.clear()
+
     def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> ScaledMasks:
         """Draw masks and keep nothing."""
         drawn = []

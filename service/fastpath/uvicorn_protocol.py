@@ -21,7 +21,7 @@ import orjson
 from starlette.applications import Starlette
 from uvicorn import Config
 
-from dropserve.service.errors import DropserveError, TooManyRequests
+from dropserve.service.errors import DropserveError, TooManyRequests, stopping
 from dropserve.service.http.connection import NEVER, Connection, server_lines
 from dropserve.service.http.heads import MAX_FIELDS, Fields
 from dropserve.service.http.images import SMALL_BYTES, are_small, encoded, prepared_alone
@@ -59,6 +59,8 @@ _ASGI_ONLY = {
     TIMEOUT.lower().encode(),
 }
 """Header fields of requests that take the ASGI path."""
+_BEFORE_THE_END = 0.1
+"""Seconds of the drain that are left when it is over for a request: uvicorn stops at its end."""
 _ANSWER = (
     b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: application/json\r\n"
     b"x-request-id: %b\r\n\r\n%b"
@@ -98,17 +100,18 @@ class FastPathProtocol(Connection):
         started, data = perf_counter(), self.unread
         if self._state is None or self._asgi or len(data) > _MAX_BYTES or not self._is_free:
             return None
-        url, refusing = _candidate(data), self._watch.refusing
-        if url is None or (refusing and action_of(url) in refusing):
-            return None  # it is refused soonest there
-        options = _options(url, self._state.settings.max_samples)
-        if options is None:
+        url = _candidate(data)
+        options = None if url is None else _options(url, self._state.settings.max_samples)
+        if url is None or options is None:
             return None
-        message = self._message
+        message, refusing = self._message, self._watch.refusing
         message.read(data)
-        if message.complete and message.is_plain:
+        plain = message.is_plain
+        if message.complete and refusing and action_of(url) in refusing:
+            plain = False  # it is refused soonest there
+        if message.complete and plain:
             self._request = FastPathRequest.queued(self._state, message, options, started)
-        waits = message.partial and message.is_plain
+        waits = message.partial and plain
         message.reset()
         if self._request is not None:
             self._clear_timer()
@@ -119,6 +122,7 @@ class FastPathProtocol(Connection):
             return True
         if waits and self._timer is None:  # the limit is per request, not per chunk
             self._timer = self.loop.call_later(_WAIT, self._pass_partial)
+            self.deadline = NEVER
         return False if waits else None
 
     @property
@@ -142,13 +146,15 @@ class FastPathProtocol(Connection):
         request = self._request
         if request is None:
             return  # it was cancelled
+        closes = self._draining and not self.unread and not self._is_readable
         try:
-            answer = request.response(self.server_state.default_headers)
+            answer = request.response(self.server_state.default_headers, close=closes)
         except Exception as error:  # the ASGI path finds it again and reports it
             if not isinstance(error, DropserveError | QueueTimeout | MemoryError):
                 self.logger.exception("a request is passed to the ASGI path")
             error.__traceback__ = None  # as in RequestLog
-            self._pass_request(request)
+            waits = isinstance(error, QueueTimeout)
+            self._pass_request(request, request.started if waits else perf_counter())
             return
         self._request, self._sent = None, b""
         try:
@@ -157,15 +163,17 @@ class FastPathProtocol(Connection):
             request.end(CLIENT_CLOSED)
             return
         request.end(200)
+        if closes:
+            self.transport.close()
         self.on_response_complete()
 
-    def _pass_request(self, request: "FastPathRequest") -> None:
-        """Pass the request in flight to the ASGI path."""
+    def _pass_request(self, request: "FastPathRequest", arrived: float) -> None:
+        """Pass the request in flight to the ASGI path, where it may wait as if it had just come."""
         self.unread = self._sent + self.unread
         self._request, self._sent = None, b""
         request.cancel(None)
         state = self.app_state
-        self.app_state = {**state, "arrived": request.started}  # its time to wait goes on
+        self.app_state = {**state, "arrived": arrived}
         self._pass_partial()
         self.app_state = state
 
@@ -185,13 +193,22 @@ class FastPathProtocol(Connection):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Pass what was received to the ASGI path, whose answers announce the close."""
+        """Answer the request in flight; what follows it takes the ASGI path."""
         self._state = None
         if self._timer is not None:
             self._pass_partial()
         if self._request is not None:
-            self._pass_request(self._request)
+            seconds = self._settings.drain_seconds - _BEFORE_THE_END
+            self.loop.call_later(max(0.0, seconds), self._end_drain)
         super().shutdown()
+
+    def _end_drain(self) -> None:
+        """Refuse the request in flight: the time for it is over."""
+        request, self._request = self._request, None
+        if request is not None:
+            request.cancel(None)
+            self.write_error(stopping(), self._sent, close=True, key=request.key)
+            self.transport.close()
 
 
 @dataclass(eq=False, slots=True)
@@ -247,13 +264,15 @@ class FastPathRequest:
             request.key, line["key"] = key, key.name
         return request
 
-    def response(self, server_headers: Fields) -> bytes:
+    def response(self, server_headers: Fields, *, close: bool) -> bytes:
         """Write the response, or raise what went wrong instead."""
         content = {**self.head, **self.waiting.future.result()}
         body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
         lines = server_lines(server_headers)
         if self.state.settings.cors_origins:
             lines += b"vary: Origin\r\n"
+        if close:
+            lines += b"connection: close\r\n"
         return _ANSWER % (lines, len(body), self.line["request_id"].encode(), body)
 
     def cancel(self, status: int | None) -> None:
@@ -275,8 +294,9 @@ def _candidate(data: bytes) -> bytes | None:
     """Return the URL, by what a parser is not needed for; None: it takes the ASGI path."""
     if not data.startswith(b"POST ") or b"image/png" not in data:
         return None
-    url = data[5 : data.find(b" ", 5)]
-    return url if len(url) <= _MAX_URL else None
+    end = data.find(b" ", 5)
+    plain = end <= _MAX_URL and data.startswith(b" HTTP/1.1\r\n", end)
+    return data[5:end] if plain else None
 
 
 @lru_cache(256)
@@ -326,7 +346,8 @@ class _Message:
     def is_plain(self) -> bool:
         """Whether a small PNG comes after headers that the fast path knows."""
         given = dict(self.headers)
-        small = int(given.get(b"content-length", b"0")) <= SMALL_BYTES
+        length = given.get(b"content-length", b"")
+        small = length.isdigit() and len(length) < 6 and int(length) <= SMALL_BYTES
         once = len(given) == len(self.headers) <= MAX_FIELDS and b"host" in given
         plain = once and _ASGI_ONLY.isdisjoint(given)
         return plain and small and given.get(b"content-type") == b"image/png"
@@ -339,8 +360,7 @@ class _Message:
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        version, stays = self._parser.get_http_version(), self._parser.should_keep_alive()
-        self.partial = stays and version == "1.1" and self._messages == 1
+        self.partial = self._parser.should_keep_alive() and self._messages == 1
 
     def on_body(self, body: bytes) -> None:
         self.body += body

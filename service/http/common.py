@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from dropserve.service.errors import Overloaded
+from dropserve.service.errors import Overloaded, stopping
 from dropserve.service.http.images import SMALL_BYTES, ImageSource, are_small, prepared
 from dropserve.service.http.options import TIMEOUT, read_timeout
 from dropserve.service.inference.decoder import Pixels, Steps, finish
@@ -117,7 +117,7 @@ def find_model(request: Request, *, log: bool = False) -> "Classifier":
 def require_serving(request: Request) -> None:
     """Raise Overloaded if the service is stopping: what it reports as ready would be sent more."""
     if request.app.state.draining:
-        raise Overloaded("the service is stopping", "draining")
+        raise stopping()
 
 
 def require_model(request: Request) -> None:

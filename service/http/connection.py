@@ -26,6 +26,7 @@ from dropserve.service.errors import (
     MalformedRequest,
     Overloaded,
     RequestTimeout,
+    stopping,
 )
 from dropserve.service.http.common import to_json
 from dropserve.service.http.heads import (
@@ -307,7 +308,7 @@ class Connection(HttpToolsProtocol):
         data, start = self.unread, 0
         stop = -1 if self._rest is not None else (self._tail + data[:3]).find(END)
         stop += len(END) - len(self._tail) if stop >= 0 else 0  # it may lie across the seam
-        self._tail = data[-3:]
+        self._tail = (self._tail + data)[-3:]
         while start < len(data) and not self._between and not self._lingers:
             if self._rest is not None:
                 stop = min(len(data), self._rest)
@@ -366,6 +367,8 @@ class Connection(HttpToolsProtocol):
         """Go on with what came behind the request."""
         self.server_state.total_requests += 1
         self.set_deadline()
+        if self.transport.is_closing():  # by what was answered: nobody would read more
+            self.unread = b""
         self.advance()
 
     def set_deadline(self) -> None:
@@ -443,7 +446,7 @@ class Connection(HttpToolsProtocol):
         elif self.busy:
             self._probe()
         elif self.in_flight:  # and draining
-            self._cut(Overloaded("the service is stopping", "draining"))
+            self._cut(stopping())
         elif self._between and self.unread and not self._draining:
             seconds = self._settings.head_timeout
             self.refuse(RequestTimeout(f"the head did not arrive within {seconds:g} seconds"))

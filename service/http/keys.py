@@ -137,10 +137,14 @@ class Keys:
 
     def _use(self, lines: Lines) -> None:
         self._take_over(lines)
-        if self._kept is not None:
-            new = self._kept.with_suffix(f".{os.getpid()}")
+        if self._kept is None:
+            return
+        new = self._kept.with_suffix(f".{os.getpid()}")
+        try:
             new.write_bytes(_LINES.dump_json(lines))
             new.replace(self._kept)
+        except OSError as error:
+            _log.error(f"the API keys are not kept for workers that start later: {error}")
 
     def _take_over(self, lines: Lines) -> None:
         """Replace the keys; one that stays keeps what is used of its limits."""

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError
+from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError, stopping
 from dropserve.service.http.common import JsonResponse
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
@@ -117,7 +117,7 @@ def failure(error: BaseException, scope: Scope) -> DropserveError:
         sent = Overloaded("there is not enough memory for this request", "memory")
         _log.error("out of memory", extra=about)
     elif isinstance(error, asyncio.CancelledError):  # the time for open requests is over
-        sent = Overloaded("the service is stopping", "draining")
+        sent = stopping()
     else:
         sent = ServerError("the service failed; its log says why")
         _log.error("request failed", exc_info=error, extra=about)

@@ -14,7 +14,7 @@ what would wait longer than it may, and tells when a step takes far longer than 
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import chain, cycle
@@ -100,14 +100,19 @@ class _Cost:
 
 @dataclass(eq=False, slots=True)
 class _Queue(Generic[Key, Item, Result]):
-    """The items of one key that wait; a unit of weight is so many `units` of its class."""
+    """The items of one key that wait; a unit of weight is so many `units` of its class.
+
+    The last batch that they make up has a weight of `last`, and `fits` says what may join it.
+    """
 
     key: Key
     line: "_Line[Key, Item, Result]"
     cost: _Cost
     units: int
+    fits: Callable[[Item], bool]
     entries: OrderedDict[Entry[Key, Item, Result], None]
     weight: int = 0
+    last: int = 0
 
 
 class _Line(Generic[Key, Item, Result]):
@@ -122,13 +127,9 @@ class _Line(Generic[Key, Item, Result]):
         self._classify = classify
         self._costs: dict[Hashable, _Cost] = {}
         self.queues: OrderedDict[Key, _Queue[Key, Item, Result]] = OrderedDict()
-        self.clear()
-
-    def clear(self) -> None:
-        self.queues.clear()
         self.weight, self.seconds = 0, 0.0
 
-    def open(self, key: Key) -> _Queue[Key, Item, Result]:
+    def open(self, key: Key, fits: Callable[[Item], bool]) -> _Queue[Key, Item, Result]:
         """Add an empty queue."""
         kind, units = self._classify(key)
         cost = self._costs.get(kind)
@@ -136,8 +137,15 @@ class _Line(Generic[Key, Item, Result]):
             cost = self._costs[kind] = _Cost()
             if len(self._costs) > _MAX_CLASSES:
                 del self._costs[next(iter(self._costs))]
-        queue = self.queues[key] = _Queue(key, self, cost, units, OrderedDict())
+        queue = self.queues[key] = _Queue(key, self, cost, units, fits, OrderedDict())
         return queue
+
+    def shared(self, most: int) -> float:
+        """Return the seconds of the last batch of the last queue if it has room, else 0."""
+        for queue in reversed(self.queues.values()):
+            weight = min(queue.last, queue.weight)
+            return weight * queue.units * queue.cost.unit if weight < most else 0.0
+        return 0.0
 
     def count(self, queue: _Queue[Key, Item, Result], weight: int, units: int) -> None:
         """Count what comes into a queue, or leaves it: then both are negative."""
@@ -170,7 +178,8 @@ class _Line(Generic[Key, Item, Result]):
 class _Job(Generic[Key, Item, Result]):
     """A batch and its progress: `results` at its end, or an `error`.
 
-    `spent` are the seconds of its steps, `left` those that are still expected.
+    `spent` are the seconds of its steps, `left` those that are still expected; less than 0: those
+    that it has taken more, and will take again, for all we know.
     """
 
     queue: _Queue[Key, Item, Result]
@@ -184,10 +193,6 @@ class _Job(Generic[Key, Item, Result]):
     results: Sequence[Result | Exception] | None = None
     error: Exception | None = None
     closed: bool = False
-
-    def expected(self) -> float:
-        """Return the seconds that are left: what takes longer than it should will take as long."""
-        return self.left or self.spent
 
     def advance(self, run: Run[Key, Item, Result]) -> None:
         """Run to the next `yield`, the end or an error; close the steps if nobody waits."""
@@ -294,20 +299,21 @@ class Batcher(Generic[Key, Item, Result]):
     def _expect(self, urgent: bool, now: float) -> float:
         """Add up what waits and what is left of jobs; an urgent item waits for some of their steps.
 
-        What has taken longer than expected will take as long again, for all we know.
+        The last batch of its line does not count if it has room: whatever joins it starts with it.
         """
         rest, paused, job = 0.0, self._left, self._running
         if job is not None:
             ran = now - self._since
             rest = abs(job.left - ran)
-            paused -= job.left
+            paused -= abs(job.left)
             if urgent and job.queue.line is self._others:  # which lets us in after its step
                 rest = min(rest, abs(self._step - ran))
+        shared = (self._urgent if urgent else self._others).shared(self._max_batch)
         others = self._others.seconds + paused
         if urgent:
             turns = 1 + len(self._urgent.queues) + self._urgent.weight // self._max_batch
             others = min(others, turns * self._step)
-        return rest + self._urgent.seconds + others
+        return rest + self._urgent.seconds + others - shared
 
     async def submit(
         self, key: Key, item: Item, weight: int = 1, *, urgent: bool = False, max_wait: float = 0.0
@@ -346,13 +352,14 @@ class Batcher(Generic[Key, Item, Result]):
             if weight and queued and queued + weight > self._max_queue:
                 raise QueueFull
             if max_wait and (seconds := self._expect(urgent, now)) > SURE * max_wait:
-                if queue is not None:
-                    seconds -= self._shared(queue, item, weight)
-                if seconds > SURE * max_wait:
-                    raise WaitTooLong(seconds)
+                raise WaitTooLong(seconds)
         loop = asyncio.get_running_loop()
         if queue is None:
-            queue = line.open(key)
+            queue = line.open(key, self._fits(key))
+        if not queue.fits(item) or queue.last + weight > self._max_batch:
+            queue.fits, queue.last = self._fits(key), 0
+            queue.fits(item)
+        queue.last += weight
         deadline = now + max_wait if max_wait else inf
         entry: Entry[Key, Item, Result] = Entry(
             item, weight, queue, loop.create_future(), now, deadline
@@ -404,10 +411,8 @@ class Batcher(Generic[Key, Item, Result]):
     def _drop(self) -> None:
         waiting = [*self._urgent.queues.values(), *self._others.queues.values()]
         batches = [*(queue.entries for queue in waiting), *(job.batch for job in self._jobs)]
-        for entry in chain(*batches):
-            entry.future.cancel()
-        self._urgent.clear()
-        self._others.clear()
+        for entry in [*chain(*batches)]:
+            self.cancel(entry)
         self._jobs.clear()
 
     def _wait_for_turn(self, loop: asyncio.AbstractEventLoop, turns: int = _TURNS) -> None:
@@ -458,8 +463,8 @@ class Batcher(Generic[Key, Item, Result]):
         self._since = now
         job.spent += seconds
         over = job.results is not None or job.error is not None or job.closed
-        left = 0.0 if over or seconds > job.left else job.left - seconds
-        self._left += left - job.left
+        left = 0.0 if over else job.left - seconds
+        self._left += abs(left) - abs(job.left)
         job.left = left
         cost, longest = job.queue.cost, seconds / (job.weight or 1)
         cost.step = longest if longest > cost.step else _STEP_DECAY * cost.step
@@ -501,10 +506,10 @@ class Batcher(Generic[Key, Item, Result]):
         """
         if not self._jobs or not self._others.queues:
             return None
-        job = min(self._jobs, key=_Job.expected)
+        job = min(self._jobs, key=lambda job: abs(job.left))
         queue = next(iter(self._others.queues.values()))
         new = min(queue.weight or 1, self._max_batch) * queue.units * queue.cost.unit
-        if job.expected() > new:
+        if abs(job.left) > new:
             return None
         self._jobs.remove(job)
         return job
@@ -530,38 +535,24 @@ class Batcher(Generic[Key, Item, Result]):
         line.seconds = 0.0  # sums of floats are not exact
         return None
 
-    def _shared(self, queue: _Queue[Key, Item, Result], item: Item, weight: int) -> float:
-        """Return the seconds of the last batch that waits if an item would join it, else 0."""
-        *_, last = self._divide(queue)
-        fits = self._fits(queue.key)
-        joins = all(fits(each) for each in (*(entry.item for entry in last), item))
-        if not joins or sum(entry.weight for entry in last) + weight > self._max_batch:
-            return 0.0
-        return sum(entry.weight or 1 for entry in last) * queue.units * queue.cost.unit
-
     def _take(
         self, line: _Line[Key, Item, Result], queue: _Queue[Key, Item, Result]
     ) -> list[Entry[Key, Item, Result]]:
-        """Take the first batch out of a queue."""
-        taken = next(self._divide(queue))
+        """Take the first entries out of a queue, as many as fit into a batch, and one at least."""
+        taken: list[Entry[Key, Item, Result]] = []
+        weight = units = 0
+        fits = self._fits(queue.key)
+        for entry in queue.entries:
+            more = fits(entry.item) and weight + entry.weight <= self._max_batch
+            if taken and not more:
+                break
+            taken.append(entry)
+            weight += entry.weight
+            units += entry.weight or 1
         for entry in taken:
             del queue.entries[entry]
-        units = sum(entry.weight or 1 for entry in taken)
-        line.count(queue, -sum(entry.weight for entry in taken), -units * queue.units)
+        line.count(queue, -weight, -units * queue.units)
         return taken
-
-    def _divide(self, queue: _Queue[Key, Item, Result]) -> Iterator[list[Entry[Key, Item, Result]]]:
-        """Divide what waits into batches: as many entries as fit into each, and one at least."""
-        batch: list[Entry[Key, Item, Result]] = []
-        weight, fits = 0, self._fits(queue.key)
-        for entry in queue.entries:
-            weight += entry.weight
-            if not (fits(entry.item) and weight <= self._max_batch) and batch:
-                yield batch
-                batch, weight, fits = [], entry.weight, self._fits(queue.key)
-                fits(entry.item)
-            batch.append(entry)
-        yield batch
 
     def _job(
         self, queue: _Queue[Key, Item, Result], batch: list[Entry[Key, Item, Result]], weight: int

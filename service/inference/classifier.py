@@ -191,6 +191,11 @@ class Classifier:
             yield {"sample": [_sample(sample) for sample in some]}
         yield {"end": [{"predictions": self._answers(task, statistics.summary(), [])}]}
 
+    def forget_masks(self) -> None:
+        """Free the memory of kept masks; any thread may call it."""
+        if self._sampler is not None:
+            self._sampler.forget_masks()
+
     def details(self) -> dict[str, Any]:
         """Describe this version; the fields of `ModelDetails` that it knows."""
         metadata, preprocessing = self._metadata, self.preprocessing

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
-from dropserve.service.errors import Overloaded
+from dropserve.service.errors import Overloaded, stopping
 from dropserve.service.inference.batcher import (
     SURE,
     Batcher,
@@ -62,7 +62,6 @@ MAX_STREAMS = 64
 """Most streams at once: each is remembered until its last answer."""
 _QUEUE_FULL = "too many images are waiting"
 _TOO_LATE = "the request waited for longer than it may"
-_STOPPING = "the service is stopping"
 _STALLED = 0.5, 10
 """A step is stalled after so many seconds and so many times what such steps take,"""
 _STALLED_UNKNOWN = 30.0
@@ -276,7 +275,7 @@ class Inference:
         except RuntimeError as error:
             if not self._closed:
                 raise
-            raise Overloaded(_STOPPING, "draining") from error
+            raise stopping() from error
 
     def _require_time(self, limit: WaitLimit | None) -> float:
         """Return the seconds that are left, or may be; raise Overloaded if none are."""

@@ -124,7 +124,7 @@ class ModelStore:
         self._done = ControlMessage(number=-1)
         self._models: Mapping[str, _Model] = {}
         self._marks: dict[tuple[str, int], Hashable] = {}  # of the versions that are served
-        self._dropped = False  # versions, in the last update
+        self._dropped = False  # memory, in the last update
         self._closing = False
         self.default = settings.default_model
         self.loads: Counter[tuple[str, str]] = Counter()
@@ -264,6 +264,7 @@ class ModelStore:
         """Carry out the latest control message and scan the source; in the loader thread."""
         if self._dropped:  # by now, their last requests are mostly done
             release_freed_memory()
+            self._dropped = False
         message = self._control.read()
         for name in self._models:
             if message != self._done:  # what was refused is tried again
@@ -272,7 +273,7 @@ class ModelStore:
                 self._change(name, versions={}, answers=None)
         self._scan(message.unloaded)
         served = {(name, number) for name in self for number in self.versions(name)}
-        self._dropped = not served >= self._marks.keys()
+        self._dropped |= not served >= self._marks.keys()
         self._marks = {key: mark for key, mark in self._marks.items() if key in served}
         if message != self._done:
             self._control.acknowledge(message)
@@ -373,13 +374,18 @@ class ModelStore:
                 return _Refusal(reason, mark)
             milliseconds = round(1000 * (time.perf_counter() - started))
             self.loads[name, "loaded"] += 1
+            self._dropped |= served is not None
             self._marks[name, version] = mark
             _log.info("version ready", extra={FIELDS: {"milliseconds": milliseconds}})
             return loaded
 
     def _serve(self, name: str, versions: Mapping[int, Classifier], pinned: int | None) -> None:
-        answers = pinned if pinned in versions else max(versions)
+        before = versions.get(self._model(name).answers or 0)
+        answers = pinned if pinned is not None and pinned in versions else max(versions)
         self._change(name, versions=dict(sorted(versions.items())), answers=answers)
+        if before is not None and before is not versions[answers]:
+            before.forget_masks()  # fewer requests ask for it now
+            self._dropped = True
 
     def _change(self, name: str, **changes: Any) -> None:  # noqa: ANN401  fields of _Model
         """Replace a model in one assignment, so that readers see it before or after."""

@@ -122,6 +122,7 @@ def assert_all_whole(root):
     return len(loaded)
 
 
+@pytest.mark.slow
 def test_a_saver_killed_at_any_moment_leaves_a_whole_version_or_none(forker, tmp_path):
     forker(KILLED_EVERYWHERE, tmp_path)
     roots = sorted(tmp_path.iterdir(), key=lambda root: int(root.name))

@@ -26,6 +26,7 @@ TLS = bytes.fromhex("1603010200010001fc0303") + bytes(range(256)) * 2
 SHORT = head("POST", "/predict", PNG_TYPE, f"Content-Length: {len(PNG)}")
 STREAMED = head("POST", "/predict", PNG_TYPE, CHUNKED)
 END = b"0\r\n\r\n"
+LENGTH = str(len(PNG)).encode()
 WITHOUT_HOST = LIVEZ.replace(b"Host: x\r\n", b"")
 BAD = {
     "two lengths": (400, request("/predict", PNG, "image/png", "Content-Length: 1")),
@@ -47,6 +48,10 @@ BAD = {
     "no HTTP": (400, b"MARKER\r\n\r\n"),
     "no host": (400, WITHOUT_HOST),
     "two hosts": (400, get("/livez", "Host: MARKER")),
+    "another protocol": (400, request().replace(b"HTTP/1.1", b"RTSP/1.1")),
+    "two spaces": (400, request().replace(b" HTTP/1.1", b"  HTTP/1.1")),
+    "a tab behind the length": (400, request().replace(LENGTH, LENGTH + b"\t")),
+    "a length of 20 digits": (400, request().replace(LENGTH, LENGTH.zfill(20))),
     "HTTP/2.0": (400, LIVEZ.replace(b"HTTP/1.1", b"HTTP/2.0")),
     "HTTP/2 with prior knowledge": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     "HTTP/0.9": (400, LIVEZ.replace(b"HTTP/1.1", b"HTTP/0.9")),
@@ -193,8 +198,9 @@ def test_a_trailer_is_no_header(server):
 @pytest.mark.parametrize("cut", range(-6, 0))
 def test_a_chunked_body_ends_where_it_ends(cut, server):
     end = len(chunked()) + cut + 3
-    raw = chunked() + request() + chunked() + LAST
-    assert statuses_in_pieces(server, raw[:end], raw[end:]) == [200] * 4
+    raw = chunked() + get("/livez", "Host: y") + LAST
+    pieces = raw[:end], raw[end : end + 1], raw[end + 1 :]
+    assert statuses_in_pieces(server, *pieces) == [200, 400]
 
 
 def test_a_head_in_pieces_leaves_nothing_behind(server):

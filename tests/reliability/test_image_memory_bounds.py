@@ -22,6 +22,8 @@ GOOD = {
     "photo": encode(Image.fromarray(noise(60, 80, 3)).resize((1600, 1200)), "JPEG"),
 }
 
+pytestmark = pytest.mark.slow
+
 
 def peak(server):
     status = Path(f"/proc/{server.process.pid}/status").read_text()

@@ -1,5 +1,6 @@
 """The bound on waiting: what would wait longer is refused, what expires is not computed."""
 
+import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from tests.reliability import controlled_network as controlled
 from tests.reliability.controlled_network import SLEEP, ask, figure
 
 MAX_WAIT = 1.0
-LONG = 40
+LONG = 28
 SECONDS = LONG * SLEEP
 TENSOR = {"name": "image", "shape": [1, 8, 8], "datatype": "UINT8", "data": [0] * 64}
 MORE = {"X-Request-Timeout": "99999"}
@@ -36,7 +37,7 @@ def busy(server):
         long = thread.submit(ask, server, LONG)
         eventually(lambda: figure(server, "dropserve_batch_images_count") == batches + 1, 5, 0.01)
         yield
-        assert long.result().status_code == 200
+        assert long.result().status_code == 200, long.result().text
 
 
 def reason(server, response):
@@ -54,7 +55,7 @@ def test_what_waits_for_too_long_expires_and_is_not_computed(server, problem):
         tensors = clients.submit(httpx.post, server.url + INFER, json=sent, headers=MORE)
         own = ask(server, 0, **{"X-Request-Timeout": "0.7"})
         assert tensors.result().status_code == 503
-        assert 0.7 <= time.perf_counter() - started < MAX_WAIT
+        assert 0.7 <= time.perf_counter() - started < MAX_WAIT + 0.2
         responses = own, default.result(), decoded.result()
         assert MAX_WAIT <= time.perf_counter() - started < MAX_WAIT + 0.5
         for response in responses:
@@ -72,7 +73,7 @@ def test_what_would_wait_for_too_long_is_refused_before_its_body_is_read(server,
         response = ask(server, 0, **MORE)
         assert "would wait for too long" in problem(response, 503)
         assert reason(server, response) == "wait"
-        assert MAX_WAIT < int(response.headers["retry-after"]) <= SECONDS
+        assert MAX_WAIT < int(response.headers["retry-after"]) <= math.ceil(SECONDS)
         for path in ("/predict", "/uncertainty", "/compare", "/uncertainty/stream", INFER):
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n"
             with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
@@ -90,3 +91,11 @@ def test_a_malformed_timeout_is_refused_and_named(server, problem, value):
     sent = {"inputs": [TENSOR]}
     response = httpx.post(server.url + INFER, json=sent, headers={"X-Request-Timeout": value})
     assert response.status_code == 422
+
+
+def test_what_runs_for_longer_than_it_might_wait_is_answered_while_the_service_stops(server):
+    with ThreadPoolExecutor(1) as thread:
+        long = thread.submit(ask, server, round(2 * MAX_WAIT / SLEEP))
+        time.sleep(1.3 * MAX_WAIT)
+        assert server.stop() == 0
+        assert long.result().status_code == 200, long.result().text

@@ -45,7 +45,7 @@ def refused(server, problem, response):
 def test_of_a_batch_only_the_request_that_takes_too_much_fails(server, problem):
     batches = figure(server, "dropserve_batch_images_count")
     with ThreadPoolExecutor(16) as clients:
-        first = clients.submit(ask, server, 30)  # three seconds, in which the others queue up
+        first = clients.submit(ask, server, 20)  # two seconds, in which the others queue up
         eventually(lambda: figure(server, "dropserve_batch_images_count") == batches + 1)
         good = [clients.submit(ask, server, 1) for _ in range(14)]
         bad = clients.submit(ask, server, ALLOCATE)

@@ -225,6 +225,7 @@ def trained(tmp_path_factory):
     return checkpoint.read(root / "digits-mlp" / "1").metadata.sha256
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_same_weights_after_every_power_failure(
     home, record, failures, trained
 ):

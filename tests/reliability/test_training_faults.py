@@ -21,6 +21,8 @@ from tests.reliability.training_faults import (
 
 CENTURY = 36_525 * 86_400
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):

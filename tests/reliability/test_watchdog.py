@@ -90,9 +90,9 @@ def test_a_step_that_is_merely_long_is_ready(start):
     """The first is of an unknown length, and the second takes what the first took."""
     server = start(watchdog=20)
     for _ in range(2):
-        with post(server, round(3 / SLEEP)) as connection:
+        with post(server, round(2 / SLEEP)) as connection:
             connection.setblocking(False)
-            end = time.monotonic() + 2.8
+            end = time.monotonic() + 1.8
             while time.monotonic() < end:
                 assert statuses(server) == [200] * 3
                 time.sleep(0.02)

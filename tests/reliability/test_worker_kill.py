@@ -1,6 +1,7 @@
 """Workers that die: only what they had in flight fails, and they are replaced at once."""
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -8,6 +9,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+import uvicorn
+
+from dropserve.service import supervisor
 from tests.helpers import eventually, workers
 from tests.reliability.exchanges import Load
 from tests.reliability.faults import clients_of, serving_workers
@@ -51,6 +56,7 @@ def replacement_seconds(server, other):
     return time.monotonic() - died
 
 
+@pytest.mark.slow
 def test_only_requests_in_flight_at_a_killed_worker_fail_and_it_is_replaced(make_server):
     server = make_server(workers=2, drain_seconds=1).start(90)
     first = workers(server)
@@ -88,3 +94,16 @@ def test_a_worker_that_fails_to_start_stops_the_service(tmp_path):
     )
     assert done.returncode == 1
     assert "failed to start" in done.stderr
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch):
+    def no_memory(*_arguments):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(supervisor, "_Worker", no_memory)
+    supervising = supervisor.Supervisor(uvicorn.Config("failing:app", workers=1), [])
+    for pause in (1, 2, 4):
+        supervising._start()
+        assert pause - 0.1 < supervising._pause <= pause
+    with pytest.raises(OSError, match="Cannot allocate"):
+        supervising._start(first=True)

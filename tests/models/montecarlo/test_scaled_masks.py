@@ -83,6 +83,19 @@ def test_pinned_masks_stay_whatever_comes_also_where_more_of_them_are_drawn(firs
     assert pinned.pinned
 
 
+def test_forgotten_masks_are_drawn_again_and_pinned_ones_and_the_latest_stay():
+    store = wide(1000)
+    pinned = store.get("stratified", 0, range(20), CPU, pin=True)
+    gone, latest = (store.get("stratified", seed, range(20), CPU) for seed in (1, 2))
+    store.forget()
+    assert [seed for _, seed, _, _ in store._kept] == [0, 2]
+    assert store.get("stratified", 0, range(20), CPU) is pinned
+    assert store.get("stratified", 2, range(20), CPU) is latest
+    again = store.get("stratified", 1, range(20), CPU)
+    assert again is not gone
+    assert torch.equal(again.factors[0], gone.factors[0])
+
+
 @pytest.mark.parametrize("parts", [(), (20, 7)])
 def test_masks_that_are_released_are_freed_at_once(parts):
     gc.collect()

@@ -158,6 +158,7 @@ def test_resuming_where_nothing_was_interrupted_says_so_and_trains(train, tmp_pa
     assert "version 7 is pinned: to let the new one answer, dropserve pin fresh" in result.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_save_one_version(tmp_path):
     command = [Path(sys.executable).with_name("dropserve"), "train", "--devices", "2"]
     command += ["--epochs", "4", "--samples", "0", "--checkpoints", tmp_path]

@@ -539,6 +539,24 @@ def test_a_stop_lets_what_is_open_finish_and_then_closes(checkpoints):
     service.stop()
 
 
+def test_after_an_overload_requests_in_two_pieces_take_the_fast_path_again(service):
+    raw = post()
+    with service.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        file = connection.makefile("rb")
+        for taken in (True, False, True):
+            service.taken.clear()
+            connection.sendall(raw[:-9])
+            time.sleep(0.003)
+            connection.sendall(raw[-9:])
+            assert read_answer(file)[0] == 200
+            assert all(service.taken) == taken
+            refusing = next(iter(service.server.server_state.connections))._watch.refusing
+            assert refusing == set()
+            if taken:
+                refusing.add("predict")  # as the last request had found it
+
+
 def test_what_the_drain_does_not_wait_for_is_told_so(checkpoints):
     service = Service(checkpoints, drain_seconds=1)
     with busy(service):

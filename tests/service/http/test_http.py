@@ -276,10 +276,11 @@ def test_bodies_are_held_within_a_limit_and_give_their_room_back(make_server, pr
     assert answer.status_code == 200
 
 
-def test_a_connection_outlives_what_clients_keep_idle(server):
+def test_a_connection_outlives_what_clients_keep_idle(servers):
     """httpx closes its idle connections after 5 s: asking and closing must not cross."""
-    with server.connect(10) as connection:
+    with servers(True).connect(10) as fast, servers(False).connect(10) as asgi:
         for pause in (5.5, 0):
-            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert read_until(connection, b"}").startswith(b"HTTP/1.1 200")
+            for connection in (fast, asgi):
+                connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert read_until(connection, b"}").startswith(b"HTTP/1.1 200")
             time.sleep(pause)

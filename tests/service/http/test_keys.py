@@ -186,3 +186,15 @@ def test_a_worker_that_starts_when_the_keys_are_spoilt_uses_the_last_good_ones(t
     path.unlink()
     os.mkfifo(path)
     assert Keys(path, kept).find([(b"authorization", b"Bearer first-key")])
+
+
+def test_keys_that_cannot_be_kept_are_in_force(tmp_path, caplog):
+    path, kept = tmp_path / "keys", tmp_path / "kept"
+    path.write_text("revoked-key\n")
+    Keys(path, kept)
+    path.write_text("new-key\n")
+    kept.with_suffix(f".{os.getpid()}").mkdir()  # as on a full disk, it cannot be written
+    late = Keys(path, kept)
+    assert late.find([(b"x-api-key", b"new-key")])
+    assert not late.find([(b"x-api-key", b"revoked-key")])
+    assert "not kept for workers that start later" in caplog.text

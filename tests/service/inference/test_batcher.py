@@ -6,6 +6,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -451,7 +452,10 @@ def test_what_is_closed_starts_nothing_more_and_keeps_nothing_that_began():
             assert runner.steps[-1] == "dropped"
         for task in (begun, waits):
             task.cancel()
-        await asyncio.wait([begun, waits])
+        assert await asyncio.gather(begun, waits, return_exceptions=True) == [ANY, ANY]
+        assert begun.cancelled()
+        assert waits.cancelled()
+        assert batcher.queued == 0
 
     assert run(scenario) == [("x 9", [1]), ("a", ["first"])]
 
@@ -504,6 +508,10 @@ def test_every_item_gets_its_own_result_whatever_the_interleaving(actions):
             allowed = type(None) if fate == "wait" else (type(None), asyncio.CancelledError)
             assert isinstance(result, allowed), result
         assert await batcher.submit("z", "last") == ("z", "last")
+        await asyncio.sleep(0.01)
+        assert (batcher.queued, batcher.expected_wait(), batcher._left) == (0, 0, 0)
+        for line in (batcher._urgent, batcher._others):
+            assert [cost.queued for cost in line._costs.values()] == [0] * len(line._costs)
 
     for key, items in run(scenario, max_batch=7, max_queue=10_000):
         assert all(actions[item][0] == key for item in items if isinstance(item, int))
@@ -605,6 +613,30 @@ def test_of_equal_jobs_one_ends_before_the_next_starts_and_a_short_one_does_not_
     arrivals = [(0, "a"), (20, "short"), (30, "b"), (31, "c"), (41.5, "short"), (42, "d")]
     asyncio.run(simulation.play([(time, key, False) for time, key in arrivals]))
     assert simulation.started == {0: 0, 1: 20, 2: 30, 3: 40, 4: 42, 5: 51}
+
+
+def test_what_takes_longer_than_it_should_is_expected_to_be_late_again(monkeypatch):
+    def cost(key, _n):
+        return [1.0] * (1 if key == "a" else 10)
+
+    simulation = Simulation(monkeypatch, cost, max_wait=100)
+    asyncio.run(simulation.play([(0, "a", False), (5, "b", False), (12, "c", False)]))
+    _, expected, _ = simulation.accepted[2]
+    assert expected == 6  # what takes one second has taken seven
+
+
+def test_who_would_join_the_last_batch_is_not_expected_to_wait_for_it(monkeypatch):
+    """Batches have four different items here: of ten that wait, the last two are one."""
+
+    def fits(_key):
+        items = set()
+        return lambda item: items.add(item) or len(items) <= 4
+
+    simulation = Simulation(monkeypatch, lambda _key, n: [float(n)], max_wait=100, fits=fits)
+    times = [0, 5, *[5.5] * 11]  # the first shows what one costs, the second runs meanwhile
+    asyncio.run(simulation.play([(time, "a", False) for time in times]))
+    assert simulation.accepted[12][1] == 8
+    assert simulation.started[12] == 6 + 8
 
 
 def test_the_costs_of_few_classes_are_kept():

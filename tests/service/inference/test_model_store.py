@@ -12,6 +12,15 @@ from dropserve.service.settings import Settings
 SEVERAL = {"b": {2: "good", 10: "good", 1: "good"}, "a": {3: "good"}}
 
 
+class Loaded(str):
+    """A version by its name; it counts how often its masks were freed."""
+
+    freed = 0
+
+    def forget_masks(self):
+        self.freed += 1
+
+
 class Folder:
     """Versions by number: "good", or anything else for a bad one; None: its files are gone."""
 
@@ -38,7 +47,7 @@ class Folder:
         self.loads.append(version)
         if not self.models[name][version].startswith("good"):
             raise ValueError(f"{name} {version} is bad")
-        return f"{name} {version}"
+        return Loaded(f"{name} {version}")
 
 
 def started(there, *, check=True, control=None, **settings):
@@ -157,6 +166,7 @@ def test_the_latest_versions_are_loaded_once_and_older_ones_released(there, stor
     assert served(store) == {3: "m 3", 4: "m 4"}
     assert there.loads == [3, 2, 4]
     assert store.loads == {("m", "loaded"): 3}
+    assert {v: loaded.freed for v, loaded in store.versions("m").items()} == {3: 1, 4: 0}
     with pytest.raises(NotFound, match="no such version"):
         store.find("m", "2")
 

@@ -174,6 +174,7 @@ def wait_for(lines, message, version, count):
     return eventually(found, 60)
 
 
+@pytest.mark.slow
 def test_twenty_versions_under_load_and_five_of_them_bad(running):
     publisher, server = running
     seen, switched = [], {1: 0.0}
@@ -350,6 +351,7 @@ def kill_a_worker(server):
     eventually(lambda: len(workers(server)) == len(before) and before[0] not in workers(server), 60)
 
 
+@pytest.mark.slow
 def test_a_worker_that_takes_a_dead_ones_place_serves_what_is_good(publisher, make_server):
     token = "a-token-of-an-operator"  # noqa: S105  of this test
     publisher.publish(2)
