@@ -36,7 +36,7 @@ time and joins the batch: a seventh less work a request under load, and 10 us mo
 asks alone."""
 _SWEEP = 0.02
 """Seconds that an item may stay in the queue after its time is over."""
-SURE = 0.8
+SURE = 0.75
 """Part of the time that an item may wait which its expected wait may be: estimates err, and what
 expires has waited in vain."""
 _DECAY = 0.8

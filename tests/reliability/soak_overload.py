@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 SECONDS = 60 * SCALE
 CALIBRATION = 10 * SCALE
 TIMES = 5
-LEAST_SERVICE = {"overload": (2048, 25.0, 0.9), "overload-short": (512, 5.0, 0.75)}
+LEAST_SERVICE = {"overload": (2048, 40.0, 0.9), "overload-short": (512, 5.0, 0.7)}
 """Units of a layer, milliseconds of a request, and the least goodput as a part of capacity."""
 MAX_WAIT = 2000.0  # milliseconds, the default of DROPSERVE_MAX_WAIT
 SLACK = 50.0  # milliseconds
