@@ -557,6 +557,20 @@ def test_after_an_overload_requests_in_two_pieces_take_the_fast_path_again(servi
                 refusing.add("predict")  # as the last request had found it
 
 
+def test_a_connection_that_is_to_be_closed_is_closed_though_nobody_reads_its_answers(checkpoints):
+    """What came behind the last request does not prolong it."""
+    get = b"GET /playground/main.js HTTP/1.1\r\nHost: x\r\n%b\r\n"
+    raw = get % b"" * 3 + get % b"Connection: close\r\n" + get % b""
+    with serving(checkpoints, keep_alive=1) as service, socket.socket() as client:
+        service.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", service.port))
+        client.sendall(raw)
+        connections = service.server.server_state.connections
+        eventually(lambda: connections)
+        eventually(lambda: not connections, 10)
+
+
 def test_what_the_drain_does_not_wait_for_is_told_so(checkpoints):
     service = Service(checkpoints, drain_seconds=1)
     with busy(service):
