@@ -263,8 +263,10 @@ def masked(text: str) -> str:
     """Leave out what may differ: dates, ids that were made, and digits of probabilities.
 
     Of a 400 also id and wording: damage is refused as soon as it is seen, and what has arrived by
-    then is a matter of time.
+    then is a matter of time. So is if the end of what a client sends was seen before its last
+    answer, which then announces that the connection is closed; that it is closed is compared.
     """
+    text = re.sub(r"(?im)^connection: close\r?\n", "", text)
     text = re.sub(r"(?im)^(date|content-length): .*$", r"\1: #", text)
     if text.startswith("HTTP/1.1 400"):
         text = re.sub(r'(x-request-id: |"detail":"|"request_id":")[^"\r]*', r"\1#", text)
