@@ -102,8 +102,9 @@ def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch):
 
     monkeypatch.setattr(supervisor, "_Worker", no_memory)
     supervising = supervisor.Supervisor(uvicorn.Config("failing:app", workers=1), [])
-    for pause in (1, 2, 4):
-        supervising._start()
-        assert pause - 0.1 < supervising._pause <= pause
-    with pytest.raises(OSError, match="Cannot allocate"):
-        supervising._start(first=True)
+    with supervising._woken, supervising._waker:
+        for pause in (1, 2, 4):
+            supervising._start()
+            assert pause - 0.1 < supervising._pause <= pause
+        with pytest.raises(OSError, match="Cannot allocate"):
+            supervising._start(first=True)
