@@ -30,7 +30,6 @@ from dropserve.service.http.options import (
     PATHS,
     TIMEOUT,
     ParsedOptions,
-    action_of,
     read_options,
     route_template,
 )
@@ -45,8 +44,8 @@ if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Answer
     from dropserve.service.inference.inference import Inference, Waiting
 
-Options = tuple[str | None, str | None, str, ParsedOptions]
-"""Model, version, route and what the query asks for."""
+Options = tuple[str | None, str | None, str, str, ParsedOptions]
+"""Model, version, action, route and what the query asks for."""
 _KNOWN = {RequestLog, KeyCheck}
 """Middleware whose work is done here as well; with any other the fast path is off."""
 _MAX_BYTES = SMALL_BYTES + 4096
@@ -100,18 +99,16 @@ class FastPathProtocol(Connection):
         started, data = perf_counter(), self.unread
         if self._state is None or self._asgi or len(data) > _MAX_BYTES or not self._is_free:
             return None
-        url = _candidate(data)
-        options = None if url is None else _options(url, self._state.settings.max_samples)
-        if url is None or options is None:
+        options = _candidate(data, self._state.settings.max_samples)
+        if options is None:
             return None
-        message, refusing = self._message, self._watch.refusing
+        message = self._message
         message.read(data)
-        plain = message.is_plain
-        if message.complete and refusing and action_of(url) in refusing:
-            plain = False  # it is refused soonest there
-        if message.complete and plain:
+        _, _, action, _, _ = options
+        refused = action in self._watch.refusing  # soonest by the ASGI path
+        if message.complete and message.is_plain and not refused:
             self._request = FastPathRequest.queued(self._state, message, options, started)
-        waits = message.partial and plain
+        waits = message.partial and message.is_plain
         message.reset()
         if self._request is not None:
             self._clear_timer()
@@ -168,7 +165,7 @@ class FastPathProtocol(Connection):
         self.on_response_complete()
 
     def _pass_request(self, request: "FastPathRequest", arrived: float) -> None:
-        """Pass the request in flight to the ASGI path, where it may wait as if it had just come."""
+        """Pass the request in flight to the ASGI path; `arrived` is when its wait began."""
         self.unread = self._sent + self.unread
         self._request, self._sent = None, b""
         request.cancel(None)
@@ -236,7 +233,7 @@ class FastPathRequest:
         key: ApiKey | None = None
         if state.keys is not None and (key := state.keys.find(headers)) is None:
             return None
-        name, version, route, parsed = options
+        name, version, _, route, parsed = options
         inference: Inference = state.inference
         reader = state.reader
         try:
@@ -290,13 +287,13 @@ class FastPathRequest:
             record(self.state.metrics, self.line, perf_counter() - self.started)
 
 
-def _candidate(data: bytes) -> bytes | None:
-    """Return the URL, by what a parser is not needed for; None: it takes the ASGI path."""
+def _candidate(data: bytes, max_samples: int) -> Options | None:
+    """Decide by what a parser is not needed for; None: it takes the ASGI path."""
     if not data.startswith(b"POST ") or b"image/png" not in data:
         return None
     end = data.find(b" ", 5)
     plain = end <= _MAX_URL and data.startswith(b" HTTP/1.1\r\n", end)
-    return data[5:end] if plain else None
+    return _options(data[5:end], max_samples) if plain else None
 
 
 @lru_cache(256)
@@ -317,7 +314,7 @@ def _options(url: bytes, max_samples: int) -> Options | None:
     plain = type(task) is Predict or (type(task) is Uncertainty and not task.include_samples)
     if not plain or options.scale == 1:
         return None
-    return name, version, route_template(name, version, action), options
+    return name, version, action, route_template(name, version, action), options
 
 
 class _Message:

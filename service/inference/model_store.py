@@ -124,7 +124,7 @@ class ModelStore:
         self._done = ControlMessage(number=-1)
         self._models: Mapping[str, _Model] = {}
         self._marks: dict[tuple[str, int], Hashable] = {}  # of the versions that are served
-        self._dropped = False  # memory, in the last update
+        self._changed = False  # what is served, in the last update
         self._closing = False
         self.default = settings.default_model
         self.loads: Counter[tuple[str, str]] = Counter()
@@ -262,9 +262,9 @@ class ModelStore:
 
     def update(self) -> None:
         """Carry out the latest control message and scan the source; in the loader thread."""
-        if self._dropped:  # by now, their last requests are mostly done
+        if self._changed:  # the last requests of what was served are mostly done by now
             release_freed_memory()
-            self._dropped = False
+        before = self._served()
         message = self._control.read()
         for name in self._models:
             if message != self._done:  # what was refused is tried again
@@ -272,9 +272,9 @@ class ModelStore:
             if name in message.unloaded:
                 self._change(name, versions={}, answers=None)
         self._scan(message.unloaded)
-        served = {(name, number) for name in self for number in self.versions(name)}
-        self._dropped |= not served >= self._marks.keys()
-        self._marks = {key: mark for key, mark in self._marks.items() if key in served}
+        marks = self._marks.items()
+        self._marks = {(n, v): mark for (n, v), mark in marks if v in self.versions(n)}
+        self._changed = self._served() != before
         if message != self._done:
             self._control.acknowledge(message)
             self._done = message
@@ -374,7 +374,6 @@ class ModelStore:
                 return _Refusal(reason, mark)
             milliseconds = round(1000 * (time.perf_counter() - started))
             self.loads[name, "loaded"] += 1
-            self._dropped |= served is not None
             self._marks[name, version] = mark
             _log.info("version ready", extra={FIELDS: {"milliseconds": milliseconds}})
             return loaded
@@ -385,7 +384,10 @@ class ModelStore:
         self._change(name, versions=dict(sorted(versions.items())), answers=answers)
         if before is not None and before is not versions[answers]:
             before.forget_masks()  # fewer requests ask for it now
-            self._dropped = True
+
+    def _served(self) -> dict[str, tuple[int | None, Mapping[int, Classifier]]]:
+        """Return, by model, the version that answers and all that are served."""
+        return {name: (model.answers, model.versions) for name, model in self._models.items()}
 
     def _change(self, name: str, **changes: Any) -> None:  # noqa: ANN401  fields of _Model
         """Replace a model in one assignment, so that readers see it before or after."""

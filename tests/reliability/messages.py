@@ -40,6 +40,11 @@ def head(method: str, target: str, *headers: str) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
+def head_of_image(length: int = len(PNG)) -> bytes:
+    """Write the head of a request for a prediction."""
+    return head("POST", "/predict", "Content-Type: image/png", f"Content-Length: {length}")
+
+
 def first_answer(received: bytes | bytearray) -> tuple[Answer, int] | None:
     """Read the first answer; return it and its length in bytes. None: it is not complete."""
     end = received.find(b"\r\n\r\n")

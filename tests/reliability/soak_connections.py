@@ -25,7 +25,7 @@ from tests.reliability.load import (
     open_loop,
     run,
 )
-from tests.reliability.messages import get, head, request
+from tests.reliability.messages import get, head_of_image, request
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -36,7 +36,7 @@ BEFORE, DURING = 30 * SCALE, 45  # seconds
 DEADLINES = {"silent": 10, "slow head": 10, "slow body": 5}
 """Seconds: DROPSERVE_HEAD_TIMEOUT, and the window of the minimum rate of a body."""
 SLACK = 2  # seconds
-HEAD = head("POST", "/predict", "Content-Type: image/png", f"Content-Length: {len(PNG)}")
+HEAD = head_of_image()
 
 
 class Held(asyncio.Protocol):

@@ -15,7 +15,7 @@ import pytest
 from dropserve.service.errors import MalformedRequest
 from dropserve.service.http.heads import read_head
 from tests.helpers import PNG, eventually
-from tests.reliability.messages import answers, get, head, request
+from tests.reliability.messages import answers, get, head, head_of_image, request
 
 CLOSE = "Connection: close"
 PNG_TYPE = "Content-Type: image/png"
@@ -23,7 +23,7 @@ CHUNKED = "Transfer-Encoding: chunked"
 LIVEZ = get("/livez")
 LAST = get("/livez", CLOSE)
 TLS = bytes.fromhex("1603010200010001fc0303") + bytes(range(256)) * 2
-SHORT = head("POST", "/predict", PNG_TYPE, f"Content-Length: {len(PNG)}")
+SHORT = head_of_image()
 STREAMED = head("POST", "/predict", PNG_TYPE, CHUNKED)
 END = b"0\r\n\r\n"
 LENGTH = str(len(PNG)).encode()

@@ -7,12 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from tests.helpers import encode, eventually, noise
 from tests.reliability import controlled_network as controlled
 from tests.reliability.controlled_network import ask, figure
+from tests.reliability.messages import request
 
 CLIENTS = 500
 JPEG = encode(noise(130, 130, 3), "JPEG")  # too large to be decoded with its batch
-RAW = (
-    b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b"
-)
 LONG = 50
 """A value whose step takes five seconds."""
 
@@ -26,7 +24,7 @@ def test_hundreds_of_cancelled_requests_leave_the_queue_at_once(make_server, tmp
         eventually(lambda: figure(server, "dropserve_batch_images_sum") == 1)
         clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(CLIENTS)]
         for client in clients:
-            client.sendall(RAW % (len(JPEG), JPEG))
+            client.sendall(request(body=JPEG, content_type="image/jpeg"))
         eventually(lambda: figure(server, "dropserve_queue_images") == CLIENTS)
         started = time.perf_counter()
         for client in clients:

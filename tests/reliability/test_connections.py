@@ -13,11 +13,11 @@ import pytest
 from tests.conftest import LIMITED
 from tests.helpers import PNG, eventually
 from tests.reliability.load import descriptors
-from tests.reliability.messages import answers, get, head, request
+from tests.reliability.messages import answers, get, head, head_of_image, request
 
 HEAD_TIMEOUT, KEEP_ALIVE, BODY_TIMEOUT, CAP = 1.0, 1.5, 2.0, 40
 LIVEZ = get("/livez")
-SHORT = head("POST", "/predict", "Content-Type: image/png", f"Content-Length: {len(PNG)}")
+SHORT = head_of_image()
 STREAMED = head("POST", "/predict", "Content-Type: image/png", "Transfer-Encoding: chunked")
 
 

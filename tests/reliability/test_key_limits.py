@@ -13,6 +13,7 @@ from dropserve.service.errors import TooManyRequests
 from dropserve.service.http.keys import ApiKey, Keys
 from dropserve.service.settings import Settings
 from tests.helpers import PNG, eventually
+from tests.reliability.messages import request
 
 KEYS = """
 # one of each kind
@@ -39,10 +40,7 @@ def ask(server, name, path="/predict", content=PNG, **headers):
 
 def post(name, path="/predict", body=PNG):
     """Write a request, as it is sent."""
-    return (
-        b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n"
-        b"X-API-Key: %b-key-0123456789\r\n\r\n%b" % (path.encode(), len(body), name.encode(), body)
-    )
+    return request(path, body, "image/png", f"X-API-Key: {name}-key-0123456789")
 
 
 def requests_of(server, name):

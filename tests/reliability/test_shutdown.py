@@ -23,7 +23,7 @@ from dropserve.service.settings import Settings
 from dropserve.service.supervisor import Server
 from tests.helpers import encode, eventually, noise, workers
 from tests.reliability.exchanges import FAST, SLOW, Load
-from tests.reliability.messages import get, request
+from tests.reliability.messages import get, head_of_image, request
 
 IMAGE = encode(noise(16, 16, 3))
 LONG = "/v1/models/colour-cnn/uncertainty?samples=1000&seed={}"
@@ -34,7 +34,6 @@ DRAINED = b"".join(
     + [get(path) for path in READY]
 )
 """Long requests, and probes that are answered when those are: while the server drains."""
-HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 
 
 def refuses(server):
@@ -139,8 +138,8 @@ def test_what_only_the_kernel_has_received_is_answered(stopping):
 def test_a_half_sent_upload_is_refused_and_not_waited_for(fast_path, make_server):
     server = make_server(fast_path=fast_path).start(90)
     with server.connect() as small, server.connect() as large, server.connect() as head:
-        small.sendall(HEAD % len(IMAGE) + IMAGE[:-1])
-        large.sendall(HEAD % 2**20 + bytes(2**19))
+        small.sendall(head_of_image(len(IMAGE)) + IMAGE[:-1])
+        large.sendall(head_of_image(2**20) + bytes(2**19))
         head.sendall(b"POST /predict HTTP/1.1\r\nHost:")
         time.sleep(0.3)
         started = time.monotonic()

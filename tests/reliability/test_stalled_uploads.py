@@ -11,17 +11,13 @@ import pytest
 
 from dropserve.service.http.body import WINDOW
 from tests.helpers import PNG, encode, noise
+from tests.reliability.messages import head_of_image
 
 SIZE = 8 * 2**20
 UPLOADS = 33
 PNG_TYPE = {"Content-Type": "image/png"}
 JPEG = encode(noise(290, 290, 3), "JPEG", quality=95)  # 100 kB
 LARGE = PNG + bytes(6_000_000)  # what follows a picture is ignored
-
-
-def head(size):
-    first = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-    return f"{first}Content-Length: {size}\r\n\r\n".encode()
 
 
 def read(connection):
@@ -33,7 +29,7 @@ def read(connection):
 def stall(server):
     """Send all of a body but its last byte; return the answer, and the seconds that it took."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
-        connection.sendall(head(SIZE) + PNG + bytes(SIZE - len(PNG) - 1))
+        connection.sendall(head_of_image(SIZE) + PNG + bytes(SIZE - len(PNG) - 1))
         started = time.monotonic()
         response, body = read(connection)
         waited = time.monotonic() - started
@@ -45,7 +41,7 @@ def drip(server):
     """Send a body at more than the least rate, in more seconds than the window has."""
     body = PNG + bytes(16_000 - len(PNG))
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
-        connection.sendall(head(len(body)))
+        connection.sendall(head_of_image(len(body)))
         for start in range(0, len(body), 2000):
             connection.sendall(body[start : start + 2000])
             time.sleep(0.9)

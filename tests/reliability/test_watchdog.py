@@ -10,11 +10,9 @@ import pytest
 from tests.helpers import eventually
 from tests.reliability import controlled_network as controlled
 from tests.reliability.controlled_network import HANG, SLEEP, ask
+from tests.reliability.messages import request
 
 PROBES = ("/readyz", "/healthz", "/v2/health/ready")
-RAW = (
-    b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n%b"
-)
 
 
 @pytest.fixture
@@ -32,8 +30,7 @@ def start(make_server, tmp_path):
 def post(server, value):
     """Send an image and do not wait for the answer."""
     connection = socket.create_connection(("127.0.0.1", server.port))
-    body = controlled.image(value)
-    connection.sendall(RAW % (len(body), body))
+    connection.sendall(request(body=controlled.image(value)))
     return connection
 
 
