@@ -1,7 +1,7 @@
 """Half an hour at half of what one worker can do, on every route, while versions are published.
 
 Every request is answered 200, and what the process holds does not grow: a line is fitted to its
-resident memory after a third of the time.
+resident memory after a third of the time, one point between two versions that are published.
 """
 
 import asyncio
@@ -103,11 +103,16 @@ class Watch:
             await asyncio.sleep(1)
 
     def growth(self):
-        """The slope of resident memory after the warm-up, and half its 95% interval, MB an hour."""
-        after = np.array(self.times) >= self.times[0] + WARM_UP
-        resident = np.array([usage.resident for usage in self.usages])[after] / 1e6
-        line = stats.linregress(np.array(self.times)[after] / 3600, resident)
-        return line.slope, 1.96 * line.stderr
+        """The slope of resident memory after the warm-up, and half its 95% interval, MB an hour.
+
+        Memory rises and falls with each version. Points inside such a period would be no
+        independent ones, and would give a line of a rise that comes back each time a slope.
+        """
+        period = ((np.array(self.times) - self.times[0] - WARM_UP) // PUBLISH_EVERY).astype(int)
+        resident = np.array([usage.resident for usage in self.usages]) / 1e6
+        medians = [np.median(resident[period == n]) for n in range(period[-1])]  # whole ones
+        line = stats.linregress(np.arange(len(medians)) * PUBLISH_EVERY / 3600, medians)
+        return line.slope, stats.t.ppf(0.975, len(medians) - 2) * line.stderr
 
     def median(self, what, part):
         """The median of descriptors or threads in a part of the run."""
