@@ -57,7 +57,13 @@ def published(name: str, command: str) -> Iterator[Figures]:
 
 
 def _commit() -> str:
-    """Name the commit that is measured, and say if files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """Name the commit that is measured, and say if files differ from it, other than results."""
+    found = _git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results").returncode
+    return f"{found or 'unknown'}{'-dirty' if changed else ''}"
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
