@@ -323,9 +323,12 @@ def _reaching(url: str) -> Iterator[None]:
         yield
     except (httpx.RequestError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
-        raise errors.Unreachable(
-            f"no answer from {url} ({reason}): is it running? `dropserve serve` starts it"
-        ) from error
+        remedy = "is it running? `dropserve serve` starts it"
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            remedy = "SSL_CERT_FILE can name the authority that signed its certificate"
+        elif isinstance(error, httpx.RemoteProtocolError):
+            remedy = "is it Dropserve, and is the scheme right, http or https?"
+        raise errors.Unreachable(f"no answer from {url} ({reason}): {remedy}") from error
 
 
 def base_url(url: str) -> str:

@@ -18,7 +18,9 @@ _ORIGIN = re.compile(r"https?://[^/?#@\s]+")
 class Settings(BaseSettings):
     """Every field is read from `DROPSERVE_` and its name in capitals; unknown ones are errors."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, allow_inf_nan=False
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
@@ -37,7 +39,6 @@ class Settings(BaseSettings):
     key_rate: float = Field(
         0.0,
         ge=0,
-        allow_inf_nan=False,
         description="Requests per second and worker with one key; more get 429. 0: no limit.",
     )
     key_concurrency: int = Field(
@@ -81,7 +82,9 @@ class Settings(BaseSettings):
         2.0, gt=0, description="Seconds that a request may wait; what would wait longer gets 503."
     )
     max_connections: int = Field(
-        8192, ge=1, description="Connections of one worker; more get 503. Open files bound it, too."
+        8192,
+        ge=1,
+        description="Connections of one worker, at most its open files less 192; more get 503.",
     )
     head_timeout: float = Field(
         10.0, gt=0, description="Seconds for a request's first byte, and for its head, to arrive."
@@ -132,12 +135,17 @@ class Settings(BaseSettings):
         return origins
 
     @model_validator(mode="after")
-    def _refuse_half(self) -> Self:
-        """Refuse settings that have no effect without another."""
+    def _check_together(self) -> Self:
+        """Refuse settings that have no effect without another, or that contradict it."""
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("DROPSERVE_TLS_CERT and DROPSERVE_TLS_KEY need each other")
         if (self.key_rate or self.key_concurrency) and self.api_keys_file is None:
             raise ValueError("limits per API key need DROPSERVE_API_KEYS_FILE")
+        if self.max_held_bytes < self.max_body_bytes:
+            raise ValueError(
+                "DROPSERVE_MAX_HELD_BYTES must be at least DROPSERVE_MAX_BODY_BYTES, or bodies "
+                "that are allowed would be refused even alone"
+            )
         return self
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ class BodyReader:
         self._limits = limits
         most = limits.max_held_bytes
         self._share = most // 256
-        self._most_beyond = max(most // 2, min(limits.max_body_bytes, most))
+        self._most_beyond = max(most // 2, limits.max_body_bytes)
         self._held = self._held_beyond = 0
 
     async def read(self, request: Request) -> bytes:

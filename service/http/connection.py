@@ -84,7 +84,13 @@ class Watch:
     def __init__(
         self, connections: "set[Connection]", settings: Settings, metrics: Metrics
     ) -> None:
-        self.most = max(1, min(settings.max_connections, open_files(settings) - _OTHER_FILES))
+        files = open_files(settings)
+        self.most = max(1, min(settings.max_connections, files - _OTHER_FILES))
+        if self.most < settings.max_connections:
+            _log.warning(
+                f"at most {self.most} connections, not {settings.max_connections}: this process "
+                f"may open {files} files (ulimit -n)"
+            )
         self._connections, self._metrics = connections, metrics
         self._lines: list[tuple[dict[str, Any], float]] = []  # of the log, and seconds
         self.refusing: set[str] = set()  # actions: the last request for one waited too long
@@ -532,8 +538,8 @@ class Connection(HttpToolsProtocol):
         body = b"" if method == b"HEAD" else body
         self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
         shown = method.decode() if method in _METHODS else None
-        route = route_of(target) if method == b"POST" else None
-        line = {"request_id": name, "method": shown, "route": route, "status": error.status}
+        line: dict[str, Any] = {"request_id": name, "method": shown}
+        line |= {"route": route_of(shown, target), "status": error.status, "detail": str(error)}
         if key is not None:
             line["key"] = key.name
         if isinstance(error, Overloaded):

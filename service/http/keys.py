@@ -257,6 +257,7 @@ def _read(path: Path) -> Lines:
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise KeysError(f"{path}: no file of API keys")
     lines: Lines = {}
+    names: set[str] = set()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith(b"#"):
@@ -268,11 +269,15 @@ def _read(path: Path) -> Lines:
                 f"{path}: line {number} is no key: visible ASCII without spaces, and after it "
                 f"nothing but name=, rate= and concurrency="
             ) from None
-        lines.setdefault(sha256(words[0]).hexdigest(), options)
+        digest = sha256(words[0]).hexdigest()
+        if digest in lines:
+            raise KeysError(f"{path}: line {number} has a key that an earlier line has")
+        if options.name in names:
+            raise KeysError(f"{path}: line {number} has a name that an earlier line has")
+        lines[digest] = options
+        names.add(options.name)
     if not lines:
         raise KeysError(f"{path}: no API key in it; write one a line")
-    if len({options.name for options in lines.values()}) < len(lines):
-        raise KeysError(f"{path}: two keys have the same name")
     return lines
 
 

@@ -45,9 +45,9 @@ def action_of(target: bytes) -> str | None:
     return found and found["action"]
 
 
-def route_of(target: bytes) -> str | None:
-    """Return the task route of a request's target, as it is declared; None: another route."""
-    found = _task_path(target)
+def route_of(method: str | None, target: bytes) -> str | None:
+    """Return the task route that a request asks for, as it is declared; None: another route."""
+    found = _task_path(target) if method == "POST" else None
     return found and route_template(found["name"], found["version"], found["action"])
 
 

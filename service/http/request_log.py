@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dropserve.service.errors import DropserveError, NotFound, Overloaded, ServerError, stopping
 from dropserve.service.http.common import JsonResponse
+from dropserve.service.http.options import route_of
 from dropserve.service.observability.logs import FIELDS
 from dropserve.service.observability.metrics import CLIENT_CLOSED, Metrics
 
@@ -79,7 +80,9 @@ class RequestLog:
         except ClientDisconnect:
             line["status"] = CLIENT_CLOSED
         finally:
-            line["route"] = getattr(scope.get("route"), "path", None)
+            found, target = scope.get("route"), scope.get("raw_path") or b""
+            # there is none if the request was refused before
+            line["route"] = found.path if found else route_of(line["method"], target)
             record(scope["app"].state.metrics, line, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,8 +132,10 @@ def failure(error: BaseException, scope: Scope) -> DropserveError:
 def error_response(
     scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> JsonResponse:
-    """Write an error as clients of this path expect it."""
-    content, media_type = error_content(scope["path"], status, detail, scope["state"]["request_id"])
+    """Write an error as clients of this path expect it; the log says what it says."""
+    state = scope["state"]
+    state["log"]["detail"] = detail
+    content, media_type = error_content(scope["path"], status, detail, state["request_id"])
     return JsonResponse(content, status, headers, media_type=media_type)
 
 

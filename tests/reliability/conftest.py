@@ -49,7 +49,8 @@ def refusal(problem):
         response = httpx.Response(answer.status, headers=answer.headers, content=answer.body)
         detail = problem(response, status)
         assert detail
-        assert server.line(answer.headers["x-request-id"])["status"] == status
+        line = server.line(answer.headers["x-request-id"])
+        assert (line["status"], line["detail"]) == (status, detail)
         return detail
 
     return check

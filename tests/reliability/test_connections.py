@@ -158,4 +158,6 @@ def test_silent_connections_beyond_all_descriptors_leave_room_for_probes(make_se
         refused = httpx.get(server.url + "/v1/models", timeout=2)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         eventually(lambda: httpx.get(server.url + "/v1/models", timeout=2).status_code == 200, 10)
+    warned = [line["message"] for line in server.lines() if line["level"] == "warning"]
+    assert [w.partition(":")[0] for w in warned] == ["at most 832 connections, not 8192"]
     assert not [line for line in server.lines() if line["level"] == "error"]

@@ -70,7 +70,8 @@ def test_more_requests_than_the_rate_are_refused_until_retry_after_has_passed(li
     assert problem(refused, 429).startswith("this API key may send 0.001 requests per second")
     assert 1 <= int(refused.headers["retry-after"]) <= 1000
     line = limited.line("refused-1")
-    assert (line["status"], line["key"]) == (429, "slow")
+    assert (line["status"], line["key"], line["route"]) == (429, "slow", "/predict")
+    assert line["detail"] == refused.json()["detail"]
 
     statuses = [ask(limited, "quick") for _ in range(2)]
     while statuses[-1].status_code == 200:  # a slow machine may take a second for each

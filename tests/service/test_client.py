@@ -215,12 +215,20 @@ def test_an_error_without_json_is_named_by_its_status(call):
     assert caught.value.request_id == "r-2"
 
 
-@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("too slow")])
-def test_no_answer_says_what_to_check(call, error):
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (httpx.ConnectError("refused"), "dropserve serve"),
+        (httpx.ReadTimeout("too slow"), "dropserve serve"),
+        (httpx.ConnectError("CERTIFICATE_VERIFY_FAILED"), "SSL_CERT_FILE"),
+        (httpx.RemoteProtocolError("Server disconnected"), "http or https"),
+    ],
+)
+def test_no_answer_says_what_to_check(call, error, remedy):
     def fail(_: httpx.Request) -> httpx.Response:
         raise error
 
-    with pytest.raises(errors.Unreachable, match=f"service.test.*{error}.*dropserve serve"):
+    with pytest.raises(errors.Unreachable, match=f"service.test.*{error}.*{remedy}"):
         call(fail, "predict", PNG)
     assert call(fail, "ready") is False
 

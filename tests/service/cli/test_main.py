@@ -129,11 +129,18 @@ def test_settings_lists_every_variable_with_default_value_and_meaning(run):
         ("settings", "ADMIN_TOKEN", "short", "must have at least 16 characters"),
         ("settings", "TRACING", "maybe", "must be a valid boolean"),
         ("settings", "PRECISION", "float16", "must be 'float32', 'bfloat16' or 'auto'"),
+        ("settings", "MAX_WAIT", "inf", "must be a finite number"),
     ],
 )
 def test_an_invalid_setting_is_named_but_not_repeated(run, command, variable, value, message):
     result = run(command, **{f"DROPSERVE_{variable}": value})
     assert (result.exit_code, result.stderr) == (2, f"error: DROPSERVE_{variable}: {message}\n")
+
+
+def test_memory_for_bodies_that_one_body_overflows_is_refused(run):
+    result = run("settings", DROPSERVE_MAX_HELD_BYTES="1048576")
+    assert result.exit_code == 2
+    assert "DROPSERVE_MAX_HELD_BYTES must be at least DROPSERVE_MAX_BODY_BYTES" in result.stderr
 
 
 def test_version_says_which_release_of_what_this_is(run):

@@ -135,7 +135,8 @@ def test_what_is_wrong_with_a_file_is_said_but_not_what_is_in_it(tmp_path):
         ("secret-one rate=nan\n", "line 1 is no key"),
         ("secret-one concurrency=1.5\n", "line 1 is no key"),
         ("secret-one secret=two\n", "line 1 is no key"),
-        ("secret-one name=a\nsecret-two name=a\n", "two keys have the same name"),
+        ("secret-one name=a\nsecret-two name=a\n", "line 2 has a name that an earlier line has"),
+        ("secret-one name=a\nsecret-one rate=9\n", "line 2 has a key that an earlier line has"),
     ):
         path.write_text(content)
         with pytest.raises(KeysError, match=complaint) as caught:
