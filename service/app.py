@@ -121,4 +121,5 @@ async def _describe_http_error(request: Request, error: Exception) -> Response:
         methods = set(headers["Allow"].split(", "))  # in any order
         allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         headers, detail = {"Allow": allowed}, f"this path takes another method: {allowed}"
+    request.state.log["detail"] = detail
     return error_response(request.scope, error.status_code, detail, headers)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from time import perf_counter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httptools
 import orjson
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from dropserve.service.inference.classifier import Answer
     from dropserve.service.inference.inference import Inference, Waiting
 
-Options = tuple[str | None, str | None, str, str, ParsedOptions]
-"""Model, version, action, route and what the query asks for."""
 _KNOWN = {RequestLog, KeyCheck}
 """Middleware whose work is done here as well; with any other the fast path is off."""
 _MAX_BYTES = SMALL_BYTES + 4096
@@ -64,6 +62,16 @@ _ANSWER = (
     b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: application/json\r\n"
     b"x-request-id: %b\r\n\r\n%b"
 )
+
+
+class Options(NamedTuple):
+    """What a request line asks for: a model, as it is named there, and what its query says."""
+
+    name: str | None
+    version: str | None
+    action: str
+    route: str
+    parsed: ParsedOptions
 
 
 class FastPathProtocol(Connection):
@@ -104,8 +112,7 @@ class FastPathProtocol(Connection):
             return None
         message = self._message
         message.read(data)
-        _, _, action, _, _ = options
-        refused = action in self._watch.refusing  # soonest by the ASGI path
+        refused = options.action in self._watch.refusing  # soonest by the ASGI path
         if message.complete and message.is_plain and not refused:
             self._request = FastPathRequest.queued(self._state, message, options, started)
         waits = message.partial and message.is_plain
@@ -288,7 +295,7 @@ class FastPathRequest:
 
 
 def _candidate(data: bytes, max_samples: int) -> Options | None:
-    """Decide by what a parser is not needed for; None: it takes the ASGI path."""
+    """Read options from the first line, without a parser; None: it takes the ASGI path."""
     if not data.startswith(b"POST ") or b"image/png" not in data:
         return None
     end = data.find(b" ", 5)
@@ -314,7 +321,7 @@ def _options(url: bytes, max_samples: int) -> Options | None:
     plain = type(task) is Predict or (type(task) is Uncertainty and not task.include_samples)
     if not plain or options.scale == 1:
         return None
-    return name, version, action, route_template(name, version, action), options
+    return Options(name, version, action, route_template(name, version, action), options)
 
 
 class _Message:

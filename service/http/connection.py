@@ -538,8 +538,13 @@ class Connection(HttpToolsProtocol):
         body = b"" if method == b"HEAD" else body
         self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
         shown = method.decode() if method in _METHODS else None
-        line: dict[str, Any] = {"request_id": name, "method": shown}
-        line |= {"route": route_of(shown, target), "status": error.status, "detail": str(error)}
+        line: dict[str, Any] = {
+            "request_id": name,
+            "method": shown,
+            "route": route_of(shown, target),
+            "status": error.status,
+            "detail": str(error),
+        }
         if key is not None:
             line["key"] = key.name
         if isinstance(error, Overloaded):

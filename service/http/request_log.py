@@ -80,9 +80,9 @@ class RequestLog:
         except ClientDisconnect:
             line["status"] = CLIENT_CLOSED
         finally:
-            found, target = scope.get("route"), scope.get("raw_path") or b""
-            # there is none if the request was refused before
-            line["route"] = found.path if found else route_of(line["method"], target)
+            route = scope.get("route")  # None: it was refused before it was routed
+            target = scope.get("raw_path") or b""
+            line["route"] = route.path if route else route_of(line["method"], target)
             record(scope["app"].state.metrics, line, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,6 +124,7 @@ def failure(error: BaseException, scope: Scope) -> DropserveError:
     else:
         sent = ServerError("the service failed; its log says why")
         _log.error("request failed", exc_info=error, extra=about)
+    state["log"]["detail"] = str(sent)
     if isinstance(sent, Overloaded):
         state["log"]["reason"] = sent.reason
     return sent
@@ -132,10 +133,8 @@ def failure(error: BaseException, scope: Scope) -> DropserveError:
 def error_response(
     scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> JsonResponse:
-    """Write an error as clients of this path expect it; the log says what it says."""
-    state = scope["state"]
-    state["log"]["detail"] = detail
-    content, media_type = error_content(scope["path"], status, detail, state["request_id"])
+    """Write an error as clients of this path expect it."""
+    content, media_type = error_content(scope["path"], status, detail, scope["state"]["request_id"])
     return JsonResponse(content, status, headers, media_type=media_type)
 
 

@@ -105,8 +105,8 @@ class Watch:
     def growth(self):
         """The slope of resident memory after the warm-up, and half its 95% interval, MB an hour.
 
-        Memory rises and falls with each version. Points inside such a period would be no
-        independent ones, and would give a line of a rise that comes back each time a slope.
+        Memory rises and falls with each version. The seconds between two are not independent,
+        and a line through them takes a rise that comes back each time for a slope.
         """
         period = ((np.array(self.times) - self.times[0] - WARM_UP) // PUBLISH_EVERY).astype(int)
         resident = np.array([usage.resident for usage in self.usages]) / 1e6

@@ -394,4 +394,5 @@ def test_an_error_after_the_first_step_is_an_event_and_counts_as_one(
     assert "MARKER" not in data
     route = "/v1/models/{name}/versions/{version}/uncertainty/stream"
     assert list(app.state.metrics.requests) == [(route, "digits-mlp", 1, status)]
-    assert caplog.records[-1].__dict__[FIELDS]["status"] == status
+    line = caplog.records[-1].__dict__[FIELDS]
+    assert (line["status"], line["detail"]) == (status, read.detail)
