@@ -14,7 +14,7 @@ class Recipe:
     epochs: int = 20  # at most
     batch_size: int = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"  # Loshchilov and Hutter, 2019; Nesterov's
-    learning_rate: float = 2e-3  # at the peak: warmed up over 5% of the steps, then a half cosine
+    learning_rate: float = 2e-3  # at the peak of the schedule
     weight_decay: float = 0.02  # of weight matrices and kernels
     label_smoothing: float = 0.0  # share spread over all classes (Szegedy et al., 2016)
     shift: int = 0  # augmentation: at most so many pixels up, down, left, right
@@ -25,6 +25,7 @@ class Recipe:
     decay_biases: bool = False  # weight decay of biases and norms too
     l1: float = 0.0  # penalty on the absolute values of weight matrices and kernels, summed
     max_norm: float | None = None  # of each unit's incoming weights, after every step
+    schedule: Literal["cosine", "constant"] = "cosine"  # warm-up over 5%, half cosine
     threads: int | None = None  # of the CPU; another number rounds differently. None: PyTorch's
 
     def __post_init__(self) -> None:
@@ -40,6 +41,8 @@ class Recipe:
             raise ConfigError("label_smoothing must be in [0, 1), validation_share in (0, 1)")
         if self.optimizer not in ("adamw", "sgd"):
             raise ConfigError(f"optimizer must be adamw or sgd, not {self.optimizer!r}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ConfigError(f"schedule must be cosine or constant, not {self.schedule!r}")
         if not 0 <= self.seed < 2**63:
             raise ConfigError("seed must be 0 to 2^63-1")
         if self.threads is not None and not 1 <= self.threads <= 256:

@@ -118,11 +118,7 @@ def fit(
     size, rank, processes = recipe.batch_size, fabric.global_rank, fabric.world_size
     if size % processes:
         raise ConfigError(f"batch_size must be a multiple of {processes}, the processes")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
-    held_out = max(1, round(len(data) * recipe.validation_share))
-    if len(data) - held_out < 2:
-        raise ConfigError(f"{len(data)} images are too few to train and validate on")
-    train, validation = data.take(order[held_out:]), data.take(order[:held_out])
+    train, validation = divide(data, recipe)
     train = Split(train.images.to(fabric.device), train.labels.to(fabric.device))
     steps = max(1, len(train) // size)  # of an epoch; a last, smaller batch is left out
     made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
@@ -142,7 +138,7 @@ def fit(
             for step in range(steps):
                 for group in optimizer.param_groups:
                     done = (state.epoch * steps + step) / (recipe.epochs * steps)
-                    group["lr"] = recipe.learning_rate * _schedule(done)
+                    group["lr"] = recipe.learning_rate * _schedule(recipe.schedule, done)
                 batch = train.take(order[step * size : (step + 1) * size][rank::processes])
                 logits = wrapped(normalize(augment(batch.images, recipe.shift, recipe.flip)))
                 loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
@@ -170,6 +166,15 @@ def fit(
     module.cpu().eval()
 
 
+def divide(data: Split, recipe: Recipe) -> tuple[Split, Split]:
+    """Choose by the seed what is trained on, and what is held out; ConfigError: too few images."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
+    held_out = max(1, round(len(data) * recipe.validation_share))
+    if len(data) - held_out < 2:
+        raise ConfigError(f"{len(data)} images are too few to train and validate on")
+    return data.take(order[held_out:]), data.take(order[:held_out])
+
+
 @torch.inference_mode()
 def validate(
     module: nn.Module, data: Split, normalize: Normalize, device: torch.device | None = None
@@ -184,8 +189,13 @@ def validate(
     return right / len(data), loss / len(data)
 
 
-def _schedule(done: float, warm_up: float = 0.05) -> float:
-    """Scale the learning rate by the share of the run that is done: linear up, half cosine down."""
+def _schedule(kind: str, done: float, warm_up: float = 0.05) -> float:
+    """Scale the learning rate by the share of the run that is done: linear up, half cosine down.
+
+    A constant one stays as it is from the first step on.
+    """
+    if kind == "constant":
+        return 1.0
     if done < warm_up:
         return (done + 1e-3) / (warm_up + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))

@@ -69,6 +69,7 @@ def _list(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
 
 
 Optimizer = Literal["adamw", "sgd"] | None
+Schedule = Literal["cosine", "constant"] | None
 Accelerator = Literal["auto", "cpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Int = int | None
@@ -126,6 +127,7 @@ def train(
     learning_rate: Annotated[Float, _recipe("learning_rate", "Peak; a tenth with --from.")] = None,
     weight_decay: Annotated[Float, _recipe("weight_decay", "Matrices and kernels only.")] = None,
     optimizer: Annotated[Optimizer, _recipe("optimizer", "adamw or sgd.", metavar="O")] = None,
+    schedule: Annotated[Schedule, _recipe("schedule", "cosine or constant.", metavar="S")] = None,
     label_smoothing: Annotated[Float, _recipe("label_smoothing", "Share for all classes.")] = None,
     shift: Annotated[Int, _recipe("shift", "Augment: most pixels to shift by.")] = None,
     flip: Annotated[bool | None, _recipe("flip", "Augment: mirror half.")] = None,

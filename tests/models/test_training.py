@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dropserve.models.data import Split
 from dropserve.models.dropout import InvertedDropout
@@ -223,6 +224,25 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(digits):
         next(run)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rate_follows_its_schedule(digits, schedule):
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    recipe = replace(SHORT, epochs=10, learning_rate=0.02, schedule=schedule)
+    list(start(build(MLP), digits, recipe))
+    hook.remove()
+    assert len(rates) == 40  # four steps an epoch
+    if schedule == "constant":
+        assert {*rates} == {0.02}
+        return
+    assert max(rates) == rates[2] == 0.02  # a twentieth of the steps
+    assert rates[0] < rates[1] < rates[2]
+    half = [0.01 * (1 + math.cos(math.pi * k / 38)) for k in range(38)]
+    assert rates[2:] == pytest.approx(half)
+
+
 def test_progress_counts_the_images_of_an_epoch(digits):
     seen = []
     recipe = replace(SHORT, epochs=1)
@@ -248,7 +268,7 @@ def test_validation_is_in_eval_mode():
         {"epochs": 0}, {"batch_size": 1}, {"patience": -1}, {"shift": -1}, {"learning_rate": 0.0},
         {"learning_rate": float("nan")}, {"weight_decay": -1.0}, {"label_smoothing": 1.0},
         {"validation_share": 0.0}, {"validation_share": 1.0}, {"optimizer": "adam"}, {"seed": -1},
-        {"seed": 2**63}, {"weight_decay": float("nan")}, {"threads": 0},
+        {"seed": 2**63}, {"weight_decay": float("nan")}, {"threads": 0}, {"schedule": "linear"},
     ],
     ids=repr,
 )  # fmt: skip
