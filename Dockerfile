@@ -25,6 +25,7 @@ RUN pip download --no-deps --only-binary :all: --require-hashes --dest /wheels \
 COPY pyproject.toml README.md ./
 COPY dropserve dropserve
 COPY models models
+COPY lab lab
 COPY service service
 RUN pip wheel --no-deps --no-index --find-links /wheels --wheel-dir dist . \
     && pip --python /opt/dropserve/bin/python install --no-compile --no-index --find-links /wheels \

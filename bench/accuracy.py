@@ -8,7 +8,6 @@ Writes results/accuracy.json.
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import standard_error, training_mode
-from bench.machine import machine
 from bench.progress import follow
+from dropserve.lab.machine import machine, versions
 from dropserve.models.memory import keep_freed_memory
 from dropserve.models.montecarlo import MASK_KINDS
 
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
         "settings": {k: v for k, v in vars(options).items() if k != "json"},
         "standard_error": rows,
         "training_mode": list(follow(networks, "networks", total=len(training_mode.NETWORKS))),

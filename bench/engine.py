@@ -7,7 +7,6 @@ the documentation with its target and what was measured.
 import argparse
 import json
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from bench import efficiency, memory, networks, noises, timing, training
 from bench.claims import claims
 from bench.claims import table as claims_table
-from bench.machine import machine
 from bench.networks import NETWORKS, Network
 from bench.progress import follow
+from dropserve.lab.machine import machine, versions
 from dropserve.models.data import Dataset
 from dropserve.models.memory import keep_freed_memory
 
@@ -151,7 +150,7 @@ def run(bench: Bench, parts: Sequence[str], console: Console) -> dict[str, Any]:
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
         "quick": bench.scale is QUICK,
         "data": bench.data.name,
         "samples": bench.samples,

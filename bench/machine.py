@@ -1,19 +1,7 @@
-"""What a benchmark ran on."""
+"""What the kernel says of a process."""
 
-import os
-import platform
 import re
 from pathlib import Path
-from typing import Any
-
-
-def machine() -> dict[str, Any]:
-    """Describe this machine, for a benchmark's JSON."""
-    cpu, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system()}
 
 
 def peak_memory(process: int | None = None) -> int:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-OURS, OTHERS, INK = "#2f81f7", "#8b949e", "#7d8590"
+from dropserve.lab.plots import INK, save, style
+
+OURS, OTHERS = "#2f81f7", "#8b949e"
 ROW_INCHES, PANEL_INCHES = 0.34, 5.0
 
 
@@ -25,23 +26,14 @@ def bars(path: Path, title: str, panels: Sequence[Panel], ours: str = "Dropserve
     """Draw panels side by side, best bar at the top, `ours` in colour; all, if it is empty."""
     rows = max(len(panel.values) for panel in panels)
     size = (max(8.0, PANEL_INCHES * len(panels)), ROW_INCHES * rows + 1.2)
-    style = rc_context(
-        {
-            "font.size": 11,
-            "text.color": INK,
-            "svg.hashsalt": "dropserve",  # the same figures make the same file
-            "svg.fonttype": "path",  # no font of the reader's can outgrow a word's place
-        }
-    )
-    with style:
+    with style():
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         for axes, panel in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
             _draw(axes, panel, ours)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, transparent=True, metadata={"Date": None, "Title": title})
+        save(figure, path, title)
 
 
 def _draw(axes: Axes, panel: Panel, ours: str) -> None:

@@ -1,6 +1,7 @@
-"""Writes the tables of docs/api.md and docs/reliability.md: `make docs`.
+"""Writes the tables of docs/api.md, docs/reliability.md and docs/results.md: `make docs`.
 
-The first are in the OpenAPI document, the second were measured by `make soak`. They stand between
+The first are in the OpenAPI document, the second were measured by `make soak`, the third by
+`dropserve lab run`; these are a page of the playground, too. They stand between
 `<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
 """
 
@@ -10,12 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from markdown_it import MarkdownIt
+
+from dropserve.lab import page as lab
 from dropserve.service.app import create_app
 from dropserve.service.http.openapi import shortest_path
 from dropserve.service.settings import Settings
 
 PAGE = Path(__file__).with_name("api.md")
 RELIABILITY = Path(__file__).with_name("reliability.md")
+LAB = Path(__file__).with_name("results.md")
+PLAYGROUND = Path(__file__).parent.parent / "service/playground"
 RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
 
 Document = Mapping[str, Any]
@@ -160,10 +166,28 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
+def rendered(lines: Iterable[str]) -> str:
+    """Return measured answers as HTML of the playground; wide tables scroll by themselves."""
+    html = MarkdownIt().enable("table").render("\n".join(lines))
+    for old, new in (
+        ("../service/playground/", ""),
+        ("<table>", '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>'),
+        ("</table>", "</table></div>"),
+    ):
+        html = html.replace(old, new)
+    return html
+
+
 def main() -> None:
     """Write the pages anew."""
     PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
     RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
+    documents = lab.refresh()
+    for name in documents:
+        lab.draw(name, lab.RESULTS / f"{name}.json", PLAYGROUND / "results")
+    LAB.write_text(fill(LAB.read_text(), "experiments", lab.write(documents)))
+    web = PLAYGROUND / "results.html"
+    web.write_text(fill(web.read_text(), "experiments", [rendered(lab.write(documents))]))
 
 
 if __name__ == "__main__":

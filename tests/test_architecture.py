@@ -14,7 +14,7 @@ FILES = {
     ".".join(("dropserve", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
         ".__init__"
     ): path
-    for folder in ("models", "service")
+    for folder in ("models", "service", "lab")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 DEFAULTS = "models.defaults"
@@ -69,14 +69,27 @@ def test_no_module_imports_itself_by_way_of_others():
 
 @pytest.mark.parametrize("module", named("dropserve.models"))
 def test_models_know_nothing_of_the_web_or_the_service(module):
-    assert not packages(FILES[module]) & (WEB - {"pydantic"} | {"bench", "lab"})
-    assert not [name for name in ours(module) if name.startswith("dropserve.service")]
+    assert not packages(FILES[module]) & (WEB - {"pydantic"} | {"bench"})
+    assert not [n for n in ours(module) if n.startswith(("dropserve.service", "dropserve.lab"))]
 
 
 @pytest.mark.parametrize("module", named(*(f"dropserve.service.{name}." for name in LAYERS)))
 def test_a_package_of_the_service_imports_only_from_those_below_it(module):
     found = {name for name in ours(module) if layer(name) > layer(module)}
     assert not found
+
+
+@pytest.mark.parametrize("module", named("dropserve.lab"))
+def test_the_lab_needs_models_and_of_the_service_what_commands_share(module):
+    assert "bench" not in packages(FILES[module])
+    found = {name for name in ours(module) if name.startswith("dropserve.service.")}
+    shared = {f"dropserve.service.cli{name}" for name in ("", ".options", ".terminal")}
+    assert found <= (shared if module == "dropserve.lab.cli" else set())
+
+
+def test_only_the_command_line_knows_the_lab():
+    users = [m for m in FILES if any(n.startswith("dropserve.lab") for n in ours(m))]
+    assert [m for m in users if not m.startswith("dropserve.lab")] == ["dropserve.service.cli.main"]
 
 
 def test_nothing_but_the_server_enables_the_fast_path():

@@ -29,7 +29,7 @@ from rich.table import Table
 from bench.http import load, reference
 from bench.http.processes import free_port, serving
 from bench.http.servers import NEW_SEED, PEERS, SAMPLES, SERVERS, Server
-from bench.machine import machine
+from dropserve.lab.machine import machine
 
 RESULTS = Path(__file__).parent.parent / "results" / "http.json"
 

@@ -29,8 +29,8 @@ from PIL import Image
 from scipy import stats
 
 from bench.http import load, processes
-from bench.machine import machine
 from bench.progress import follow
+from dropserve.lab.machine import machine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "checkouts.json"

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from rich.table import Table
 from typer.core import TyperGroup, TyperOption
 
+from dropserve.lab import cli as lab
 from dropserve.models.errors import ModelsError
 from dropserve.service.cli import ask, options, score, terminal, train, versions, watch
 from dropserve.service.cli.options import Opt
@@ -47,7 +48,8 @@ class Group(TyperGroup):
         """Return a command by its name, if there is one."""
         command = super().get_command(ctx, cmd_name)
         if command is not None and ctx is not None:
-            _untyped(command.get_params(ctx))
+            for each in (command, *getattr(command, "commands", {}).values()):
+                _untyped(each.get_params(ctx))
         return command
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  likewise
@@ -178,3 +180,4 @@ for command in (
     versions.manifest, versions.pin, versions.rollback, versions.prune,
 ):  # fmt: skip
     app.command()(command)
+app.add_typer(lab.app, name="lab")

@@ -503,6 +503,34 @@ def test_page_and_documentation_work_under_any_prefix(visit, digits):
     expect(page.locator(".live-responses-table")).to_contain_text("digits-mlp")
 
 
+# Measured answers
+
+
+def test_sections_link_to_the_experiments_that_explain_them(visit, digits):
+    page = visit(digits, prefix="/apps/dropserve")
+    played(page)
+    for section in page.locator(".story > section").all()[:-1]:  # the last is code
+        assert section.locator(".why a").count() >= 1
+    links = [link.get_attribute("href") for link in page.locator(".why a").all()]
+    page.locator(".why a").first.click()
+    expect(page).to_have_url(re.compile("/apps/dropserve/playground/results.html#averaging$"))
+    anchors = {anchor.get_attribute("id") for anchor in page.locator("a[id]").all()}
+    assert {link.partition("#")[2] for link in links} <= anchors
+    page.set_viewport_size(PHONE["viewport"])
+    width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(width) == 0
+    pictures = page.locator(".results img")
+    assert pictures.count() == len(anchors)
+    for picture in pictures.all():
+        picture.scroll_into_view_if_needed()
+        expect(picture).to_have_js_property("complete", True)
+        assert picture.evaluate("image => image.naturalWidth") > 300
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    page.get_by_role("link", name="Playground").click()
+    expect(page).to_have_url(re.compile("/apps/dropserve/$"))
+
+
 # Kinds of noise
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.machine import machine
+from dropserve.lab.machine import machine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results/reliability"

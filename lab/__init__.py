@@ -1,0 +1,1 @@
+"""Experiments that answer questions about dropout: `dropserve lab`, docs/results.md."""

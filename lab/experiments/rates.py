@@ -1,0 +1,68 @@
+"""Which rate, in which layer?"""
+
+from itertools import product
+
+from dropserve.lab.experiment import Experiment, Panel, Setting, Table
+from dropserve.lab.measures import trained
+
+RATES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+GRID = (0.0, 0.2, 0.5, 0.8)
+INPUT = (0.0, 0.1, 0.2, 0.3, 0.5)
+
+
+def _hidden(first: float, second: float) -> Setting:
+    values = {"first": first, "second": second}
+    return Setting(f"{first:g} and {second:g}", {"dropout": (first, second)}, {}, values)
+
+
+FIRST = [_hidden(p, 0.0) for p in RATES]
+SECOND = [_hidden(0.0, p) for p in RATES]
+BOTH = [_hidden(first, second) for first, second in product(GRID, GRID)]
+ON_INPUT = [
+    Setting(f"input {p:g}", {"dropout": (0.2, 0.5), "input_dropout": p}, {}, {"input": p})
+    for p in INPUT
+]
+
+
+def _labels(settings: list[Setting]) -> list[str]:
+    return [setting.label for setting in settings]
+
+
+EXPERIMENT = Experiment(
+    question="Which dropout rate, and in which layer?",
+    setup=(
+        (
+            "An MLP of two hidden layers of 128 units; rates from 0 to .99 in one layer with 0 in "
+            "the other, a grid of both, and 0 to .5 on the input beside .2 and .5."
+        ),
+        "10,000 images of Fashion-MNIST, a tenth of them for validation; all 10,000 test images.",
+        "AdamW for 30 epochs, learning rate .001 with a half cosine.",
+    ),
+    settings=[*{s.label: s for s in (*FIRST, *SECOND, *BOTH, *ON_INPUT)}.values()],
+    measure=trained,
+    tables=[
+        Table(["accuracy", "train_accuracy", "nll"], against="0 and 0"),
+        Table(
+            ["accuracy", "nll"],
+            {
+                "swapped: .5 and .2 - .2 and .5": "0.5 and 0.2 - 0.2 and 0.5",
+                "swapped: .8 and .2 - .2 and .8": "0.8 and 0.2 - 0.2 and 0.8",
+                "swapped: .8 and .5 - .5 and .8": "0.8 and 0.5 - 0.5 and 0.8",
+                "input: .1 - 0": "input 0.1 - input 0",
+                "input: .2 - 0": "input 0.2 - input 0",
+                "input: .5 - 0": "input 0.5 - input 0",
+            },
+        ),
+    ],
+    panels=[
+        Panel("First layer, the second without", ["train_accuracy", "accuracy"], "first",
+              rows=_labels(FIRST), x_title="rate"),
+        Panel("Second layer, the first without", ["train_accuracy", "accuracy"], "second",
+              rows=_labels(SECOND), x_title="rate"),
+        Panel("Both", "accuracy", "second", "first", _labels(BOTH),
+              x_title="rate of the second layer"),
+        Panel("On the input, beside .2 and .5", ["train_accuracy", "accuracy"], "input",
+              rows=_labels(ON_INPUT), x_title="rate on the input"),
+    ],
+    answer="",
+)  # fmt: skip
