@@ -146,7 +146,11 @@ def _lines(panel: Panel, experiment: Experiment, document: Document) -> Iterator
             scale = _scale(experiment, name)
             mean, half = (scale * np.array(column) for column in zip(*found, strict=True))
             what = [] if len(_measures(panel)) == 1 else [_short(experiment.titled(name).title)]
-            title = [] if group is None else [str(group)]
+            title = (
+                []
+                if group is None
+                else [group if isinstance(group, str) else f"{series} {group:g}"]
+            )
             label = ", ".join(title + what) or experiment.titled(name).title
             yield label, [s.values[x] for s in members], mean, half
 
