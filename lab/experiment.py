@@ -38,6 +38,11 @@ class Measure:
     digits: int = 3
     percent: bool = False
 
+    @property
+    def scale(self) -> int:
+        """What figures are multiplied by to be shown."""
+        return 100 if self.percent else 1
+
 
 @dataclass(frozen=True)
 class Table:

@@ -112,9 +112,8 @@ def figure(
     estimate = document.results["estimates"].get(f"{name}[{expression}]")
     if estimate is None or estimate[0] is None:
         return ""
-    scale = 100 if measure.percent else 1
     sign = "+" if len(terms(expression)) > 1 else ""
-    mean, half = (None if value is None else scale * value for value in estimate)
+    mean, half = (None if value is None else measure.scale * value for value in estimate)
     text = f"{mean:{sign}.{measure.digits}f}"
     if half is not None:
         text += f" ± {half:.{measure.digits}f}"

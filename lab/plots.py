@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from dropserve.lab.experiment import Experiment, Panel, terms
 from dropserve.lab.results import Array, Document, interval
@@ -26,6 +26,13 @@ _WIDTH, _HEIGHT, _ROW = 5.0, 3.6, 0.26  # inches of a panel, and of a row of poi
 _COLUMNS = 2
 _MARKED = 25
 """Most points of a line that are marked one by one."""
+
+
+class _Plain(LogFormatter):
+    """Labels the ticks that `LogFormatter` does, as 0.01 and not as 1e-02."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def style() -> AbstractContextManager[None]:
@@ -109,6 +116,9 @@ def _draw(axes: Axes, panel: Panel, experiment: Experiment, document: Document) 
     for name in "xy":
         if name in panel.log:
             getattr(axes, f"set_{name}scale")("log")
+            axis = axes.xaxis if name == "x" else axes.yaxis
+            axis.set_major_formatter(_Plain())
+            axis.set_minor_formatter(_Plain())
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -126,10 +136,6 @@ Line = tuple[str, Sequence[float], Array, Array]
 """Label, x, mean and half width."""
 
 
-def _scale(experiment: Experiment, measure: str) -> float:
-    return 100.0 if experiment.titled(measure).percent else 1.0
-
-
 def _lines(panel: Panel, experiment: Experiment, document: Document) -> Iterator[Line]:
     """Yield lines over a value of the settings."""
     settings = {s.label: s for s in experiment.settings}
@@ -143,7 +149,7 @@ def _lines(panel: Panel, experiment: Experiment, document: Document) -> Iterator
             members = [s for s in members if name in document.runs[s.label][0]]
             members.sort(key=lambda s: s.values[x])
             found = [interval(document.values(name, s.label)) for s in members]
-            scale = _scale(experiment, name)
+            scale = experiment.titled(name).scale
             mean, half = (scale * np.array(column) for column in zip(*found, strict=True))
             what = [] if len(_measures(panel)) == 1 else [_short(experiment.titled(name).title)]
             title = (
@@ -165,9 +171,9 @@ def _curves(panel: Panel, experiment: Experiment, document: Document) -> Iterato
             x = range(1, len(mean) + 1)
             if panel.x:
                 first, _ = terms(expression)[0]
-                x = _scale(experiment, panel.x) * document.values(panel.x, first).mean(0)
+                x = experiment.titled(panel.x).scale * document.values(panel.x, first).mean(0)
             what = "" if len(_measures(panel)) == 1 else _short(experiment.titled(name).title)
-            scale = _scale(experiment, name)
+            scale = experiment.titled(name).scale
             label = ", ".join(part for part in (shown, what) if part)
             yield label, list(x), scale * mean, scale * half
 
@@ -193,7 +199,7 @@ def _points(axes: Axes, panel: Panel, experiment: Experiment, document: Document
     for i, name in enumerate(names):
         shown = {row: e for row, e in rows.items() if document.has(name, e)}
         found = [interval(document.values(name, e)) for e in shown.values()]
-        scale = _scale(experiment, name)
+        scale = experiment.titled(name).scale
         mean, half = (scale * np.array(column) for column in zip(*found, strict=True))
         place = np.array([list(rows).index(row) for row in shown]) + 0.16 * (
             i - (len(names) - 1) / 2

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import get_context, parent_process
@@ -146,8 +145,7 @@ def _in_processes(tasks: list[Task], processes: int) -> Iterator[None]:
         min(processes, len(tasks)), mp_context=get_context("spawn"), initializer=_start
     )
     try:
-        with _one_thread_each():
-            futures = [pool.submit(_measure, task) for task in tasks]
+        futures = [pool.submit(_measure, task) for task in tasks]
         for future in as_completed(futures):
             future.result()
             yield
@@ -155,20 +153,6 @@ def _in_processes(tasks: list[Task], processes: int) -> Iterator[None]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list((pool._processes or {}).values()):  # noqa: SLF001  no public way
             process.terminate()
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Have the processes that are started here compute with one thread each."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _start() -> None:

@@ -68,12 +68,12 @@ EXPERIMENT = Experiment(
         "Low ones: .2 or .3 in the first layer gains most ({accuracy[0.3 and 0 - 0 and 0]} "
         "points for .3), .3 in the second gains {accuracy[0 and 0.3 - 0 and 0]}, .2 in both "
         "{accuracy[0.2 and 0.2 - 0 and 0]}; of two rates the higher belongs in the second layer "
-        "(.5 and .2 the other way round: {accuracy[0.5 and 0.2 - 0.2 and 0.5]}), and on the "
-        "input 10% more gains nothing ({accuracy[input 0.1 - input 0]}), though it lowers the "
-        "NLL. Training accuracy falls with every rate; test accuracy is below that without "
-        "dropout from .7 on in the first layer ({accuracy[0.7 and 0 - 0 and 0]}) and .8 in the "
-        "second ({accuracy[0 and 0.8 - 0 and 0]}), and collapses at .9 in the first "
-        "({accuracy[0.9 and 0]}%) and at .99 in the second ({accuracy[0 and 0.99]}%)."
+        "(.5 and .2 the other way round: {accuracy[0.5 and 0.2 - 0.2 and 0.5]}), and .1 on the "
+        "input adds nothing ({accuracy[input 0.1 - input 0]}), though it lowers the NLL. "
+        "Training accuracy falls with every rate; test accuracy is below that without dropout "
+        "from .7 on in the first layer ({accuracy[0.7 and 0 - 0 and 0]}) and .8 in the second "
+        "({accuracy[0 and 0.8 - 0 and 0]}), and collapses at .9 in the first ({accuracy[0.9 and "
+        "0]}%) and at .99 in the second ({accuracy[0 and 0.99]}%)."
     ),
     answered="1131223fb49b",
 )  # fmt: skip
