@@ -214,17 +214,17 @@ EXPERIMENT = Experiment(
               rows=[s.label for s in SETTINGS if "decay" not in s.label]),
     ],
     answer=(
-        "They replace it more than they add to it: dropout lowers the NLL by {nll[dropout - "
-        "neither]} nats and weight decay .5 by as much ({nll[decay 0.5 - neither]}), but "
-        "together they lose {nll[decay 0.5 and dropout - decay 0.5 - dropout + neither]} of the "
-        "sum, and for accuracy, where dropout gains {accuracy[dropout - neither]} points, the "
-        "interactions with decay .5, L1 and max-norm are below 0, too; decay .02 does nearly "
-        "nothing, and batch norm alone raises the NLL ({nll[batch norm - neither]}), which "
-        "dropout undoes. Dropout before ReLU is dropout after it (the difference is 0 in every "
-        "run), decaying biases changes nothing that 5 seeds can show, and weight decay is a "
-        "Gaussian prior exactly in its gradient (to rounding) and for SGD, but not for AdamW, "
-        "whose steps with the penalty end {adamw_steps[decay 0.5]} times as far away after "
-        "fifty steps as decay .5 has moved them."
+        "They replace it more than they add to it: dropout changes the NLL by {nll[dropout - "
+        "neither]} nats, weight decay .5 by {nll[decay 0.5 - neither]}, but both by {nll[decay "
+        "0.5 and dropout - neither]} only, and for accuracy, where dropout gains "
+        "{accuracy[dropout - neither]} points, its interactions with decay .5, L1 and max-norm "
+        "are below 0, too; decay .02 does nearly nothing, and batch norm alone raises the NLL "
+        "({nll[batch norm - neither]}), which dropout undoes. Dropout before ReLU is dropout "
+        "after it (the difference is 0 in every run), decaying biases changes nothing that 5 "
+        "seeds can show, and weight decay is a Gaussian prior to rounding in its gradient and "
+        "for SGD, but not for AdamW: with the penalty in the loss its weights end "
+        "{adamw_steps[decay 0.5]} times as far away after fifty steps as decay .5 has moved "
+        "them."
     ),
     answered="6cce0d1bcd35",
 )  # fmt: skip
