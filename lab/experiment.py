@@ -3,10 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dropserve.lab.run import Run
+from typing import Any
 
 Figures = dict[str, Any]
 """What one run measured: numbers, and lists of numbers (curves), by the name of a `Measure`."""
@@ -94,7 +91,7 @@ class Experiment:
         question: as people ask it.
         setup: what is done, in three lines.
         settings: what varies; each is run with every seed.
-        measure: trains and measures one setting with one seed.
+        measure: trains and measures one setting with one seed: a `lab.run.Run`.
         tables: of docs/results.md.
         panels: of its plot.
         answer: two sentences. `{accuracy[a]}` is the mean and interval of that measure for the
@@ -110,7 +107,7 @@ class Experiment:
     question: str
     setup: Sequence[str]
     settings: Sequence[Setting]
-    measure: "Callable[[Run], Figures]"
+    measure: Callable[[Any], Figures]
     tables: Sequence[Table]
     panels: Sequence[Panel]
     answer: str

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ INK, GRID = "#7d8590", "#7d859040"
 COLOURS = ("#2f81f7", "#d9730d", "#1a9e77", "#b45fc4", "#8b949e", "#b58900", "#c9406d", "#3fa7b8")
 _LINES, _MARKS = ("-", "--", ":", "-."), "osD^vPX*"
 _WIDTH, _HEIGHT, _ROW = 5.0, 3.6, 0.26  # inches of a panel, and of a row of points
-_COLUMNS = 2
+_COLUMNS, _TITLE = 2, 40  # panels in a row, characters in a line of a title
 _MARKED = 25
 """Most points of a line that are marked one by one."""
 
@@ -96,7 +97,7 @@ def _is_points(panel: Panel, document: Document) -> bool:
 
 
 def _draw(axes: Axes, panel: Panel, experiment: Experiment, document: Document) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_title(fill(panel.title, _TITLE), loc="left", fontsize=11, fontweight="bold", color=INK)
     titles = [experiment.titled(name).title for name in _measures(panel)]
     several = len({*titles}) > 1
     if _is_points(panel, document):

@@ -167,5 +167,17 @@ EXPERIMENT = Experiment(
         Panel("NLL of the test images", "nlls", x_title="epoch",
               rows=["no noise", "weights, 0.5", "rows, 0.5", "columns, 0.5", "dropout 0.5"]),
     ],
-    answer="",
+    answer=(
+        "No: Gaussian dropout is as good as dropout at every rate (.1: {accuracy[gaussian "
+        "dropout 0.1 - dropout 0.1]} points), additive noise gains nothing over none (.5: "
+        "{accuracy[additive noise 0.5 - no noise]}), and DropConnect, with a mask a batch for "
+        "both, is the weaker regularizer: worse than dropped rows at .2 ({accuracy[weights, 0.2 "
+        "- rows, 0.2]}) and better at .5 ({accuracy[weights, 0.5 - rows, 0.5]}), where dropping "
+        "is too much. Dropping rows or columns of the weights is dropping units to the last "
+        "digit, and masks should be drawn for each example: one a batch changes accuracy by "
+        "{accuracy[units, a mask per batch - units, a mask per example]} points, one an epoch "
+        "by {accuracy[units, a mask per epoch - units, a mask per example]}, of weights less "
+        "({accuracy[weights, a mask per epoch - units, a mask per example]})."
+    ),
+    answered="6e6e775ed8eb",
 )  # fmt: skip
