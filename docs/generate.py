@@ -8,11 +8,13 @@ The first are in the OpenAPI document, the second were measured by `make soak`, 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
 
+from dropserve.lab import experiments, plots
 from dropserve.lab import page as lab
 from dropserve.service.app import create_app
 from dropserve.service.http.openapi import shortest_path
@@ -21,6 +23,8 @@ from dropserve.service.settings import Settings
 PAGE = Path(__file__).with_name("api.md")
 RELIABILITY = Path(__file__).with_name("reliability.md")
 LAB = Path(__file__).with_name("results.md")
+PICTURES = {"accuracy": 1, "weights": 0, "uncertainty": 1}
+"""Experiments of which the README shows a panel."""
 PLAYGROUND = Path(__file__).parent.parent / "service/playground"
 RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
 
@@ -183,8 +187,12 @@ def main() -> None:
     PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
     RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
     documents = lab.refresh()
-    for name in documents:
-        lab.draw(name, lab.RESULTS / f"{name}.json", PLAYGROUND / "results")
+    for name, document in documents.items():
+        plots.draw(experiments.load(name), document, [PLAYGROUND / f"results/{name}.svg"])
+    for name, panel in PICTURES.items():
+        experiment = experiments.load(name)
+        alone = replace(experiment, panels=[experiment.panels[panel]])
+        plots.draw(alone, documents[name], [PAGE.parent / f"images/lab-{name}.svg"])
     LAB.write_text(fill(LAB.read_text(), "experiments", lab.write(documents)))
     web = PLAYGROUND / "results.html"
     web.write_text(fill(web.read_text(), "experiments", [rendered(lab.write(documents))]))

@@ -109,7 +109,7 @@ def _draw(axes: Axes, panel: Panel, experiment: Experiment, document: Document) 
         lines = list(found(panel, experiment, document))
         _plot(axes, lines)
         axes.set_xlabel(panel.x_title)
-        axes.set_ylabel(", ".join(_units(titles)))
+        axes.set_ylabel(fill(", ".join(_units(titles)), _TITLE))
         if len(lines) > 1:
             axes.legend(fontsize=8.5, framealpha=0, labelcolor=INK)
         if all(float(v).is_integer() for _, x, _, _ in lines for v in x) and "x" not in panel.log:
