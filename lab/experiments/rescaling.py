@@ -199,5 +199,16 @@ EXPERIMENT = Experiment(
         Panel("NLL in eval mode, trained at .5", "eval_nll_by_rate", "others",
               rows=["inverted, 0.5", "vanilla, 0.5"], x_title="p after training", log="y"),
     ],
-    answer="",
+    answer=(
+        "Without the factor units and sums in eval mode are 1/(1-p) times as large as in "
+        "training ({bare_units[inverted, 0.5]} at .5), and logits through two layers "
+        "{bare_logits[inverted, 0.5]} times; that hardly moves the accuracy of vanilla dropout "
+        "({removed_accuracy[vanilla, 0.5]}% without it, {accuracy[vanilla, 0.5]}% with it), "
+        "because ReLU keeps the order of the logits, but it makes the network overconfident: "
+        "its NLL is {removed_nll[vanilla, 0.5]} in place of {nll[vanilla, 0.5]}. With inverted "
+        "dropout p may be changed and the layers removed after training, eval mode is the same "
+        "(NLL {removed_nll[inverted, 0.5]}); with vanilla dropout both change it, unless the "
+        "weights are converted ({converted_nll[vanilla, 0.5]}), as `dropserve convert` does."
+    ),
+    answered="1a4a490bac1e",
 )  # fmt: skip
