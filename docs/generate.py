@@ -171,15 +171,12 @@ def _row(*cells: str) -> str:
 
 
 def rendered(lines: Iterable[str]) -> str:
-    """Return measured answers as HTML of the playground; wide tables scroll by themselves."""
+    """Return measured answers as HTML of the playground; what is wide scrolls by itself."""
     html = MarkdownIt().enable("table").render("\n".join(lines))
-    for old, new in (
-        ("../service/playground/", ""),
-        ("<table>", '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>'),
-        ("</table>", "</table></div>"),
-    ):
-        html = html.replace(old, new)
-    return html
+    wide = r'<div class="scroll" tabindex="0" role="group" aria-label="\2">\1</div>'
+    html = re.sub('<p>(<img src="[^"]*" alt="([^"]*)" />)</p>', wide, html)
+    html = re.sub("(<table>.*?</table>)()", wide.replace(r"\2", "Figures"), html, flags=re.DOTALL)
+    return html.replace("../service/playground/", "")
 
 
 def main() -> None:
@@ -188,11 +185,11 @@ def main() -> None:
     RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
     documents = lab.refresh()
     for name, document in documents.items():
-        plots.draw(experiments.load(name), document, [PLAYGROUND / f"results/{name}.svg"])
-    for name, panel in PICTURES.items():
         experiment = experiments.load(name)
-        alone = replace(experiment, panels=[experiment.panels[panel]])
-        plots.draw(alone, documents[name], [PAGE.parent / f"images/lab-{name}.svg"])
+        plots.draw(experiment, document, [PLAYGROUND / f"results/{name}.svg"])
+        if name in PICTURES:
+            alone = replace(experiment, panels=[experiment.panels[PICTURES[name]]])
+            plots.draw(alone, document, [PAGE.parent / f"images/lab-{name}.svg"])
     LAB.write_text(fill(LAB.read_text(), "experiments", lab.write(documents)))
     web = PLAYGROUND / "results.html"
     web.write_text(fill(web.read_text(), "experiments", [rendered(lab.write(documents))]))

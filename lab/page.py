@@ -94,7 +94,7 @@ def tables(experiment: Experiment, document: Document) -> Iterator[list[list[str
         titles += [
             f"{experiment.titled(m).title}: difference to {one.against}" for m in compared(one)
         ]
-        yield [["", *titles], *_rows(experiment, document, one)]
+        yield [["setting", *titles], *_rows(experiment, document, one)]
 
 
 def _rows(experiment: Experiment, document: Document, one: Table) -> Iterator[list[str]]:

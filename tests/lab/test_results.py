@@ -59,7 +59,7 @@ def test_the_tables_are_means_and_intervals_of_the_runs(name, sections):
     lines = [line for line in sections[name].splitlines() if line.startswith("|")]
     tables, seen = [], 0
     for line in lines:
-        if line.startswith("|  |"):
+        if line.startswith("| setting |"):
             tables.append([])
         elif not line.startswith("|---"):
             tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
