@@ -1,4 +1,4 @@
-"""`dropserve lab`: runs experiments about dropout. Loads no PyTorch until one is asked for."""
+"""`dropserve lab`: runs experiments about dropout. Commands load PyTorch, this module does not."""
 
 import os
 from pathlib import Path
@@ -62,8 +62,14 @@ def run(
     data_dir = options.read_settings(data_dir=data_dir).data_dir
     folder = results or FOLDER / ("quick" if quick else "results")
 
-    from dropserve.lab import experiments, page, runner
+    try:
+        from dropserve.lab import experiments, page, plots, runner
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "scipy"):
+            raise
+        raise terminal.Refused(f"the lab needs {error.name}: install dropserve[lab]") from error
     from dropserve.lab.results import read_document
+    from dropserve.lab.run import fashion_mnist, mnist
 
     if unknown := [name for name in names if name not in (*experiments.NAMES, "all")]:
         there = ", ".join(experiments.NAMES)
@@ -76,16 +82,23 @@ def run(
         quick,
         processes or os.cpu_count() or 1,
     )
+    fashion_mnist(data_dir)  # and MNIST: what is missing is told before the first run
+    mnist(data_dir)
     wanted = [name for name in experiments.NAMES if name in names or "all" in names]
     for name in wanted:
         if restart:
             runner.discard(folder, name)
         rest = " ".join(wanted[wanted.index(name) :])
-        hint = f"the same command continues with {rest}; what is done is kept"
+        again = "the same command without --restart" if restart else "the same command"
+        hint = f"{again} continues with {rest}; what is done is kept"
         with terminal.interruptible(lambda hint=hint: hint), terminal.progress(name) as progress:  # type: ignore[misc]
-            path = runner.run(name, chosen, progress)
-        drawn = page.draw(name, path, folder, png=png)
+            try:
+                path = runner.run(name, chosen, progress)
+            except BlockingIOError as error:
+                raise terminal.Refused(f"another process runs {name} into {folder}") from error
         document = read_document(path)
+        drawn = [path.with_suffix(suffix) for suffix in (".svg", ".png")[: 1 + png]]
+        plots.draw(experiments.load(name), document, drawn)
         terminal.say(f"{name}: {', '.join(map(str, (path, *drawn)))}")
         for lines in page.tables(experiments.load(name), document):
             head, *rows = lines

@@ -2,9 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.networks import NetworkConfig, default_config
+
+SHAPE, CLASSES = (1, 28, 28), 10
+"""Of Fashion-MNIST."""
 Figures = dict[str, Any]
 """What one run measured: numbers, and lists of numbers (curves), by the name of a `Measure`."""
 _TERM = re.compile(r"\s([+-])\s")
@@ -99,7 +104,7 @@ class Experiment:
         answered: `digest()` of the results that the answer was written for.
         measures: by name, as far as they are not among `MEASURES`.
         network: fields of `NetworkConfig` of all settings.
-        recipe: fields of `Recipe` of all settings.
+        recipe: fields of `Recipe` of all settings. Weight decay is .02 where nothing is said.
         images: training images of a run, drawn by its seed.
         seeds: how many.
     """
@@ -123,14 +128,18 @@ class Experiment:
         if len({*labels}) < len(labels) or any(_TERM.search(label) for label in labels):
             raise ValueError(f"labels must differ, and have no ' + ' and ' - ': {labels}")
 
-    def network_of(self, setting: Setting) -> dict[str, Any]:
-        """Return fields of `NetworkConfig`; the others are those of `default_config`."""
-        found = {**self.network, **setting.network}
-        return found if "kind" in found else {**USUAL_NETWORK, **found}
+    def network_of(self, setting: Setting, **changes: Any) -> NetworkConfig:  # noqa: ANN401
+        """Describe a setting's network; `changes` are fields of `NetworkConfig`."""
+        asked = {**self.network, **setting.network, **changes}
+        usual = {"kind": "mlp", "hidden": (128, 128)} if "kind" not in asked else {}
+        fields = usual | asked
+        found = default_config(fields.pop("kind"), SHAPE, CLASSES, fields.get("regularizer"))
+        return replace(found, **fields)
 
-    def recipe_of(self, setting: Setting) -> dict[str, Any]:
-        """Return fields of `Recipe`, but for the seed."""
-        return {**USUAL_RECIPE, **self.recipe, **setting.recipe}
+    def recipe_of(self, setting: Setting, **changes: Any) -> Recipe:  # noqa: ANN401
+        """Describe how a setting is trained; `changes` are fields of `Recipe`."""
+        usual = {"epochs": 30, "learning_rate": 1e-3, "threads": 1}
+        return Recipe(**{**usual, **self.recipe, **setting.recipe, **changes})
 
     def images_of(self, setting: Setting) -> int:
         """Return the number of training images: the experiment's, or the setting's value."""
@@ -145,10 +154,6 @@ class Experiment:
         if rows is None:
             rows = [setting.label for setting in self.settings]
         return rows if isinstance(rows, Mapping) else {row: row for row in rows}
-
-
-USUAL_NETWORK: Mapping[str, Any] = {"kind": "mlp", "hidden": (128, 128), "dropout": (0.2, 0.5)}
-USUAL_RECIPE: Mapping[str, Any] = {"epochs": 30, "learning_rate": 1e-3, "threads": 1}
 
 
 def terms(expression: str) -> list[tuple[str, int]]:
@@ -167,10 +172,6 @@ MEASURES: Mapping[str, Measure] = {
     "train_nll": Measure("training NLL, nats", 3),
     "brier": Measure("Brier score", 4),
     "ece": Measure("ECE, %", 2, percent=True),
-    "mc_accuracy": Measure("Monte Carlo accuracy, %", 2, percent=True),
-    "mc_nll": Measure("Monte Carlo NLL, nats", 3),
-    "mc_brier": Measure("Monte Carlo Brier score", 4),
-    "mc_ece": Measure("Monte Carlo ECE, %", 2, percent=True),
     "accuracies": Measure("test accuracy, %", 1, percent=True),
     "train_accuracies": Measure("training accuracy, %", 1, percent=True),
     "nlls": Measure("test NLL, nats", 2),

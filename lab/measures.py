@@ -1,6 +1,6 @@
 """Measures that several experiments take."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ def trained(run: Run) -> Figures:
 
 def scores(run: Run) -> Figures:
     """Score the network of `run.train` in eval mode, after its last epoch."""
-    if run.module is None:
-        raise ValueError("train a network first")
     curves = run.curves
     kept = max(i for i, best in enumerate(curves["best"]) if best)
     found = score(probabilities(run.module, run.test.images, run.normalize), run.test.labels)
@@ -37,21 +35,13 @@ def scores(run: Run) -> Figures:
     }
 
 
-def monte_carlo(run: Run, samples: int = 100) -> Figures:
-    """Score the mean of T thinned networks of `run.train`; nothing if it draws no noise."""
-    if run.module is None:
-        raise ValueError("train a network first")
-    mean = thinned(run.module, run.test.images, run.normalize, samples, run.seed).mean(0)
-    return {f"mc_{name}": value for name, value in score(mean, run.test.labels).items()}
-
-
 @torch.inference_mode()
 def probabilities(
     module: nn.Module, images: Tensor, normalize: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return what eval mode says of images uint8 [N, ...]: [N, C], float64."""
     module.eval()
-    rows = [module(normalize(x)).double().softmax(-1) for x in _batches(images)]
+    rows = [module(normalize(x)).double().softmax(-1) for x in torch.split(images, _BATCH)]
     return torch.cat(rows)
 
 
@@ -65,13 +55,8 @@ def thinned(
 ) -> Tensor:
     """Return what T thinned networks say of images uint8 [N, ...]: [T, N, C], float32."""
     sampler = Sampler(module.eval(), normalize(images[:1]))
-    rows = [sampler.sample(normalize(x), samples, seed, masks) for x in _batches(images)]
+    rows = [sampler.sample(normalize(x), samples, seed, masks) for x in torch.split(images, _BATCH)]
     return torch.cat(rows, 1)
-
-
-def _batches(images: Tensor) -> Iterator[Tensor]:
-    for start in range(0, len(images), _BATCH):
-        yield images[start : start + _BATCH]
 
 
 def activations(module: nn.Module, x: Tensor, layer: str) -> Tensor:

@@ -22,28 +22,19 @@ TO_BE_WRITTEN = "*These results are newer than their answer, which is to be writ
 
 
 def refresh(folder: Path = RESULTS) -> dict[str, Document]:
-    """Bring estimates in line with what the experiments declare; return all results."""
+    """Bring estimates in line with what the experiments declare; return all results.
+
+    DataError: some are of the quick form, which answers nothing.
+    """
     found = {}
     for name in experiments.NAMES:
         path = folder / f"{name}.json"
         if path.exists():
             found[name] = with_estimates(experiments.load(name), read_document(path))
+            if found[name].results["quick"]:
+                raise DataError(f"{path} is of the quick form: `dropserve lab run {name}`")
             write_document(path, found[name])
     return found
-
-
-def draw(name: str, path: Path, folder: Path, *, png: bool = False) -> list[Path]:
-    """Draw the plot of a file of results into a folder; return the files.
-
-    DataError: Matplotlib is not installed.
-    """
-    try:
-        from dropserve.lab import plots
-    except ModuleNotFoundError as error:
-        raise DataError(f"plots need {error.name}: pip install 'dropserve[lab]'") from error
-    paths = [folder / f"{name}{suffix}" for suffix in (".svg", ".png")[: 1 + png]]
-    plots.draw(experiments.load(name), read_document(path), paths)
-    return paths
 
 
 def write(found: Mapping[str, Document]) -> Iterator[str]:
@@ -114,7 +105,7 @@ def figure(
         return ""
     sign = "+" if len(terms(expression)) > 1 else ""
     mean, half = (None if value is None else measure.scale * value for value in estimate)
-    text = f"{mean:{sign}.{measure.digits}f}"
+    text = f"{mean:{sign}z.{measure.digits}f}"
     if half is not None:
         text += f" ± {half:.{measure.digits}f}"
         if sign and bold and abs(mean or 0) > half:

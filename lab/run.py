@@ -4,16 +4,19 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dropserve.lab.experiment import Experiment, Figures, Setting
-from dropserve.models import checkpoint, networks, training
+from dropserve.models import checkpoint, training
 from dropserve.models.data import Dataset, Split, load_dataset, read_idx
 from dropserve.models.evaluation import evaluate
 from dropserve.models.hyperparameters import Recipe
+
+if TYPE_CHECKING:
+    from dropserve.models.networks import NetworkConfig
 
 QUICK_IMAGES, QUICK_EPOCHS = 500, 2
 """Of `--quick`, which shows that all works, and answers nothing."""
@@ -31,8 +34,6 @@ class Run:
 
     Attributes:
         curves: after `train`, lists with an element an epoch: figures of the weights after it.
-        module: after `train`, the network in eval mode with the weights after its last epoch, not
-            the best ones: choosing an epoch is a regularizer of its own.
     """
 
     def __init__(
@@ -40,15 +41,15 @@ class Run:
     ) -> None:
         self.experiment, self.setting, self.seed, self.quick = experiment, setting, seed, quick
         self.curves: dict[str, list[Any]] = {}
-        self.module: nn.Module | None = None
+        self._module: nn.Module | None = None
         self._data_dir = data_dir
-        self._config: networks.NetworkConfig | None = None
+        self._config: NetworkConfig | None = None
         self._recipe: Recipe | None = None
 
     @cached_property
     def data(self) -> Dataset:
         """Fashion-MNIST with as many training images as the experiment, or `images` says."""
-        whole = _load("fashion-mnist", self._data_dir)
+        whole = fashion_mnist(self._data_dir)
         wanted = self.experiment.images_of(self.setting)
         test = whole.test
         if self.quick:
@@ -66,14 +67,20 @@ class Run:
         """The test images."""
         return self.data.test
 
+    @property
+    def module(self) -> nn.Module:
+        """The network of `train` in eval mode, as it was after the last epoch.
+
+        Not the best one: to choose an epoch is a regularizer of its own. ValueError: none is
+        trained.
+        """
+        if self._module is None:
+            raise ValueError("train a network first")
+        return self._module
+
     def mnist(self) -> Tensor:
-        """Return MNIST's test images, uint8 [N, 1, 28, 28]: digits in place of clothes."""
-        ten_thousand = self._data_dir / "mnist-10k" / "images-idx3-ubyte.gz"
-        if ten_thousand.exists():
-            images = read_idx(ten_thousand).unsqueeze(1)
-        else:
-            images = _load("mnist", self._data_dir).test.images
-        return images[: len(self.test)]
+        """Return as many of MNIST's images, uint8 [N, 1, 28, 28], as there are test images."""
+        return mnist(self._data_dir)[: len(self.test)]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 [B, C, H, W] to a network's input."""
@@ -85,20 +92,15 @@ class Run:
 
     def build(self, **network: Any) -> nn.Module:  # noqa: ANN401  fields of `NetworkConfig`
         """Make the setting's network with fresh weights, drawn by the seed."""
-        fields = self.experiment.network_of(self.setting) | network
-        shape, method = self.data.preprocessing.shape, fields.get("regularizer")
-        usual = networks.default_config(fields.pop("kind"), shape, 10, method)
-        self._config = replace(usual, **fields)
+        self._config = self.experiment.network_of(self.setting, **network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return self._config.build()
 
     def recipe(self, **changes: Any) -> Recipe:  # noqa: ANN401  fields of `Recipe`
         """Return how the setting's network is trained."""
-        asked = self.experiment.recipe_of(self.setting) | {"seed": self.seed} | changes
-        if self.quick:
-            asked["epochs"] = min(asked["epochs"], QUICK_EPOCHS)
-        return Recipe(**asked)
+        found = self.experiment.recipe_of(self.setting, seed=self.seed, **changes)
+        return replace(found, epochs=min(found.epochs, QUICK_EPOCHS)) if self.quick else found
 
     def train(
         self,
@@ -117,7 +119,8 @@ class Run:
         self._recipe = self.recipe(**recipe)
         last, self.curves = {}, {}
         seen = next(iter(training.divide(data, self._recipe)[0].batches(SEEN)))
-        for epoch in training.fit(module, data, self.normalize, self._recipe):
+        on_cpu = training.launch("cpu")  # where the measures are taken, and rounding is the same
+        for epoch in training.fit(module, data, self.normalize, self._recipe, fabric=on_cpu):
             figures = self._at_epoch(module, epoch, seen) | (
                 (at_epoch(module, epoch) if at_epoch else None) or {}
             )
@@ -127,7 +130,7 @@ class Run:
             if epoch.number == self._recipe.epochs:
                 last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         module.load_state_dict(last)
-        self.module = module
+        self._module = module
         return module
 
     def _at_epoch(self, module: nn.Module, epoch: training.Epoch, seen: Split) -> Figures:
@@ -142,17 +145,34 @@ class Run:
         }
 
     def publish(self, root: Path, name: str) -> None:
-        """Save the network of `train` as the next version of a model."""
-        if self.module is None or self._config is None or self._recipe is None:
+        """Save the network of `train` as the next version of a model, unless the last one is it."""
+        if self._module is None or self._config is None or self._recipe is None:
             return
+        if found := checkpoint.versions(root, name):
+            saved, _ = checkpoint.load(root / name / str(found[-1]))
+            tensors = self._module.state_dict()
+            if all(torch.equal(tensors[k], t) for k, t in saved.state_dict().items()):
+                return
         data, made = self.data, asdict(self._recipe)
-        found = evaluate(self.module, data.test, self.normalize, samples=0)
+        scores = evaluate(self._module, data.test, self.normalize, samples=0)
         about = checkpoint.Metadata(
-            name, self._config, data.preprocessing, data.classes, made, data.origin(), found
+            name, self._config, data.preprocessing, data.classes, made, data.origin(), scores
         )
-        checkpoint.save(root, self.module, about)
+        checkpoint.save(root, self._module, about)
 
 
-@lru_cache(maxsize=2)
-def _load(name: str, data_dir: Path) -> Dataset:
-    return load_dataset(name, data_dir)
+@lru_cache(maxsize=1)
+def fashion_mnist(data_dir: Path) -> Dataset:
+    """Read Fashion-MNIST, or download it; DataError."""
+    return load_dataset("fashion-mnist", data_dir)
+
+
+def mnist(data_dir: Path) -> Tensor:
+    """Read MNIST's test images, uint8 [10000, 1, 28, 28], or download them; DataError.
+
+    A folder `mnist-10k` may have them alone, as images-idx3-ubyte.gz.
+    """
+    alone = data_dir / "mnist-10k" / "images-idx3-ubyte.gz"
+    if alone.exists():
+        return read_idx(alone).unsqueeze(1)
+    return load_dataset("mnist", data_dir).test.images

@@ -17,17 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from dropserve.lab import experiments
+from dropserve.lab import experiments, measures
+from dropserve.lab import run as run_of
 from dropserve.lab.experiment import Experiment, Setting
 from dropserve.lab.machine import machine, versions
 from dropserve.lab.results import Document, with_estimates, write_document
-from dropserve.models.storage import replace_durably
+from dropserve.models import storage
 
 QUICK_SEEDS = 2
 _DIGITS = 6
@@ -59,12 +60,11 @@ class Task:
 def _tasks(name: str, experiment: Experiment, options: Options) -> list[Task]:
     """List all runs; one of another declaration, or measured in another way, is another file."""
     seeds = options.seeds or (QUICK_SEEDS if options.quick else experiment.seeds)
-    functions = {experiment.measure, *experiments.functions(name)}
-    measured = sorted(map(inspect.getsource, functions))
+    code = [experiments.source(name), *map(inspect.getsource, (measures, run_of))]
     found = []
     for seed in range(seeds):  # runs of one seed have the same data
         for index, setting in enumerate(experiment.settings):
-            declared = repr((_describe(experiment, setting), options.quick, measured))
+            declared = repr((_describe(experiment, setting), options.quick, code, versions()))
             digest = hashlib.sha256(declared.encode()).hexdigest()[:12]
             file = kept_runs(options.folder, name) / f"{slug(setting.label)}-{seed}-{digest}.json"
             found.append(Task(name, index, seed, options, file))
@@ -91,8 +91,13 @@ def run(
 ) -> Path:
     """Do what is left of an experiment, and write its results; return their file.
 
-    DataError: there is no Fashion-MNIST.
+    DataError: there is no Fashion-MNIST. BlockingIOError: another process runs the experiment.
     """
+    with storage.alone_in(kept_runs(options.folder, name)):
+        return _run(name, options, progress)
+
+
+def _run(name: str, options: Options, progress: Callable[[int, int], None]) -> Path:
     experiment = experiments.load(name)
     tasks = _tasks(name, experiment, options)
     started = time.monotonic()
@@ -131,8 +136,8 @@ def run(
 
 def _describe(experiment: Experiment, setting: Setting) -> dict[str, Any]:
     return {
-        "network": experiment.network_of(setting),
-        "recipe": experiment.recipe_of(setting),
+        "network": experiment.network_of(setting).to_json(),
+        "recipe": asdict(experiment.recipe_of(setting)),
         "values": {**setting.values, "images": experiment.images_of(setting)},
     }
 
@@ -150,18 +155,20 @@ def _in_processes(tasks: list[Task], processes: int) -> Iterator[None]:
             future.result()
             yield
     finally:
+        running = list((pool._processes or {}).values())  # noqa: SLF001  no public way
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):  # noqa: SLF001  no public way
+        for process in running:  # which would end their runs first
             process.terminate()
 
 
 def _start() -> None:
     """Prepare a process: Ctrl-C is for the one that started it, without which it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     import torch
 
     from dropserve.models.memory import keep_freed_memory
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     torch.set_num_threads(1)
     parent = parent_process()
@@ -176,11 +183,9 @@ def _start() -> None:
 
 def _measure(task: Task) -> None:
     """Do one run, and keep what it measured."""
-    from dropserve.lab.run import Run
-
     experiment, options = experiments.load(task.name), task.options
     setting = experiment.settings[task.index]
-    one = Run(experiment, setting, task.seed, options.data_dir, quick=options.quick)
+    one = run_of.Run(experiment, setting, task.seed, options.data_dir, quick=options.quick)
     started = time.process_time()
     figures = _rounded(experiment.measure(one))
     seconds = time.process_time() - started
@@ -188,7 +193,7 @@ def _measure(task: Task) -> None:
         one.publish(options.checkpoints / task.name, slug(setting.label))
     task.file.parent.mkdir(parents=True, exist_ok=True)
     kept = {"figures": figures, "processor_seconds": round(seconds, 2)}
-    replace_durably(task.file, json.dumps(kept).encode())
+    storage.replace_durably(task.file, json.dumps(kept).encode())
 
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401  numbers in lists and mappings

@@ -1,10 +1,8 @@
 """The experiments, a file each: what varies, what is measured, and the answer."""
 
 import inspect
-from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 from dropserve.lab.experiment import Experiment
 
@@ -21,11 +19,10 @@ def load(name: str) -> Experiment:
     return found
 
 
-def functions(name: str) -> list[Callable[..., Any]]:
-    """Return the functions of an experiment's own file."""
-    module = _module(name)
-    own = vars(module).values()
-    return [f for f in own if inspect.isfunction(f) and f.__module__ == module.__name__]
+def source(name: str) -> str:
+    """Return the code of an experiment's file, up to its text."""
+    code, _, _ = inspect.getsource(_module(name)).partition("\nEXPERIMENT = ")
+    return code
 
 
 def _module(name: str) -> ModuleType:

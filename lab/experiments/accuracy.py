@@ -22,11 +22,11 @@ def measure(run: Run) -> Figures:
     smooth = np.convolve(errors, np.full(5, 0.2), "valid") if len(errors) > 5 else errors
     first = int(smooth[: len(smooth) // 2 + 1].argmin())
     peak = first + int(smooth[first:].argmax())
-    rise, fall = smooth[peak] - smooth[first], smooth[peak] - smooth[peak:].min()
     reached = [i for i, loss in enumerate(run.curves["train_nlls"], 1) if loss <= LOSS]
     return figures | {
         "jump": float(np.abs(np.diff(errors[-len(errors) // 2 - 1 :])).mean()),
-        "second_descent": float(min(rise, fall)),
+        "rise": float(smooth[peak] - smooth[first]),
+        "second_fall": float(smooth[peak] - smooth[peak:].min()),
         "epochs_to_loss": float(reached[0]) if reached else None,
     }
 
@@ -54,13 +54,15 @@ EXPERIMENT = Experiment(
     measure=measure,
     measures={
         "jump": Measure("mean change from epoch to epoch, points", 2, percent=True),
-        "second_descent": Measure("rise and second fall of the test error, points", 2, True),
-        "epochs_to_loss": Measure(f"epochs to a training NLL of {LOSS}", 1),
+        "rise": Measure("rise of the smoothed test error, points", 2, percent=True),
+        "second_fall": Measure("its fall after that, points", 2, percent=True),
+        "epochs_to_loss": Measure(f"epochs to a training NLL (eval mode) of {LOSS}", 1),
     },
     tables=[
-        Table(["train_accuracy", "accuracy", "gap", "kept_accuracy", "nll"]),
+        Table(["train_accuracy", "accuracy", "kept_accuracy", "gap", "nll"]),
+        Table(["epochs_to_loss", "jump", "rise", "second_fall"]),
         Table(
-            ["accuracy", "gap", "epochs_to_loss", "jump", "second_descent"],
+            ["accuracy", "kept_accuracy", "gap", "nll", "epochs_to_loss", "jump"],
             {
                 label.replace("dropout, ", "dropout - none, "): f"{label} - no {label}"
                 for label in (s.label for s in _settings() if s.values["network"] == "dropout")
@@ -88,20 +90,19 @@ EXPERIMENT = Experiment(
               x_title="constant learning rate", log="x"),
     ],
     answer=(
-        "Yes, if it is trained for long enough: by {accuracy[dropout, cosine over 50 epochs - "
-        "no dropout, cosine over 50 epochs]} points with a cosine schedule over 50 epochs and "
-        "{accuracy[dropout, cosine over 100 epochs - no dropout, cosine over 100 epochs]} over "
-        "100, with a smaller gap and a lower NLL; over 10 epochs it costs accuracy "
-        "({accuracy[dropout, cosine over 10 epochs - no dropout, cosine over 10 epochs]}), at a "
-        "constant learning rate of 0.001 there is no difference that 5 seeds can show "
-        "({accuracy[dropout, constant 0.001 - no dropout, constant 0.001]}), and the same "
-        "training loss takes {epochs_to_loss[dropout, cosine over 50 epochs - no dropout, "
-        "cosine over 50 epochs]} epochs more. The curves jump with either network, by {jump[no "
-        "dropout, constant 0.0001]} points an epoch at a constant rate of 0.0001 and {jump[no "
-        "dropout, constant 0.01]} at 0.01 without dropout, and no second descent shows: at "
-        "0.001 the smoothed test error rises and falls again by {second_descent[no dropout, "
-        "constant 0.001]} points without dropout and {second_descent[dropout, constant 0.001]} "
-        "with it, while the test NLL keeps rising."
+        "It depends on the schedule: with a half cosine over 50 epochs dropout changes the "
+        "accuracy by {accuracy[dropout, cosine over 50 epochs - no dropout, cosine over 50 "
+        "epochs]} points (at the best validation epoch by {kept_accuracy[dropout, cosine over "
+        "50 epochs - no dropout, cosine over 50 epochs]}), over 10 by {accuracy[dropout, cosine "
+        "over 10 epochs - no dropout, cosine over 10 epochs]}, at a constant learning rate of "
+        "0.01 by {accuracy[dropout, constant 0.01 - no dropout, constant 0.01]}; its gap is "
+        "smaller in all of them, and the same training loss takes {epochs_to_loss[dropout, "
+        "cosine over 50 epochs - no dropout, cosine over 50 epochs]} epochs more. The curves "
+        "jump with and without it, by {jump[no dropout, constant 0.0001]} points an epoch at a "
+        "constant 0.0001 and {jump[no dropout, constant 0.01]} at 0.01, and at 0.001 without "
+        "dropout the smoothed test error rises by {rise[no dropout, constant 0.001]} points "
+        "after its first minimum and falls again by {second_fall[no dropout, constant 0.001]}: "
+        "a second descent, but a small one, and with dropout half as large."
     ),
-    answered="1325e3af6fb6",
+    answered="af748e99485f",
 )  # fmt: skip

@@ -105,8 +105,8 @@ EXPERIMENT = Experiment(
         Table(["accuracy", "nll"], INTERACTIONS),
     ],
     panels=[
-        Panel("Less that without dropout", "accuracy", rows=SHOWN),
-        Panel("Less that without dropout", "nll", rows=SHOWN),
+        Panel("Difference to no dropout", "accuracy", rows=SHOWN),
+        Panel("Difference to no dropout", "nll", rows=SHOWN),
         Panel(
             "The CNN during training",
             ["train_accuracies", "accuracies"],

@@ -18,8 +18,6 @@ from dropserve.models.training import divide
 EPOCHS = 25
 LOOKED_AT = 500
 """Training images whose activations and gradients are measured."""
-FAILED = 0.5
-"""Test accuracy after the last epoch below which a training failed."""
 MAX_NORM = 2.0
 LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -33,7 +31,7 @@ SHOWN = (1e-3, 1e-2)
 CURVES = {
     "variances1": Measure("variance of a unit of layer 1", 3),
     "variances2": Measure("variance of a unit of layer 2", 3),
-    "train_variances2": Measure("variance of a unit of layer 2 in train mode", 3),
+    "train_variances2": Measure("variance of a unit of layer 2 in train mode, before its mask", 3),
     "actives1": Measure("active units of layer 1, %", 1, percent=True),
     "actives2": Measure("active units of layer 2, %", 1, percent=True),
     "gradients1": Measure("gradient norm of layer 1", 4),
@@ -67,7 +65,6 @@ def measure(run: Run) -> Figures:
     return figures | {
         "accuracy": last,
         "diverged": float(diverged),
-        "failed": float(diverged or last < FAILED),
         "jump": None if diverged else float(np.abs(np.diff(accuracies[late - 1 :])).mean()),
     }
 
@@ -109,7 +106,7 @@ def _variance(units: torch.Tensor) -> float:
 def _settings() -> list[Setting]:
     found = []
     for rate, (name, (network, recipe)) in product(LEARNING_RATES, METHODS.items()):
-        values = {"rate": rate, "method": name}
+        values = {"rate": rate, "method": name, "looked_at": LOOKED_AT}
         found.append(
             Setting(f"{name}, {rate:g}", network, {**recipe, "learning_rate": rate}, values)
         )
@@ -130,11 +127,10 @@ EXPERIMENT = Experiment(
             ".0001 to .1."
         ),
         (
-            "After each epoch, of five hundred training images: the variance over the images of a "
+            "After each epoch, of 500 training images: the variance over the images of a "
             "unit's activation after ReLU, the share of activations above 0, both in eval mode, "
             "and the norm of the loss's gradient by each layer's weights in train mode. Single "
-            "figures of them are the mean of the second half of the epochs. A training failed if "
-            "it diverged or ended below half of the test images right."
+            "figures of them are the mean of the second half of the epochs."
         ),
     ),
     settings=_settings(),
@@ -142,16 +138,15 @@ EXPERIMENT = Experiment(
     measures={
         **CURVES,
         **{_mean(name): shown for name, shown in CURVES.items()},
-        "diverged": Measure("loss not finite, % of trainings", 0, percent=True),
-        "failed": Measure("failed, % of trainings", 0, percent=True),
         "jump": Measure("mean change from epoch to epoch, points", 2, percent=True),
     },
     recipe={"epochs": EPOCHS, "schedule": "constant", "weight_decay": 0.0},
     tables=[
-        Table(["accuracy", "failed", "diverged", "jump", "gradient1", "gradient2", "gradient3"]),
+        Table(["accuracy", "jump", "gradient1", "gradient2", "gradient3"]),
         Table(["variance1", "variance2", "train_variance2", "active1", "active2"]),
         Table(
-            ["accuracy", "jump", "variance1", "variance2", "active2", "gradient1", "gradient3"],
+            ["accuracy", "jump", "variance1", "variance2", "active2", "gradient1", "gradient2",
+             "gradient3"],
             {
                 f"{one} - {other}, {rate:g}": f"{one}, {rate:g} - {other}, {rate:g}"
                 for one, other in (("dropout", "none"), ("max-norm", "none"), ("both", "dropout"))
@@ -169,15 +164,15 @@ EXPERIMENT = Experiment(
               log="xy"),
     ],
     answer=(
-        "No: dropout lowers the variance of the activations at learning rates up to 0.001 "
-        "({variance2[dropout, 0.001 - none, 0.001]} in the second layer at 0.001) and the "
-        "gradients of the later layers, not of the first ({gradient1[dropout, 0.001 - none, "
-        "0.001]}), but high learning rates do it more harm: at 0.03 test accuracy is "
-        "{accuracy[dropout, 0.03]}% with it and {accuracy[none, 0.03]}% without, and at 0.01 "
-        "the curves jump by {jump[dropout, 0.01 - none, 0.01]} points more. A max-norm of 2 "
-        "keeps the variance low at every rate and is alone in reaching {accuracy[max-norm, "
-        "0.1]}% at 0.1, where the others fail; with dropout it does not ({accuracy[both, "
-        "0.1]}%), and up to 0.001 it changes almost nothing."
+        "No: up to a learning rate of 0.001 dropout lowers the variance of the activations "
+        "(second layer, 0.001: {variance2[dropout, 0.001 - none, 0.001]}) and the gradients of "
+        "the second layer ({gradient2[dropout, 0.001 - none, 0.001]}), but high rates do it "
+        "more harm: at 0.03 test accuracy is {accuracy[dropout, 0.03]}% with it and "
+        "{accuracy[none, 0.03]}% without, and at 0.01 the curves jump by {jump[dropout, 0.01 - "
+        "none, 0.01]} points more. A max-norm of 2 keeps the variance low at every rate and is "
+        "alone in reaching {accuracy[max-norm, 0.1]}% at 0.1 (together with dropout "
+        "{accuracy[both, 0.1]}%), but at 0.03 it costs accuracy ({accuracy[max-norm, 0.03 - "
+        "none, 0.03]}), and up to 0.001 it changes almost nothing; no loss became infinite."
     ),
-    answered="a4995f91ba4b",
+    answered="e49b358c9d5d",
 )  # fmt: skip

@@ -252,8 +252,6 @@ EXPERIMENT = Experiment(
     ],
     measure=measure,
     measures=_measures(),
-    network={"hidden": (128, 128)},
-    recipe={"epochs": 30, "learning_rate": 1e-3},
     seeds=10,
     tables=[
         Table(["accuracy", "confidence", "nll", "ece", "mc_accuracy", "mc_confidence", "mc_nll",

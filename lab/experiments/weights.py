@@ -1,6 +1,7 @@
 """What do dropout and weight decay do to weights and hidden units?"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -116,8 +117,8 @@ def _settings() -> Iterator[Setting]:
         yield Setting(f"{name}, width {width}", network, {"epochs": WIDTH_EPOCHS}, values)
 
 
-SETTINGS = [*_settings()]
-BASE = [s.label for s in SETTINGS if not s.values]
+SETTINGS = [replace(s, values={**s.values, "draws": DRAWS}) for s in _settings()]
+BASE = [s.label for s in SETTINGS if not {"init", "width"} & s.values.keys()]
 INITS = [s.label for s in SETTINGS if "init" in s.values]
 WIDE = [s.label for s in SETTINGS if "width" in s.values]
 SPREAD = ["participation", "participation_next", "correlation", "active", "dead"]
@@ -138,24 +139,23 @@ EXPERIMENT = Experiment(
             "15, learning rate .001 with a half cosine."
         ),
         (
-            "All of the first hidden layer, in eval mode on the test images. Spread of weights: "
-            "the squared sum of squares, over that of fourth powers, as a share of their number "
-            "(all, where all are equal), the mean of all units; before training a third with "
-            "normal weights, more with PyTorch's own. A unit's contribution: standard deviation "
-            "of its activation times the norm of its outgoing weights. Deletion of random units, "
-            "up to nine tenths of them, is the mean of three draws."
+            "All of the first hidden layer, in eval mode on the test images. Participation ratio "
+            "of a unit's n weights: (sum of squares)^2 / (n sum of fourth powers), 1/n for one "
+            "weight and 1 where all are equal, the mean of all units. A unit's contribution: "
+            "standard deviation of its activation times the norm of its outgoing weights. Accuracy "
+            "without a random half of the units is the mean of 3 draws."
         ),
     ),
     settings=SETTINGS,
     measure=measure,
     measures={
-        "participation_start": Measure("spread of incoming weights before training, %", 1, True),
-        "participation": Measure("spread of incoming weights, %", 1, percent=True),
-        "participation_next": Measure("spread of the next layer's weights, %", 1, percent=True),
+        "participation_start": Measure("the same before training, %", 1, percent=True),
+        "participation": Measure("participation ratio of incoming weights, %", 1, percent=True),
+        "participation_next": Measure("participation ratio, next layer, %", 1, percent=True),
         "correlation": Measure("mean absolute correlation of units", 3),
         "active": Measure("active units, %", 1, percent=True),
         "dead": Measure("never active units, %", 1, percent=True),
-        "used": Measure("spread of contributions over units, %", 1, percent=True),
+        "used": Measure("participation ratio of the units' contributions, %", 1, percent=True),
         "half_share": Measure("contribution of the first half of the units, %", 1, percent=True),
         "deleted": Measure("share deleted"),
         "deleted_accuracies": Measure("test accuracy, %", 1, percent=True),
@@ -165,10 +165,10 @@ EXPERIMENT = Experiment(
     },
     recipe={"weight_decay": 0.0},
     tables=[
-        Table(["accuracy", "participation_start", *SPREAD], BASE, "none", SPREAD[:3]),
+        Table(["accuracy", *SPREAD], BASE, "none", SPREAD[:3]),
         Table(["deleted_loss", "rescaled_loss"], [*BASE, *WIDE], None),
         Table(
-            ["accuracy", "participation_start", "participation", "dead", "used", "half_share"],
+            ["accuracy", "participation", "participation_start", "dead", "used", "half_share"],
             [*INITS, *(f"{a} - {b}" for a, b in zip(INITS[1::2], INITS[::2], strict=True))],
         ),
         Table(
@@ -189,17 +189,19 @@ EXPERIMENT = Experiment(
         Panel("One hidden layer", "accuracy", "width", "network", x_title="units", log="x"),
     ],
     answer=(
-        "It does not spread the first layer's weights ({participation[dropout - none]} points; "
-        "weight decay concentrates them, {participation[weight decay - none]}), but its units "
-        "are sparser ({active[dropout]}% active, {active[none]}% without), less correlated "
-        "({correlation[dropout - none]}) and redundant: without half of the first layer's units "
-        "accuracy changes by {deleted_loss[dropout]} points, and by {deleted_loss[none]} where "
-        "nothing was dropped in training. Units that start near zero are used without dropout, "
-        "too ({half_share[none, half near zero]}% of the contribution comes from that half, "
-        "with dropout {half_share[dropout, half near zero]}%), and width does not make dropout "
-        "pay in 15 epochs: at 64 units it costs {accuracy[dropout, width 64 - none, width 64]} "
-        "points of accuracy, at 1024 still {accuracy[dropout, width 1024 - none, width 1024]}, "
-        "though its NLL is then lower ({nll[dropout, width 1024 - none, width 1024]})."
+        "It spreads the first layer's weights no more evenly (participation ratio "
+        "{participation[dropout - none]} points), those of the next layer a little "
+        "({participation_next[dropout - none]}; weight decay concentrates them, "
+        "{participation_next[weight decay - none]}), but its units are sparser "
+        "({active[dropout]}% active, {active[none]}% without), less correlated "
+        "({correlation[dropout - none]}) and redundant: without half of them accuracy changes "
+        "by {deleted_loss[dropout]} points, without dropout by {deleted_loss[none]}. Units that "
+        "start near zero are used in both cases, with dropout a little more (their share of the "
+        "contribution: {half_share[dropout, half near zero - none, half near zero]} points), "
+        "and in 15 epochs no width makes dropout pay in accuracy: {accuracy[dropout, width 64 - "
+        "none, width 64]} points at 64 units, {accuracy[dropout, width 1024 - none, width "
+        "1024]} at 1024, where the NLL is lower ({nll[dropout, width 1024 - none, width "
+        "1024]})."
     ),
     answered="e926b1732990",
 )  # fmt: skip
