@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.machine import peak_memory
+from bench.process import peak_memory
 from bench.networks import NETWORKS, Network
 from bench.timing import contenders
 from dropserve.models.memory import keep_freed_memory

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bombs
-from bench.machine import peak_memory
+from bench.process import peak_memory
 from dropserve.models import checkpoint
 from dropserve.models.networks import default_config
 from dropserve.models.preprocessing import Preprocessing

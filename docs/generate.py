@@ -23,7 +23,7 @@ from dropserve.service.settings import Settings
 PAGE = Path(__file__).with_name("api.md")
 RELIABILITY = Path(__file__).with_name("reliability.md")
 LAB = Path(__file__).with_name("results.md")
-PICTURES = {"accuracy": 1, "weights": 0, "uncertainty": 1}
+PICTURES = {"data": 1, "weights": 0, "uncertainty": 1}
 """Experiments of which the README shows a panel."""
 PLAYGROUND = Path(__file__).parent.parent / "service/playground"
 RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
