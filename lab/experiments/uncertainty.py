@@ -199,6 +199,9 @@ def _with_noise(run: Run, images: Tensor) -> list[Tensor]:
 def _measures() -> dict[str, Measure]:
     found = {
         "confidence": Measure("mean confidence, %", 2, percent=True),
+        "mc_accuracy": Measure("Monte Carlo accuracy, %", 2, percent=True),
+        "mc_nll": Measure("Monte Carlo NLL, nats", 3),
+        "mc_ece": Measure("Monte Carlo ECE, %", 2, percent=True),
         "mc_confidence": Measure("Monte Carlo mean confidence, %", 2, percent=True),
         "calibration": Measure("eval mode, points", 1, percent=True),
         "mc_calibration": Measure("Monte Carlo, points", 1, percent=True),
@@ -257,6 +260,7 @@ EXPERIMENT = Experiment(
         Table(["accuracy", "confidence", "nll", "ece", "mc_accuracy", "mc_confidence", "mc_nll",
                "mc_ece"]),
         Table(_columns("auroc_mnist")),
+        Table(_columns("aupr_mnist")),
         Table(_columns("fpr95_mnist")),
         Table(_columns("auroc_noise")),
         Table(_columns("auroc_errors")),
@@ -279,5 +283,19 @@ EXPERIMENT = Experiment(
         Panel("Calibration under noise", ["noisy_ece", "noisy_mc_ece"], "deviations",
               x_title="standard deviation of the noise"),
     ],
-    answer="",
+    answer=(
+        "For calibration and unknown images, yes: the ECE is {mc_ece[dropout .2 and .5]}% with "
+        "Monte Carlo, {ece[dropout .2 and .5]}% in eval mode and {ece[no dropout]}% without "
+        "dropout, and mutual information tells digits from clothes with an AUROC of "
+        "{auroc_mnist_mc_information[dropout .5 and .5]}%, where eval mode has "
+        "{auroc_mnist_entropy[dropout .5 and .5]}% by entropy and {auroc_mnist_energy[dropout "
+        ".5 and .5]}% by energy, at no cost; pixel noise, however, is told best by the entropy "
+        "of a network without dropout ({auroc_noise_entropy[no dropout]}%). For choosing what a "
+        "person should see, no: the surer half is right in {half_mc_maximum[dropout .2 and "
+        ".5]}% of the images by Monte Carlo and in {half_maximum[dropout .2 and .5]}% by the "
+        "maximum probability of eval mode, and mutual information finds errors worse (AUROC "
+        "{auroc_errors_mc_information[dropout .2 and .5]}% in place of "
+        "{auroc_errors_maximum[dropout .2 and .5]}%)."
+    ),
+    answered="e45060a2856f",
 )  # fmt: skip

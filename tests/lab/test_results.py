@@ -120,8 +120,8 @@ def test_every_other_number_of_the_text_is_declared(name):
     assert [n for n in texts(text) if n not in known] == []
 
 
-COMMON = {1.0, 10_000.0}
-"""One as a word is, and the test images of Fashion-MNIST."""
+COMMON = {1.0, 95.0, 10_000.0}
+"""One as a word is, the level of intervals in percent, and the test images of Fashion-MNIST."""
 
 
 def texts(text):
