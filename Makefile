@@ -76,17 +76,16 @@ screenshots: setup browser ## Take the playground's pictures for README and docs
 	@fc-list | grep -q Inter || apt-get install -y --no-install-recommends fonts-inter
 	$(PYTHON) docs/screenshots.py
 
-docs: setup ## Update the tables of docs/api.md and docs/reliability.md
+docs: setup ## Update the tables of docs/api.md and docs/reliability.md, and the measured answers
 	$(PYTHON) docs/generate.py
 
 format: setup ## Format the code and fix what ruff can
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-# Six minutes. When lab/, training or sampling has changed; DATA is the folder with fashion-mnist/.
-DATA = data
+# Two to six minutes. When lab/, training or sampling has changed.
 lab-quick: setup ## Run every experiment of the lab in its shortest form
-	$(DROPSERVE) lab run all --quick --restart --data-dir $(DATA)
+	$(DROPSERVE) lab run all --quick --restart
 
 bench: setup ## Measure the engine: speed, what masks are worth, training, memory (minutes)
 	$(PYTHON) -m bench.engine

@@ -82,9 +82,10 @@ def run(
         quick,
         processes or os.cpu_count() or 1,
     )
-    fashion_mnist(data_dir)  # and MNIST: what is missing is told before the first run
-    mnist(data_dir)
     wanted = [name for name in experiments.NAMES if name in names or "all" in names]
+    fashion_mnist(data_dir)  # what is missing is told before the first run
+    if "uncertainty" in wanted:
+        mnist(data_dir)
     for name in wanted:
         if restart:
             runner.discard(folder, name)
