@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from dropserve import lab
 from dropserve.lab import experiments, page, runner
 from dropserve.lab.experiment import terms
 from dropserve.lab.results import RESULTS, read_document
@@ -78,6 +79,7 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_results(unbroken, tmp_pat
 
 
 @needs_data
+@pytest.mark.slow
 def test_an_interrupted_run_ends_at_once_and_says_how_it_continues(tmp_path):
     long = [*LAB, "run", "masks", "--results", tmp_path / "results", "--data-dir", DATA]
     process = subprocess.Popen(
@@ -93,7 +95,7 @@ def test_an_interrupted_run_ends_at_once_and_says_how_it_continues(tmp_path):
     assert process.returncode == 130
     assert errors == "interrupted: the same command continues with masks; what is done is kept\n"
     assert time.monotonic() - began < 5  # a run takes longer
-    assert not [worker for worker in workers if worker.is_running()]
+    eventually(lambda: not any(worker.is_running() for worker in workers), 5)
 
 
 def computing(process):
@@ -152,6 +154,7 @@ def test_measures_at_epochs_leave_the_training_as_it_is():
 
 
 @needs_data
+@pytest.mark.slow
 def test_runs_are_kept_by_what_they_were_made_with_and_can_be_discarded(unbroken, tmp_path):
     folder = tmp_path / "results"
     shutil.copytree(unbroken, folder)
@@ -171,7 +174,6 @@ def test_runs_are_kept_by_what_they_were_made_with_and_can_be_discarded(unbroken
 
 def test_what_is_missing_is_told_before_the_first_run(tmp_path, monkeypatch):
     asked = ("lab", "run", NAME, "--results", tmp_path / "results")
-    monkeypatch.setattr("urllib.request.urlopen", None)
     damaged = tmp_path / "fashion-mnist" / "train-images-idx3-ubyte.gz"
     damaged.parent.mkdir()
     damaged.write_bytes(b"nothing")
@@ -180,6 +182,7 @@ def test_what_is_missing_is_told_before_the_first_run(tmp_path, monkeypatch):
     assert told.stderr.startswith(f"error: {damaged}: not an IDX file")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "dropserve.lab.plots", raising=False)
+    monkeypatch.delattr(lab, "plots", raising=False)
     told = invoke(*asked)
     assert (told.exit_code, told.stderr) == (
         2, "error: the lab needs matplotlib: install dropserve[lab]\n",
