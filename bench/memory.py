@@ -20,8 +20,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.process import peak_memory
 from bench.networks import NETWORKS, Network
+from bench.process import peak_memory
 from bench.timing import contenders
 from dropserve.models.memory import keep_freed_memory
 from dropserve.models.storage import dump_tensors, parse_tensors, read_once
