@@ -25,13 +25,16 @@ def list_(results: Results = None) -> None:
     from dropserve.lab.results import read_document
 
     folder = results or FOLDER / "results"
-    table = Table("name", "question", "runs", "measured")
+    table = Table("name", "question", "runs", "measured", "core minutes")
     for name in experiments.NAMES:
         experiment = experiments.load(name)
         path = folder / f"{name}.json"
-        measured = read_document(path).measured["date"] if path.exists() else "-"
+        date, minutes = "-", "-"
+        if path.exists():
+            measured = read_document(path).measured
+            date, minutes = measured["date"], f"{measured['processor_seconds'] / 60:.0f}"
         runs = f"{len(experiment.settings)} settings x {experiment.seeds} seeds"
-        table.add_row(name, experiment.question, runs, measured)
+        table.add_row(name, experiment.question, runs, date, minutes)
     terminal.console().print(table)
 
 
@@ -39,12 +42,14 @@ def list_(results: Results = None) -> None:
 def run(
     names: Annotated[list[str], typer.Argument(metavar="NAME|all ...", help="As in `lab list`.")],
     seeds: Annotated[
-        int | None, Opt(min=1, metavar="N", help="Runs of each setting; default: 5, of large 3.")
+        int | None, Opt(min=1, metavar="N", help="Runs of each setting; default: as in `lab list`.")
     ] = None,
     quick: Annotated[
-        bool, Opt("--quick", help="Minutes, to see that all works; no answer.")
+        bool, Opt("--quick", help="A short trial: its figures answer nothing, and go to lab/quick.")
     ] = False,
-    restart: Annotated[bool, Opt("--restart", help="Discard the runs that are done.")] = False,
+    restart: Annotated[
+        bool, Opt("--restart", help="Discard the runs that are done, and start over.")
+    ] = False,
     png: Annotated[bool, Opt("--png", help="Draw the plots as PNG, too.")] = False,
     processes: Annotated[
         int | None, Opt(min=1, metavar="N", help="Runs at a time; default: one a core.")

@@ -39,6 +39,7 @@ def refresh(folder: Path = RESULTS) -> dict[str, Document]:
 
 def write(found: Mapping[str, Document]) -> Iterator[str]:
     """Yield the lines of the page: a list of the questions, and a section each."""
+    yield from ('<a id="questions"></a>', "")
     for name in found:
         yield f"- [{experiments.load(name).question}](#{name})"
     for name, document in found.items():
@@ -58,7 +59,7 @@ def _section(name: str, experiment: Experiment, document: Document) -> Iterator[
     yield (
         f"`dropserve lab run {name}`, {seeds} seeds, {measured['date']}: "
         f"{minutes:.0f} minutes of a processor core, PyTorch {measured['versions']['torch']}, "
-        f"{measured['machine']['cpu']}."
+        f"{measured['machine']['cpu']}. [All questions](#questions)"
     )
 
 

@@ -23,8 +23,10 @@ from dropserve.lab.results import Array, Document, interval
 INK, GRID = "#7d8590", "#7d859040"
 COLOURS = ("#2f81f7", "#d9730d", "#1a9e77", "#b45fc4", "#8b949e", "#b58900", "#c9406d", "#3fa7b8")
 _LINES, _MARKS = ("-", "--", ":", "-."), "osD^vPX*"
-_WIDTH, _HEIGHT, _ROW = 5.0, 3.6, 0.26  # inches of a panel, and of a row of points
+_WIDTH, _HEIGHT, _ROW = 5.0, 4.2, 0.26  # inches of a panel, and of a row of points
 _COLUMNS, _TITLE = 2, 40  # panels in a row, characters in a line of a title
+_FEW = 3
+"""Most lines whose legend fits in the axes."""
 _MARKED = 25
 """Most points of a line that are marked one by one."""
 
@@ -111,7 +113,7 @@ def _draw(axes: Axes, panel: Panel, experiment: Experiment, document: Document) 
         axes.set_xlabel(panel.x_title)
         axes.set_ylabel(fill(", ".join(_units(titles)), _TITLE))
         if len(lines) > 1:
-            axes.legend(fontsize=8.5, framealpha=0, labelcolor=INK)
+            _legend(axes, below=len(lines) > _FEW)
         if all(float(v).is_integer() for _, x, _, _ in lines for v in x) and "x" not in panel.log:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name in "xy":
@@ -124,6 +126,11 @@ def _draw(axes: Axes, panel: Panel, experiment: Experiment, document: Document) 
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
+
+
+def _legend(axes: Axes, *, below: bool) -> None:
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)} if below else {}
+    axes.legend(fontsize=8.5, framealpha=0, labelcolor=INK, **place)
 
 
 def _units(titles: Sequence[str]) -> list[str]:
@@ -213,11 +220,5 @@ def _points(axes: Axes, panel: Panel, experiment: Experiment, document: Document
     axes.invert_yaxis()
     if any(" - " in e for e in rows.values()):
         axes.axvline(0, color=INK, linewidth=0.8)
-    if len(names) > 1:  # below, because points may be anywhere
-        axes.legend(
-            fontsize=8.5,
-            framealpha=0,
-            labelcolor=INK,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.12),
-        )
+    if len(names) > 1:
+        _legend(axes, below=True)  # points may be anywhere

@@ -74,9 +74,10 @@ EXPERIMENT = Experiment(
         "images - no dropout, 30,000 images]} at 30,000 and {error[dropout, 60,000 images - no "
         "dropout, 60,000 images]} at 60,000, where training accuracy is lower, too "
         "({train_accuracy[dropout, 60,000 images - no dropout, 60,000 images]}). The NLL tells "
-        "another story: with up to 1,000 images, which are seen hundreds of times, dropout "
-        "raises it ({nll[dropout, 300 images - no dropout, 300 images]} nats at 300), and it "
-        "lowers it most at 10,000 ({nll[dropout, 10,000 images - no dropout, 10,000 images]})."
+        "another story: with up to 1,000 images, which are seen hundreds of times and more, "
+        "dropout raises it ({nll[dropout, 100 images - no dropout, 100 images]} nats at 100), "
+        "and it lowers it most at 10,000 ({nll[dropout, 10,000 images - no dropout, 10,000 "
+        "images]})."
     ),
     answered="5fcf9859da23",
 )  # fmt: skip

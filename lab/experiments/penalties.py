@@ -215,16 +215,17 @@ EXPERIMENT = Experiment(
               rows=[s.label for s in SETTINGS if "decay" not in s.label]),
     ],
     answer=(
-        "Weight decay replaces dropout more than it adds to it: dropout changes the NLL by "
-        "{nll[dropout - neither]} nats, decay .5 by {nll[decay 0.5 - neither]}, both by "
-        "{nll[decay 0.5 and dropout - neither]}, and for accuracy, where dropout gains "
-        "{accuracy[dropout - neither]} points, the interactions with decay .5 and 2, L1 and "
-        "max-norm are below 0, too; decay .02 does nearly nothing, and batch norm alone raises "
-        "the NLL ({nll[batch norm - neither]}), which dropout undoes. Dropout before ReLU is "
-        "dropout after it (the difference is 0 in every run), decaying biases changes nothing "
-        "that 5 seeds can show, and weight decay is a Gaussian prior to rounding in its "
-        "gradient and for SGD, but not for AdamW: with the penalty in the loss its weights end "
-        "{adamw_steps[decay 0.5]} times as far away after 50 steps as decay .5 has moved them."
+        "For NLL weight decay replaces dropout: dropout changes it by {nll[dropout - neither]} "
+        "nats, decay .5 by {nll[decay 0.5 - neither]}, both by {nll[decay 0.5 and dropout - "
+        "neither]}; for accuracy it does not ({accuracy[decay 0.5 - neither]} points, dropout "
+        "{accuracy[dropout - neither]}), and there the interactions of dropout with decay .5 "
+        "and 2, L1 and max-norm are below 0, too, decay .02 does nearly nothing, and batch norm "
+        "alone raises the NLL ({nll[batch norm - neither]}), which dropout undoes. Dropout "
+        "before ReLU is dropout after it (the difference is 0 in every run), and decaying "
+        "biases changes nothing that 5 seeds can show; the gradient of weight decay is that of "
+        "a Gaussian prior up to rounding, and with SGD the steps agree, too, but not with "
+        "AdamW: with the penalty in the loss its weights end {adamw_steps[decay 0.5]} times as "
+        "far away after 50 steps as decay .5 has moved them."
     ),
     answered="6cce0d1bcd35",
 )  # fmt: skip

@@ -68,16 +68,17 @@ EXPERIMENT = Experiment(
               rows=["0.2 and 0.5", *_labels(ON_INPUT)], x_title="rate on the input"),
     ],
     answer=(
-        "Low ones: .2 or .3 in the first layer changes the accuracy by {accuracy[0.2 and 0 - 0 "
-        "and 0]} and {accuracy[0.3 and 0 - 0 and 0]} points, .3 in the second by {accuracy[0 "
-        "and 0.3 - 0 and 0]}, .2 in both by {accuracy[0.2 and 0.2 - 0 and 0]}; a high rate does "
-        "less harm in the second layer (.8 and .2 against .2 and .8: {accuracy[0.8 and 0.2 - "
-        "0.2 and 0.8]}; .5 and .2 swapped show no difference), and .1 on the input lowers the "
-        "NLL alone ({nll[input 0.1 - 0.2 and 0.5]}). Training accuracy falls with every rate; "
-        "test accuracy is below that without dropout from .7 on in the first layer "
-        "({accuracy[0.7 and 0 - 0 and 0]}) and .8 in the second ({accuracy[0 and 0.8 - 0 and "
-        "0]}), and collapses at .9 in the first ({accuracy[0.9 and 0]}%) and at .99 in the "
-        "second ({accuracy[0 and 0.99]}%)."
+        "For accuracy low ones: .2 or .3 in the first layer changes it by {accuracy[0.2 and 0 - "
+        "0 and 0]} and {accuracy[0.3 and 0 - 0 and 0]} points, .3 in the second by {accuracy[0 "
+        "and 0.3 - 0 and 0]}, .2 in both by {accuracy[0.2 and 0.2 - 0 and 0]}; for NLL higher "
+        "ones: .5 in the first by {nll[0.5 and 0 - 0 and 0]} nats, .7 in the second by {nll[0 "
+        "and 0.7 - 0 and 0]}, and .2 on the input beside .2 and .5 by another {nll[input 0.2 - "
+        "0.2 and 0.5]}; a high rate does less harm in the second layer (.8 and .2 against .2 "
+        "and .8: {accuracy[0.8 and 0.2 - 0.2 and 0.8]} points; .5 and .2 swapped show no "
+        "difference). Training accuracy falls with every rate; test accuracy is below that "
+        "without dropout from .7 on in the first layer ({accuracy[0.7 and 0 - 0 and 0]}) and .8 "
+        "in the second ({accuracy[0 and 0.8 - 0 and 0]}), and collapses at .9 in the first "
+        "({accuracy[0.9 and 0]}%) and at .99 in the second ({accuracy[0 and 0.99]}%)."
     ),
     answered="e23a628adac6",
 )  # fmt: skip

@@ -161,16 +161,16 @@ EXPERIMENT = Experiment(
         Panel("After the last epoch", "accuracy", "rate", "method", x_title="learning rate",
               log="x"),
         Panel("Jumps of the test accuracy", "jump", "rate", "method", x_title="learning rate",
-              log="xy"),
+              log="x"),
     ],
     answer=(
         "No: up to a learning rate of 0.001 dropout lowers the variance of the activations "
         "(second layer, 0.001: {variance2[dropout, 0.001 - none, 0.001]}) and the gradients of "
-        "the second layer ({gradient2[dropout, 0.001 - none, 0.001]}), but high rates do it "
-        "more harm: at 0.03 test accuracy is {accuracy[dropout, 0.03]}% with it and "
-        "{accuracy[none, 0.03]}% without, and at 0.01 the curves jump by {jump[dropout, 0.01 - "
-        "none, 0.01]} points more. A max-norm of 2 keeps the variance low at every rate and is "
-        "alone in reaching {accuracy[max-norm, 0.1]}% at 0.1 (together with dropout "
+        "the second layer ({gradient2[dropout, 0.001 - none, 0.001]}), but high learning rates "
+        "do more harm with it: at 0.03 test accuracy is {accuracy[dropout, 0.03]}% with dropout "
+        "and {accuracy[none, 0.03]}% without, and at 0.01 the curves jump by {jump[dropout, "
+        "0.01 - none, 0.01]} points more. A max-norm of 2 keeps the variance low at every rate "
+        "and is alone in reaching {accuracy[max-norm, 0.1]}% at 0.1 (together with dropout "
         "{accuracy[both, 0.1]}%), but at 0.03 it costs accuracy ({accuracy[max-norm, 0.03 - "
         "none, 0.03]}), and up to 0.001 it changes almost nothing; no loss became infinite."
     ),
