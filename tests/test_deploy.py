@@ -275,7 +275,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_the_two_packages_whole_and_nothing_else(wheel):
+def test_wheel_holds_the_packages_whole_without_results_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     metadata = f"dropserve-{project()['version']}.dist-info"
     assert {name.split("/")[0] for name in names} == {"dropserve", metadata}
@@ -284,8 +284,8 @@ def test_wheel_holds_the_two_packages_whole_and_nothing_else(wheel):
 
 def package_files():
     yield "dropserve/__init__.py"
-    for package in ("models", "service"):
-        for path in (ROOT / package).rglob("*"):
+    for pattern in ("models/**/*", "service/**/*", "lab/*.py", "lab/experiments/*.py"):
+        for path in ROOT.glob(pattern):
             if path.is_file() and path.suffix != ".pyc":
                 yield f"dropserve/{path.relative_to(ROOT).as_posix()}"
 

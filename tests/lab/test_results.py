@@ -29,7 +29,7 @@ FIGURE = re.compile(r"\*{0,2}([+-]?\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))?\*{0,2}
 @pytest.fixture(scope="module")
 def sections():
     """The page's text by experiment."""
-    found = re.split(r'<a id="(\w+)"></a>\n', PAGE.read_text())[1:]
+    found = re.split(r'<a id="(\w+)"></a>\n', PAGE.read_text())[3:]  # after the questions
     return dict(zip(found[::2], found[1::2], strict=True))
 
 
