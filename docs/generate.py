@@ -190,9 +190,10 @@ def main() -> None:
         if name in PICTURES:
             alone = replace(experiment, panels=[experiment.panels[PICTURES[name]]])
             plots.draw(alone, document, [PAGE.parent / f"images/lab-{name}.svg"])
-    LAB.write_text(fill(LAB.read_text(), "experiments", lab.write(documents)))
+    answers = list(lab.lines(documents))
+    LAB.write_text(fill(LAB.read_text(), "experiments", answers))
     web = PLAYGROUND / "results.html"
-    web.write_text(fill(web.read_text(), "experiments", [rendered(lab.write(documents))]))
+    web.write_text(fill(web.read_text(), "experiments", [rendered(answers)]))
 
 
 if __name__ == "__main__":

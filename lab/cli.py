@@ -99,7 +99,7 @@ def run(
         hint = f"{again} continues with {rest}; what is done is kept"
         with terminal.interruptible(lambda hint=hint: hint), terminal.progress(name) as progress:  # type: ignore[misc]
             try:
-                path = runner.run(name, chosen, progress)
+                path = runner.run_experiment(name, chosen, progress)
             except BlockingIOError as error:
                 raise terminal.Refused(f"another process runs {name} into {folder}") from error
         document = read_document(path)

@@ -12,6 +12,8 @@ from dropserve.models.defaults import MaskKind
 from dropserve.models.evaluation import score
 from dropserve.models.montecarlo import Sampler
 
+ROUNDING = 1e-16
+"""Of float64, about: the unit in which differences by rounding are shown."""
 _BATCH = 500
 
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dropserve.lab import experiments
-from dropserve.lab.experiment import Experiment, Measure, Table, terms
+from dropserve.lab.experiment import Experiment, Measure, terms
 from dropserve.lab.results import (
     REFERENCE,
     RESULTS,
     Document,
-    against,
+    cells,
     compared,
     read_document,
     with_estimates,
@@ -37,7 +37,7 @@ def refresh(folder: Path = RESULTS) -> dict[str, Document]:
     return found
 
 
-def write(found: Mapping[str, Document]) -> Iterator[str]:
+def lines(found: Mapping[str, Document]) -> Iterator[str]:
     """Yield the lines of the page: a list of the questions, and a section each."""
     yield from ('<a id="questions"></a>', "")
     for name in found:
@@ -86,15 +86,11 @@ def tables(experiment: Experiment, document: Document) -> Iterator[list[list[str
         titles += [
             f"{experiment.titled(m).title}: difference to {one.against}" for m in compared(one)
         ]
-        yield [["setting", *titles], *_rows(experiment, document, one)]
-
-
-def _rows(experiment: Experiment, document: Document, one: Table) -> Iterator[list[str]]:
-    for shown, expression in experiment.rows(one.rows).items():
-        asked = [(name, expression) for name in one.columns]
-        difference = against(one, expression)
-        asked += [(name, difference or "") for name in compared(one)]
-        yield [shown, *(figure(experiment.titled(name), document, name, e) for name, e in asked)]
+        rows = [
+            [shown, *(figure(experiment.titled(m), document, m, e) if e else "" for m, e in row)]
+            for shown, row in cells(experiment, one)
+        ]
+        yield [["setting", *titles], *rows]
 
 
 def figure(

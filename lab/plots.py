@@ -4,7 +4,7 @@ The colours differ in lightness too, and lines and marks in their form, for read
 colours apart. Intervals are 95% of the mean over seeds.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
@@ -67,7 +67,9 @@ def draw(experiment: Experiment, document: Document, paths: Sequence[Path]) -> N
     panels = experiment.panels
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns)
-    points = max((len(_rows(experiment, p)) for p in panels if _is_points(p, document)), default=0)
+    points = max(
+        (len(experiment.rows(p.rows)) for p in panels if _is_points(p, document)), default=0
+    )
     height = max(_HEIGHT, _ROW * points + 1.2)
     with style():
         figure = Figure(figsize=(_WIDTH * columns, height * rows), layout="constrained")
@@ -78,10 +80,6 @@ def draw(experiment: Experiment, document: Document, paths: Sequence[Path]) -> N
             axes.set_axis_off()
         for path in paths:
             save(figure, path, experiment.question)
-
-
-def _rows(experiment: Experiment, panel: Panel) -> Mapping[str, str]:
-    return experiment.rows(panel.rows)
 
 
 def _measures(panel: Panel) -> tuple[str, ...]:
@@ -144,46 +142,52 @@ Line = tuple[str, Sequence[float], Array, Array]
 """Label, x, mean and half width."""
 
 
+def _shown(
+    experiment: Experiment, document: Document, measure: str, expression: str
+) -> tuple[Array, Array]:
+    """Return mean and half width as they are drawn."""
+    scale = experiment.titled(measure).scale
+    mean, half = interval(document.values(measure, expression))
+    return scale * mean, scale * half
+
+
 def _lines(panel: Panel, experiment: Experiment, document: Document) -> Iterator[Line]:
     """Yield lines over a value of the settings."""
     settings = {s.label: s for s in experiment.settings}
-    rows = [settings[label] for label in _rows(experiment, panel).values()]
+    rows = [settings[label] for label in experiment.rows(panel.rows).values()]
     x, series = panel.x or "", panel.series
     rows = [s for s in rows if x in s.values and (series or x) in s.values]
-    groups = dict.fromkeys(s.values[series] if series else None for s in rows)
     for name in _measures(panel):
-        for group in groups:
+        for group in dict.fromkeys(s.values[series] if series else "" for s in rows):
             members = [s for s in rows if not series or s.values[series] == group]
             members = [s for s in members if name in document.runs[s.label][0]]
             members.sort(key=lambda s: s.values[x])
-            found = [interval(document.values(name, s.label)) for s in members]
-            scale = experiment.titled(name).scale
-            mean, half = (scale * np.array(column) for column in zip(*found, strict=True))
-            what = [] if len(_measures(panel)) == 1 else [_short(experiment.titled(name).title)]
-            title = (
-                []
-                if group is None
-                else [group if isinstance(group, str) else f"{series} {group:g}"]
-            )
-            label = ", ".join(title + what) or experiment.titled(name).title
+            found = [_shown(experiment, document, name, s.label) for s in members]
+            mean, half = (np.array(column) for column in zip(*found, strict=True))
+            title = group if isinstance(group, str) else f"{series} {group:g}"
+            label = _label(panel, experiment, title, name)
             yield label, [s.values[x] for s in members], mean, half
 
 
 def _curves(panel: Panel, experiment: Experiment, document: Document) -> Iterator[Line]:
     """Yield a line a setting, or expression, over the elements of lists."""
-    for shown, expression in _rows(experiment, panel).items():
+    for title, expression in experiment.rows(panel.rows).items():
         for name in _measures(panel):
             if not document.has(name, expression):
                 continue
-            mean, half = interval(document.values(name, expression))
-            x = range(1, len(mean) + 1)
+            mean, half = _shown(experiment, document, name, expression)
+            x = np.arange(1.0, len(mean) + 1)
             if panel.x:
                 first, _ = terms(expression)[0]
-                x = experiment.titled(panel.x).scale * document.values(panel.x, first).mean(0)
-            what = "" if len(_measures(panel)) == 1 else _short(experiment.titled(name).title)
-            scale = experiment.titled(name).scale
-            label = ", ".join(part for part in (shown, what) if part)
-            yield label, list(x), scale * mean, scale * half
+                x, _ = _shown(experiment, document, panel.x, first)
+            yield _label(panel, experiment, title, name), x.tolist(), mean, half
+
+
+def _label(panel: Panel, experiment: Experiment, title: str, measure: str) -> str:
+    """Name a line: by its measure, too, where a panel has several."""
+    shown = experiment.titled(measure).title
+    what = "" if len(_measures(panel)) == 1 else _short(shown)
+    return ", ".join(filter(None, (title, what))) or shown
 
 
 def _short(title: str) -> str:
@@ -202,13 +206,12 @@ def _plot(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _points(axes: Axes, panel: Panel, experiment: Experiment, document: Document) -> None:
-    rows = _rows(experiment, panel)
+    rows = experiment.rows(panel.rows)
     names = _measures(panel)
     for i, name in enumerate(names):
         shown = {row: e for row, e in rows.items() if document.has(name, e)}
-        found = [interval(document.values(name, e)) for e in shown.values()]
-        scale = experiment.titled(name).scale
-        mean, half = (scale * np.array(column) for column in zip(*found, strict=True))
+        found = [_shown(experiment, document, name, e) for e in shown.values()]
+        mean, half = (np.array(column) for column in zip(*found, strict=True))
         place = np.array([list(rows).index(row) for row in shown]) + 0.16 * (
             i - (len(names) - 1) / 2
         )

@@ -69,8 +69,8 @@ def with_estimates(experiment: Experiment, document: Document) -> Document:
     """Add to results what the page says: mean and half width by `measure[expression]`."""
     asked = {*REFERENCE.findall(experiment.answer)}
     for table in experiment.tables:
-        for column, expression in cells(experiment, table):
-            asked.add((column, expression))
+        for _, row in cells(experiment, table):
+            asked |= {(measure, expression) for measure, expression in row if expression}
     found = {}
     for measure, expression in sorted(asked):
         if document.has(measure, expression):
@@ -79,26 +79,21 @@ def with_estimates(experiment: Experiment, document: Document) -> Document:
     return replace(document, results={**document.results, "estimates": found})
 
 
-def cells(experiment: Experiment, table: Table) -> Iterator[tuple[str, str]]:
-    """Yield measure and expression of each cell of a table."""
-    for expression in experiment.rows(table.rows).values():
-        for column in table.columns:
-            yield column, expression
-        for column in compared(table):
-            if difference := against(table, expression):
-                yield column, difference
+def cells(
+    experiment: Experiment, table: Table
+) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """Yield what each row is called, and measure and expression of its cells; None: it is empty."""
+    for shown, expression in experiment.rows(table.rows).items():
+        row: list[tuple[str, str | None]] = [(column, expression) for column in table.columns]
+        difference = None if expression == table.against else f"{expression} - {table.against}"
+        if len(terms(expression)) > 1:  # it is a difference itself
+            difference = None
+        yield shown, row + [(column, difference) for column in compared(table)]
 
 
 def compared(table: Table) -> tuple[str, ...]:
     """Name the measures whose differences a table shows."""
     return tuple(table.compared or table.columns[:1]) if table.against else ()
-
-
-def against(table: Table, expression: str) -> str | None:
-    """Return the difference of a row to what it is compared with; None: it is that, or one."""
-    if expression == table.against or len(terms(expression)) > 1:
-        return None
-    return f"{expression} - {table.against}"
 
 
 def _short(value: Array) -> float | None:

@@ -1,8 +1,7 @@
 """Runs an experiment: every setting with every seed, in processes; what is done is kept.
 
 A run is one file, written when it ends, so that an interrupted experiment goes on with the next
-one. Each process computes with one thread: two of them train two small networks in the time in
-which two threads train one.
+one. Each process computes with one thread, as small networks are trained (docs/training.md).
 """
 
 import hashlib
@@ -23,8 +22,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from dropserve.lab import experiments, measures
-from dropserve.lab import run as run_of
+from dropserve.lab import experiments, measures, run
 from dropserve.lab.experiment import Experiment, Setting
 from dropserve.lab.machine import machine, versions
 from dropserve.lab.results import Document, with_estimates, write_document
@@ -60,15 +58,18 @@ class Task:
 def _tasks(name: str, experiment: Experiment, options: Options) -> list[Task]:
     """List all runs; one of another declaration, or measured in another way, is another file."""
     seeds = options.seeds or (QUICK_SEEDS if options.quick else experiment.seeds)
-    code = [experiments.source(name), *map(inspect.getsource, (measures, run_of))]
-    found = []
-    for seed in range(seeds):  # runs of one seed have the same data
-        for index, setting in enumerate(experiment.settings):
-            declared = repr((_describe(experiment, setting), options.quick, code, versions()))
-            digest = hashlib.sha256(declared.encode()).hexdigest()[:12]
-            file = kept_runs(options.folder, name) / f"{slug(setting.label)}-{seed}-{digest}.json"
-            found.append(Task(name, index, seed, options, file))
-    return found
+    code = [experiments.source(name), *map(inspect.getsource, (measures, run))]
+    files = []
+    for setting in experiment.settings:
+        declared = repr((_describe(experiment, setting), options.quick, code, versions()))
+        digest = hashlib.sha256(declared.encode()).hexdigest()[:12]
+        files.append((slug(setting.label), digest))
+    folder = kept_runs(options.folder, name)
+    return [
+        Task(name, index, seed, options, folder / f"{label}-{seed}-{digest}.json")
+        for seed in range(seeds)  # runs of one seed have the same data
+        for index, (label, digest) in enumerate(files)
+    ]
 
 
 def kept_runs(folder: Path, name: str) -> Path:
@@ -86,7 +87,7 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")
 
 
-def run(
+def run_experiment(
     name: str, options: Options, progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> Path:
     """Do what is left of an experiment, and write its results; return their file.
@@ -185,13 +186,12 @@ def _measure(task: Task) -> None:
     """Do one run, and keep what it measured."""
     experiment, options = experiments.load(task.name), task.options
     setting = experiment.settings[task.index]
-    one = run_of.Run(experiment, setting, task.seed, options.data_dir, quick=options.quick)
+    one = run.Run(experiment, setting, task.seed, options.data_dir, quick=options.quick)
     started = time.process_time()
     figures = _rounded(experiment.measure(one))
     seconds = time.process_time() - started
     if task.seed == 0:
         one.publish(options.checkpoints / task.name, slug(setting.label))
-    task.file.parent.mkdir(parents=True, exist_ok=True)
     kept = {"figures": figures, "processor_seconds": round(seconds, 2)}
     storage.replace_durably(task.file, json.dumps(kept).encode())
 

@@ -122,7 +122,7 @@ def fit(
     train = Split(train.images.to(fabric.device), train.labels.to(fabric.device))
     steps = max(1, len(train) // size)  # of an epoch; a last, smaller batch is left out
     made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
-    state = State(module, _optimizer(module, recipe), {**(description or {}), **made_with})
+    state = State(module, build_optimizer(module, recipe), {**(description or {}), **made_with})
     if state_path is not None and state_path.exists():
         state.restore(state_path)
     wrapped, optimizer = fabric.setup(module, state.optimizer)
@@ -224,7 +224,7 @@ def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Decay matrices and kernels; vectors, which are biases and norms, only if asked to."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     decay = recipe.weight_decay

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dropserve.lab.experiment import Experiment, Figures, Measure, Panel, Setting, Table
-from dropserve.lab.measures import probabilities, scores, thinned
+from dropserve.lab.measures import ROUNDING, probabilities, scores, thinned
 from dropserve.lab.run import Run
 from dropserve.models.evaluation import score
 from dropserve.models.regularizers import InvertedDropout
@@ -18,8 +18,6 @@ DRAWN = 400
 GROUPS = 40
 SHOWN = (10, 50)
 """T of the table."""
-ROUNDING = 1e-16
-"""Of float64, about."""
 _BATCH = 100
 
 

@@ -8,14 +8,12 @@ import torch
 from torch import nn
 
 from dropserve.lab.experiment import Experiment, Figures, Measure, Panel, Setting, Table
-from dropserve.lab.measures import scores
+from dropserve.lab.measures import ROUNDING, scores
 from dropserve.lab.run import Run
 from dropserve.models.regularizers import InvertedDropout, Scope
 
 CHECKED = 100
 """Images, on which masks of units and of weights are compared."""
-ROUNDING = 1e-16
-"""Of float64, about."""
 RATES = (0.2, 0.5)
 """Of masks on weights, rows and columns."""
 OTHER_RATES = (0.1, 0.3, 0.5)

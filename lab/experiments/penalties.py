@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from dropserve.lab.experiment import Experiment, Figures, Measure, Panel, Setting, Table
-from dropserve.lab.measures import trained
+from dropserve.lab.measures import ROUNDING, trained
 from dropserve.lab.run import Run
 from dropserve.models import training
 from dropserve.models.data import Split
@@ -21,8 +21,6 @@ COMBINED = (0.02, 0.5, 2.0)
 L1 = (1e-5, 1e-4, 1e-3)
 COMBINED_L1 = 1e-4
 MAX_NORM = 1.0
-UNIT = 1e-16
-"""Of differences by rounding, which is to 1.1 of it in float64."""
 STEPS = 50
 """Steps after which weights with a decay and weights with a penalty are compared again."""
 
@@ -49,10 +47,10 @@ def _prior(run: Run, module: nn.Module) -> Figures:
     gradients = torch.autograd.grad(torch.stack(densities).sum(), weights)
     pairs = [(g, -decay * w.detach()) for g, w in zip(gradients, weights, strict=True)]
     figures: Figures = {
-        "prior_difference": max(float((g - d).abs().max()) for g, d in pairs) / UNIT,
-        "prior_relative": max(float(((g - d) / d).abs().max()) for g, d in pairs) / UNIT,
+        "prior_difference": max(float((g - d).abs().max()) for g, d in pairs) / ROUNDING,
+        "prior_relative": max(float(((g - d) / d).abs().max()) for g, d in pairs) / ROUNDING,
     }
-    for optimizer, unit in (("sgd", UNIT), ("adamw", 1.0)):
+    for optimizer, unit in (("sgd", ROUNDING), ("adamw", 1.0)):
         plain, decayed, penalised = (
             list(_walk(run, module, optimizer, *both)) for both in ((0, 0), (decay, 0), (0, decay))
         )
@@ -70,7 +68,7 @@ def _walk(
     """Yield all weights after each step from a network's; the same batches each time."""
     module = copy.deepcopy(module).eval()
     recipe = run.recipe(optimizer=optimizer, weight_decay=float(decay))
-    steps = training._optimizer(module, recipe)  # noqa: SLF001  what `fit` steps by
+    steps = training.build_optimizer(module, recipe)  # what `fit` steps by
     train, generator = run.train_images, run.generator(1)
     for _ in range(3 if run.quick else STEPS):
         drawn = torch.randint(len(train), (recipe.batch_size,), generator=generator)

@@ -148,8 +148,8 @@ def test_the_pages_are_those_of_the_results():
         found[name] = document
         assert (PLAYGROUND / "results" / f"{name}.svg").exists()
     for file, lines in (
-        (PAGE, page.write(found)),
-        (PLAYGROUND / "results.html", [generate["rendered"](page.write(found))]),
+        (PAGE, page.lines(found)),
+        (PLAYGROUND / "results.html", [generate["rendered"](page.lines(found))]),
     ):
         text = file.read_text()
         assert generate["fill"](text, "experiments", lines) == text, "make docs writes it anew"
