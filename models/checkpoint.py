@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -44,8 +43,10 @@ WEIGHTS = "model.safetensors"
 METADATA = "model.json"
 MANIFEST = "manifest.json"
 PIN = "pin.json"
+MAX_PIN_BYTES = 1000
 NAME_RULE = "use 1 to 64 of A-Z a-z 0-9 . _ -, and no dot in front"
-_MAX_BYTES = 8 * 2**30
+MAX_BYTES = 8 * 2**30
+"""Of the weights."""
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _TO_SAFETENSORS = """\
   import torch; from safetensors.torch import save_file
@@ -102,11 +103,10 @@ class Version:
         return module.eval()
 
 
-def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
-    """Write the next version of `metadata.name`, whole or not at all; return its folder.
+def dump(module: "nn.Module", metadata: Metadata) -> dict[str, bytes]:
+    """Return a version's files by name, in the order to write them: the manifest is the last.
 
-    CheckpointError: it cannot be written (CheckpointNotWritten), or could not be read again;
-    nothing is left behind.
+    CheckpointError: they could not be read again.
     """
     import torch
 
@@ -118,15 +118,23 @@ def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
     about = _dump_metadata(replace(metadata, sha256=sha256, torch_version=torch.__version__))
     if not is_name(metadata.name):
         raise CheckpointError(f"{metadata.name!r} cannot name a model: {NAME_RULE}")
-    folder = root / metadata.name
+    manifest = _dump_json({"files": _digests(about, weights)})
+    return {METADATA: about, WEIGHTS: weights, MANIFEST: manifest}
+
+
+def save(root: Path, module: "nn.Module", metadata: Metadata) -> Path:
+    """Write the next version of `metadata.name`, whole or not at all; return its folder.
+
+    CheckpointError: it cannot be written (CheckpointNotWritten), or could not be read again;
+    nothing is left behind.
+    """
+    files, folder = dump(module, metadata), root / metadata.name
     with storage.changing(folder, "write a version"):
         storage.make_folder(folder)
         with _temporary(folder) as temporary:
             temporary.chmod(0o755)
-            storage.write_durably(temporary / WEIGHTS, weights)
-            storage.write_durably(temporary / METADATA, about)
-            manifest = _dump_json({"files": _digests(about, weights)})
-            storage.write_durably(temporary / MANIFEST, manifest)
+            for name, raw in files.items():
+                storage.write_durably(temporary / name, raw)
             storage.sync_folder(temporary)
             return _publish(temporary, max(versions(root, metadata.name), default=0) + 1)
 
@@ -183,7 +191,7 @@ def read(path: Path) -> Version:
         raise CheckpointNotFound(f"{path}: no such checkpoint")
     manifest = storage.read_if_there(path / MANIFEST, storage.MAX_HEADER_BYTES)
     about = storage.read_once(path / METADATA, storage.MAX_HEADER_BYTES)
-    weights = storage.read_once(path / WEIGHTS, _MAX_BYTES)
+    weights = storage.read_once(path / WEIGHTS, MAX_BYTES)
     files = _digests(about, weights)
     if manifest is not None:
         _check_manifest(path, manifest, files)
@@ -205,17 +213,6 @@ def load(path: Path, factories: Collection[str] | None = ()) -> "tuple[nn.Module
     return version.build(factories), version.metadata
 
 
-def holding(root: Path, name: str, module: "nn.Module") -> tuple[Path, Metadata] | None:
-    """Find the newest version if it has a module's weights, to the bit; None: it has others."""
-    path = root / name / str(max(versions(root, name), default=0))
-    weights = storage.dump_tensors(path, module.state_dict())
-    try:
-        metadata = read(path).metadata
-    except CheckpointError:
-        return None
-    return (path, metadata) if metadata.sha256 == hashlib.sha256(weights).hexdigest() else None
-
-
 def add_manifest(version: Version) -> Version:
     """Write the manifest that a version lacks, of the bytes that were verified."""
     manifest, path = _dump_json({"files": version.files}), version.path / MANIFEST
@@ -230,7 +227,7 @@ def load_weights(path: Path, module: "nn.Module") -> None:
     A pickle is refused with a note that says how to convert it to safetensors.
     """
     file = path.resolve() if path.is_symlink() else path  # as in a cache of downloads
-    raw = storage.read_once(file, _MAX_BYTES)
+    raw = storage.read_once(file, MAX_BYTES)
     if raw.startswith((b"PK\3\4", b"\x80\2\x8a", b"\x80\4\x95")):
         reason = "PyTorch's pickle, which is never read here; convert it once:"
         refused, to = CheckpointRefused(path, reason), path.with_suffix(".safetensors")
@@ -254,13 +251,19 @@ def _digests(about: bytes, weights: bytes) -> dict[str, dict[str, Any]]:
 
 def _check_manifest(path: Path, raw: bytes, files: Mapping[str, Any]) -> None:
     """Refuse a version whose files are not those that its manifest was written for."""
-    listed = storage.parse_json(path / MANIFEST, raw).get("files")
-    if not isinstance(listed, dict) or listed.keys() != files.keys():
-        raise CheckpointRefused(path / MANIFEST, f"must name {METADATA} and {WEIGHTS} alone")
+    listed = parse_manifest(path / MANIFEST, raw)
     for name, found in files.items():
         if listed[name] != found:
             has = f"{found['bytes']} bytes and SHA-256 {found['sha256']}, {MANIFEST} says otherwise"
             raise CheckpointRefused(path / name, f"damaged, edited or exchanged: it has {has}")
+
+
+def parse_manifest(path: Path | str, raw: bytes) -> Mapping[str, Any]:
+    """Return the size and the SHA-256 of both other files, as the bytes of a manifest have them."""
+    listed = storage.parse_json(path, raw).get("files")
+    if not isinstance(listed, dict) or listed.keys() != {METADATA, WEIGHTS}:
+        raise CheckpointRefused(path, f"must name {METADATA} and {WEIGHTS} alone")
+    return listed
 
 
 def _dump_metadata(metadata: Metadata) -> bytes:
@@ -329,6 +332,11 @@ def is_name(name: str) -> bool:
     return re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name) is not None
 
 
+def is_version(text: str) -> bool:
+    """Say if `text` is a version's number, as it is written."""
+    return _VERSION.fullmatch(text) is not None
+
+
 def default_name(dataset: str, network: str) -> str:
     """Name a model after its dataset, or the folder that holds it, and its network or factory."""
     name = f"{Path(dataset).resolve().name}-{network.rpartition(':')[2]}"
@@ -345,34 +353,28 @@ def versions(root: Path, name: str) -> list[int]:
     folder = root / name
     if not is_name(name) or not folder.is_dir():
         return []
-    numbered = (d for d in folder.iterdir() if _VERSION.fullmatch(d.name))
+    numbered = (d for d in folder.iterdir() if is_version(d.name))
     return sorted(int(d.name) for d in numbered if d.is_dir())
-
-
-def choose(root: Path, name: str, version: int | None = None) -> int:
-    """Return a version that is there: the latest where None is asked for."""
-    found = versions(root, name)
-    if not found:
-        known = [other for other in names(root) if versions(root, other)]
-        like = "".join(f"; did you mean {x}?" for x in get_close_matches(name, known, 1))
-        there = f"there are {', '.join(known)}{like}" if known else "there is none"
-        raise CheckpointNotFound(f"no model {name!r} in {root}: {there}")
-    if version not in (None, *found):
-        there = ", ".join(map(str, found))
-        raise CheckpointNotFound(f"no version {version} of {name!r} in {root}: there are {there}")
-    return version or found[-1]
 
 
 def pinned(root: Path, name: str) -> int | None:
     """Return the version that is to answer whatever newer ones there are; None: the latest is."""
     path = root / name / PIN
-    raw = storage.read_if_there(path, 1000)
-    if raw is None:
-        return None
+    raw = storage.read_if_there(path, MAX_PIN_BYTES)
+    return None if raw is None else parse_pin(path, raw)
+
+
+def parse_pin(path: Path | str, raw: bytes) -> int:
+    """Read the pinned version from the bytes of a pin."""
     version = storage.parse_json(path, raw).get("version")
-    if type(version) is not int or not _VERSION.fullmatch(str(version)):
+    if type(version) is not int or not is_version(str(version)):
         raise CheckpointRefused(path, 'not {"version": a number from 1 to 999999999}')
     return version
+
+
+def dump_pin(version: int) -> bytes:
+    """Return the bytes of a pin."""
+    return json.dumps({"version": version}).encode() + b"\n"
 
 
 def pin(root: Path, name: str, version: int | None) -> None:
@@ -383,7 +385,7 @@ def pin(root: Path, name: str, version: int | None) -> None:
             path.unlink(missing_ok=True)
             storage.sync_folder(path.parent)
         else:
-            storage.replace_durably(path, json.dumps({"version": version}).encode() + b"\n")
+            storage.replace_durably(path, dump_pin(version))
 
 
 def remove(root: Path, name: str, version: int) -> bool:

@@ -33,13 +33,21 @@ class CheckpointNotWritten(CheckpointError):
     """The disk or its permissions do not allow a change; says what to do."""
 
 
-class CheckpointRefused(CheckpointError):
-    """The file or folder `path` is invalid; `reason` says why, and what was expected."""
+class StorageUnavailable(CheckpointError, OSError):
+    """Object storage does not answer, or refuses the request; says why, and what to check."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+
+class CheckpointRefused(CheckpointError):
+    """The file, folder or object `path` is invalid; `reason` says why, and what was expected."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+
+
+class CheckpointIncomplete(CheckpointRefused):
+    """The version is being uploaded, or its upload was interrupted."""
 
 
 class SamplingError(ModelsError):

@@ -107,7 +107,7 @@ def check_header(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+def parse_json(path: Path | str, raw: bytes) -> dict[str, Any]:
     """Parse a JSON object; CheckpointRefused for a duplicate name, which most parsers accept.
 
     Refused too is what a response cannot hold: integers of more than 64 bits, text that is not

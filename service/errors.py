@@ -40,6 +40,7 @@ OverloadReason = Literal[
     "draining",  # the time for open requests at shutdown is over (http/request_log.py)
     "no_model",  # none is served (http/common.py)
     "hung",  # the inference thread is dead or does not go on; of probes alone (http/common.py)
+    "loading",  # the model is not in memory yet (model_store.py)
     "workers",  # others have not followed a load or unload yet (model_store.py)
 ]
 """Why a request was answered 503: a label of the metric, and a field of the log."""

@@ -304,6 +304,9 @@ class ModelState(Answer):
 
     version: int | None = Field(None, description="Version for requests that name none.")
     versions: list[int]
+    on_request: list[int] = Field(
+        [], description="Versions of a model that is loaded when it is asked for, and is not now."
+    )
     refused: list[Refused] = Field([], description="Versions that cannot be served, and why.")
     changed: list[Refused] = Field(
         [],
@@ -317,7 +320,6 @@ class ModelSummary(ModelState):
     """A model in the list of models."""
 
     name: str
-    version: int = Field(description="Version for requests that name none.")
     default: bool = Field(description="Whether /predict uses this model.")
     manifest_sha256: str | None = Field(
         None, description="Digest of manifest.json, hence of all files; null: no manifest."
@@ -333,6 +335,7 @@ class ModelList(Answer):
 class ModelDetails(ModelSummary):
     """One version of a model."""
 
+    version: int = Field(description="This version.")
     classes: list[str]
     input: Input
     training: Literal[False] = Field(description="Always false: the module is served in eval mode.")
@@ -376,6 +379,9 @@ class Readiness(Answer):
 
     status: Literal["ready"]
     models: dict[str, ModelState]
+    problem: str | None = Field(
+        None, description="Why new versions cannot be found now; what is served stays served."
+    )
 
 
 class Problem(BaseModel):

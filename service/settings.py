@@ -12,6 +12,7 @@ from dropserve.service.errors import did_you_mean
 from dropserve.service.schemas import MAX_SAMPLES
 
 PREFIX = "DROPSERVE_"
+_OBJECT_STORAGE = re.compile(r"(?:s3|gs|az)://[^/?#\s]+(?:/[^?#\s]*)?")
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+")
 
 
@@ -25,10 +26,26 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     workers: int = Field(1, ge=1, le=64, description="Server processes, each with the models.")
-    checkpoints: Path = Field(Path("checkpoints"), description="Models, as <name>/<version>.")
+    checkpoints: Path | str = Field(
+        Path("checkpoints"),
+        description="Models, as <name>/<version>: a folder, or s3://, gs:// or az://bucket/prefix.",
+    )
+    cache: Path = Field(
+        Path("~/.cache/dropserve"), description="Folder of versions read from object storage."
+    )
+    cache_bytes: int = Field(10 * 2**30, ge=0, description="Bytes that the cache may take.")
+    start_from_cache: bool = Field(
+        False, description="Start from the cache if object storage does not answer."
+    )
     data_dir: Path = Field(Path("data"), description="Folder of datasets, for training.")
     poll_seconds: float = Field(5.0, gt=0, description="Seconds between scans for new versions.")
     keep_versions: int = Field(2, ge=0, description="Older versions that stay callable.")
+    max_loaded_models: int = Field(
+        0,
+        ge=0,
+        description="Models in memory; others are loaded when they are asked for, and the least "
+        "recently used makes room. 0: all are loaded at the start.",
+    )
     admin_token: SecretStr | None = Field(
         None, min_length=16, description="Token that may load and unload models."
     )
@@ -126,6 +143,20 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
+
+    @field_validator("checkpoints", mode="before")
+    @classmethod
+    def _check_checkpoints(cls, where: object) -> object:
+        if not isinstance(where, str) or "://" not in where:
+            return Path(where) if isinstance(where, str) else where
+        if not _OBJECT_STORAGE.fullmatch(where):
+            raise ValueError("must be a folder, or s3://, gs:// or az://bucket/prefix")
+        return where.rstrip("/")
+
+    @field_validator("cache")
+    @classmethod
+    def _expand(cls, folder: Path) -> Path:
+        return folder.expanduser()
 
     @field_validator("cors_origins")
     @classmethod

@@ -77,7 +77,12 @@ def models(
         if as_json:
             say(answer.model_dump_json(indent=2))
         else:
-            show_models([client.model(m.name, m.version) for m in answer.models])
+            loaded = [m for m in answer.models if m.versions]
+            show_models([client.model(m.name, m.version) for m in loaded])
+            for model in answer.models:
+                if model.on_request:
+                    versions = ", ".join(map(str, model.on_request))
+                    say(f"{model.name} is loaded when it is asked for: versions {versions}")
 
 
 def _ask(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from dropserve.models.repository import Repository, open_repository
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import DropserveClient, base_url, credentials
 from dropserve.service.errors import DropserveError, NotFound
@@ -68,6 +69,11 @@ def read_settings(**given: object) -> Settings:
         raise Refused("; ".join(wrong)) from error
 
 
+def repository(settings: Settings) -> Repository:
+    """Open the checkpoints."""
+    return open_repository(settings.checkpoints, settings.cache, settings.cache_bytes)
+
+
 def plain(error: Mapping[str, Any]) -> str:
     """Say what pydantic expects of a value, without repeating it: it may be a secret."""
     if error["type"] == "too_short":
@@ -84,7 +90,10 @@ def allow_local_modules() -> None:
 
 Opt = typer.Option
 AsJson = Annotated[bool, Opt("--json", help="Print JSON.")]
-Checkpoints = Annotated[Path | None, Opt(help="Folder of models (DROPSERVE_CHECKPOINTS).")]
+Checkpoints = Annotated[
+    str | None,
+    Opt(metavar="PLACE", help="Models: a folder or s3://, gs://, az:// (DROPSERVE_CHECKPOINTS)."),
+]
 DataDir = Annotated[Path | None, Opt(help="Folder of datasets (DROPSERVE_DATA_DIR).")]
 Url = Annotated[
     str | None,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from dropserve.models.checkpoint import Metadata
     from dropserve.models.data import Split
+    from dropserve.models.repository import Repository
     from dropserve.models.training import Epoch
 
 _SCORES = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
@@ -171,9 +172,9 @@ def train(
     """Train a network and save it as the next version of a model."""
     given = locals()  # among them fields of a recipe and of a network, under their names
     settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
-    root, (parent, _, number) = settings.checkpoints, (start or "").partition("/")
+    models, (parent, _, number) = options.repository(settings), (start or "").partition("/")
     name = name or parent or checkpoint.default_name(dataset, network or "mlp")
-    if if_missing and (found := checkpoint.versions(root, name)):
+    if if_missing and (found := models.versions(name)):
         say(f"{name} has version {found[-1]} already: nothing to do")
         return
 
@@ -198,11 +199,12 @@ def train(
             raise Refused(f"--from keeps the network and the preprocessing: not {', '.join(wrong)}")
         if not (number or "1").isdecimal():
             raise Refused("--from: must be NAME or NAME/VERSION")
-        path = root / parent / str(checkpoint.choose(root, parent, int(number) if number else None))
-        trusted = settings.factories
-        plan = recipes.plan_from(path, trusted, dataset, settings.data_dir, **data_options)
+        chosen = models.choose(parent, int(number) if number else None)
+        with models.local(parent, chosen) as path:
+            trusted = settings.factories
+            plan = recipes.plan_from(path, trusted, dataset, settings.data_dir, **data_options)
     data, module, normalize = plan.data, plan.module, plan.data.preprocessing.normalize
-    state = root / name / ".training" / "state.safetensors"
+    state = models.workspace(name) / "state.safetensors"
 
     def hint() -> str:
         return "--resume continues" if state.exists() else "no epoch was finished"
@@ -226,11 +228,11 @@ def train(
 
             last = show_epochs(fit_, recipe.epochs, finished)
             # A run that was killed after its last epoch may have saved its version already.
-            saved = checkpoint.holding(root, name, module) if last == finished else None
+            saved = models.holding(name, module) if last == finished else None
             with training.cpu_threads(recipe.threads):
                 metadata = plan.metadata(name, recipe)
-                path, metadata = saved or _save(root, metadata, module, data.test, samples)
-        _say_saved(path, metadata, checkpoints)
+                version, metadata = saved or _save(models, metadata, module, data.test, samples)
+        _say_saved(models, version, metadata, checkpoints)
         training.discard(state)
 
 
@@ -270,7 +272,8 @@ def import_(
         folder = settings.data_dir
         test = recipes.evaluation_images(metadata, evaluate, folder, skip_broken=skip_broken)
         metadata = _evaluated(metadata, module, test, samples)
-    _say_saved(checkpoint.save(settings.checkpoints, module, metadata), metadata, checkpoints)
+    models = options.repository(settings)
+    _say_saved(models, models.save(module, metadata), metadata, checkpoints)
 
 
 def evaluate(
@@ -292,9 +295,9 @@ def evaluate(
 
     options.allow_local_modules()
     settings = options.read_settings(checkpoints=checkpoints, data_dir=data_dir)
-    version = checkpoint.choose(settings.checkpoints, name, version)
-    path = settings.checkpoints / name / str(version)
-    module, metadata = checkpoint.load(path, settings.factories)
+    models = options.repository(settings)
+    with models.local(name, models.choose(name, version)) as path:
+        module, metadata = checkpoint.load(path, settings.factories)
     data = recipes.evaluation_images(metadata, dataset, settings.data_dir, skip_broken=skip_broken)
     figures = _figures(metadata, module, data, samples, method=method, confusion=confusion)
     if as_json:
@@ -323,19 +326,19 @@ def convert(
     """
     from dropserve.models import conversion
 
-    root = options.read_settings(checkpoints=checkpoints).checkpoints
-    found = checkpoint.read(root / name / str(checkpoint.choose(root, name, version)))
+    models = options.repository(options.read_settings(checkpoints=checkpoints))
+    found = models.read(name, models.choose(name, version))
     regularizer = to and conversion.CONVENTIONS[to]
     asked = _given(dropout=dropout, input_dropout=input_dropout, regularizer=regularizer)
     module, metadata = conversion.converted(found, asked, remove=remove_dropout)
-    path = checkpoint.save(root, module, metadata)
+    saved = models.save(module, metadata)
     done, network = metadata.recipe["converted"], metadata.network.to_json()
     for field, was in done["was"].items():
         say(f"{field}: {was}, now {network[field]}")
     for layer, ratio in done["scaled"].items():
         say(f"weights of {layer}: multiplied by {ratio:.6g}")
-    _say_saved(path, metadata, checkpoints)
-    command = f"dropserve evaluate --name {name} --version {path.name}{_where(checkpoints)}"
+    _say_saved(models, saved, metadata, checkpoints)
+    command = f"dropserve evaluate --name {name} --version {saved}{_where(checkpoints)}"
     say(f"to score it again: {command}")
 
 
@@ -396,28 +399,30 @@ def _evaluated(
 
 
 def _save(
-    root: Path, metadata: "Metadata", module: "nn.Module", test: "Split", samples: int
-) -> "tuple[Path, Metadata]":
+    models: "Repository", metadata: "Metadata", module: "nn.Module", test: "Split", samples: int
+) -> "tuple[int, Metadata]":
     """Score a module and save it as the next version."""
     metadata = _evaluated(metadata, module, test, samples)
-    return checkpoint.save(root, module, metadata), metadata
+    return models.save(module, metadata), metadata
 
 
-def _say_saved(path: Path, metadata: "Metadata", checkpoints: Path | None) -> None:
+def _say_saved(
+    models: "Repository", version: int, metadata: "Metadata", checkpoints: str | None
+) -> None:
     if metadata.evaluation:
         show_scores(metadata.evaluation)
     kind = shlex.quote(metadata.network.kind)
     trust = "" if metadata.network.is_builtin else f"DROPSERVE_FACTORIES={kind} "
     where = _where(checkpoints)
-    say(f"saved {path}", f"next: {trust}dropserve serve{where}")
+    say(f"saved {models.place(metadata.name, version)}", f"next: {trust}dropserve serve{where}")
     with suppress(CheckpointRefused):  # the service reports a damaged pin
-        if pinned := checkpoint.pinned(path.parent.parent, metadata.name):
+        if pinned := models.pinned(metadata.name):
             follow = f"dropserve pin {metadata.name} latest{where}"
             say(f"version {pinned} is pinned: to let the new one answer, {follow}")
 
 
-def _where(checkpoints: Path | None) -> str:
-    return f" --checkpoints {shlex.quote(str(checkpoints))}" if checkpoints else ""
+def _where(checkpoints: str | None) -> str:
+    return f" --checkpoints {shlex.quote(checkpoints)}" if checkpoints else ""
 
 
 def show_scores(evaluation: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Commands that manage a model's versions on disk: manifest, pin, rollback, prune.
+"""Commands that manage a model's versions: manifest, pin, rollback, prune.
 
-They work on the checkpoints folder; services that read it follow at their next poll.
+They work on the checkpoints; services that read them follow at their next poll.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,14 @@ import typer
 
 from dropserve.models import checkpoint
 from dropserve.models.errors import CheckpointRefused
-from dropserve.service.cli.options import Checkpoints, Opt, allow_local_modules, read_settings
+from dropserve.models.repository import Repository
+from dropserve.service.cli.options import (
+    Checkpoints,
+    Opt,
+    allow_local_modules,
+    read_settings,
+    repository,
+)
 from dropserve.service.cli.terminal import Refused, say
 from dropserve.service.settings import Settings
 
@@ -23,12 +30,12 @@ def manifest(
     checkpoints: Checkpoints = None,
 ) -> None:
     """Verify a model's versions, all or one, and write the manifest of those that have none."""
-    root = read_settings(checkpoints=checkpoints).checkpoints
-    chosen = checkpoint.choose(root, name, version)
+    models = repository(read_settings(checkpoints=checkpoints))
+    chosen = models.choose(name, version)
     refused = []
-    for number in [chosen] if version else checkpoint.versions(root, name):
+    for number in [chosen] if version else models.versions(name):
         try:
-            found, done = checkpoint.read(root / name / str(number)), "verified"
+            found, done = models.read(name, number), "verified"
             if found.manifest_sha256 is None:
                 found, done = checkpoint.add_manifest(found), "manifest written"
             say(f"{name} {number}: {done}, SHA-256 of the manifest {found.manifest_sha256}")
@@ -48,21 +55,23 @@ def pin(
         raise Refused("give the number of a version, or latest")
     settings = read_settings(checkpoints=checkpoints)
     number = None if version == "latest" else int(version)
-    checkpoint.choose(settings.checkpoints, name, number)
+    models = repository(settings)
+    models.choose(name, number)
     if number is not None:
-        checkpoint.read(settings.checkpoints / name / str(number))  # for its errors
-    _pin(settings, name, number)
+        models.read(name, number)  # for its errors
+    _pin(settings, models, name, number)
 
 
 def rollback(name: Name, checkpoints: Checkpoints = None) -> None:
     """Pin the last version before the one that answers now that can be served."""
     settings = read_settings(checkpoints=checkpoints)
-    now = _answering(settings, name)
-    older = [v for v in checkpoint.versions(settings.checkpoints, name) if v < now]
+    models = repository(settings)
+    now = _answering(settings, models, name)
+    older = [v for v in models.versions(name) if v < now]
     before = _first_that_loads(settings, name, reversed(older))
     if before is None:
         raise Refused(f"{name}: version {now} answers, and none before it can be served")
-    _pin(settings, name, before)
+    _pin(settings, models, name, before)
     say(f"version {now} answered until now")
 
 
@@ -74,23 +83,23 @@ def prune(
 ) -> None:
     """Remove a model's old versions; never the one that answers, nor one that is pinned."""
     settings = read_settings(checkpoints=checkpoints)
-    root = settings.checkpoints
-    checkpoint.choose(root, name)
-    there = checkpoint.versions(root, name)
-    kept = {*there[-keep:], checkpoint.pinned(root, name), _fixed(settings, name)}
+    models = repository(settings)
+    models.choose(name)
+    there = models.versions(name)
+    kept = {*there[-keep:], models.pinned(name), _fixed(settings, name)}
     if not kept.issuperset(there):
-        kept.add(_answering(settings, name))
+        kept.add(_answering(settings, models, name))
     for version in sorted({*there} - kept):
-        if dry_run or checkpoint.remove(root, name, version):
-            say(f"{'would remove' if dry_run else 'removed'} {root / name / str(version)}")
+        if dry_run or models.remove(name, version):
+            say(f"{'would remove' if dry_run else 'removed'} {models.place(name, version)}")
             there.remove(version)
     say(f"{name}: {'would keep' if dry_run else 'has'} {', '.join(map(str, there))}")
 
 
-def _pin(settings: Settings, name: str, version: int | None) -> None:
+def _pin(settings: Settings, models: Repository, name: str, version: int | None) -> None:
     if (fixed := _fixed(settings, name)) is not None:
         raise Refused(f"DROPSERVE_DEFAULT_VERSION is {fixed} and wins over a pin: change that")
-    checkpoint.pin(settings.checkpoints, name, version)
+    models.pin(name, version)
     what = "no version is pinned" if version is None else f"version {version} is pinned"
     when = f"at their next poll, within {settings.poll_seconds:g} s"
     say(f"{name}: {what}; services that read {settings.checkpoints} follow {when}")
@@ -102,10 +111,10 @@ def _fixed(settings: Settings, name: str) -> int | None:
     return settings.default_version if settings.default_model in (None, name) else None
 
 
-def _answering(settings: Settings, name: str) -> int:
-    checkpoint.choose(settings.checkpoints, name)
-    wanted = _fixed(settings, name) or checkpoint.pinned(settings.checkpoints, name)
-    there = checkpoint.versions(settings.checkpoints, name)
+def _answering(settings: Settings, models: Repository, name: str) -> int:
+    models.choose(name)
+    wanted = _fixed(settings, name) or models.pinned(name)
+    there = models.versions(name)
     found = _first_that_loads(settings, name, sorted(there, key=lambda v: (v != wanted, -v)))
     if found is None:
         raise Refused(f"{name}: no version can be served; nothing was changed")
@@ -114,10 +123,10 @@ def _answering(settings: Settings, name: str) -> int:
 
 def _first_that_loads(settings: Settings, name: str, versions: Iterable[int]) -> int | None:
     """Load versions as the service does until one can be served; print why others cannot."""
-    from dropserve.service.inference.model_store import CheckpointFolder
+    from dropserve.service.inference.model_store import CheckpointSource
 
     allow_local_modules()
-    load = CheckpointFolder(settings).load
+    load = CheckpointSource(settings).load
     for version in versions:
         try:
             load(name, version)

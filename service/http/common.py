@@ -99,16 +99,17 @@ def inference_of(request: Request) -> "Inference":
     return inference
 
 
-def find_model(request: Request, *, log: bool = False) -> "Classifier":
+async def find_model(request: Request, *, log: bool = False) -> "Classifier":
     """Find the version of a model that a path names, or that answers where it names none.
 
     With `log`, the model is part of the request's log line and metrics.
 
     Raises:
         NotFound: there is no such model or version, or no default model.
+        Overloaded: it could not be loaded.
     """
-    path = request.path_params
-    model = inference_of(request).store.find(path.get("name"), path.get("version"))
+    path, store = request.path_params, inference_of(request).store
+    model = await store.find_or_load(path.get("name"), path.get("version"))
     if log:
         request.state.log.update(model=model.name, version=model.version)
     return model

@@ -40,7 +40,7 @@ from dropserve.service.inference.classifier import (
     Uncertainty,
 )
 from dropserve.service.inference.decoder import BYTES_PER_PIXEL, Decoder, Pixels, Steps
-from dropserve.service.inference.model_store import CheckpointFolder, ModelStore
+from dropserve.service.inference.model_store import CheckpointSource, ModelStore
 from dropserve.service.inference.wait_limit import WaitLimit
 from dropserve.service.inference.workers import ControlState
 from dropserve.service.settings import Settings
@@ -90,7 +90,7 @@ class Inference:
     def __init__(
         self,
         settings: Settings,
-        folder: CheckpointFolder | None = None,
+        folder: CheckpointSource | None = None,
         control: ControlState | None = None,
         *,
         check: bool = True,

@@ -8,6 +8,7 @@ its files have changed.
 
 import asyncio
 import logging
+import random
 import re
 import time
 from collections import Counter
@@ -18,8 +19,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from dropserve.models import checkpoint
+from dropserve.models.errors import CheckpointIncomplete
 from dropserve.models.memory import release_freed_memory
+from dropserve.models.repository import open_repository
 from dropserve.service.errors import (
     InvalidRequest,
     ModelStoreError,
@@ -36,41 +38,48 @@ _POLL_CONTROL = 0.1
 """Seconds between reads of the shared control state."""
 _TIMEOUT = 60.0
 """Seconds for all workers to load or unload a model."""
+_ATTEMPTS = 3
+"""Times that a model is loaded for a request while others push it out of memory."""
 _LISTED = 20
 """Names that an error lists."""
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _log = logging.getLogger("dropserve.versions")
 
 
-class CheckpointFolder:
-    """Where versions come from: the checkpoints folder. The seam for tests."""
+class CheckpointSource:
+    """Where versions come from: a folder or object storage. The seam for tests."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._root = settings.checkpoints
+        self._repository = open_repository(
+            settings.checkpoints,
+            settings.cache,
+            settings.cache_bytes,
+            start_from_cache=settings.start_from_cache,
+        )
+        self.find = self._repository.find
+        self.mark = self._repository.mark
+        self.pinned = self._repository.pinned
+        self.relative = self._repository.relative
 
-    def find(self) -> dict[str, list[int]]:
-        """List all models and their versions."""
-        found = {}
-        for name in checkpoint.names(self._root):
-            try:
-                found[name] = checkpoint.versions(self._root, name)
-            except OSError as error:
-                _log.warning(f"a model cannot be read: {error}")
-        return found
-
-    def mark(self, name: str, version: int) -> Hashable:
-        """Return a value that changes when the version's files do; None: it is gone."""
-        return checkpoint.mark(self._root / name / str(version))
+    @property
+    def problem(self) -> str | None:
+        """Say why what `find` returns may be out of date."""
+        return self._repository.problem
 
     def load(self, name: str, version: int) -> Classifier:
         """Make a version ready, or raise what is wrong with it."""
-        path, settings = self._root / name / str(version), self._settings
-        return Classifier(name, version, path, settings.factories, settings.precision)
+        settings = self._settings
+        with self._repository.local(name, version) as path:
+            return Classifier(name, version, path, settings.factories, settings.precision)
 
-    def pinned(self, name: str) -> int | None:
-        """Return the version of a model that should answer; None: the latest."""
-        return checkpoint.pinned(self._root, name)
+
+class _NotLoaded(Overloaded):
+    """The model `name` is one that is loaded when it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("the model is not loaded", "loading")
+        self.name = name
 
 
 class _Refusal(NamedTuple):
@@ -102,6 +111,7 @@ class ModelStore:
     Attributes:
         default: name of the model that is meant where none is named; None: there is none.
         loads: how often versions of a model were "loaded" or "refused".
+        problem: why new versions would not be found now; None: they would be.
 
     Raises:
         ModelStoreError: no model can be served, or there is no such default.
@@ -112,21 +122,24 @@ class ModelStore:
         self,
         settings: Settings,
         loader: Executor,
-        source: CheckpointFolder | None = None,
+        source: CheckpointSource | None = None,
         control: ControlState | None = None,
         *,
         check: bool = True,
     ) -> None:
         self._settings = settings
-        self._source = source or CheckpointFolder(settings)
+        self._source = source or CheckpointSource(settings)
         self._loader = loader
         self._control = control or ControlState()
         self._done = ControlMessage(number=-1)
         self._models: Mapping[str, _Model] = {}
         self._marks: dict[tuple[str, int], Hashable] = {}  # of the versions that are served
+        self._used: dict[str, float] = {}  # when models were last asked for, if not all are loaded
+        self._loading: dict[str, asyncio.Future[None]] = {}
         self._changed = False  # what is served, in the last update
         self._closing = False
         self.default = settings.default_model
+        self.problem: str | None = None
         self.loads: Counter[tuple[str, str]] = Counter()
         if check:
             self._resolve_default([name for name, found in self._source.find().items() if found])
@@ -150,37 +163,94 @@ class ModelStore:
             )
         model = self._model(meant)
         if not model.versions:
-            raise self._no_model(name)
+            raise _NotLoaded(meant) if self._waits(meant) else self._no_model(name)
+        if self._settings.max_loaded_models:
+            self._used[meant] = time.monotonic()
         number = model.answers if version is None else plain_number(version)
         if number is None or number not in model.versions:
             raise NotFound(f"no such version of the model; served are {_listed(model.versions)}")
         return model.versions[number]
 
+    async def find_or_load(self, name: str | None, version: str | None) -> Classifier:
+        """Do as `find`, after loading a model that waits to be asked for.
+
+        Raises:
+            NotFound: no such model or version, or no default.
+            Overloaded: it could not be loaded, or not in the time that a request may wait.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                return self.find(name, version)
+            except _NotLoaded as error:
+                await self._load_awaited(error.name)
+        raise Overloaded("more models are asked for than may be loaded", "loading")
+
+    async def _load_awaited(self, name: str) -> None:
+        """Load a model in the loader thread, once for all who wait for it."""
+        loading = self._loading.get(name)
+        if loading is None:
+            run = asyncio.get_running_loop().run_in_executor
+            loading = self._loading[name] = run(self._loader, self._load_on_request, name)
+            loading.add_done_callback(lambda _: self._loading.pop(name))
+        try:
+            async with asyncio.timeout(self._settings.max_wait):
+                await asyncio.shield(loading)
+        except TimeoutError:
+            raise Overloaded("the model is being loaded", "loading") from None
+        model = self._model(name)
+        if model.refused and not model.versions:
+            raise Overloaded("the model cannot be loaded now; /readyz says why", "loading")
+
+    def _load_on_request(self, name: str) -> None:
+        """Load a model, and unload the least recently used ones; in the loader thread."""
+        loaded = {n: self._used.get(n, 0.0) for n, model in self._models.items() if model.versions}
+        if name in loaded or self._closing:
+            return
+        excess = len(loaded) + 1 - self._settings.max_loaded_models
+        for other in sorted(loaded, key=loaded.__getitem__)[: max(0, excess)]:
+            self._change(other, versions={}, answers=None)
+            _log.info("model unloaded", extra={FIELDS: {"model": other, "for": name}})
+        release_freed_memory()
+        self._used[name] = time.monotonic()
+        self._refresh(name, self._model(name).found)
+
+    def _waits(self, name: str) -> bool:
+        """Say if a model is not loaded because nobody has asked for it lately."""
+        model = self._model(name)
+        return (
+            self._settings.max_loaded_models > 0
+            and not model.versions
+            and name not in self._done.unloaded
+            and not model.refused.keys() >= {*model.found}
+        )
+
     def __iter__(self) -> Iterator[str]:
-        """Name the models that are served, in order."""
-        return (name for name, model in self._models.items() if model.versions)
+        """Name the models that answer, in order: those served, and those loaded on request."""
+        return (name for name, model in self._models.items() if model.versions or self._waits(name))
 
     def versions(self, name: str) -> Mapping[int, Classifier]:
         """Return a model's served versions, in ascending order."""
         return self._model(name).versions
 
     def models(self) -> list[str]:
-        """Name all models that are served, or have versions that cannot be."""
-        return [name for name, model in self._models.items() if model.versions or model.refused]
+        """Name all models that answer, or have versions that cannot be served."""
+        answering = {*self}
+        return [name for name, model in self._models.items() if name in answering or model.refused]
 
     def state(self, name: str) -> dict[str, Any]:
         """Say which versions of a model answer and which cannot; the fields of `ModelState`."""
         model = self._model(name)
-        bad = {v: self._without_path(r.reason) for v, r in model.refused.items()}
-        bad |= {v: "its folder is gone" for v in model.versions if v not in model.found}
+        bad = {v: self._source.relative(r.reason) for v, r in model.refused.items()}
+        bad |= {v: "its files are gone" for v in model.versions if v not in model.found}
         listed = [{"version": v, "reason": reason} for v, reason in sorted(bad.items())]
         return {
             "version": model.answers,
             "versions": list(model.versions),
+            "on_request": list(model.found) if self._waits(name) else [],
             "refused": [entry for entry in listed if entry["version"] not in model.versions],
             "changed": [entry for entry in listed if entry["version"] in model.versions],
             "pinned": model.pinned,
-            "pin_problem": model.pin_problem and self._without_path(model.pin_problem),
+            "pin_problem": model.pin_problem and self._source.relative(model.pin_problem),
         }
 
     def index(self) -> list[dict[str, str]]:
@@ -195,6 +265,8 @@ class ModelStore:
                     reason = f"served from memory: {reason}" if reason else ""
                 elif name in self._done.unloaded:
                     reason = "unloaded"
+                elif self._waits(name):
+                    reason = "loaded when it is asked for"
                 elif reason is None:
                     reason = "older than the versions that are kept"
                 ready = "READY" if served else "UNAVAILABLE"
@@ -211,11 +283,13 @@ class ModelStore:
             Overloaded: not all workers have done it yet.
         """
         await self._publish(name, loaded=True)
+        if self._waits(name):
+            await self._load_awaited(name)
         model = self._model(name)
         if not model.found:
-            raise NotFound("no such model in the checkpoints folder")
+            raise NotFound("no such model in the checkpoints")
         if not model.versions:
-            reasons = {self._without_path(refusal.reason) for refusal in model.refused.values()}
+            reasons = {self._source.relative(refusal.reason) for refusal in model.refused.values()}
             reason = "; ".join(sorted(reasons or {"unloaded again"}))
             raise InvalidRequest(f"no version can be served: {reason}")
 
@@ -245,16 +319,20 @@ class ModelStore:
     async def watch(self) -> None:
         """Follow the source and the shared control state, until cancelled."""
         loop = asyncio.get_running_loop()
-        due = loop.time() + self._settings.poll_seconds
+        due = loop.time() + self._poll_seconds()
         while True:
             await asyncio.sleep(_POLL_CONTROL)
             try:
                 if loop.time() >= due or self._control.read() != self._done:
-                    due = loop.time() + self._settings.poll_seconds
+                    due = loop.time() + self._poll_seconds()
                     await loop.run_in_executor(self._loader, self.update)
-                    due = loop.time() + self._settings.poll_seconds
+                    due = loop.time() + self._poll_seconds()
             except Exception:  # the next scan may succeed, and what is served is served
                 _log.exception("looking for new versions failed")
+
+    def _poll_seconds(self) -> float:
+        """Draw the time until the next scan: replicas that started together do not stay so."""
+        return self._settings.poll_seconds * random.uniform(0.9, 1.1)  # noqa: S311  no secret
 
     def close(self) -> None:
         """Load no more versions than the one that is being loaded."""
@@ -280,18 +358,31 @@ class ModelStore:
             self._done = message
 
     def _scan(self, unloaded: frozenset[str]) -> None:
+        problem = None
         try:
             found = self._source.find()
+            problem = self._source.problem
         except OSError as error:
-            _log.warning(f"the checkpoints cannot be listed: {error}")
+            problem = self._source.relative(f"the checkpoints cannot be listed: {error}")
             return
+        finally:
+            if problem != self.problem:
+                _log.warning(problem or "the checkpoints can be listed again")
+            self.problem = problem
         known = self._models.keys()  # a name without versions was perhaps never a model
         found = {name: versions for name, versions in found.items() if versions or name in known}
+        first = self.default if not known else None  # loaded at the start, whoever asks for it
         for name in sorted({*known, *found}):
             versions = found.get(name, ())
             self._change(name, found=versions)
             if name in found and name not in unloaded:
-                self._refresh(name, versions)
+                before = self._model(name)
+                if before.versions or not self._settings.max_loaded_models or name == first:
+                    self._refresh(name, versions)
+                else:  # what may be read again is tried when it is asked for
+                    mark = partial(self._source.mark, name)
+                    refused = {v: r for v, r in before.refused.items() if mark(v) == r.mark}
+                    self._change(name, refused=refused)
         self._models = {n: m for n, m in self._models.items() if n in found or m.versions}
 
     def _refresh(self, name: str, found: Sequence[int]) -> None:
@@ -365,12 +456,14 @@ class ModelStore:
                 if self._source.mark(name, version) is None:
                     return None
                 reason = str(error) or type(error).__name__
-                _log.error(
+                incomplete = isinstance(error, CheckpointIncomplete)  # as while it is published
+                _log.log(
+                    logging.INFO if incomplete else logging.ERROR,
                     "version refused" if served is None else "version changed, served from memory",
                     extra={FIELDS: {"reason": reason}},
                     exc_info=_log.isEnabledFor(logging.DEBUG),
                 )
-                self.loads[name, "refused"] += 1
+                self.loads[name, "refused"] += not incomplete
                 return _Refusal(reason, mark)
             milliseconds = round(1000 * (time.perf_counter() - started))
             self.loads[name, "loaded"] += 1
@@ -433,9 +526,6 @@ class ModelStore:
         if not any(self):
             return NotFound("no such model; none is served")
         return NotFound(f"no such model; served are {_listed(self)}{did_you_mean(name, self)}")
-
-    def _without_path(self, text: str) -> str:
-        return text.replace(f"{self._settings.checkpoints}/", "")
 
 
 def plain_number(text: str) -> int:

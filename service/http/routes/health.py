@@ -33,7 +33,7 @@ async def readyz(request: Request) -> Readiness:
     require_ready(request)
     store = inference_of(request).store
     models = {name: ModelState.model_validate(store.state(name)) for name in store.models()}
-    return Readiness(status="ready", models=models)
+    return Readiness(status="ready", models=models, problem=store.problem)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -23,31 +23,36 @@ _PNG = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(request: Request) -> Response:
-    """List the models that are served."""
+    """List the models that are served, those that are loaded on request included."""
     inference = inference_of(request)
-    listed = [_summary(inference, inference.store.find(name)) for name in inference.store]
+    listed = []
+    for name in inference.store:
+        served = inference.store.versions(name)
+        answers = inference.store.state(name)["version"]
+        listed.append(_summary(inference, name, served.get(answers)))
     return JsonResponse({"models": listed})
 
 
 async def details(request: Request) -> Response:
     """Describe a version: classes, input, dropout sites, evaluation, digest."""
-    model = find_model(request)
-    return JsonResponse({**_summary(inference_of(request), model), **model.details()})
+    model = await find_model(request)
+    about = _summary(inference_of(request), model.name, model)
+    return JsonResponse({**about, **model.details()})
 
 
-def _summary(inference: "Inference", model: "Classifier") -> dict[str, Any]:
+def _summary(inference: "Inference", name: str, model: "Classifier | None") -> dict[str, Any]:
     return {
-        "name": model.name,
-        **inference.store.state(model.name),
-        "version": model.version,
-        "default": model.name == inference.store.default,
-        "manifest_sha256": model.manifest_sha256,
+        "name": name,
+        **inference.store.state(name),
+        "version": model and model.version,
+        "default": name == inference.store.default,
+        "manifest_sha256": model and model.manifest_sha256,
     }
 
 
 async def examples(request: Request) -> Response:
     """List test images of the version; empty if it has none."""
-    model = find_model(request)
+    model = await find_model(request)
     base = f"/v1/models/{model.name}/versions/{model.version}/examples"
     listed = [
         {"label": model.classes[example.index], "index": example.index, "url": f"{base}/{i}"}
@@ -71,7 +76,7 @@ _EXAMPLE = VERSION + "/examples/{number}"
 )
 async def example(request: Request) -> Response:
     """Send an example as a PNG. Posted to a task, it gives exactly the test set's pixels."""
-    model = find_model(request)
+    model = await find_model(request)
     number = plain_number(request.path_params["number"])
     if not 0 <= number < len(model.examples):
         raise NotFound("no such example; GET .../examples lists them")

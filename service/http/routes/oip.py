@@ -200,12 +200,12 @@ async def ready(request: Request) -> dict[str, bool]:
 async def model_ready(request: Request) -> dict[str, str | bool]:
     """Say that a model can answer."""
     common.require_serving(request)
-    return {"name": common.find_model(request).name, "ready": True}
+    return {"name": (await common.find_model(request)).name, "ready": True}
 
 
 async def metadata(request: Request) -> Response:
     """Name a model's versions and tensors."""
-    model = common.find_model(request)
+    model = await common.find_model(request)
     image, rows = [-1, -1, -1, model.details()["input"]["channels"]], [-1, len(model.classes)]
     kinds = [(n, DATATYPES.get(n, "FP32"), rows if n in ROWS else [-1]) for n in Output]
     content = {
@@ -220,7 +220,7 @@ async def metadata(request: Request) -> Response:
 
 async def infer(request: Request) -> Response:
     """Classify images: in eval mode, by Monte Carlo dropout, or both."""
-    inference, model = common.inference_of(request), common.find_model(request, log=True)
+    inference, model = common.inference_of(request), await common.find_model(request, log=True)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in ("", "application/json", "application/octet-stream"):  # Triton's has none
         raise errors.UnsupportedMediaType("send application/json or application/octet-stream")

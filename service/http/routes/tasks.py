@@ -137,7 +137,7 @@ async def compare(request: Request) -> Response:
 
 async def _answer(request: Request, action: str) -> Response:
     inference, state = inference_of(request), request.app.state
-    model = find_model(request, log=True)
+    model = await find_model(request, log=True)
     options = read_options(action, request.scope["query_string"], state.settings.max_samples)
     seconds = admit(request, urgent=isinstance(options.task, Predict))
     head = {"model": model.name, "version": model.version, **options.head}
