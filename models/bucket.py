@@ -34,15 +34,16 @@ from dropserve.models.errors import (
     StorageUnavailable,
 )
 from dropserve.models.object_storage import open_store, unavailable
-from dropserve.models.repository import Repository
+from dropserve.models.repository import Folder, Repository
 
 if TYPE_CHECKING:
     from torch import nn
 
 _FILES = (checkpoint.METADATA, checkpoint.WEIGHTS, checkpoint.MANIFEST)
+_MANIFEST_BYTES = storage.MAX_HEADER_BYTES
 _PART = 8 * 2**20
 """Bytes of one request, which the time limit of requests is for."""
-_RETRY_SECONDS = 5.0, 300.0
+_RETRY_SECONDS = 1.0, 300.0
 """Seconds until what failed is read again: at first, doubled with each failure, and at most."""
 _ABANDONED = timedelta(days=1)
 """Age at which an incomplete version is nobody's."""
@@ -73,8 +74,9 @@ class _Failure:
 class Bucket(Repository):
     """A prefix in object storage, whose versions are cached in a folder of `cache_bytes` at most.
 
-    The newest version read stays in the cache even if it is larger. With `start_from_cache`, the
-    first listing may be the last one that the cache has seen; `problem` then says so.
+    The newest version read stays in the cache even if it is larger. With `start_from_cache`, `find`
+    may return the last listing that the cache has seen, until the storage has answered once;
+    `problem` then says so.
 
     Raises:
         StorageUnavailable: the URL or the credentials are of no use.
@@ -107,7 +109,8 @@ class Bucket(Repository):
         try:
             self._listing, self.problem = self._list(), None
         except StorageUnavailable as error:
-            if self._listing is not None or not self._start_from_cache:
+            started = self._listing is not None and self.problem is None
+            if started or not self._start_from_cache:
                 raise
             self._restore(error)
         assert self._listing is not None  # noqa: S101  for the type checker
@@ -188,8 +191,8 @@ class Bucket(Repository):
                 missing = ", ".join(sorted({*_FILES} - objects.keys()))
                 reason = f"incomplete: no {missing}; it is being uploaded, or was not to the end"
                 raise CheckpointIncomplete(self.place(name, version), reason)
-            folder = self._folder(name, version, objects)
-            with self._held(name, version, objects, folder):
+            folder, manifest = self._folder(name, version, objects)
+            with self._held(name, version, manifest, folder):
                 os.utime(folder)
                 yield folder
         except CheckpointError as error:
@@ -210,16 +213,19 @@ class Bucket(Repository):
         due = time.monotonic() + min(most, first * 2 ** (times - 1))
         self._failed[name, version] = _Failure(objects, times, due)
 
-    def _folder(self, name: str, version: int, objects: Objects) -> Path:
-        """Name the folder of a version in the cache; its manifest is read if it is unknown."""
+    def _folder(self, name: str, version: int, objects: Objects) -> tuple[Path, bytes]:
+        """Name the folder of a version in the cache, and return its manifest."""
         tag = objects[checkpoint.MANIFEST]
-        if tag not in self._manifests:
-            raw = self._get_manifest(name, version)
-            self._manifests[tag] = hashlib.sha256(raw).hexdigest()
-        return self._cached(name, version, self._manifests[tag])
+        if tag in self._manifests:
+            folder = self._cached(name, version, self._manifests[tag])
+            with suppress(CheckpointRefused):
+                return folder, storage.read_once(folder / checkpoint.MANIFEST, _MANIFEST_BYTES)
+        manifest = self._get(f"{name}/{version}/{checkpoint.MANIFEST}", _MANIFEST_BYTES)
+        self._manifests[tag] = digest = hashlib.sha256(manifest).hexdigest()
+        return self._cached(name, version, digest), manifest
 
     @contextmanager
-    def _held(self, name: str, version: int, objects: Objects, folder: Path) -> Iterator[None]:
+    def _held(self, name: str, version: int, manifest: bytes, folder: Path) -> Iterator[None]:
         """Download a version that is not in the cache, and keep it there during the block."""
         with storage.changing(self._cache, "keep downloaded versions"):
             storage.make_folder(self._cache)
@@ -227,19 +233,15 @@ class Bucket(Repository):
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until another process has downloaded its version
             if not folder.is_dir():
-                self._download(name, version, objects, folder)
+                self._download(name, version, manifest, folder)
             with storage.open_folder(folder) as held:
                 fcntl.flock(held, fcntl.LOCK_SH)
                 self._evict()
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 yield
 
-    def _download(self, name: str, version: int, objects: Objects, folder: Path) -> None:
-        place, tag = self.place(name, version), objects[checkpoint.MANIFEST]
-        manifest = self._get_manifest(name, version)
-        if hashlib.sha256(manifest).hexdigest() != self._manifests[tag]:
-            reason = "replaced while it was being read"
-            raise CheckpointRefused(f"{place}/{checkpoint.MANIFEST}", reason)
+    def _download(self, name: str, version: int, manifest: bytes, folder: Path) -> None:
+        place = self.place(name, version)
         listed = checkpoint.parse_manifest(f"{place}/{checkpoint.MANIFEST}", manifest)
         with storage.changing(folder, "keep a downloaded version"):
             storage.make_folder(folder.parent)
@@ -278,7 +280,7 @@ class Bucket(Repository):
             raise CheckpointRefused(place, reason)
 
     def _get_manifest(self, name: str, version: int) -> bytes:
-        return self._get(f"{name}/{version}/{checkpoint.MANIFEST}", storage.MAX_HEADER_BYTES)
+        return self._get(f"{name}/{version}/{checkpoint.MANIFEST}", _MANIFEST_BYTES)
 
     def _get(self, key: str, size: int, start: int = 0) -> bytes:
         """Read so many bytes of an object, or those that there are."""
@@ -371,7 +373,7 @@ class Bucket(Repository):
         if not self._create(
             manifest, files
         ):  # perhaps by us: a write whose answer is lost is sent again
-            found = self._get(manifest, storage.MAX_HEADER_BYTES)
+            found = self._get(manifest, _MANIFEST_BYTES)
             if found != files[checkpoint.MANIFEST]:
                 raise CheckpointNotWritten(f"{self.where}/{manifest}: another one was written")
         self.find()
@@ -433,6 +435,15 @@ class Bucket(Repository):
     def workspace(self, name: str) -> Path:
         """Name a folder beside the cached versions."""
         return self._workspaces / name
+
+
+def open_repository(
+    where: Path | str, cache: Path, cache_bytes: int, *, start_from_cache: bool = False
+) -> Repository:
+    """Open a folder, or a URL of object storage, which is cached; see `Bucket`."""
+    if isinstance(where, Path):
+        return Folder(where)
+    return Bucket(where, cache, cache_bytes, start_from_cache=start_from_cache)
 
 
 def _is_complete(objects: Mapping[str, str]) -> bool:

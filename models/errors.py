@@ -33,7 +33,7 @@ class CheckpointNotWritten(CheckpointError):
     """The disk or its permissions do not allow a change; says what to do."""
 
 
-class StorageUnavailable(CheckpointError, OSError):
+class StorageUnavailable(CheckpointError):
     """Object storage does not answer, or refuses the request; says why, and what to check."""
 
 

@@ -28,6 +28,12 @@ _REMEDIES = {
     "RequestTimeTooSkewed": "set this machine's clock",
     "SignatureDoesNotMatch": "check the credentials",
 }
+_CAUSES = {
+    "TimedOut|timed out": "no answer in time",
+    "dns error|[Cc]onnection refused|ConnectError": "no connection: check the network and endpoint",
+    "IncompleteMessage|UnexpectedEof|reset|ConnectionAborted": "the connection broke",
+}
+"""By what their libraries call them, in the text of an error."""
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 
 
@@ -68,8 +74,7 @@ def _reason(error: Exception) -> str:
     if found := _CODE.search(text):
         code = found[1]
         return f"{code}: {_REMEDIES[code]}" if code in _REMEDIES else code
-    if "dns error" in text or "ConnectError" in text or "onnection refused" in text:
-        return "no connection: check the network and the endpoint"
-    if "TimedOut" in text or "timed out" in text or "timeout" in text:
-        return "no answer in time"
+    for signs, reason in _CAUSES.items():
+        if re.search(signs, text):
+            return reason
     return " ".join(text.partition("\n")[0].split())[:300]

@@ -37,7 +37,7 @@ class Repository(ABC):
     def find(self) -> dict[str, list[int]]:
         """List all models and their versions as they are now, unfinished ones included.
 
-        OSError: they cannot be listed.
+        OSError, StorageUnavailable: they cannot be listed.
         """
 
     @abstractmethod
@@ -165,15 +165,3 @@ class Folder(Repository):
     def workspace(self, name: str) -> Path:
         """Name a folder beside the versions."""
         return self.where / name / ".training"
-
-
-def open_repository(
-    where: Path | str, cache: Path, cache_bytes: int, *, start_from_cache: bool = False
-) -> Repository:
-    """Open a folder, or a URL of object storage, which is cached; see `Bucket`."""
-    if isinstance(where, Path):
-        return Folder(where)
-
-    from dropserve.models.bucket import Bucket
-
-    return Bucket(where, cache, cache_bytes, start_from_cache=start_from_cache)

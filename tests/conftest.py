@@ -249,3 +249,20 @@ def protocol_error():
         return response.json()["error"]
 
     return check
+
+
+@pytest.fixture(scope="session")
+def running_storage():
+    """An S3 server, for all tests of this process."""
+    from tests.storage import running_storage
+
+    with running_storage() as running:
+        yield running
+
+
+@pytest.fixture
+def storage(running_storage):
+    """The S3 server with an empty bucket and no faults."""
+    running_storage.empty()
+    yield running_storage
+    running_storage.fault = lambda _method, _path: None

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from dropserve.models.repository import Repository, open_repository
+from dropserve.models.bucket import open_repository
+from dropserve.models.repository import Repository
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import DropserveClient, base_url, credentials
 from dropserve.service.errors import DropserveError, NotFound

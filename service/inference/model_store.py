@@ -19,9 +19,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from dropserve.models.errors import CheckpointIncomplete
+from dropserve.models.errors import CheckpointIncomplete, StorageUnavailable
 from dropserve.models.memory import release_freed_memory
-from dropserve.models.repository import open_repository
+from dropserve.models.bucket import open_repository
 from dropserve.service.errors import (
     InvalidRequest,
     ModelStoreError,
@@ -115,7 +115,7 @@ class ModelStore:
 
     Raises:
         ModelStoreError: no model can be served, or there is no such default.
-        OSError: the folder cannot be listed.
+        OSError, StorageUnavailable: the checkpoints cannot be listed.
     """
 
     def __init__(
@@ -362,7 +362,7 @@ class ModelStore:
         try:
             found = self._source.find()
             problem = self._source.problem
-        except OSError as error:
+        except (OSError, StorageUnavailable) as error:
             problem = self._source.relative(f"the checkpoints cannot be listed: {error}")
             return
         finally:

@@ -41,6 +41,8 @@ class _Store(Protocol):
 
     @property
     def loads(self) -> Mapping[tuple[str, str], int]: ...  # by model and "loaded" or "refused"
+    @property
+    def problem(self) -> str | None: ...  # why new versions cannot be found
     def __iter__(self) -> Iterator[str]: ...
     def versions(self, name: str) -> Collection[int]: ...
     def models(self) -> Collection[str]: ...
@@ -129,6 +131,8 @@ class Metrics:
         self._changed = largest("model_changed_versions", "Served from memory.", ["model"])
         text = "Whether the pinned version does not answer."
         self._pin_failed = largest("model_pin_failed", text, ["model"])
+        text = "Whether new versions cannot be found now; what is served stays served."
+        self._problem = largest("checkpoints_problem", text)
         total("workers", "Processes that serve.").set(1)
         largest("info", "The release.", ["version"]).labels(version("dropserve")).set(1)
 
@@ -205,10 +209,12 @@ class Metrics:
         self._models.update(store.models())
         for name in self._models:
             state = store.state(name)
-            self._latest.labels(name).set(state["version"] or 0)
+            answers = state["version"] or max(state["on_request"], default=0)
+            self._latest.labels(name).set(answers)
             self._refused.labels(name).set(len(state["refused"]))
             self._changed.labels(name).set(len(state["changed"]))
             self._pin_failed.labels(name).set(state["pin_problem"] is not None)
+        self._problem.set(store.problem is not None)
         for key, count in dict(store.loads).items():
             self._loads.labels(*key).inc(count - self._counted_loads.get(key, 0))
             self._counted_loads[key] = count
