@@ -19,9 +19,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from dropserve.models.bucket import open_repository
 from dropserve.models.errors import CheckpointIncomplete, StorageUnavailable
 from dropserve.models.memory import release_freed_memory
-from dropserve.models.bucket import open_repository
 from dropserve.service.errors import (
     InvalidRequest,
     ModelStoreError,

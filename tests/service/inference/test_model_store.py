@@ -29,6 +29,11 @@ class Folder:
         self.pins = {}
         self.loads = []
 
+    problem = None
+
+    def relative(self, text):
+        return text
+
     def find(self):
         if self.models is None:
             raise OSError("stale handle")
@@ -248,7 +253,7 @@ def test_a_version_replaced_under_its_number_is_loaded_anew_and_stays_if_bad(the
     assert store.index()[1] == entry | {"reason": "served from memory: m 2 is bad"}
     there.models["m"] = {}
     store.update()  # its volume is away, more likely than not
-    assert {changed["reason"] for changed in store.state("m")["changed"]} == {"its folder is gone"}
+    assert {changed["reason"] for changed in store.state("m")["changed"]} == {"its files are gone"}
     there.models["m"] = {2: "good again"}
     store.update()
     assert (served(store), store.state("m")["changed"]) == ({2: "m 2"}, [])
@@ -396,6 +401,7 @@ def test_a_start_serves_what_loads_and_says_what_does_not(there):
     assert store.state("n") == {
         "version": None,
         "versions": [],
+        "on_request": [],
         "refused": [{"version": 1, "reason": "n 1 is bad"}],
         "changed": [],
         "pinned": None,
