@@ -16,10 +16,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from dropserve.models.device import find_device
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded, stopping
 from dropserve.service.inference.batcher import (
@@ -80,6 +82,7 @@ class Inference:
 
     Raises:
         ModelStoreError: no model can be served, or there is no such default.
+        ConfigError: there is no such device.
 
     Attributes:
         store: the models.
@@ -303,18 +306,29 @@ class Inference:
         return answers
 
 
+def only_to_check(settings: Settings) -> Settings:
+    """Return the settings of a process that loads the models and serves none, as workers will.
+
+    It must not take memory of a GPU. Raises ConfigError if there is no such device.
+    """
+    find_device(settings.device)
+    return settings.model_copy(update={"device": "cpu"})
+
+
 def _too_long(seconds: float) -> Overloaded:
     return Overloaded("the request would wait for too long", "wait", seconds)
 
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Raise MemoryError where PyTorch raises an error of its own for it."""
+    """Raise MemoryError where PyTorch raises an error of its own for it, of a GPU's memory too."""
     try:
         yield
     except RuntimeError as error:
         if not _NO_MEMORY.search(str(error)):
             raise
+        clear_frames(error.__traceback__)  # they hold the tensors
+        torch.cuda.empty_cache()  # it gives back what is free now; without a GPU it does nothing
     else:
         return
     raise MemoryError

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from dropserve.models import checkpoint
+from dropserve.models.device import find_device
 from dropserve.models.memory import release_freed_memory
 from dropserve.service.errors import (
     InvalidRequest,
@@ -48,6 +49,7 @@ class CheckpointFolder:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._root = settings.checkpoints
+        self._device = find_device(settings.device)
 
     def find(self) -> dict[str, list[int]]:
         """List all models and their versions."""
@@ -66,7 +68,7 @@ class CheckpointFolder:
     def load(self, name: str, version: int) -> Classifier:
         """Make a version ready, or raise what is wrong with it."""
         path, settings = self._root / name / str(version), self._settings
-        return Classifier(name, version, path, settings.factories, settings.precision)
+        return Classifier(name, version, path, settings.factories, settings.precision, self._device)
 
     def pinned(self, name: str) -> int | None:
         """Return the version of a model that should answer; None: the latest."""
@@ -375,7 +377,8 @@ class ModelStore:
             milliseconds = round(1000 * (time.perf_counter() - started))
             self.loads[name, "loaded"] += 1
             self._marks[name, version] = mark
-            _log.info("version ready", extra={FIELDS: {"milliseconds": milliseconds}})
+            about = {"milliseconds": milliseconds, "device": loaded.device}
+            _log.info("version ready", extra={FIELDS: about})
             return loaded
 
     def _serve(self, name: str, versions: Mapping[int, Classifier], pinned: int | None) -> None:
