@@ -61,6 +61,16 @@ def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     return _unpack(_pack(tensors).cpu(), tensors)
 
 
+def gpu_failure() -> str | None:
+    """Say why the GPU runs no call of this process any more, as after a fault; None: it does."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch's is
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+    return None
+
+
 class OneStepAhead:
     """Lets Python queue one step of a longer job on a GPU while the GPU works on the one before.
 

@@ -96,6 +96,7 @@ _UNGUARDED = {
     torch.Tensor.contiguous: torch.ops.aten.contiguous,
     torch.Tensor.copy_: torch.ops.aten.copy_,
     torch.Tensor.data.__set__: _replace,
+    torch.Tensor.__float__: torch.Tensor.item,
 }
 
 

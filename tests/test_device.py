@@ -244,6 +244,29 @@ def test_a_gpu_without_memory_for_a_batch_answers_what_fits_in_halves(checkpoint
     assert not any(ref() is not None for ref in held[:3]), "the failed batches hold their tensors"
 
 
+@pytest.mark.parametrize("fault", ["illegal memory access", None])
+def test_a_gpu_that_has_failed_stops_the_process_and_another_error_does_not(
+    fault, checkpoints, monkeypatch
+):
+    def synchronize():
+        if fault:
+            raise RuntimeError(f"CUDA error: {fault}\nmore of it")
+
+    def run(*_):
+        raise RuntimeError("CUDA error")
+
+    inference = Inference(Settings(checkpoints=checkpoints, default_model="digits-mlp"))
+    model = inference.store.find()
+    model.run = run
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError):
+        asyncio.run(inference.run(model, Predict(), np.zeros((1, 1, 8, 8), np.uint8), 1))
+    failure = f"the GPU has failed: CUDA error: {fault}" if fault else None
+    assert inference.stalled() == failure  # which the watchdog and /readyz read
+    inference.close()
+
+
 @ON_GPU
 def test_a_server_on_a_gpu_answers_as_one_on_a_cpu(make_server):
     answers = []

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from dropserve.models.device import find_device
+from dropserve.models.device import find_device, gpu_failure
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded, stopping
 from dropserve.service.inference.batcher import (
@@ -108,6 +108,7 @@ class Inference:
         self._decoding = 0
         self._streams = 0
         self._closed = False
+        self._gpu_failure: str | None = None
         self.metrics: Metrics | None = None
         self.tracing: Tracing | None = None
         self._batcher: Batcher[Key, Request, Answer] = Batcher(
@@ -149,7 +150,9 @@ class Inference:
             raise Overloaded(_QUEUE_FULL, "queue", expected)
 
     def stalled(self) -> str | None:
-        """Say what is wrong with the inference thread, if it is: it is dead, or does not go on."""
+        """Say what is wrong: the inference thread is dead or does not go on, or the GPU failed."""
+        if self._gpu_failure is not None:
+            return f"the GPU has failed: {self._gpu_failure}"
         if not self._thread.is_alive():
             return None if self._closed else "the inference thread is dead"
         seconds, expected = self._batcher.step_under_way
@@ -295,12 +298,16 @@ class Inference:
         self, key: Key, requests: Sequence[Request | None]
     ) -> Generator[None, None, list[Answer | Exception]]:
         classifier, task, steps = key
-        with _memory_errors():
-            if steps is None:
-                complete = answers = yield from _answers(classifier, requests)
-            else:
-                answers = [step := next(steps, {})]
-                complete = [*step.get("end", ())]
+        try:
+            with _memory_errors():
+                if steps is None:
+                    complete = answers = yield from _answers(classifier, requests)
+                else:
+                    answers = [step := next(steps, {})]
+                    complete = [*step.get("end", ())]
+        except RuntimeError:
+            self._gpu_failure = gpu_failure()
+            raise
         if self.metrics is not None and complete:
             self.metrics.record_answers(classifier.name, task, complete)
         return answers
