@@ -29,9 +29,9 @@ from dropserve.service.inference.classifier import (
     Uncertainty,
 )
 from dropserve.service.inference.decoder import finish
-from dropserve.service.inference.inference import Inference
+from dropserve.service.inference.inference import Inference, only_to_check
 from dropserve.service.settings import Settings
-from tests.helpers import invoke, zero
+from tests.helpers import zero
 from tests.simulated_gpu import GPU, simulated_gpu
 
 HAS_GPU = torch.cuda.is_available()
@@ -208,11 +208,11 @@ def test_a_gpu_that_is_missing_is_an_error_that_says_what_to_do(checkpoints):
     assert find_device("auto") == find_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="built for CPUs alone: install a CUDA build"):
         find_device("cuda")
-    for workers in (1, 2):
-        given = {"CHECKPOINTS": checkpoints, "DEVICE": "cuda", "WORKERS": workers, "PORT": 0}
-        refused = invoke("serve", **{f"DROPSERVE_{k}": str(v) for k, v in given.items()})
-        assert refused.exit_code == 2
-        assert "no GPU for the device cuda" in refused.output
+    settings = Settings(checkpoints=checkpoints, device="cuda")
+    for start in (Inference, only_to_check):  # of one process, and of several
+        with pytest.raises(ConfigError, match="no GPU for the device cuda"):
+            start(settings)
+    assert only_to_check(Settings(workers=2)).device == "cpu"
 
 
 def test_a_gpu_without_memory_for_a_batch_answers_what_fits_in_halves(checkpoints):

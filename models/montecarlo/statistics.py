@@ -108,9 +108,8 @@ class Statistics:
         p: Any = probabilities if on_gpu else probabilities.numpy()
         sums, order = (_sums_on_gpu, _order_on_gpu) if on_gpu else (_sums, _order)
         found = sums(p, self._sums.get("first"))
-        for name, values in found.items():
-            new = name == "first" or not self._count
-            self._sums[name] = values if new else self._sums[name] + values
+        before = {name: values for name, values in self._sums.items() if name != "first"}
+        self._sums = found | {name: values + found[name] for name, values in before.items()}
         self._ordered = order(self._ordered, p, self._tail)
         self._count += p.shape[2]
 
