@@ -87,8 +87,10 @@ format: setup ## Format the code and fix what ruff can
 lab-quick: setup ## Run every experiment of the lab in its shortest form
 	$(DROPSERVE) lab run all --quick --restart
 
+# On a GPU, DEVICE=cuda: speed alone.
+DEVICE = cpu
 bench: setup ## Measure the engine: speed, what masks are worth, training, memory (minutes)
-	$(PYTHON) -m bench.engine
+	$(PYTHON) -m bench.engine --device $(DEVICE)
 
 bench-accuracy: setup ## Hold the figures of Monte Carlo dropout against plain passes and exact ones (minutes)
 	$(PYTHON) -m bench.accuracy

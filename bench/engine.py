@@ -1,7 +1,8 @@
 """Measures the Monte Carlo engine in one run: `python -m bench.engine`; writes results/engine.json.
 
 Speed beside plain loops, what a sample is worth, memory, training throughput; then each claim of
-the documentation with its target and what was measured.
+the documentation with its target and what was measured. With `--device cuda` speed alone, at batch
+1, 64 and 1,024, into results/engine-cuda.json.
 """
 
 import argparse
@@ -24,9 +25,12 @@ from bench.networks import NETWORKS, Network
 from bench.progress import follow
 from dropserve.lab.machine import machine, versions
 from dropserve.models.data import Dataset
+from dropserve.models.device import find_device, is_gpu
 from dropserve.models.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
+RESULTS_OF_GPU = RESULTS.with_name("engine-cuda.json")
+GPU_BATCHES = (1, 64, 1024)
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,26 @@ QUICK = Scale(
 class Bench:
     """The networks, the images, and what is measured on them."""
 
-    def __init__(self, data: Dataset, scale: Scale, samples: int, cache: Path) -> None:
-        self.scale, self.samples, self.data = scale, samples, data
-        self.modules = {n: networks.ready(n, data, scale.epochs, cache) for n in NETWORKS}
+    def __init__(
+        self, data: Dataset, scale: Scale, samples: int, cache: Path, device: torch.device
+    ) -> None:
+        self.scale, self.samples, self.data, self.device = scale, samples, data, device
+        ready = {n: networks.ready(n, data, scale.epochs, cache) for n in NETWORKS}
+        self.modules = {n: module.to(device) for n, module in ready.items()}
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-        self._test = data.preprocessing.normalize(data.test.images[order[:256]])
+        self._test = data.preprocessing.normalize(data.test.images[order[:256]].to(device))
 
     def x(self, images: int) -> Tensor:
-        """Return test images, normalised [B, C, H, W]."""
-        return self._test[:images]
+        """Return test images, normalised [B, C, H, W]; from the 257th on the first again."""
+        return self._test.repeat(-(-images // len(self._test)), 1, 1, 1)[:images]
 
     def cases(self) -> list[tuple[Network, nn.Module, Tensor]]:
         """List the networks with a batch of each size."""
+        on_gpu = is_gpu(self.device)
         return [
             (network, module, self.x(batch))
             for network, module in self.modules.items()
-            for batch in network.batches[: self.scale.batches]
+            for batch in (GPU_BATCHES if on_gpu else network.batches)[: self.scale.batches]
         ]
 
     def trained(self) -> list[tuple[Network, nn.Module]]:
@@ -149,7 +157,7 @@ def run(bench: Bench, parts: Sequence[str], console: Console) -> dict[str, Any]:
     """Measure the parts; print a table of each and one of the claims."""
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+        "machine": machine() | _gpu(bench.device),
         "versions": versions(),
         "quick": bench.scale is QUICK,
         "data": bench.data.name,
@@ -161,9 +169,15 @@ def run(bench: Bench, parts: Sequence[str], console: Console) -> dict[str, Any]:
         measure, table = PARTS[name]
         result[name] = measure(bench)
         console.print(table(result[name]))
-    found = claims(result)
+    found = [] if is_gpu(bench.device) else claims(result)  # which are of a processor
     console.print(claims_table(found))
     return {**result, "claims": [claim.to_json() for claim in found]}
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    if not is_gpu(device):
+        return {}
+    return {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -177,24 +191,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path(os.environ.get("DROPSERVE_DATA_DIR", "data")),
         help="folder of datasets, or DROPSERVE_DATA_DIR; digits are taken without it",
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="by default all; of a GPU engine")
     parser.add_argument("--quick", action="store_true", help="a smoke run, on digits")
     parser.add_argument("--cache", type=Path, default=networks.CACHE, help="of trained weights")
     parser.add_argument("--json", type=Path, help="file of results, by default bench/results")
     options = parser.parse_args(arguments)
-    if options.json is None and (options.quick or len(set(options.only)) < len(PARTS)):
+    device = find_device(options.device)
+    whole = ["engine"] if is_gpu(device) else list(PARTS)
+    parts = options.only or whole
+    if not set(parts) <= set(whole):
+        parser.error(f"of a GPU there is {', '.join(whole)} alone")
+    if options.json is None and (options.quick or set(parts) < set(whole)):
         parser.error("a part would overwrite the results of the whole: name a file with --json")
-    target: Path = options.json or RESULTS
+    target: Path = options.json or (RESULTS_OF_GPU if is_gpu(device) else RESULTS)
     samples = options.samples or (50 if options.quick else 100)
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as the service does
     data = networks.load_images(options.data_dir, stand_in=options.quick)
-    bench = Bench(data, QUICK if options.quick else Scale(), samples, options.cache)
+    bench = Bench(data, QUICK if options.quick else Scale(), samples, options.cache, device)
     console = Console()
     if not console.is_terminal:
         console.width = 140
     console.print(f"{data.name}, T={samples}, {options.threads} thread(s)")
-    result = run(bench, options.only, console)
+    result = run(bench, parts, console)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n")
 

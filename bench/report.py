@@ -45,6 +45,10 @@ starts, when the network is loaded, as in the service; the loop and T-fold draw 
 *New seed* is *ours* with a seed never met in every call, all of it within the time: {least:.1f} to
 {most:.1f} times as long here."""
 
+ENGINE_ON_GPU = """\
+The same contenders on a {gpu}, T = {samples}; the time of a call ends when the GPU is done with it.
+Convolutions do not use TF32."""
+
 TRAINING_MODE = """\
 Networks whose noise depends on `self.training`: {passes:,} samples against {passes:,} plain passes
 in train mode, over {images} images. *Variance*: the sum over images and classes, ours over theirs.
@@ -117,6 +121,13 @@ def engine(result: Result) -> list[str]:
     parts += ["### Training", "Images a second.", _training_table(result["training"])]
     parts += ["### Claims", _claims_table(result["claims"])]
     return [*parts, _made_on(result, "make bench && make bench-report")]
+
+
+def engine_on_gpu(result: Result) -> list[str]:
+    """Show how fast the engine is on a GPU."""
+    about = ENGINE_ON_GPU.format(samples=result["samples"], gpu=result["machine"]["gpu"])
+    made_on = _made_on(result, "make bench DEVICE=cuda && make bench-report")
+    return ["## The engine on a GPU", about, _engine_table(result["engine"]), made_on]
 
 
 def _engine_table(rows: Iterable[Result]) -> str:
@@ -360,6 +371,7 @@ def _made_on(result: Result, command: str) -> str:
     machine = result["machine"]
     versions = result.get("versions") or result["rows"][0]["versions"]
     about = [f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"]
+    about += [f"{machine['gpu']}, CUDA {machine['cuda']}"] if "gpu" in machine else []
     about += [f"Python {versions['python']}, PyTorch {versions['torch']}", result["date"]]
     return "; ".join(about) + f".\n\n```bash\n{command}\n```"
 
@@ -372,6 +384,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "engine": engine,
+    "engine-cuda": engine_on_gpu,
     "accuracy": accuracy,
     "http": http,
     "checkouts": checkouts,

@@ -162,7 +162,8 @@ def measure(calls: Mapping[str, Call], rounds: int, title: str) -> dict[str, flo
 def _time(call: Call, repeats: int) -> float:
     started = time.perf_counter()
     for _ in range(repeats):
-        call()
+        if call().is_cuda:
+            torch.cuda.synchronize()  # as a request waits for its answer
     return (time.perf_counter() - started) / repeats
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dropserve.models.device import OneStepAhead, to_cpu
 from dropserve.models.montecarlo import Sampler
 from dropserve.models.regularizers import Stochastic
 
@@ -23,11 +24,10 @@ class Moments:
     mean: float = 0.0
     variance: float = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Take in all elements (Chan, Golub and LeVeque, 1979)."""
-        variance, mean = map(float, torch.var_mean(values.double(), correction=0))
-        self.count += values.numel()
-        share, gap = values.numel() / self.count, mean - self.mean
+    def add(self, count: int, mean: float, variance: float) -> None:
+        """Take in so many elements (Chan, Golub and LeVeque, 1979)."""
+        self.count += count
+        share, gap = count / self.count, mean - self.mean
         self.mean += share * gap
         self.variance += share * (variance - self.variance + (1 - share) * gap**2)
 
@@ -43,9 +43,13 @@ class Layer:
     train: Moments = field(default_factory=Moments)  # over passes too
 
 
+_Found = tuple[Moments, int, Tensor]
+"""Moments that some elements belong to, how many they are, and their variance and mean [2]."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """What two eval passes and k train-mode passes made of B images."""
+    """What two eval passes and k train-mode passes made of B images; tensors of the CPU."""
 
     eval: Tensor  # probabilities [2, B, C], the same twice
     train: Tensor  # probabilities [k, B, C]
@@ -73,21 +77,27 @@ def compare(
     laws = {site.module: site.law for site in sampler.sites}
     rates = {name: law.p if p is None else law.at(p).p for name, law in laws.items()}
     layers: dict[str, Layer] = {}
+    found: list[_Found] = []
     plain, thinned = [], []
+    ahead = OneStepAhead(x.device)
     for _ in range(2):
         # neither the mode nor the hooks may stay on across a yield
-        with torch.inference_mode(), _recorded(module, "eval", rates, layers):
+        with torch.inference_mode(), _recorded(module, "eval", rates, layers, found):
             plain.append(module(x.clone()))  # which it may overwrite
+        ahead.wait()
         yield
     for t in range(passes):
-        with torch.inference_mode(), _recorded(sampler.training_copy, "train", rates, layers):
+        copied = sampler.training_copy
+        with torch.inference_mode(), _recorded(copied, "train", rates, layers, found):
             thinned.append(sampler.thinned(x, seed, "independent", t, p))
+        ahead.wait()
         yield
-    return Comparison(
-        torch.stack(plain).float().softmax(-1),
-        torch.stack(thinned).float().softmax(-1),
-        tuple(layer for layer in layers.values() if layer.eval.count and layer.train.count),
-    )
+    probabilities = (torch.stack(logits).float().softmax(-1) for logits in (plain, thinned))
+    evaluated, trained, *moments = to_cpu([*probabilities, *(moments for *_, moments in found)])
+    for (side, count, _), (variance, mean) in zip(found, map(Tensor.tolist, moments), strict=True):
+        side.add(count, mean, variance)
+    both = (layer for layer in layers.values() if layer.eval.count and layer.train.count)
+    return Comparison(evaluated, trained, tuple(both))
 
 
 @contextmanager
@@ -96,8 +106,9 @@ def _recorded(
     mode: Literal["eval", "train"],
     rates: Mapping[str, float | None],
     layers: dict[str, Layer],
+    found: list[_Found],
 ) -> Iterator[None]:
-    """Add the moments of every leaf's output to `layers`, for passes of this thread."""
+    """List what every leaf of `layers` gives in passes of this thread."""
     thread = threading.get_ident()
     calls: Counter[str] = Counter()
 
@@ -109,7 +120,8 @@ def _recorded(
         dropped = isinstance(leaf, _DropoutNd | Stochastic)  # at rate 0 where it is no site
         rate = rates.get(key, 0.0 if dropped else None)
         layer = layers.setdefault(key, Layer(key, type(leaf).__name__, rate))
-        (layer.eval if mode == "eval" else layer.train).add(output)
+        moments = torch.stack(torch.var_mean(output.double(), correction=0))
+        found.append((layer.eval if mode == "eval" else layer.train, output.numel(), moments))
 
     with ExitStack() as hooks:
         for name, leaf in module.named_modules():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from dropserve.models.device import is_gpu
 from dropserve.models.regularizers import DropConnect, Elementwise
 
 Step = Callable[[Tensor], Tensor]
@@ -63,7 +64,7 @@ class WeightMask(Mask):
         bools = noise.dtype == torch.bool
         kept = self.kept if bools else 1.0
         for t, drawn in enumerate(noise.flatten(0, -3)):
-            if bools and own.dtype == torch.float32 and not own.is_cuda:  # as in `scaled`
+            if bools and own.dtype == torch.float32 and not is_gpu(own.device):  # as in `scaled`
                 np.multiply(self._weight.numpy(), drawn[:, :-1].numpy(), out=own.numpy())
             else:
                 torch.mul(self._weight, drawn[:, :-1], out=own)
@@ -149,7 +150,7 @@ def scaled(noise: Tensor, kept: float) -> Tensor:
     """Turn a mask of bools into what is multiplied by; other noise is returned as it is."""
     if noise.dtype != torch.bool:
         return noise
-    if noise.is_cuda:
+    if is_gpu(noise.device):
         return noise * kept
     # NumPy multiplies bools by a number three times as fast as torch converts them
     return torch.from_numpy(np.multiply(noise.numpy(), np.float32(kept), dtype=np.float32))

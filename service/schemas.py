@@ -341,6 +341,7 @@ class ModelDetails(ModelSummary):
     training: Literal[False] = Field(description="Always false: the module is served in eval mode.")
     parameters: int
     sites: list[DropoutSite]
+    device: str = Field("cpu", description="Where it runs: cpu, or cuda and the GPU's name.")
     path: Literal["folded", "vmap", "loop"] | None = Field(
         description="How Monte Carlo samples are run; folded is the fastest. Null: no noise."
     )

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def serve(settings: Settings) -> None:
     """Load the models, then serve until SIGTERM or SIGINT; open requests are finished.
 
-    A ModelStoreError (no model can be served, or not all in a strict start), a ServerError (no
-    OpenTelemetry) or an OSError (no API keys, no certificate) is raised before anything listens.
+    A ModelStoreError (no model can be served, or not all in a strict start), a ConfigError (no such
+    device), a ServerError (no OpenTelemetry) or an OSError (no API keys, no certificate) is raised
+    before anything listens.
     """
     logs.configure(settings.log_level)
     if settings.api_keys_file is not None:
@@ -35,12 +36,16 @@ def serve(settings: Settings) -> None:
     tls.check(settings)
     if settings.tracing:
         import dropserve.service.observability.tracing  # noqa: F401  for its error, too
-    from dropserve.service.inference.inference import Inference  # loads PyTorch, which may log
+    from dropserve.service.inference.inference import (  # loads PyTorch, which may log
+        Inference,
+        only_to_check,
+    )
 
     options = uvicorn_options(settings)
     _configure_collector()
-    inference = Inference(settings)
-    if settings.workers > 1:  # this was to check the start: the workers do not
+    alone = settings.workers == 1
+    inference = Inference(settings if alone else only_to_check(settings))
+    if not alone:  # this was to check the start: the workers do not
         inference.close()
         if inference.store.default is not None:  # a worker that starts later might find another
             settings = settings.model_copy(update={"default_model": inference.store.default})

@@ -85,6 +85,9 @@ class Settings(BaseSettings):
         description="Factories, comma-separated, that checkpoints may call: "
         "package.module:factory or path/to/file.py:factory.",
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="What networks run on. auto takes a GPU if PyTorch finds one."
+    )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "auto",
         description="Of Monte Carlo dropout. auto takes bfloat16 if the CPU has AMX (or the GPU "

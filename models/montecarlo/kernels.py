@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dropserve.models.device import is_gpu, tile
 from dropserve.models.montecarlo.scaled_masks import ScaledMasks
 from dropserve.models.montecarlo.sites import Trace
 from dropserve.models.regularizers import Bernoulli
@@ -129,7 +130,7 @@ class Kernels:
 
         Gathering weights counts even if it is done, but for masks that are pinned.
         """
-        if not self._layers or h.is_cuda:  # a device that is fast once it has enough to do
+        if not self._layers or is_gpu(h.device):  # fast once it has enough to do
             return [(0, self._dense)]
         images, units = h.shape
         samples, width = masks.samples, len(self._layers[0].bias)
@@ -146,12 +147,12 @@ class Kernels:
         return choices
 
     def _dense(self, h: Tensor, masks: ScaledMasks) -> Tensor:
-        tile = max(1, _ROWS // max(1, len(h) * self._widest))
+        step = max(1, tile(h.device, _ROWS) // max(1, len(h) * self._widest))
         logits, steps, after = list[Tensor](), self._rest, None
         if self._first.combine is torch.add and isinstance(steps[0], Linear):
             after, *steps = steps
-        for start in range(0, masks.samples, tile):
-            some = slice(start, start + tile)
+        for start in range(0, masks.samples, step):
+            some = slice(start, start + step)
             first, *others = (noise[some].squeeze(1) for noise in masks.drawn)
             if isinstance(after, Linear):  # (h + noise) W = h W + noise W: products of few rows
                 made = after(h).unsqueeze(1) + first.to(h.dtype) @ after.weight
@@ -165,10 +166,10 @@ class Kernels:
         units = torch.from_numpy(_active_units(h.numpy()))
         first, samples = self._layers[0], masks.samples
         width = len(first.bias)
-        tile = max(1, _TILE // max(1, samples * width, units.shape[1] * (samples + width)))
+        most = max(1, _TILE // max(1, samples * width, units.shape[1] * (samples + width)))
         tiles = [(h, units)]
-        if tile < len(h):
-            tiles = [*zip(torch.split(h, tile), torch.split(units, tile), strict=True)]
+        if most < len(h):
+            tiles = [*zip(torch.split(h, most), torch.split(units, most), strict=True)]
         logits = []
         for some, listed in tiles:
             images, flat = len(some), listed.flatten()

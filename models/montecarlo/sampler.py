@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.device import is_gpu, tile
 from dropserve.models.errors import SamplingError, UnsupportedModule
 from dropserve.models.montecarlo.interception import Interception
 from dropserve.models.montecarlo.kernels import Kernel, Kernels
@@ -226,7 +227,8 @@ class Sampler:
     def _vectorised(self, x: Tensor, masks: ScaledMasks) -> Tensor:
         """Logits [B, T, C], the passes vectorised: what comes before the first mask runs once."""
         found = self._found
-        chunk = max(1, _CHUNK_ELEMENTS // max(1, len(x) * found.widest, found.widest_shared))
+        most = tile(x.device, _CHUNK_ELEMENTS)
+        chunk = max(1, most // max(1, len(x) * found.widest, found.widest_shared))
         return torch.vmap(
             lambda *one: self._forward(x, one, self._dtype),
             out_dims=1,
@@ -293,7 +295,8 @@ class Sampler:
             self._kernels[dtype] = Kernels.of(self._module, self._found, dtype) if folded else None
         self._dtype = dtype
         self._store.get("stratified", 0, range(2 * BLOCK), probe.device, pin=True)
-        return self.summarize(probe[torch.arange(images) % 2], 2 * BLOCK).mean
+        some = torch.arange(images, device=probe.device) % 2
+        return self.summarize(probe[some], 2 * BLOCK).mean
 
     @torch.inference_mode()
     def _find_layout(self, probe: Tensor) -> None:
@@ -372,7 +375,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     Of processors that is those with AMX. With avx512_bf16 alone the gain is near the margin for
     some batches and a loss for others, so processes on one machine would choose differently.
     """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+    if is_gpu(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found: bool = torch.cpu._is_amx_tile_supported()  # noqa: SLF001  no public name
     return found

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dropserve.models.defaults import MaskKind
+from dropserve.models.device import to_device
 from dropserve.models.montecarlo.masks import BLOCK, draw, draw_normal
 from dropserve.models.montecarlo.sites import Site
 from dropserve.models.regularizers import Gaussian
@@ -108,7 +109,7 @@ class MaskStore:
             self._bytes.clear()
 
     def draw(self, kind: MaskKind, seed: int, samples: range, device: torch.device) -> ScaledMasks:
-        """Draw masks and keep nothing."""
+        """Draw masks on the CPU, alike for every device, and keep nothing."""
         drawn = []
         for index, site in enumerate(self._sites):
             law = site.law
@@ -117,7 +118,7 @@ class MaskStore:
                 noise = torch.from_numpy(normal).mul_(law.std).add_(law.mean)
             else:
                 noise = torch.from_numpy(draw(kind, seed, index, site.units, law.p, samples))
-                if site.units <= _LARGE:
-                    noise = scaled(noise, law.kept)
-            drawn.append(noise.view(len(samples), *site.template).to(device))
-        return ScaledMasks(drawn, [site.law.kept for site in self._sites])
+            drawn.append(noise.view(len(samples), *site.template))
+        kept = [site.law.kept for site in self._sites]
+        placed = zip(to_device(drawn, device), self._sites, kept, strict=True)
+        return ScaledMasks([n if s.units > _LARGE else scaled(n, k) for n, s, k in placed], kept)

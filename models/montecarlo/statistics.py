@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dropserve.models.defaults import MaskKind
+from dropserve.models.device import is_gpu, to_cpu
 from dropserve.models.errors import SamplingError
 from dropserve.models.montecarlo.masks import BLOCK
 
@@ -82,8 +83,9 @@ class Statistics:
     """Takes in T samples a chunk at a time and keeps sums, not samples.
 
     Of the samples themselves it keeps what the interval is read from: the (1-level)/2 T smallest
-    and largest of each class and image. NumPy does the work: on arrays as small as one answer's its
-    calls cost a third of torch's, and its sort a twentieth.
+    and largest of each class and image. On a CPU NumPy does the work: on arrays as small as one
+    answer's its calls cost a third of torch's, and its sort a twentieth. On a GPU both stay there
+    until the summary.
     """
 
     def __init__(self, samples: int, masks: MaskKind, level: float = 0.9) -> None:
@@ -92,8 +94,8 @@ class Statistics:
         self._level = level
         self._tail = int((1 - level) / 2 * (samples - 1)) + 2
         self._count = 0
-        self._sums: dict[str, Array] = {}
-        self._ordered: Array = np.empty(0)
+        self._sums: dict[str, Any] = {}  # arrays, or tensors of a GPU
+        self._ordered: Any = None  # likewise
 
     def add(self, probabilities: Tensor) -> None:
         """Take in probabilities [C, B, t]: the next samples, whole blocks until the last.
@@ -102,30 +104,14 @@ class Statistics:
         Variances come from sums of distances to the first sample, which lies among the others: no
         digits are lost (Chan, Golub and LeVeque, 1983, section 3).
         """
-        p = probabilities.cpu().numpy()
-        classes, images, count = p.shape
-        whole = count // BLOCK * BLOCK
-        if not self._count:
-            self._sums["first"] = p[..., 0].astype(np.float64)
-        distance = p - self._sums["first"][..., None]
-        blocks = distance[..., :whole].reshape(classes, images, whole // BLOCK, BLOCK)
-        by_block = blocks @ np.ones(BLOCK)  # twice as fast as .sum(3)
-        in_blocks = by_block.sum(2)
-        self._add("sum", in_blocks + distance[..., whole:].sum(2))
-        self._add("squares", np.einsum("cbt,cbt->cb", distance, distance))
-        self._add("blocks", in_blocks)
-        self._add("block_squares", np.einsum("cbk,cbk->cb", by_block, by_block))
-        self._add("entropy", entropy(p).sum(1, dtype=np.float64))
-        self._add("votes", _votes(p))
-        ordered = np.sort(np.concatenate([self._ordered, p], 2) if self._count else p, axis=2)
-        self._count += count
-        if ordered.shape[2] > 2 * self._tail:
-            tails = ordered[..., : self._tail], ordered[..., -self._tail :]
-            ordered = np.concatenate(tails, 2)
-        self._ordered = ordered
-
-    def _add(self, name: str, values: Array) -> None:
-        self._sums[name] = self._sums[name] + values if self._count else values
+        on_gpu = is_gpu(probabilities.device)
+        p: Any = probabilities if on_gpu else probabilities.numpy()
+        sums, order = (_sums_on_gpu, _order_on_gpu) if on_gpu else (_sums, _order)
+        found = sums(p, self._sums.get("first"))
+        before = {name: values for name, values in self._sums.items() if name != "first"}
+        self._sums = found | {name: values + found[name] for name, values in before.items()}
+        self._ordered = order(self._ordered, p, self._tail)
+        self._count += p.shape[2]
 
     @property
     def complete(self) -> bool:
@@ -137,6 +123,10 @@ class Statistics:
         if self._count != self._total:
             raise SamplingError(f"{self._count} samples of {self._total} came")
         total = self._total
+        if isinstance(self._ordered, Tensor):
+            copied = to_cpu([self._ordered, *self._sums.values()])
+            self._ordered, *sums = (tensor.numpy() for tensor in copied)
+            self._sums = dict(zip(self._sums, sums, strict=True))
         found = figures(self._masks, self._sums, total, total // BLOCK)
         found["variation_ratio"] = 1 - self._sums["votes"].max(0) / total
         found["lower"] = self._quantile((1 - self._level) / 2)
@@ -162,6 +152,60 @@ class Statistics:
         )
         quantile: Array = low + (high - low) * (position - below)
         return quantile
+
+
+def _sums(p: Array, first: Array | None) -> dict[str, Array]:
+    """Sum over samples [C, B, t], by distances to the `first` of all: [C, B], the entropy [B]."""
+    classes, images, count = p.shape
+    first = p[..., 0].astype(np.float64) if first is None else first
+    whole = count // BLOCK * BLOCK
+    distance = p - first[..., None]
+    blocks = distance[..., :whole].reshape(classes, images, whole // BLOCK, BLOCK)
+    by_block = blocks @ np.ones(BLOCK)  # twice as fast as .sum(3)
+    in_blocks = by_block.sum(2)
+    return {
+        "first": first,
+        "sum": in_blocks + distance[..., whole:].sum(2),
+        "squares": np.einsum("cbt,cbt->cb", distance, distance),
+        "blocks": in_blocks,
+        "block_squares": np.einsum("cbk,cbk->cb", by_block, by_block),
+        "entropy": entropy(p).sum(1, dtype=np.float64),
+        "votes": _votes(p),
+    }
+
+
+def _sums_on_gpu(p: Tensor, first: Tensor | None) -> dict[str, Tensor]:
+    """Do as `_sums`."""
+    first = p[..., 0].double() if first is None else first
+    whole = p.shape[2] // BLOCK * BLOCK
+    distance = p - first.unsqueeze(2)
+    by_block = distance[..., :whole].reshape(*first.shape, -1, BLOCK).sum(3)
+    classes = torch.arange(len(p), device=p.device).view(-1, 1, 1)
+    return {
+        "first": first,
+        "sum": distance.sum(2),
+        "squares": distance.square().sum(2),
+        "blocks": by_block.sum(2),
+        "block_squares": by_block.square().sum(2),
+        "entropy": torch.special.entr(p).sum(0).sum(1, dtype=torch.float64),
+        "votes": (p.argmax(0) == classes).sum(2, dtype=torch.float64),  # a tie: the first class
+    }
+
+
+def _order(before: Array | None, p: Array, tail: int) -> Array:
+    """Sort samples [C, B, t] with those kept `before`, and keep the smallest and largest."""
+    ordered = np.sort(p if before is None else np.concatenate([before, p], 2), axis=2)
+    if ordered.shape[2] <= 2 * tail:
+        return ordered
+    return np.concatenate([ordered[..., :tail], ordered[..., -tail:]], 2)
+
+
+def _order_on_gpu(before: Tensor | None, p: Tensor, tail: int) -> Tensor:
+    """Do as `_order`."""
+    ordered = (p if before is None else torch.cat([before, p], 2)).sort(2).values
+    if ordered.shape[2] <= 2 * tail:
+        return ordered
+    return torch.cat([ordered[..., :tail], ordered[..., -tail:]], 2)
 
 
 def figures(

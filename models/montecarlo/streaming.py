@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dropserve.models.defaults import MaskKind
+from dropserve.models.device import to_cpu
 from dropserve.models.montecarlo.masks import BLOCK
 from dropserve.models.montecarlo.sampler import Sampler
 from dropserve.models.montecarlo.statistics import (
@@ -55,17 +56,19 @@ def stream_samples(
     """Sample one image [1, ...] as `Sampler.summarize` does, to the bit; yield ten at a time.
 
     Samples are run in the same chunks, and other work can run in between. `statistics`, made for
-    these samples, takes them in.
+    these samples, takes them in. On a GPU it is to rounding: each chunk is copied to the CPU once.
     """
     done, sums = 0, dict[str, Array]()
     for chunk in sampler.chunks(x, samples, seed, masks):
-        statistics.add(chunk)
         count = chunk.shape[2]
         scaled = sampler.scaled_masks(masks, seed, range(done, done + count), x.device)
         pairs = zip(sampler.sites, scaled.factors, strict=True)
-        kept = [_as_bytes(site.law, factor.flatten(1).cpu()) for site, factor in pairs]
-        del scaled  # 32 times as large, and it may be long before the next is asked for
-        p = chunk[:, 0].cpu().numpy()
+        levels = [_levels(site.law, factor.flatten(1)) for site, factor in pairs]
+        del scaled, pairs  # 32 times as large, and it may be long before the next is asked for
+        chunk, *levels = to_cpu([chunk, *levels])
+        statistics.add(chunk)
+        kept = [_as_bytes(each.numpy()) for each in levels]
+        p = chunk[:, 0].numpy()
         for start in range(0, count, BLOCK):
             some = slice(start, start + BLOCK)
             t = np.arange(done + start, done + min(start + BLOCK, count)) + 1
@@ -76,13 +79,17 @@ def stream_samples(
         done += count
 
 
-def _as_bytes(law: Law, noise: Tensor) -> npt.NDArray[np.uint8]:
-    """Write the noise [t, units] of a site as `Sample.kept` has it: [t, bytes]."""
+def _levels(law: Law, noise: Tensor) -> Tensor:
+    """Turn the noise [t, units] of a site into bools, or bytes if it is Gaussian."""
     if isinstance(law, Bernoulli):
-        return np.packbits((noise != 0).numpy(), 1)
-    share = torch.special.ndtr((noise - law.mean) / law.std)
-    bytes_: npt.NDArray[np.uint8] = (share * 256).clamp_max(255).to(torch.uint8).numpy()
-    return bytes_
+        return noise != 0
+    share: Tensor = torch.special.ndtr((noise - law.mean) / law.std)
+    return (share * 256).clamp_max(255).to(torch.uint8)
+
+
+def _as_bytes(levels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Write what `_levels` gave as `Sample.kept` has it: [t, bytes]."""
+    return np.packbits(levels, 1) if levels.dtype == np.bool_ else levels
 
 
 def _running_sums(p: Array, t: Array, before: dict[str, Array]) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dropserve.models import checkpoint
 from dropserve.models.comparison import Moments, compare
 from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.device import OneStepAhead, is_gpu, to_cpu, to_device
 from dropserve.models.errors import NoDropout
 from dropserve.models.montecarlo import (
     Precision,
@@ -30,6 +31,7 @@ from dropserve.models.sequential import compile_for_inference, convert_memory_fo
 from dropserve.service.errors import InvalidRequest, ServerError
 from dropserve.service.inference.decoder import Pixels
 
+_CPU = torch.device("cpu")
 _INLINE = 0.005
 """Seconds that a step may block the event loop: as long as Python lets a thread block another."""
 _SLOW = 1.0
@@ -78,7 +80,8 @@ Task = Predict | Uncertainty | Compare
 class Classifier:
     """One version of a model: loaded from its folder at `path`, verified, and run once.
 
-    `factories` are those that its checkpoint may import; `precision` is of Monte Carlo dropout.
+    `factories` are those that its checkpoint may import; `precision` is of Monte Carlo dropout. On
+    a GPU a batch is one copy of pixels in and one of answers out; masks of a new seed are one more.
 
     Raises:
         CheckpointError, UnsupportedModule: it cannot be served; says why.
@@ -88,7 +91,8 @@ class Classifier:
         examples: images of the test set, if it was saved with any.
         manifest_sha256: of every byte of its files; None: it has no manifest.
         inline: most images of a batch that runs in under 5 ms, by the type of its task; for
-            Uncertainty with as many samples as `DEFAULT_SAMPLES`, and one image of a new seed.
+            Uncertainty with as many samples as `DEFAULT_SAMPLES`, and one image of a new seed. On a
+            GPU none: whoever waits for it waits for all that other threads have queued there, too.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Classifier:
         path: Path,
         factories: Sequence[str] = (),
         precision: Precision = "float32",
+        device: torch.device = _CPU,
     ) -> None:
         self.name = name
         self.version = version
@@ -108,7 +113,8 @@ class Classifier:
         self.classes = self._metadata.classes
         self.examples = self._metadata.examples
         self.preprocessing = self._metadata.preprocessing
-        convert_memory_format(self._module)
+        self._device = device
+        convert_memory_format(self._module).to(device)
         x = self._input(np.zeros((1, *self.preprocessing.shape), np.uint8))
         self._eval = compile_for_inference(self._module, x)
         self._sampler: Sampler | None = None  # there is no noise to sample
@@ -132,6 +138,7 @@ class Classifier:
         return images <= self.inline.get(type(task), 0)
 
     def _measure_inline(self, make_task: Callable[[int], Task]) -> int:
+        """Find how many images a batch may have; on a GPU this warms it up."""
         random, most = np.random.default_rng(0), 0
         for images in (1, 8, 32):
             pixels = random.integers(0, 256, (images, *self.preprocessing.shape), np.uint8)
@@ -145,7 +152,7 @@ class Classifier:
             if seconds > _INLINE:
                 break
             most = images
-        return most
+        return 0 if is_gpu(self._device) else most
 
     def run(self, task: Task, requests: Sequence[Pixels], seeds: Sequence[int] = ()) -> Steps:
         """Answer requests, each of pixels uint8 [B, C, H, W], together: an answer for each.
@@ -213,6 +220,7 @@ class Classifier:
             "training": self._module.training,
             "parameters": sum(p.numel() for p in self._module.parameters()),
             "sites": self._sites(),
+            "device": self.device,
             "path": self._sampler and self._sampler.path,
             "precision": self._sampler and asdict(self._sampler.precision),
             "network": metadata.network.to_json(),
@@ -237,12 +245,20 @@ class Classifier:
             for site in (self._sampler.sites if self._sampler else ())
         ]
 
+    @property
+    def device(self) -> str:
+        """Where it runs, for the reader: cpu, or cuda and the GPU's name."""
+        if not is_gpu(self._device):
+            return self._device.type
+        return f"{self._device.type} ({torch.cuda.get_device_name(self._device)})"
+
     def _input(self, pixels: Pixels) -> Tensor:
-        return self.preprocessing.normalize(torch.from_numpy(pixels))
+        (placed,) = to_device([torch.from_numpy(pixels)], self._device)
+        return self.preprocessing.normalize(placed)
 
     def _predict(self, x: Tensor) -> list[Answer]:
         with torch.inference_mode():
-            probabilities = self._eval(x).float().softmax(-1).numpy()
+            probabilities = self._eval(x).float().softmax(-1).cpu().numpy()
         classes, answers = self.classes, list[Answer]()
         for row, k in zip(probabilities, probabilities.argmax(1).tolist(), strict=True):
             probability = row[k]
@@ -255,6 +271,7 @@ class Classifier:
 
     def _uncertainty(self, task: Uncertainty, x: Tensor, seeds: Sequence[int]) -> Steps:
         answers, sampler = list[Answer](), self._require_sampler()
+        ahead = OneStepAhead(self._device)
         for part in torch.split(x, _PART):
             if answers:
                 yield
@@ -266,6 +283,7 @@ class Classifier:
                 if task.include_samples:
                     sampled.append(chunk)
                 if not statistics.complete:
+                    ahead.wait()
                     yield
             answers += self._answers(task, statistics.summary(), sampled)
         return answers
@@ -275,6 +293,7 @@ class Classifier:
     ) -> list[Answer]:
         """Make an answer for each image; `sampled` probabilities are [C, B, t]."""
         _finite(summary.mean.numpy())
+        sampled = to_cpu(sampled) if sampled else []
         figures = vars(summary)
         rows = {name: _float32(v) for name, v in figures.items() if isinstance(v, Tensor)}
         lower, upper = rows.pop("lower"), rows.pop("upper")

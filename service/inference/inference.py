@@ -16,10 +16,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from dropserve.models.device import find_device, gpu_failure
 from dropserve.models.memory import keep_freed_memory, release_freed_memory
 from dropserve.service.errors import Overloaded, stopping
 from dropserve.service.inference.batcher import (
@@ -80,6 +82,7 @@ class Inference:
 
     Raises:
         ModelStoreError: no model can be served, or there is no such default.
+        ConfigError: there is no such device.
 
     Attributes:
         store: the models.
@@ -105,6 +108,7 @@ class Inference:
         self._decoding = 0
         self._streams = 0
         self._closed = False
+        self._gpu_failure: str | None = None
         self.metrics: Metrics | None = None
         self.tracing: Tracing | None = None
         self._batcher: Batcher[Key, Request, Answer] = Batcher(
@@ -146,7 +150,9 @@ class Inference:
             raise Overloaded(_QUEUE_FULL, "queue", expected)
 
     def stalled(self) -> str | None:
-        """Say what is wrong with the inference thread, if it is: it is dead, or does not go on."""
+        """Say what is wrong: the inference thread is dead or does not go on, or the GPU failed."""
+        if self._gpu_failure is not None:
+            return f"the GPU has failed: {self._gpu_failure}"
         if not self._thread.is_alive():
             return None if self._closed else "the inference thread is dead"
         seconds, expected = self._batcher.step_under_way
@@ -292,15 +298,28 @@ class Inference:
         self, key: Key, requests: Sequence[Request | None]
     ) -> Generator[None, None, list[Answer | Exception]]:
         classifier, task, steps = key
-        with _memory_errors():
-            if steps is None:
-                complete = answers = yield from _answers(classifier, requests)
-            else:
-                answers = [step := next(steps, {})]
-                complete = [*step.get("end", ())]
+        try:
+            with _memory_errors():
+                if steps is None:
+                    complete = answers = yield from _answers(classifier, requests)
+                else:
+                    answers = [step := next(steps, {})]
+                    complete = [*step.get("end", ())]
+        except RuntimeError:
+            self._gpu_failure = gpu_failure()
+            raise
         if self.metrics is not None and complete:
             self.metrics.record_answers(classifier.name, task, complete)
         return answers
+
+
+def only_to_check(settings: Settings) -> Settings:
+    """Return the settings of a process that loads the models and serves none, as workers will.
+
+    It must not take memory of a GPU. Raises ConfigError if there is no such device.
+    """
+    find_device(settings.device)
+    return settings.model_copy(update={"device": "cpu"})
 
 
 def _too_long(seconds: float) -> Overloaded:
@@ -309,12 +328,14 @@ def _too_long(seconds: float) -> Overloaded:
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Raise MemoryError where PyTorch raises an error of its own for it."""
+    """Raise MemoryError where PyTorch raises an error of its own for it, of a GPU's memory too."""
     try:
         yield
     except RuntimeError as error:
         if not _NO_MEMORY.search(str(error)):
             raise
+        clear_frames(error.__traceback__)  # they hold the tensors
+        torch.cuda.empty_cache()  # it gives back what is free now; without a GPU it does nothing
     else:
         return
     raise MemoryError

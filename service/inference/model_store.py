@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from dropserve.models.bucket import open_repository
+from dropserve.models.device import find_device
 from dropserve.models.errors import CheckpointIncomplete, StorageUnavailable
 from dropserve.models.memory import release_freed_memory
 from dropserve.service.errors import (
@@ -57,6 +58,7 @@ class CheckpointSource:
             settings.cache_bytes,
             start_from_cache=settings.start_from_cache,
         )
+        self._device = find_device(settings.device)
         self.find = self._repository.find
         self.mark = self._repository.mark
         self.pinned = self._repository.pinned
@@ -71,7 +73,9 @@ class CheckpointSource:
         """Make a version ready, or raise what is wrong with it."""
         settings = self._settings
         with self._repository.local(name, version) as path:
-            return Classifier(name, version, path, settings.factories, settings.precision)
+            return Classifier(
+                name, version, path, settings.factories, settings.precision, self._device
+            )
 
 
 class _NotLoaded(Overloaded):
@@ -468,7 +472,8 @@ class ModelStore:
             milliseconds = round(1000 * (time.perf_counter() - started))
             self.loads[name, "loaded"] += 1
             self._marks[name, version] = mark
-            _log.info("version ready", extra={FIELDS: {"milliseconds": milliseconds}})
+            about = {"milliseconds": milliseconds, "device": loaded.device}
+            _log.info("version ready", extra={FIELDS: about})
             return loaded
 
     def _serve(self, name: str, versions: Mapping[int, Classifier], pinned: int | None) -> None:

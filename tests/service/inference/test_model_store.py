@@ -16,6 +16,7 @@ class Loaded(str):
     """A version by its name; it counts how often its masks were freed."""
 
     freed = 0
+    device = "cpu"
 
     def forget_masks(self):
         self.freed += 1
