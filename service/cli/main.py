@@ -141,7 +141,10 @@ def _announce(url: str) -> None:
                 models = client.readiness().models
                 break
             time.sleep(0.1)
-    served = ", ".join(f"{name} {m.version or '(refused)'}" for name, m in models.items())
+    otherwise = {True: "(on request)", False: "(refused)"}
+    served = ", ".join(
+        f"{n} {m.version or otherwise[m.on_request != []]}" for n, m in models.items()
+    )
     typer.echo(f"ready: {url} serves {served}; Ctrl-C stops it", err=True)
 
 

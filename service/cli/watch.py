@@ -146,7 +146,7 @@ def between(before: Snapshot, after: Snapshot) -> Figures:
         "samples": gained("samples_total") / seconds,  # times images
         "models": {
             name: {
-                "version": state.version or 0,
+                "version": state.version or max(state.on_request, default=0),
                 "others": [version for version in state.versions if version != state.version],
                 "refused": [refused.version for refused in state.refused],
                 "requests": gained("requests_total", model=name) / seconds,

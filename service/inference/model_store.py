@@ -187,6 +187,10 @@ class ModelStore:
                 return self.find(name, version)
             except _NotLoaded as error:
                 await self._load_awaited(error.name)
+                model = self._model(error.name)
+                if model.refused and not model.versions:
+                    reason = "the model cannot be loaded now; /readyz says why"
+                    raise Overloaded(reason, "loading") from None
         raise Overloaded("more models are asked for than may be loaded", "loading")
 
     async def _load_awaited(self, name: str) -> None:
@@ -201,9 +205,6 @@ class ModelStore:
                 await asyncio.shield(loading)
         except TimeoutError:
             raise Overloaded("the model is being loaded", "loading") from None
-        model = self._model(name)
-        if model.refused and not model.versions:
-            raise Overloaded("the model cannot be loaded now; /readyz says why", "loading")
 
     def _load_on_request(self, name: str) -> None:
         """Load a model, and unload the least recently used ones; in the loader thread."""
