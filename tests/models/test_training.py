@@ -17,7 +17,8 @@ from dropserve.models.errors import ConfigError, TrainingDiverged
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.networks import NetworkConfig, default_config
 from dropserve.models.preprocessing import Preprocessing
-from dropserve.models.training import cpu_threads, fit, launch, validate, with_threads
+from dropserve.models.processes import launch
+from dropserve.models.training import cpu_threads, fit, validate, with_threads
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (32,), (0.3,))
 CNN = NetworkConfig("cnn", (1, 8, 8), 10, (16,), (0.3,), (4, 6), 0.2)
