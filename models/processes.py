@@ -4,8 +4,10 @@ PyTorch's elastic agent starts the processes of one machine and ends them all wh
 `torchrun` does the same on several machines. Lightning Fabric connects them.
 """
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from dropserve.models.errors import ConfigError, ProcessLost
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another that neither answers nor closes its connection."""
+_PR_SET_PDEATHSIG = 1
 REMEDY = "all finished epochs are kept: start it again with --resume"
 
 
@@ -59,9 +62,8 @@ def run(command: Sequence[str], count: int) -> int:
     except ChildFailedError as error:
         status = max(f.exitcode for f in error.failures.values())
         ended = {rank: f.signal_name() for rank, f in error.failures.items() if f.exitcode < 0}
-        if status > 0:  # others were ended because this one failed, unless by another signal
-            ended = {rank: name for rank, name in ended.items() if name != "SIGTERM"}
-        if ended:
+        first = {rank: name for rank, name in ended.items() if name != "SIGTERM"}
+        if ended := first or ({} if status > 0 else ended):  # the agent ends the others by SIGTERM
             which = ", ".join(f"{rank} was ended by {name}" for rank, name in ended.items())
             reason = f"of the processes 0 to {count - 1}, {which}"
             raise ProcessLost(f"{reason}; {REMEDY}") from error
@@ -87,6 +89,8 @@ def launch(
     if devices not in (None, here):
         raise ConfigError(f"torchrun has started {here} processes here, not {devices} devices")
     several = DDPStrategy(timeout=TIMEOUT) if machines * here > 1 else "auto"
+    if is_started() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # end if the agent is killed
     fabric = Fabric(
         accelerator=device, devices=here, num_nodes=machines, strategy=several, precision=precision
     )
