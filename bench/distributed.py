@@ -31,7 +31,7 @@ from dropserve.models.training import fit
 
 RESULTS = Path(__file__).parent / "results" / "scaling" / "distributed.json"
 COMMAND = "python -m bench.distributed"
-NETWORKS = {"mlp": (25_600, (128, 1024)), "cnn": (5120, (128, 1024))}
+NETWORKS = {"mlp": (12_800, (128, 1024)), "cnn": (4096, (128, 1024))}
 """Images of an epoch, and batch sizes, by network."""
 WAYS = {
     "1 process": {"processes": 1, "threads": 1, "accumulate": 1},

@@ -27,8 +27,10 @@ NOISY = [*SMALL, "--dropout", ".3", "--shift", "1", "--epochs", "60", "--batch-s
 """A run of some seconds in which all that is random depends on the process."""
 EXACT = [*SMALL, "--dropout", "0", "--epochs", "4", "--batch-size", "256"]
 """Twenty steps, in which nothing is random but the order of the images."""
-SOON = 30
+SOON = 60
 """Seconds in which a run must end whose process was killed."""
+
+pytestmark = pytest.mark.timeout(400)
 
 
 def start(root, *options):
@@ -197,6 +199,7 @@ def test_a_large_folder_takes_little_memory(tmp_path):
         Image.fromarray(pixels).save(path)
     peaks, digests = [], []
     options = ["--dataset", tmp_path / "images", "--size", "100", "--epochs", "1", *SMALL]
+    options += ["--dropout", ".3"]
     for limit, devices in (("4096", "1"), ("50", "1"), ("50", "2")):
         root = tmp_path / f"{limit} {devices}"
         command = [PROGRAM, "train", "--checkpoints", root, "--name", "m", "--devices", devices]
