@@ -50,11 +50,15 @@ def write_figures(page: str, results: Mapping[str, Document]) -> str:
 
 def write_distributed(page: str, path: Path = DISTRIBUTED) -> str:
     """Return the page of training with what several processes were measured to do."""
-    return fill(page, "distributed", distributed(json.loads(path.read_text())))
+    result = json.loads(path.read_text()) if path.exists() else None
+    return fill(page, "distributed", distributed(result))
 
 
-def distributed(result: Document) -> Iterator[str]:
+def distributed(result: Document | None) -> Iterator[str]:
     """Yield a table of processes, threads and parts of a batch, and on what they were measured."""
+    if result is None:
+        yield "Not measured yet."
+        return
     yield "| network, batch | | images/s | speed-up | efficiency | peak memory of a process |"
     yield "|---|---|---|---|---|---|"
     for row in result["rows"]:
