@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi soak check browser screenshots docs format \
+.PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi test-scale soak check browser screenshots docs format \
 	lab-quick bench bench-accuracy bench-http bench-photos bench-report lock sbom clean
 
 help: ## List the targets
@@ -50,6 +50,12 @@ test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own cli
 test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman: after changes to either
 	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py -x -rs
 
+# Some minutes each, over loopback only, with what `make test` has no time for. SCALE_TEST=training runs one.
+SCALE_TEST = *
+test-scale: setup ## Run the tests of several processes and machines (minutes)
+	@failed=0; for file in tests/scale/scale_$(SCALE_TEST).py; do \
+		$(PYTHON) -m pytest -q -s $$file || failed=1; done; exit $$failed
+
 # Bounded in time, over loopback only, on an idle machine: figures are measured. SOAK=overload runs one,
 # SCALE=0.1 a tenth of each, which writes no figures.
 SOAK = *
@@ -76,7 +82,7 @@ screenshots: setup browser ## Take the playground's pictures for README and docs
 	@fc-list | grep -q Inter || apt-get install -y --no-install-recommends fonts-inter
 	$(PYTHON) docs/screenshots.py
 
-docs: setup ## Update the tables of docs/api.md and docs/reliability.md, and the measured answers
+docs: setup ## Update the tables of docs/api.md, reliability.md and training.md, and the measured answers
 	$(PYTHON) docs/generate.py
 
 format: setup ## Format the code and fix what ruff can

@@ -19,8 +19,9 @@ from bench.progress import follow
 from dropserve.models.data import Dataset, load_dataset
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.preprocessing import Preprocessing
+from dropserve.models.processes import launch
 from dropserve.models.storage import dump_tensors, parse_tensors, read_once, replace_durably
-from dropserve.models.training import fit, launch
+from dropserve.models.training import fit
 
 CACHE = Path(__file__).parent / ".cache"
 _MAX_BYTES = 2**28
@@ -141,7 +142,7 @@ def load_images(data_dir: Path, *, stand_in: bool = False) -> Dataset:
         replace(s, images=F.interpolate(s.images, (28, 28), mode="bilinear"))
         for s in (digits.train, digits.test)
     )
-    measured = Preprocessing.measured(train.images)
+    measured = Preprocessing.measured([train.images])
     return Dataset("digits-28x28", digits.classes, train, test, measured)
 
 

@@ -20,8 +20,9 @@ from bench.networks import Network, all_cores
 from bench.progress import follow
 from dropserve.models.data import Split
 from dropserve.models.hyperparameters import Recipe
+from dropserve.models.processes import launch
 from dropserve.models.regularizers import InvertedDropout
-from dropserve.models.training import Normalize, fit, launch
+from dropserve.models.training import Normalize, fit
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):

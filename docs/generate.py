@@ -1,7 +1,8 @@
-"""Writes the tables of docs/api.md, docs/reliability.md and docs/results.md: `make docs`.
+"""Writes the tables of api.md, reliability.md, results.md and training.md in docs: `make docs`.
 
 The first are in the OpenAPI document, the second were measured by `make soak`, the third by
-`dropserve lab run`; these are a page of the playground, too. They stand between
+`dropserve lab run`; these are a page of the playground, too. The last were measured by
+`python -m bench.distributed`. They stand between
 `<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
 """
 
@@ -22,11 +23,13 @@ from dropserve.service.settings import Settings
 
 PAGE = Path(__file__).with_name("api.md")
 RELIABILITY = Path(__file__).with_name("reliability.md")
+TRAINING = Path(__file__).with_name("training.md")
 LAB = Path(__file__).with_name("results.md")
 PICTURES = {"data": 1, "weights": 0, "uncertainty": 1}
 """Experiments of which the README shows a panel."""
 PLAYGROUND = Path(__file__).parent.parent / "service/playground"
 RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
+DISTRIBUTED = RESULTS.with_name("scaling") / "distributed.json"
 
 Document = Mapping[str, Any]
 
@@ -43,6 +46,28 @@ def write_figures(page: str, results: Mapping[str, Document]) -> str:
     for name in re.findall("<!-- (.+): generated -->", page):
         page = fill(page, name, figures(results.get(name)))
     return page
+
+
+def write_distributed(page: str, path: Path = DISTRIBUTED) -> str:
+    """Return the page of training with what several processes were measured to do."""
+    result = json.loads(path.read_text()) if path.exists() else None
+    return fill(page, "distributed", distributed(result))
+
+
+def distributed(result: Document | None) -> Iterator[str]:
+    """Yield a table of processes, threads and parts of a batch, and on what they were measured."""
+    if result is None:
+        yield "Not measured yet."
+        return
+    yield "| network, batch | | images/s | speed-up | efficiency | peak memory of a process |"
+    yield "|---|---|---|---|---|---|"
+    for row in result["rows"]:
+        speed, peak = f"{row['images_per_second']:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f} MB"
+        ratios = f"{row['speedup']:.2f}", f"{row['efficiency']:.0%}"
+        yield _row(f"{row['network']}, {row['batch']:,}", row["way"], speed, *ratios, peak)
+    machine, torch = result["machine"], result["versions"]["torch"]
+    about = f"`{result['command']}`, {result['date']}, {machine['cpu']}"
+    yield from ("", f"{about} with {machine['cores']} cores, PyTorch {torch}.")
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, Document]:
@@ -183,6 +208,7 @@ def main() -> None:
     """Write the pages anew."""
     PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
     RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
+    TRAINING.write_text(write_distributed(TRAINING.read_text()))
     documents = lab.refresh()
     for name, document in documents.items():
         experiment = experiments.load(name)

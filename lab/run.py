@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dropserve.lab.experiment import Experiment, Figures, Setting
-from dropserve.models import checkpoint, training
+from dropserve.models import checkpoint, processes, training
 from dropserve.models.data import Dataset, Split, load_dataset, read_idx
 from dropserve.models.evaluation import evaluate
 from dropserve.models.hyperparameters import Recipe
@@ -119,7 +119,7 @@ class Run:
         self._recipe = self.recipe(**recipe)
         last, self.curves = {}, {}
         seen = next(iter(training.divide(data, self._recipe)[0].batches(SEEN)))
-        on_cpu = training.launch("cpu")  # where the measures are taken, and rounding is the same
+        on_cpu = processes.launch("cpu")  # where the measures are taken, and rounding is the same
         for epoch in training.fit(module, data, self.normalize, self._recipe, fabric=on_cpu):
             figures = self._at_epoch(module, epoch, seen) | (
                 (at_epoch(module, epoch) if at_epoch else None) or {}

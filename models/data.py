@@ -1,6 +1,7 @@
 """Datasets: digits, Fashion-MNIST, MNIST, and folders of images with a sub-folder per class.
 
-A dataset is held in memory whole, as uint8. Training images are augmented batch by batch.
+A dataset is held in memory whole, as uint8; a folder that would take too much of it is read file
+by file, again in each epoch. Training images are augmented batch by batch.
 """
 
 import gzip
@@ -8,12 +9,16 @@ import hashlib
 import http.client
 import io
 import math
+import os
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +54,13 @@ _IDX_SETS = {  # classes, address, and the published MD5 sums of the files
     ),
 }  # fmt: skip
 _TEST_SHARE = 0.2  # where a dataset has no test split of its own
+MAX_BYTES = 4 * 2**30
+"""Bytes of a folder's decoded images up to which they are held in memory."""
+_AHEAD = 256
+"""Images that are decoded before they are asked for."""
+_MEASURED = 10_000  # training images from which mean and std are taken
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,18 +77,99 @@ class Split:
         """Pick rows by an index tensor or a boolean mask."""
         return Split(self.images[index], self.labels[index])
 
+    def labelled(self, labels: Tensor) -> "Split":
+        """Return the same images with other labels."""
+        return Split(self.images, labels)
+
+    def to(self, device: torch.device) -> "Split":
+        """Move the rows to a device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def read(self, rows: Iterable[Tensor]) -> Iterator["Split"]:
+        """Yield the rows of each index tensor."""
+        return map(self.take, rows)
+
     def batches(self, size: int) -> Iterator["Split"]:
         """Yield the rows in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield Split(self.images[start : start + size], self.labels[start : start + size])
+        starts = range(0, len(self), size)
+        return self.read(torch.arange(start, min(start + size, len(self))) for start in starts)
 
     def digest(self, *others: "Split") -> str:
         """SHA-256 over all images, then all labels; then those of other splits."""
         sha = hashlib.sha256()
         for split in (self, *others):
-            sha.update(split.images.contiguous().numpy().data)
+            sha.update(split.content().contiguous().numpy().data)
             sha.update(split.labels.contiguous().numpy().data)
         return sha.hexdigest()
+
+    def content(self) -> Tensor:
+        """Return what a digest is taken of: uint8 [N, ...]."""
+        return self.images
+
+
+class FileSplit(Split):
+    """A split whose images are files, decoded by threads when they are read.
+
+    Its digest is that of the SHA-256 of each image's pixels; DataError if a file's are others now.
+    """
+
+    _files: Sequence[Path]
+    _digests: Tensor  # uint8 [N, 32]
+    _how: Preprocessing
+
+    def __init__(
+        self, files: Sequence[Path], digests: Tensor, labels: Tensor, preprocessing: Preprocessing
+    ) -> None:
+        fields = {"labels": labels, "_digests": digests, "_files": files, "_how": preprocessing}
+        self.__dict__.update(fields)  # the class is frozen
+
+    @property
+    def images(self) -> Tensor:
+        """Decode all of them."""
+        if not len(self):
+            return torch.zeros(0, *self._how.shape, dtype=torch.uint8)
+        return next(self.batches(len(self))).images
+
+    def take(self, index: Tensor) -> "FileSplit":
+        """Pick rows; nothing is decoded."""
+        rows = torch.arange(len(self))[index]
+        files = [self._files[row] for row in rows.tolist()]
+        return FileSplit(files, self._digests[rows], self.labels[rows], self._how)
+
+    def labelled(self, labels: Tensor) -> "FileSplit":
+        """Return the same files with other labels."""
+        return FileSplit(self._files, self._digests, labels, self._how)
+
+    def to(self, device: torch.device) -> Split:  # noqa: ARG002  the batches are moved
+        """Return the split as it is, because its images are not in memory."""
+        return self
+
+    def read(self, rows: Iterable[Tensor]) -> Iterator[Split]:
+        """Yield the rows of each index tensor, decoded; at most `_AHEAD` more images are held."""
+        rows = list(rows)
+        decoded = _in_threads(self._decode, chain.from_iterable(r.tolist() for r in rows))
+        for each in rows:
+            yield Split(
+                torch.from_numpy(np.stack([*islice(decoded, len(each))])), self.labels[each]
+            )
+
+    def content(self) -> Tensor:
+        """Return the digests [N, 32], so that nothing is decoded."""
+        return self._digests
+
+    def _decode(self, row: int) -> Pixels:
+        path = self._files[row]
+        try:
+            pixels, _ = _decode(path, self._how)
+        except Exception as error:  # Pillow's parsers raise anything for a bad file
+            reason = f"cannot be read any more: {getattr(error, 'strerror', None) or error}"
+        else:
+            if hashlib.sha256(pixels.data).digest() == self._digests[row].numpy().tobytes():
+                return pixels
+            reason = "has changed since the start"
+        raise DataError(
+            f"{path} {reason}; put it back and continue with --resume, or train anew with --restart"
+        )
 
 
 @dataclass
@@ -136,6 +229,8 @@ def load_dataset(
     classes: tuple[str, ...] | None = None,
     skip_broken: bool = False,
     whole: bool = False,
+    max_bytes: int = MAX_BYTES,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Dataset:
     """Load a dataset by name: "digits", "fashion-mnist", "mnist", or the path of a folder.
 
@@ -146,7 +241,9 @@ def load_dataset(
     are as in `Preprocessing`, for them and for those that are served. The named datasets are pixels
     already. In place of all three, and of mean and std as they are measured, `preprocessing` is a
     saved model's; so are `classes`, in its order. `skip_broken` leaves out images that cannot be
-    read; `whole` tests on all images of a folder without `train` and `test`.
+    read; `whole` tests on all images of a folder without `train` and `test`. Images that would take
+    more than `max_bytes` are all read once, and then again whenever they are needed. `progress` is
+    called with (files read, files in all) of a folder.
 
     Raises:
         DataError: no such dataset, or its files are missing, damaged or empty, or do not fit
@@ -161,14 +258,16 @@ def load_dataset(
         how = preprocessing or Preprocessing(
             size or (32, 32), 3, (0.0,) * 3, (1.0,) * 3, invert, fit, draft=True
         )
-        own, train, test = _folder(Path(name), how, found, skip_broken=skip_broken, whole=whole)
+        reader = _Reader(how, found, max_bytes, progress)
+        own, train, test = _folder(Path(name), reader, skip_broken=skip_broken, whole=whole)
         shown = f"{Path(name).resolve().name}/"  # the slash marks it as a folder
     else:
         raise DataError(f"no dataset {name!r}: give {', '.join(NAMED)}, or a folder of images")
     if preprocessing is None:
-        measured = Preprocessing.measured(train.images)
+        first = train.take(torch.arange(min(len(train), _MEASURED)))
+        measured = Preprocessing.measured(batch.images for batch in first.batches(_AHEAD))
         preprocessing = replace(measured, invert=invert, fit=fit, draft=name not in NAMED)
-    elif (shape := tuple(test.images.shape[1:])) != preprocessing.shape:
+    elif (shape := tuple(test.take(torch.arange(1)).images.shape[1:])) != preprocessing.shape:
         raise DataError(
             f"{name} has images {shape} (channels, height, width), "
             f"the model takes {preprocessing.shape}"
@@ -180,7 +279,7 @@ def load_dataset(
             differ += [f"has {', '.join(unknown)} too"] if unknown else []
             raise DataError(f"{shown} has other classes than the model: it {' and '.join(differ)}")
         order = torch.tensor([classes.index(c) for c in own])
-        train, test = (Split(s.images, order[s.labels]) for s in (train, test))
+        train, test = (s.labelled(order[s.labels]) for s in (train, test))
     return Dataset(shown, classes or own, train, test, preprocessing, found)
 
 
@@ -248,9 +347,10 @@ def download(
 
 
 def _folder(
-    root: Path, preprocessing: Preprocessing, found: Found, *, skip_broken: bool, whole: bool
+    root: Path, reader: "_Reader", *, skip_broken: bool, whole: bool
 ) -> tuple[tuple[str, ...], Split, Split]:
     """Read a folder with one sub-folder a class, or with `train` and `test` folders of such."""
+    found = reader.found
     split = (root / "train").is_dir() and (root / "test").is_dir()
     parts = [root / "train", root / "test"] if split else [root]
     classes = tuple(path.name for path in _visible(parts[0], "*") if path.is_dir())
@@ -259,7 +359,7 @@ def _folder(
     for folder in {root, *parts}:
         found.others += sum(path.is_file() for path in _visible(folder, "*"))
     parts = parts[-1:] if whole else parts
-    read = [_read_images(part, classes, preprocessing, found) for part in parts]
+    read = reader.read([_listed(part, classes, found) for part in parts])
     if found.broken and not skip_broken:
         count = f"{len(found.broken):,} of {len(found.broken) + sum(map(len, read)):,} images"
         error = DataError(
@@ -270,14 +370,14 @@ def _folder(
         raise error
     splits = []
     for part, rows in zip(parts, read, strict=True):
-        names, labels, pixels = zip(*rows, strict=True) if rows else ((), (), ())
-        if empty := {*range(len(classes))} - {*labels}:
+        if empty := {*range(len(classes))} - {row.label for row in rows}:
             raise DataError(f"{part / classes[min(empty)]}: no image in it can be read")
-        splits.append(Split(torch.from_numpy(np.stack(pixels)), torch.tensor(labels)))
+        splits.append(reader.split(rows))
     train, test = splits[0], splits[-1]
     if whole:
         train = test.take(torch.tensor([], dtype=torch.int64))
     elif not split:
+        names = [row.path.relative_to(root).as_posix() for row in read[0]]
         held_out = _held_out(names, train.labels)
         train, test = train.take(~held_out), train.take(held_out)
     return classes, train, test
@@ -305,35 +405,102 @@ def _held_out(names: Sequence[str], labels: Tensor) -> Tensor:
     return chosen
 
 
-def _read_images(
-    root: Path, classes: Sequence[str], preprocessing: Preprocessing, found: Found
-) -> list[tuple[str, int, Pixels]]:
-    """Return name, label and pixels [C, H, W] of each image that can be read."""
-    rows = []
+def _listed(root: Path, classes: Sequence[str], found: Found) -> list[tuple[Path, int]]:
+    """List the images and their labels."""
+    images = []
     for label, name in enumerate(classes):
         files = [path for path in _visible(root / name, "**/*") if path.is_file()]
-        images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-        found.others += len(files) - len(images)
-        if not images:
+        own = [(path, label) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        found.others += len(files) - len(own)
+        if not own:
             raise DataError(f"{root / name}: no {', '.join(IMAGE_SUFFIXES)} in it")
-        for path in images:
-            try:
-                raw = path.read_bytes()
-                if raw[:4] == b"\x89PNG" and raw[24:25] == b"\x10":  # Pillow would clip them
-                    found.broken.append(f"{path}: 16 bits a channel: save it with 8")
-                    continue
-                with Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS) as image:
-                    size = image.height, image.width
-                    preprocessing.set_scale(image)
-                    pixels = preprocessing.prepare(image)
-            except UnidentifiedImageError:
-                found.broken.append(f"{path}: not a PNG, JPEG or WebP image")
-            except Exception as error:  # Pillow's parsers raise anything for a bad file
-                found.broken.append(f"{path}: {getattr(error, 'strerror', None) or error}")
-            else:
-                found.sizes.add(size)
-                rows.append((path.relative_to(root).as_posix(), label, pixels))
-    return rows
+        images += own
+    return images
+
+
+@dataclass(frozen=True)
+class _Row:
+    path: Path
+    label: int
+    content: Pixels  # pixels [C, H, W], or their digest [32]
+
+
+@dataclass
+class _Reader:
+    """Reads a folder's images, into memory if they fit."""
+
+    preprocessing: Preprocessing
+    found: Found
+    max_bytes: int
+    progress: Callable[[int, int], None]
+    keeps: bool = True
+
+    def read(self, parts: Sequence[Sequence[tuple[Path, int]]]) -> list[list[_Row]]:
+        """Decode the images of each part; of those that do not fit the digests are kept."""
+        total = sum(map(len, parts))
+        self.keeps = total * math.prod(self.preprocessing.shape) <= self.max_bytes
+        read = _in_threads(self._read, (path for part in parts for path, _ in part))
+        done = 0
+        rows: list[list[_Row]] = []
+        for part in parts:
+            rows.append([])
+            for path, label in part:
+                result = next(read)
+                done += 1
+                self.progress(done, total)
+                if isinstance(result, str):
+                    self.found.broken.append(f"{path}: {result}")
+                else:
+                    content, size = result
+                    self.found.sizes.add(size)
+                    rows[-1].append(_Row(path, label, content))
+        return rows
+
+    def split(self, rows: Sequence[_Row]) -> Split:
+        """Make a split of rows that were read."""
+        content = torch.from_numpy(np.stack([row.content for row in rows]))
+        labels = torch.tensor([row.label for row in rows])
+        if self.keeps:
+            return Split(content, labels)
+        return FileSplit([row.path for row in rows], content, labels, self.preprocessing)
+
+    def _read(self, path: Path) -> tuple[Pixels, tuple[int, int]] | str:
+        """Return an image's pixels, or their digest, and its size; or why it cannot be read."""
+        try:
+            pixels, size = _decode(path, self.preprocessing)
+        except UnidentifiedImageError:
+            return "not a PNG, JPEG or WebP image"
+        except Exception as error:  # Pillow's parsers raise anything for a bad file
+            return getattr(error, "strerror", None) or str(error)
+        if self.keeps:
+            return pixels, size
+        return np.frombuffer(bytearray(hashlib.sha256(pixels.data).digest()), np.uint8), size
+
+
+def _decode(path: Path, preprocessing: Preprocessing) -> tuple[Pixels, tuple[int, int]]:
+    """Return an image's pixels [C, H, W], and its (height, width) before they were fitted."""
+    raw = path.read_bytes()
+    if raw[:4] == b"\x89PNG" and raw[24:25] == b"\x10":  # Pillow would clip them
+        raise ValueError("16 bits a channel: save it with 8")
+    with Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS) as image:
+        size = image.height, image.width
+        preprocessing.set_scale(image)
+        return preprocessing.prepare(image), size
+
+
+def _in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Map in order, at most `_AHEAD` items before they are asked for."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode") as pool:
+        running: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > _AHEAD:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def augment(images: Tensor, shift: int, flip: bool) -> Tensor:

@@ -17,6 +17,10 @@ class TrainingDiverged(ModelsError):
     """The loss is not finite; says in which epoch, and what to change."""
 
 
+class ProcessLost(ModelsError):
+    """One of several processes of a training was killed or cannot be reached; says how to go on."""
+
+
 class DataError(ModelsError):
     """A dataset is missing, damaged or empty; says where it was looked for and how to get it."""
 

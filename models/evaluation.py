@@ -60,7 +60,7 @@ def evaluate(
     if samples:
         with suppress(NoDropout):
             sampled = with_moment_matching(module) if method == "moment-matching" else module
-            sampler = Sampler(sampled, normalize(data.images[:1]))
+            sampler = Sampler(sampled, normalize(data.take(torch.arange(1)).images))
     plain, dropout = [], []
     done = 0
     for batch in data.batches(500):

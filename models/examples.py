@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dropserve.models.data import Split
@@ -42,8 +43,11 @@ def choose(test: Split, classes: int, preprocessing: Preprocessing) -> tuple[Exa
         if i < len(rows)
     ]
     chosen: list[Example] = []
-    for k, row in candidates[:COUNT]:
-        chosen.append(Example(k, _encode(test.images[row].numpy(), preprocessing)))
+    images = test.take(
+        torch.tensor([row for _, row in candidates[:COUNT]], dtype=torch.int64)
+    ).images
+    for (k, _), pixels in zip(candidates, images, strict=False):
+        chosen.append(Example(k, _encode(pixels.numpy(), preprocessing)))
         if sum(len(example.png) for example in chosen) > _MAX_BYTES:
             return tuple(chosen[:-1])
     return tuple(chosen)

@@ -1,6 +1,6 @@
 """From an image to a network's input; saved in the checkpoint and the same to train and serve."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self, get_args
@@ -136,13 +136,24 @@ class Preprocessing:
         return parse_dataclass("preprocessing", cls, values, optional=("fit", "draft"))
 
     @classmethod
-    def measured(cls, pixels: Tensor) -> Self:
-        """Take size, channels, mean and std from training images, uint8 [N, C, H, W]."""
-        _, channels, height, width = pixels.shape
-        std, mean = torch.std_mean(pixels[:10_000].double() / 255, dim=(0, 2, 3))
-        means = tuple(round(v, 4) for v in mean.tolist())
-        stds = tuple(max(round(v, 4), 1e-3) for v in std.tolist())
-        return cls((height, width), channels, means, stds)
+    def measured(cls, batches: Iterable[Tensor]) -> Self:
+        """Take size, channels, mean and std from training images, uint8 [B, C, H, W] each.
+
+        They are counted by grey value, so that the result is exact however they are batched.
+        """
+        counts = torch.zeros(0)
+        for pixels in batches:
+            size = int(pixels.shape[2]), int(pixels.shape[3])
+            channels = pixels.transpose(0, 1).flatten(1)  # [C, B * H * W]
+            here = torch.stack([torch.bincount(x, minlength=256) for x in channels])
+            counts = counts + here if counts.numel() else here
+        values, total = torch.arange(256).double() / 255, counts.sum(1, keepdim=True)
+        mean = (counts * values).sum(1, keepdim=True) / total
+        squares = (counts * (values - mean).square()).sum(1, keepdim=True)
+        std = (squares / (total - 1)).sqrt()
+        means = tuple(round(v, 4) for v in mean.flatten().tolist())
+        stds = tuple(max(round(v, 4), 1e-3) for v in std.flatten().tolist())
+        return cls(size, len(means), means, stds)
 
 
 @lru_cache(maxsize=64)

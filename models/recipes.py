@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dropserve.models import checkpoint
 from dropserve.models.checkpoint import Metadata
 from dropserve.models.data import NAMED, Dataset, Split, load_dataset
+from dropserve.models.device import Device, find_device
 from dropserve.models.errors import ConfigError, DataError, ModelsError
 from dropserve.models.factories import FORMS
 from dropserve.models.hyperparameters import Recipe, default_recipe
@@ -60,7 +61,7 @@ def plan(
     data = load_dataset(dataset, data_dir, **how)
     chosen = replace(default_recipe(dataset, network, len(data.train)), **recipe)
     config = _config(network, data.preprocessing, len(data.classes), asked or {})
-    example = data.preprocessing.normalize(data.train.images[:1])
+    example = data.preprocessing.normalize(data.train.take(torch.arange(1)).images)
     return Plan(data, config, chosen, build_checked(config, example, chosen.seed), {})
 
 
@@ -71,14 +72,14 @@ def plan_from(
     data_dir: Path,
     *,
     recipe: Mapping[str, Any],
-    skip_broken: bool = False,
+    **how: Any,  # noqa: ANN401  what `load_dataset` takes
 ) -> Plan:
     """Plan to train a saved version further: its network, weights, preprocessing and classes.
 
     The learning rate that is suggested is a tenth of that for fresh weights.
     """
     module, found = checkpoint.load(path, factories)
-    data = _load_for(found, dataset, data_dir, skip_broken=skip_broken)
+    data = _load_for(found, dataset, data_dir, **how)
     usual = default_recipe(dataset, found.network.kind, len(data.train))
     chosen = replace(replace(usual, learning_rate=usual.learning_rate / 10), **recipe)
     start = {"name": found.name, "version": int(path.name), "sha256": found.sha256}
@@ -110,7 +111,10 @@ def imported(
 
 
 def evaluation_images(
-    metadata: Metadata, dataset: str | None, data_dir: Path, *, skip_broken: bool = False
+    metadata: Metadata,
+    dataset: str | None,
+    data_dir: Path,
+    **how: Any,  # noqa: ANN401  what `load_dataset` takes
 ) -> Split:
     """Load test images to score a saved model on, prepared as its own were.
 
@@ -120,18 +124,17 @@ def evaluation_images(
     name = dataset or metadata.data.get("name")
     if not name or (dataset is None and name not in NAMED):
         raise DataError(f"{metadata.name} was not trained on a named dataset: give --dataset")
-    data = _load_for(metadata, name, data_dir, skip_broken=skip_broken, whole=not metadata.data)
+    data = _load_for(metadata, name, data_dir, whole=not metadata.data, **how)
     if dataset is None and data.digest() != metadata.data.get("digest"):
         raise DataError(f"{name} has changed since {metadata.name} was trained on it")
     return data.test
 
 
-def check_run(name: str, accelerator: str = "auto") -> None:
+def check_run(name: str, device: Device = "auto") -> None:
     """Raise errors early that would otherwise come after the training."""
     if not checkpoint.is_name(name):
         raise ConfigError(f"{name!r} cannot name a model: {checkpoint.NAME_RULE}")
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no accelerator cuda: PyTorch finds no CUDA device here")
+    find_device(device)
 
 
 def build_checked(config: NetworkConfig, example: Tensor, seed: int) -> nn.Module:

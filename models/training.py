@@ -3,13 +3,13 @@
 Everything random (weights' initialisation aside) is drawn from generators seeded by (seed, epoch),
 so the state of a run between two epochs is its tensors and a few numbers, and a resumed run on the
 CPU ends with the same bits as an unbroken one. Lightning Fabric handles device, precision and
-distribution over processes. A state file that is damaged raises CheckpointRefused.
+distribution over processes, whose gradients are those of the whole batch; `processes.py` has what
+they share. A state file that is damaged raises CheckpointRefused.
 """
 
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropserve.models import storage
+from dropserve.models import processes, storage
 from dropserve.models.data import Split, augment
 from dropserve.models.errors import CheckpointRefused, ConfigError, TrainingDiverged
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.regularizers import begin_epoch
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Normalize = Callable[[Tensor], Tensor]
 _THREAD_FLOPS = 250_000_000
 """Floating-point operations of a step's forward pass that are worth a thread. Threads wait for each
@@ -40,7 +39,9 @@ _MAX_STATE_BYTES = 32 * 2**30
 _BLANK = b"0" * 64
 _CHECKSUM = re.compile(rb'(?<="sha256":")([0-9a-f]{64})(?=")')
 """A state file's own SHA-256 in its header: of all bytes, with `_BLANK` in the digest's place."""
-_PARTS = {"module": "network", "from": "version to start from", "on": "precision or devices"}
+_PARTS = {
+    "module": "network", "from": "version to start from", "on": "[precision, processes]",
+}  # fmt: skip
 """What the parts of a run's description are called, where it is not by their names."""
 
 
@@ -55,13 +56,6 @@ class Epoch:
     seconds: float  # of training, validation not counted
     images_per_second: float
     best: bool  # whether no earlier epoch was better on the held-out images
-
-
-def launch(accelerator: str = "auto", devices: int = 1, precision: Precision = "32-true") -> Fabric:
-    """Choose where to train; with several devices, start this program again for each other one."""
-    fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
-    fabric.launch()
-    return fabric
 
 
 def with_threads(recipe: Recipe, module: nn.Module, example: Tensor) -> Recipe:
@@ -94,6 +88,7 @@ def fit(
     state_path: Path | None = None,
     description: Mapping[str, Any] | None = None,
     fabric: Fabric | None = None,
+    accumulate: int = 1,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Iterator[Epoch]:
     """Train in place; when the iterator is exhausted, the module holds its best weights.
@@ -104,64 +99,81 @@ def fit(
         normalize: maps uint8 [B, C, H, W] to the module's input.
         recipe: how.
         state_path: holds the run's state after each epoch. If it exists, the run continues from it.
+            Of several processes, the first alone reads and writes it.
         description: what else a state must have been made with: the network's config, say.
-        fabric: from `launch()`; None: one device of whatever there is.
+        fabric: from `processes.launch()`; None: one device of whatever there is.
+        accumulate: parts of a batch that are run one after another, to save memory. Gradients are
+            those of the whole batch; noise is drawn, and a batch normalised, part by part.
         progress: called with (images done, images in all) of the current epoch.
 
     Raises:
-        ConfigError: the state is of another run, there are too few images, or a batch cannot be
-            divided among the processes.
+        ConfigError: the state is of another run, there are too few images, a batch cannot be
+            divided, or the processes have other data or options than the first.
+        DataError: an image's file has changed; the state is that of the epoch before.
+        ProcessLost: another process has ended, or cannot be reached; likewise.
         TrainingDiverged: the loss is not finite; the state is that of the epoch before.
         CheckpointNotWritten: the state cannot be written; it is that of an epoch before.
     """
-    fabric = fabric or launch()
-    size, rank, processes = recipe.batch_size, fabric.global_rank, fabric.world_size
-    if size % processes:
-        raise ConfigError(f"batch_size must be a multiple of {processes}, the processes")
+    fabric = fabric or processes.launch()
+    size, rank, count = recipe.batch_size, fabric.global_rank, fabric.world_size
+    if size % (count * accumulate):
+        parts = f"{count}, the processes" + f", times {accumulate}, the parts" * (accumulate > 1)
+        raise ConfigError(f"batch_size must be a multiple of {parts}")
     train, validation = divide(data, recipe)
-    train = Split(train.images.to(fabric.device), train.labels.to(fabric.device))
-    steps = max(1, len(train) // size)  # of an epoch; a last, smaller batch is left out
+    train = train.to(fabric.device)
+    size = min(size, len(train) // (count * accumulate) * count * accumulate)
+    if not size:
+        raise ConfigError(f"{len(data)} images are too few for {count} x {accumulate} parts")
+    steps = len(train) // size  # of an epoch; a last, smaller batch is left out
     made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
     state = State(module, build_optimizer(module, recipe), {**(description or {}), **made_with})
-    if state_path is not None and state_path.exists():
-        state.restore(state_path)
-    wrapped, optimizer = fabric.setup(module, state.optimizer)
+    with processes.together(fabric, "start"):
+        state.begin(state_path, fabric)
+        wrapped, optimizer = fabric.setup(module, state.optimizer)
     while state.epoch < recipe.epochs and not state.exhausted(recipe.patience):
         shuffling = torch.Generator().manual_seed(_derived_seed(recipe.seed, state.epoch, -1))
-        order = torch.randperm(len(train), generator=shuffling).to(fabric.device)
+        order = torch.randperm(len(train), generator=shuffling)
+        shares = (batch[rank::count] for batch in torch.split(order[: steps * size], size))
         sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
-        with cpu_threads(recipe.threads), torch.random.fork_rng():
+        lost = processes.together(fabric, f"epoch {state.epoch + 1}")
+        with lost, cpu_threads(recipe.threads), torch.random.fork_rng():
             torch.manual_seed(_derived_seed(recipe.seed, state.epoch, rank))
             started = time.perf_counter()
             module.train()
             begin_epoch(module)
-            for step in range(steps):
+            for step, batch in enumerate(train.read(shares)):
                 for group in optimizer.param_groups:
                     done = (state.epoch * steps + step) / (recipe.epochs * steps)
                     group["lr"] = recipe.learning_rate * _schedule(recipe.schedule, done)
-                batch = train.take(order[step * size : (step + 1) * size][rank::processes])
-                logits = wrapped(normalize(augment(batch.images, recipe.shift, recipe.flip)))
-                loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
+                batch = batch.to(fabric.device)
+                images = augment(batch.images, recipe.shift, recipe.flip)
                 optimizer.zero_grad()
-                fabric.backward(loss + penalty(module, recipe.l1))
+                chunks = zip(images.chunk(accumulate), batch.labels.chunk(accumulate), strict=True)
+                for part, (pixels, labels) in enumerate(chunks, 1):
+                    with fabric.no_backward_sync(wrapped, enabled=part < accumulate):
+                        logits = wrapped(normalize(pixels))
+                        loss = F.cross_entropy(
+                            logits, labels, label_smoothing=recipe.label_smoothing
+                        )
+                        fabric.backward((loss + penalty(module, recipe.l1)) / accumulate)
+                    right = (logits.detach().argmax(-1) == labels).sum()
+                    seen = right.new_tensor(len(labels))
+                    sums += torch.stack([loss.detach() * len(labels), right, seen])
                 optimizer.step()
                 project(module, recipe.max_norm)
-                right = (logits.detach().argmax(-1) == batch.labels).sum()
-                count = right.new_tensor(len(batch))
-                sums += torch.stack([loss.detach() * len(batch), right, count])
                 progress((step + 1) * size, steps * size)
-            total, hits, images = map(float, fabric.all_reduce(sums, reduce_op="sum"))
+            total, hits, images_seen = map(float, fabric.all_reduce(sums, reduce_op="sum"))
             seconds = time.perf_counter() - started
             if not math.isfinite(total):
                 reason = "the loss is not finite; lower the learning rate"
                 raise TrainingDiverged(f"epoch {state.epoch + 1}: {reason}")
-            found = validate(module, validation, normalize, fabric.device)
-            accuracy, validation_loss = fabric.broadcast(found)
+            found = json.dumps(validate(module, validation, normalize, fabric.device))
+            accuracy, validation_loss = json.loads(processes.of_first(fabric, found.encode()))
             best = state.finish_epoch(accuracy, validation_loss)
             if state_path is not None and fabric.is_global_zero:
                 state.write(state_path)
-        means = total / images, hits / images
-        yield Epoch(state.epoch, *means, accuracy, seconds, images / seconds, best)
+        means = total / images_seen, hits / images_seen
+        yield Epoch(state.epoch, *means, accuracy, seconds, images_seen / seconds, best)
     module.load_state_dict(state.best)
     module.cpu().eval()
 
@@ -300,9 +312,26 @@ class State:
             storage.make_folder(path.parent)
             storage.replace_durably(path, b"".join((head, _digest(head, rest), rest)))
 
-    def restore(self, path: Path) -> None:
-        """Continue from a state written by `write()`; ConfigError: it belongs to another run."""
-        tensors, metadata = _read_state(path)
+    def begin(self, path: Path | None, fabric: Fabric) -> None:
+        """Continue from a state, if the first process has one; others need not see its file.
+
+        ConfigError: a process has other data or options than the first, threads apart.
+        """
+        first = processes.of_first(fabric, self._made_with.encode()).decode()
+        found = [d for d in _differences(first, self._made_with) if not d.startswith("threads ")]
+        processes.check_all(fabric, "; ".join(found))
+        self._made_with = first
+        here = path is not None and fabric.is_global_zero and path.exists()
+        raw = storage.read_once(path, _MAX_STATE_BYTES) if path is not None and here else b""
+        if path is not None and (raw := processes.of_first(fabric, raw)):
+            self.restore(path, raw)
+
+    def restore(self, path: Path, raw: bytes | None = None) -> None:
+        """Continue from a state written by `write()`; ConfigError: it belongs to another run.
+
+        `raw` are the file's bytes, if they were read already.
+        """
+        tensors, metadata = _read_state(path, raw)
         try:
             differences = list(_differences(metadata["fingerprint"], self._made_with))
             if not differences:
@@ -353,13 +382,12 @@ def claimed(folder: Path) -> Iterator[None]:
         CheckpointNotWritten: it cannot be made or locked.
     """
     with ExitStack() as held:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # else a further process of the same run
-            with storage.changing(folder, "prepare the run's folder"):
-                try:
-                    held.enter_context(storage.alone_in(folder))
-                except BlockingIOError as error:
-                    reason = "another run of this model is in progress"
-                    raise ConfigError(f"{folder}: {reason}") from error
+        with storage.changing(folder, "prepare the run's folder"):
+            try:
+                held.enter_context(storage.alone_in(folder))
+            except BlockingIOError as error:
+                reason = "another run of this model is in progress"
+                raise ConfigError(f"{folder}: {reason}") from error
         yield
 
 
@@ -385,8 +413,8 @@ def earlier_run(state: Path, *, resume: bool, restart: bool) -> int:
     return finished
 
 
-def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    raw = storage.read_once(path, _MAX_STATE_BYTES)
+def _read_state(path: Path, raw: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    raw = storage.read_once(path, _MAX_STATE_BYTES) if raw is None else raw
     parts = _CHECKSUM.split(raw, 1)
     if len(parts) == 1:
         reason = "damaged, or written by an earlier release of Dropserve, which can finish the run"
@@ -411,5 +439,6 @@ def _differences(held: str, asked: str) -> Iterator[str]:
     then, now = ({**part, **part.get("recipe", {}), "recipe": None} for part in parts)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
-            changed = f"{name} was {then.get(name)}, now is {now.get(name)}"
-            yield changed if hasattr(Recipe, name) else f"another {_PARTS.get(name, name)}"
+            changed = f"{_PARTS.get(name, name)} was {then.get(name)}, now is {now.get(name)}"
+            shown = name == "on" or hasattr(Recipe, name)
+            yield changed if shown else f"another {_PARTS.get(name, name)}"

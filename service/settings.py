@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         False, description="Start from the cache if object storage does not answer."
     )
     data_dir: Path = Field(Path("data"), description="Folder of datasets, for training.")
+    dataset_mb: int = Field(
+        4096,
+        ge=1,
+        description="MiB of a folder's decoded images that are kept in memory, to train.",
+    )
     poll_seconds: float = Field(5.0, gt=0, description="Seconds between scans for new versions.")
     keep_versions: int = Field(2, ge=0, description="Older versions that stay callable.")
     max_loaded_models: int = Field(

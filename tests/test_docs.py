@@ -186,6 +186,12 @@ def test_reliability_page_has_every_figure_that_was_measured():
     assert set(results) <= set(re.findall("<!-- (.+): generated -->", page))
 
 
+def test_training_page_has_what_was_measured_of_several_processes():
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    page = (ROOT / "docs/training.md").read_text()
+    assert page == generate["write_distributed"](page), "make docs writes it anew"
+
+
 def test_figures_that_were_not_held_are_shown_as_such():
     generate = runpy.run_path(str(ROOT / "docs/generate.py"))
     machine = {"cpu": "a CPU", "cores": 2}

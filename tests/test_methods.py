@@ -14,8 +14,9 @@ import uvicorn
 
 from dropserve.models import checkpoint, recipes
 from dropserve.models.montecarlo import Sampler
+from dropserve.models.processes import launch
 from dropserve.models.regularizers import METHODS, Elementwise, Gaussian, Method
-from dropserve.models.training import fit, launch
+from dropserve.models.training import fit
 from dropserve.service.app import create_app
 from dropserve.service.server import uvicorn_options
 from dropserve.service.settings import Settings

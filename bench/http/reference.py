@@ -83,7 +83,8 @@ def _stand_ins() -> Split:
 
 def _train_stand_in(root: Path) -> Path:
     data = _stand_ins()
-    config, shown = NetworkConfig("mlp", (1, SIDE, SIDE), 10), Preprocessing.measured(data.images)
+    config = NetworkConfig("mlp", (1, SIDE, SIDE), 10)
+    shown = Preprocessing.measured([data.images])
     module = config.build()
     list(fit(module, data, shown.normalize, Recipe(epochs=2)))
     classes = tuple("0123456789")

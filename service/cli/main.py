@@ -184,3 +184,6 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(lab.app, name="lab")
+
+if __name__ == "__main__":
+    app()

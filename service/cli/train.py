@@ -2,12 +2,15 @@
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
 from rich.box import SIMPLE
 from rich.progress import TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -15,7 +18,7 @@ from typer.core import TyperCommand
 
 from dropserve.models import checkpoint
 from dropserve.models.defaults import DEFAULT_SAMPLES
-from dropserve.models.errors import CheckpointRefused
+from dropserve.models.errors import CheckpointError, CheckpointRefused, ConfigError, ModelsError
 from dropserve.models.hyperparameters import Recipe, suggested
 from dropserve.service.cli import options, terminal
 from dropserve.service.cli.options import Opt
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
 
     from dropserve.models.checkpoint import Metadata
     from dropserve.models.data import Split
+    from dropserve.models.recipes import Plan
     from dropserve.models.repository import Repository
     from dropserve.models.training import Epoch
+    from dropserve.service.settings import Settings
 
 _SCORES = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
 _FEW = 1000  # test images; with fewer, scores vary much by chance
@@ -71,7 +76,7 @@ def _list(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
 
 Optimizer = Literal["adamw", "sgd"] | None
 Schedule = Literal["cosine", "constant"] | None
-Accelerator = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Int = int | None
 Float = float | None
@@ -161,8 +166,11 @@ def train(
     fit: Fit | None = None,
     skip_broken: SkipBroken = False,
     samples: Samples = DEFAULT_SAMPLES,
-    accelerator: Annotated[Accelerator, Opt(metavar="A", help="auto, cpu or cuda.")] = "auto",
-    devices: Annotated[int, Opt(min=1, metavar="N", help="Processes that share the work.")] = 1,
+    device: Annotated[
+        Device, Opt("--device", "--accelerator", metavar="D", help="auto, cpu or cuda.")
+    ] = "auto",
+    devices: Annotated[Int, Opt(min=1, metavar="N", help="Processes that share the work.")] = None,
+    accumulate: Annotated[int, Opt(min=1, metavar="N", help="Parts of a batch, one by one.")] = 1,
     precision: Annotated[
         Precision, Opt(metavar="P", help="32-true, bf16-mixed or 16-mixed.")
     ] = "32-true",
@@ -178,20 +186,24 @@ def train(
         say(f"{name} has version {found[-1]} already: nothing to do")
         return
 
-    from dropserve.models import recipes, training
+    import torch
+
+    from dropserve.models import processes, recipes, training
     from dropserve.models.networks import NetworkConfig
 
     network_options = [field.name for field in fields(NetworkConfig) if field.name in given]
     options.allow_local_modules()
     if resume and restart:
         raise Refused("give --resume or --restart, not both")
-    recipes.check_run(name, accelerator)
+    recipes.check_run(name, device)
+    _start_others(devices or 1)
+    fabric = processes.launch(device, precision, devices)
     asked = _given(**{field.name: given.get(field.name) for field in fields(Recipe)})
-    data_options: dict[str, Any] = {"recipe": asked, "skip_broken": skip_broken}
+    data_options = _data_options(settings, skip_broken=skip_broken)
     if start is None:
         own = _given(arguments=network_arguments, **{o: given[o] for o in network_options})
         data_options |= {"asked": own, "size": size, "invert": invert, "fit": fit or "stretch"}
-        plan = recipes.plan(dataset, network or "mlp", settings.data_dir, **data_options)
+        make = partial(recipes.plan, dataset, network or "mlp", settings.data_dir)
     else:
         kept = ("network", *network_options, "network_arguments", "size", "invert", "fit")
         wrong = [f"--{o}".replace("_", "-") for o in kept if given[o] not in (None, False)]
@@ -200,28 +212,34 @@ def train(
         if not (number or "1").isdecimal():
             raise Refused("--from: must be NAME or NAME/VERSION")
         chosen = models.choose(parent, int(number) if number else None)
-        with models.local(parent, chosen) as path:
-            trusted = settings.factories
-            plan = recipes.plan_from(path, trusted, dataset, settings.data_dir, **data_options)
+        make = partial(
+            _plan_from, models, parent, chosen, settings.factories, dataset, settings.data_dir
+        )
+    with _shown_once(ModelsError), _reading(dataset, shown=fabric.is_global_zero) as moved:
+        plan = make(recipe=asked, progress=moved, **data_options)
     data, module, normalize = plan.data, plan.module, plan.data.preprocessing.normalize
     state = models.workspace(name) / "state.safetensors"
 
     def hint() -> str:
         return "--resume continues" if state.exists() else "no epoch was finished"
 
+    example = normalize(data.train.take(torch.arange(1)).images)
+    recipe = training.with_threads(plan.recipe, module, example)
+    made_with = plan.description() | {"on": [precision, fabric.world_size]}
+    run: dict[str, Any] = {"state_path": state, "description": made_with, "fabric": fabric}
+    run |= {"accumulate": accumulate}
+    if not fabric.is_global_zero:  # one of several processes: the first shows and saves
+        with _shown_once(ConfigError, CheckpointError):
+            list(training.fit(module, data.train, normalize, recipe, **run))
+        return
     with training.claimed(state.parent):
         with terminal.interruptible(hint):
             finished = training.earlier_run(state, resume=resume, restart=restart)
-            fabric = training.launch(accelerator, devices, precision)
-            recipe = training.with_threads(plan.recipe, module, normalize(data.train.images[:1]))
-            made_with = plan.description() | {"on": [precision, devices]}
-            run: dict[str, Any] = {"state_path": state, "description": made_with, "fabric": fabric}
-            if not fabric.is_global_zero:  # one of several processes: the first shows and saves
-                list(training.fit(module, data.train, normalize, recipe, **run))
-                return
             if resume and not finished:
                 say(f"no interrupted run of {name} to resume: a new one begins")
-            say(data.summary() + (f"; epochs done before: {finished}" if finished else ""))
+            told = f"; processes: {fabric.world_size}" if fabric.world_size > 1 else ""
+            told += f"; epochs done before: {finished}" if finished else ""
+            say(data.summary() + told)
 
             def fit_(progress: Callable[[int, int], None]) -> "Iterator[Epoch]":
                 return training.fit(module, data.train, normalize, recipe, progress=progress, **run)
@@ -269,8 +287,8 @@ def import_(
     own = _given(hidden=hidden, dropout=dropout, arguments=network_arguments)
     module, metadata = recipes.imported(name, weights, network, preprocessing, classes, own)
     if evaluate is not None:
-        folder = settings.data_dir
-        test = recipes.evaluation_images(metadata, evaluate, folder, skip_broken=skip_broken)
+        how = _data_options(settings, skip_broken=skip_broken)
+        test = recipes.evaluation_images(metadata, evaluate, settings.data_dir, **how)
         metadata = _evaluated(metadata, module, test, samples)
     models = options.repository(settings)
     _say_saved(models, models.save(module, metadata), metadata, checkpoints)
@@ -298,7 +316,8 @@ def evaluate(
     models = options.repository(settings)
     with models.local(name, models.choose(name, version)) as path:
         module, metadata = checkpoint.load(path, settings.factories)
-    data = recipes.evaluation_images(metadata, dataset, settings.data_dir, skip_broken=skip_broken)
+    how = _data_options(settings, skip_broken=skip_broken)
+    data = recipes.evaluation_images(metadata, dataset, settings.data_dir, **how)
     figures = _figures(metadata, module, data, samples, method=method, confusion=confusion)
     if as_json:
         terminal.print_json({**figures, **({"classes": metadata.classes} if confusion else {})})
@@ -340,6 +359,56 @@ def convert(
     _say_saved(models, saved, metadata, checkpoints)
     command = f"dropserve evaluate --name {name} --version {saved}{_where(checkpoints)}"
     say(f"to score it again: {command}")
+
+
+def _start_others(devices: int) -> None:
+    """Run this command in several processes and exit, unless they run already."""
+    from dropserve.models import processes
+
+    if devices > 1 and not processes.is_started():
+        command = ["-m", "dropserve.service.cli.main", *sys.argv[1:]]
+        raise typer.Exit(processes.run(command, devices))
+
+
+def _data_options(settings: "Settings", *, skip_broken: bool) -> dict[str, Any]:
+    """Return what `load_dataset` is told of every folder."""
+    return {"skip_broken": skip_broken, "max_bytes": settings.dataset_mb * 2**20}
+
+
+@contextmanager
+def _shown_once(*errors: type[Exception]) -> Iterator[None]:
+    """Leave errors that each process of this machine has to the first of them."""
+    from dropserve.models import processes
+
+    try:
+        yield
+    except errors as error:
+        if processes.is_further():
+            raise typer.Exit(2) from error
+        raise
+
+
+@contextmanager
+def _reading(dataset: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a folder is read."""
+    if shown and Path(dataset).is_dir():
+        with terminal.progress("reading images") as moved:
+            yield moved
+    else:
+        yield lambda _done, _total: None
+
+
+def _plan_from(
+    models: "Repository",
+    name: str,
+    version: int,
+    *how: Any,  # noqa: ANN401  what `plan_from` takes
+    **options: Any,  # noqa: ANN401  likewise
+) -> "Plan":
+    from dropserve.models import recipes
+
+    with models.local(name, version) as path:
+        return recipes.plan_from(path, *how, **options)
 
 
 def _given(**given: object) -> dict[str, object]:

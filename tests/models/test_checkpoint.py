@@ -23,7 +23,6 @@ from dropserve.models.checkpoint import (
     WEIGHTS,
     Metadata,
     add_manifest,
-    choose,
     default_name,
     is_name,
     load,
@@ -42,6 +41,7 @@ from dropserve.models.errors import CheckpointError, CheckpointNotFound, Checkpo
 from dropserve.models.examples import Example
 from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
+from dropserve.models.repository import Folder
 
 INPUT = Preprocessing((8, 8), 1, (0.5,), (0.25,))
 MLP = NetworkConfig("mlp", (1, 8, 8), 3, (6,), (0.5,))
@@ -471,16 +471,17 @@ def test_a_pin_that_is_none_is_refused(tmp_path, raw):
 def test_the_latest_version_is_chosen_or_the_one_asked_for_or_the_error_says_what_there_is(
     tmp_path,
 ):
+    there = Folder(tmp_path)
     with pytest.raises(CheckpointNotFound, match=r"no model 'net' in .*: there is none$"):
-        choose(tmp_path, "net")
+        there.choose("net")
     for name in ("net/2", "net/10", "nest/1", "empty", "none/x"):
         (tmp_path / name).mkdir(parents=True)
-    assert (choose(tmp_path, "net"), choose(tmp_path, "net", 2)) == (10, 2)
+    assert (there.choose("net"), there.choose("net", 2)) == (10, 2)
     with pytest.raises(CheckpointNotFound, match=r"no version 3 of 'net' in .*: there are 2, 10$"):
-        choose(tmp_path, "net", 3)
+        there.choose("net", 3)
     known = r"no model 'nets' in .*: there are nest, net; did you mean net\?$"
     with pytest.raises(CheckpointNotFound, match=known):
-        choose(tmp_path, "nets")
+        there.choose("nets")
 
 
 def test_a_version_is_removed_with_what_earlier_removals_left_unless_it_is_pinned(tmp_path):

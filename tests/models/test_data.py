@@ -5,9 +5,13 @@ import hashlib
 import http.client
 import io
 import os
+import threading
 from dataclasses import replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
+from time import sleep
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +21,13 @@ from sklearn.datasets import load_digits
 
 from dropserve.models.data import Split, augment, download, load_dataset, read_idx
 from dropserve.models.errors import DataError
+from dropserve.models.evaluation import evaluate
+from dropserve.models.examples import choose
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.networks import NetworkConfig
 from dropserve.models.preprocessing import Preprocessing
+from dropserve.models.processes import launch
+from dropserve.models.training import fit
 
 DATA_DIR = Path(
     os.environ.get("DROPSERVE_DATA_DIR") or Path(__file__).parents[2].parent / "shared" / "data"
@@ -329,6 +339,77 @@ def test_photos_are_decoded_at_a_smaller_scale_unless_the_model_s_were_not(tmp_p
         assert torch.equal(got, pixels)
         assert {image.size for image in images} == {size}
         assert all((pixels == x).flatten(1).all(1).any() for x in data.train.images) == draft
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """800 small images of noise in two classes, each of a brightness of its own."""
+    noise = np.random.default_rng(1).integers(0, 200, (800, 6, 5, 3), np.uint8)
+    for i, pixels in enumerate(noise):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + 55 * (i % 2)).save(path)
+    return tmp_path / "images"
+
+
+def test_a_large_folder_is_read_file_by_file_and_trains_to_the_same_bits(folder):
+    seen = []
+    load = partial(load_dataset, str(folder), folder, size=(6, 5))
+    kept = load(progress=lambda *moved: seen.append(moved))
+    lazy = load(max_bytes=800 * 90 - 1)
+    assert seen == [(i, 800) for i in range(1, 801)]
+    assert lazy.preprocessing == kept.preprocessing
+    assert lazy.summary() == kept.summary()
+    assert lazy.digest() == load(max_bytes=0).digest() != kept.digest()
+    ended = []
+    for data in (kept, lazy):
+        torch.manual_seed(0)
+        module = NetworkConfig("mlp", (3, 6, 5), 2, (8,), (0.2,)).build()
+        recipe = Recipe(epochs=2, batch_size=50, shift=1, flip=True)
+        scores = [(e.loss, e.validation_accuracy) for e in fit(
+            module, data.train, data.preprocessing.normalize, recipe, fabric=launch("cpu")
+        )]  # fmt: skip
+        ended.append((scores, evaluate(module, data.test, data.preprocessing.normalize, 10)))
+        ended[-1] += (choose(data.test, 2, data.preprocessing), module.state_dict())
+    assert ended[0][:3] == ended[1][:3]
+    assert all(torch.equal(t, ended[1][3][name]) for name, t in ended[0][3].items())
+
+
+class Counting(Preprocessing):
+    """Counts the images that it has prepared."""
+
+    calls: ClassVar[list[int]] = []
+
+    def prepare(self, image):
+        self.calls.append(1)
+        return super().prepare(image)
+
+
+def test_few_images_are_decoded_before_they_are_asked_for(folder):
+    Counting.calls.clear()
+    how = Counting((6, 5), 3, (0.5,) * 3, (0.25,) * 3)
+    data = load_dataset(str(folder), folder, preprocessing=how, max_bytes=0)
+    decoded = len(Counting.calls)
+    assert decoded == 800 + 1  # each once, and one for the shape
+    batches = data.train.batches(40)
+    for number in range(1, 4):
+        assert len(next(batches)) == 40
+        sleep(0.2)
+        assert len(Counting.calls) - decoded <= 256 + 40 * number < len(data.train)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+@pytest.mark.parametrize("change", ["gone", "cut", "other pixels"])
+def test_a_file_that_changes_after_it_was_read_is_named(folder, change):
+    data = load_dataset(str(folder), folder, size=(6, 5), max_bytes=0)
+    path = folder / "a" / "0.png"
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"cut" if change == "cut" else (folder / "a" / "2.png").read_bytes())
+    with pytest.raises(DataError, match=r"a/0\.png (cannot be|has changed).*--resume"):
+        [*data.train.batches(100), *data.test.batches(100)]
 
 
 def test_a_split_is_taken_and_batched_in_order(digits):

@@ -17,7 +17,8 @@ from dropserve.models.errors import ConfigError, TrainingDiverged
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.networks import NetworkConfig, default_config
 from dropserve.models.preprocessing import Preprocessing
-from dropserve.models.training import cpu_threads, fit, launch, validate, with_threads
+from dropserve.models.processes import launch
+from dropserve.models.training import cpu_threads, fit, validate, with_threads
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (32,), (0.3,))
 CNN = NetworkConfig("cnn", (1, 8, 8), 10, (16,), (0.3,), (4, 6), 0.2)
@@ -222,6 +223,33 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(digits):
     run = fit(build(MLP), digits.train, digits.preprocessing.normalize, SHORT, fabric=Process(0, 3))
     with pytest.raises(ConfigError, match="batch_size must be a multiple of 3, the processes"):
         next(run)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_batch_in_parts_trains_as_a_whole_one_does(digits, optimizer):
+    """Without noise: gradients of four parts of 16 images are those of a batch of 64."""
+    config, weights, scores = replace(MLP, dropout=(0.0,)), [], []
+    recipe = replace(SHORT, epochs=5, learning_rate=0.01, optimizer=optimizer, l1=1e-4)
+    for accumulate in (1, 4):
+        module = build(config)
+        for epoch in start(module, digits, recipe, accumulate=accumulate):  # four steps each
+            last = copy(module), (epoch.loss, epoch.train_accuracy)
+        weights.append(last[0])
+        scores.append(last[1])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=0, atol=1e-5)
+        assert not torch.equal(expected, build(config).state_dict()[name])
+    with pytest.raises(ConfigError, match="multiple of 1, the processes, times 3, the parts"):
+        next(start(module, digits, recipe, accumulate=3))
+
+
+def test_a_run_goes_on_with_other_parts(digits, tmp_path):
+    run = start(build(MLP), digits, SHORT, state_path=tmp_path / "state")
+    next(run)
+    run.close()
+    rest = start(build(MLP), digits, SHORT, state_path=tmp_path / "state", accumulate=2)
+    assert [epoch.number for epoch in rest] == [2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])

@@ -17,7 +17,8 @@ from torch import nn
 from dropserve.models.errors import CheckpointRefused, ConfigError
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.networks import NetworkConfig
-from dropserve.models.training import State, claimed, earlier_run, fit, launch
+from dropserve.models.processes import launch
+from dropserve.models.training import State, claimed, earlier_run, fit
 
 MLP = NetworkConfig("mlp", (1, 8, 8), 10, (16,), (0.3,))
 RECIPE = Recipe(epochs=3, batch_size=64)

@@ -10,6 +10,7 @@ import torch
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.montecarlo import Sampler
 from dropserve.models.networks import NetworkConfig
+from dropserve.models.processes import launch
 from dropserve.models.regularizers import (
     METHODS,
     SCOPES,
@@ -22,7 +23,7 @@ from dropserve.models.regularizers import (
     Zoneout,
     begin_epoch,
 )
-from dropserve.models.training import fit, launch
+from dropserve.models.training import fit
 
 LAYERS = (
     InvertedDropout, VanillaDropout, SpatialDropout, GaussianDropout, VariationalDropout, Zoneout,

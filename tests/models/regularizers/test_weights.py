@@ -12,8 +12,9 @@ from torch import nn
 from dropserve.models.errors import ConfigError
 from dropserve.models.hyperparameters import Recipe
 from dropserve.models.networks import NetworkConfig
+from dropserve.models.processes import launch
 from dropserve.models.regularizers import DropConnect
-from dropserve.models.training import fit, launch, penalty, project
+from dropserve.models.training import fit, penalty, project
 
 CNN = NetworkConfig("cnn", (2, 8, 8), 3, (6,), (0.5,), (4,), regularizer="dropconnect")
 WEIGHTS = {"conv1.weight", "hidden1.weight", "logits.weight"}

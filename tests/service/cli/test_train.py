@@ -6,7 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,16 +159,25 @@ def test_resuming_where_nothing_was_interrupted_says_so_and_trains(train, tmp_pa
     assert "version 7 is pinned: to let the new one answer, dropserve pin fresh" in result.stdout
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_work_and_save_one_version(tmp_path):
-    command = [Path(sys.executable).with_name("dropserve"), "train", "--devices", "2"]
-    command += ["--epochs", "4", "--samples", "0", "--checkpoints", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "MEMBER: 2/2" in done.stderr
-    assert done.stdout.count("epoch 4/4") == 1
-    assert [f.name for f in (tmp_path / "digits-mlp").iterdir()] == ["1"]
-    _, metadata = checkpoint.load(tmp_path / "digits-mlp" / "1")
-    assert metadata.evaluation["eval"]["accuracy"] > 0.85
+def test_a_run_of_other_processes_is_refused_with_their_number(train, tmp_path):
+    data = load_dataset("digits", Path("none"))
+    plan = recipes.plan("digits", "mlp", Path("none"), recipe={"epochs": 2})
+    state = tmp_path / "digits-mlp" / ".training" / "state.safetensors"
+    made_with = plan.description() | {"on": ["32-true", 2]}
+    recipe = replace(plan.recipe, threads=1)
+    run = partial(fit, state_path=state, description=made_with)
+    next(run(plan.module, data.train, data.preprocessing.normalize, recipe))
+    result = train(tmp_path, "--resume", "--threads", 1)
+    assert result.exit_code == 2
+    assert "[precision, processes] was ['32-true', 2], now is ['32-true', 1]" in result.stderr
+    assert "resume it with the options it was started with" in result.stderr
+    assert state.exists()
+
+
+def test_the_former_name_of_the_device_is_an_option_too(train, tmp_path):
+    for option in ("--device", "--accelerator"):
+        result = train(tmp_path, option, "cuda")
+        assert result.stderr == "error: no device cuda: PyTorch finds no CUDA device here\n"
 
 
 def test_every_field_of_a_recipe_is_an_option():
