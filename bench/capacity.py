@@ -35,7 +35,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from bench.cluster import Law, steady
+from bench.cluster import Floats, Law, measured, steady
 from bench.http.processes import free_port, serving
 from bench.networks import CACHE, load_images
 from bench.progress import follow
@@ -59,8 +59,8 @@ from tests.reliability.load import (
 from tests.reliability.messages import Answer, request
 
 RESULTS = Path(__file__).parent / "results" / "scaling" / "capacity.json"
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Clients that each wait for their answer: about the sizes of batches."""
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Clients that each wait for their answer: about the sizes of batches, up to full ones."""
 MAX_BATCH = 64
 SATURATING = 2 * MAX_BATCH
 """Clients that keep a process busy with full batches."""
@@ -195,6 +195,7 @@ def served(root: Path, workers: int = 1, cores: Sequence[int] = (1,)) -> Iterato
         # nothing is refused: latency is measured, not shedding
         "DROPSERVE_MAX_WAIT": "30",
         "DROPSERVE_MAX_QUEUE": "100000",
+        "DROPSERVE_HEAD_TIMEOUT": "60",  # connections are opened ahead of their use
         "OMP_NUM_THREADS": "1",
     }
     command = [str(Path(sys.executable).with_name("dropserve")), "serve"]
@@ -214,6 +215,8 @@ def served(root: Path, workers: int = 1, cores: Sequence[int] = (1,)) -> Iterato
             for process, core in zip(found, cycle(cores), strict=False):
                 for thread in process.threads():
                     os.sched_setaffinity(thread.id, {core})
+                    if len(cores) > 1 or cores[0] == 0:  # the generator is not to wait for it
+                        os.setpriority(os.PRIO_PROCESS, thread.id, 5)
             yield Server(port, found, start, Path(name) / "log")
 
 
@@ -268,7 +271,9 @@ async def ask(
 
 def _seen(samples: list[Sample], seconds: float, generator: float) -> Seen:
     if failed := [sample for sample in samples if sample.status != 200]:
-        raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
+        raise SystemExit(
+            f"{len(failed)} of {len(samples)} requests failed; is the machine quiet? {failed[0]}"
+        )
     return Seen(samples, seconds, generator)
 
 
@@ -338,7 +343,7 @@ def network_times(root: Path, name: str, core: int, seconds: float) -> list[floa
     kind = KINDS[name]
     classifier = Classifier(kind.model, 1, root / kind.model / "1")
     random, found = np.random.default_rng(0), []
-    for size in SIZES:
+    for size in SIZES[:-1]:
         shape = 1, *classifier.preprocessing.shape
         pixels = [random.integers(0, 256, shape, np.uint8) for _ in range(size)]
         times: list[float] = []
@@ -359,7 +364,7 @@ def networks(root: Path, seconds: float) -> dict[str, Row]:
         for name in KINDS:
             if not KINDS[name].asgi:
                 times = pool.submit(network_times, root, name, 1, seconds).result()
-                fixed, each, error = _line(SIZES, times)
+                fixed, each, error = _line(SIZES[:-1], times)
                 found[name] = {"fixed": fixed, "each": each, "error": error, "seconds": times}
         both = [pool.submit(network_times, root, SHARED, core, 4 * seconds) for core in (0, 1)]
         times = np.mean([future.result() for future in both], 0).tolist()
@@ -475,6 +480,12 @@ SETUPS = (
 )
 
 
+def batch_times(service: Mapping[str, Any]) -> Floats:
+    """Return what a batch of each size takes, from the rows of `service_times`."""
+    rows = sorted(service["rows"], key=lambda row: float(row["batch"]))
+    return measured([r["batch"] for r in rows], [r["seconds"] for r in rows], MAX_BATCH)
+
+
 def predict(setup: Setup, parts: Row, seconds: int) -> Row:
     """Predict throughput and mean latencies from the parts alone.
 
@@ -482,7 +493,7 @@ def predict(setup: Setup, parts: Row, seconds: int) -> Row:
     batch takes longer by their share, and by what a busy other core slows it.
     """
     times = parts["services"][setup.kind]
-    full = times["fixed"] / MAX_BATCH + times["each"]
+    batches = batch_times(times)
     others, around, contention = 0.0, times["around"], 1.0
     if setup.processes > 1:
         others = times["generator"]
@@ -490,19 +501,13 @@ def predict(setup: Setup, parts: Row, seconds: int) -> Row:
     if setup.proxy:
         others += parts["proxy"]["seconds"]
         around += parts["proxy"]["later"]
-    rate = setup.processes / (full * contention + others)
+    rate = setup.processes / (batches[-1] / MAX_BATCH * contention + others)
     rows = []
     for load in LOADS:
         stretch = 1.0
         for _ in range(3):  # how busy the other is depends on how slow it is
-            law = Law(
-                times["fixed"] * stretch,
-                times["each"] * stretch,
-                times["spread"],
-                MAX_BATCH,
-                max_wait=30,
-                choices=2 if setup.proxy else 1,
-            )
+            choices = 2 if setup.proxy else 1
+            law = Law(batches * stretch, times["spread"], max_wait=30, choices=choices)
             mean, busy, _ = steady(law, setup.processes, load * rate, seconds)
             taken = load * rate * others / setup.processes
             stretch = (1 + (contention - 1) * busy) / (1 - taken)
@@ -594,9 +599,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for setup in SETUPS:
         target.write_text(json.dumps(result, indent=2) + "\n")
         predicted = predict(setup, result, 60)
-        measured = validate(setup, root, predicted, images(KINDS[setup.kind]), seconds)
+        found = validate(setup, root, predicted, images(KINDS[setup.kind]), seconds)
         row = {"label": setup.label, "kind": KINDS[setup.kind].label}
-        result["validation"].append({**row, "predicted": predicted, "measured": measured})
+        result["validation"].append({**row, "predicted": predicted, "measured": found})
         target.write_text(json.dumps(result, indent=2) + "\n")
     for shown in tables(result):
         console.print(shown)
@@ -612,18 +617,18 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     yield shown
     shown = Table("setup", "request", "figure", "predicted", "measured", "difference")
     for row in result["validation"]:
-        for name, predicted, measured in compared(row):
-            difference = f"{100 * (measured / predicted - 1):+.1f}%"
-            cells = f"{predicted:,.2f}", f"{measured:,.2f}", difference
+        for name, expected, found in compared(row):
+            difference = f"{100 * (found / expected - 1):+.1f}%"
+            cells = f"{expected:,.2f}", f"{found:,.2f}", difference
             shown.add_row(row["label"], row["kind"], name, *cells)
     yield shown
 
 
 def compared(row: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
     """Yield what was predicted and measured, with its unit."""
-    predicted, measured = row["predicted"], row["measured"]
-    yield "throughput, requests/s", predicted["rate"], measured["rate"]
-    for one, other in zip(predicted["loads"], measured["loads"], strict=True):
+    expected, found = row["predicted"], row["measured"]
+    yield "throughput, requests/s", expected["rate"], found["rate"]
+    for one, other in zip(expected["loads"], found["loads"], strict=True):
         name = f"mean latency at {one['load']:.0%}, ms"
         yield name, 1e3 * one["latency"], 1e3 * other["latency"]
 

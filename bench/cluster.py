@@ -1,6 +1,6 @@
 """A discrete-event simulation of replicas that serve in batches, as `service/inference/batcher.py`.
 
-A batch is what waits, up to `max_batch`, and takes `fixed + each * n` seconds for n requests. What
+A batch is what waits, up to `max_batch`, and takes as long as one of its size was measured to. What
 would wait too long, by the estimate that the batcher makes, is refused. A request goes to the one
 with the fewest requests among `choices` replicas chosen at random: 1 is random balancing, as many
 as there are is least connections. Only the replicas that were chosen are brought up to date when a
@@ -10,6 +10,7 @@ request arrives: nothing else is asked of the others, so there is no list of eve
 microsecond.
 """
 
+from collections.abc import Sequence
 from math import inf, log
 from typing import NamedTuple
 
@@ -30,25 +31,37 @@ class Law(NamedTuple):
     """What a replica does with requests; times in seconds.
 
     Attributes:
-        fixed: of a batch, however large.
-        each: of a request in it.
+        times: of a batch, by its number of requests, up to the most; of none 0.
         spread: part of a batch's time that is exponentially distributed, not fixed; it is also the
             coefficient of variation.
-        max_batch: requests.
         max_queue: requests.
         max_wait: that a request may wait.
         refusal: that refusing one takes.
         choices: replicas between which one is chosen.
     """
 
-    fixed: float
-    each: float
+    times: Floats
     spread: float = 0.0
-    max_batch: int = 64
     max_queue: int = 1024
     max_wait: float = 2.0
     refusal: float = 40e-6
     choices: int = 1
+
+
+def linear(fixed: float, each: float, most: int = 64) -> Floats:
+    """Return times of batches that take `fixed + each * n` seconds."""
+    times: Floats = fixed + each * np.arange(most + 1.0)
+    times[0] = 0
+    return times
+
+
+def measured(sizes: Sequence[float], seconds: Sequence[float], most: int = 64) -> Floats:
+    """Return times of batches between sizes that were measured; beyond, in proportion."""
+    times: Floats = np.interp(np.arange(most + 1.0), [0, *sizes], [0, *seconds])
+    times[1:] = np.maximum.accumulate(times[1:])
+    beyond = np.arange(most + 1.0) > max(sizes)
+    times[beyond] *= np.arange(most + 1.0)[beyond] / max(sizes)
+    return times
 
 
 class Replicas(NamedTuple):
@@ -97,7 +110,7 @@ def replicas(count: int, law: Law) -> Replicas:
     """Make so many, idle, of which each has run batches of one."""
     head, waiting, last, served = np.zeros((4, count), np.int64)
     begun, free, busy, debt = np.zeros((4, count))
-    cost, units = np.full(count, law.fixed + law.each), np.ones(count)
+    cost, units = np.full(count, law.times[1]), np.ones(count)
     queue = np.zeros((count, law.max_queue))
     return Replicas(queue, head, waiting, last, served, begun, free, busy, debt, cost, units)
 
@@ -119,7 +132,7 @@ def run(  # noqa: C901  numba compiles a function with its own inner ones, and n
     found: Record,
 ) -> None:
     """Send `rate` requests a second, a Poisson process, to those that are `ready`; to `end`."""
-    size = all_.queue.shape[1]
+    size, max_batch = all_.queue.shape[1], len(law.times) - 1
 
     def advance(i: int, now: float) -> None:
         """Run the batches that begin until now."""
@@ -130,12 +143,10 @@ def run(  # noqa: C901  numba compiles a function with its own inner ones, and n
                 break
             n = 0
             while (
-                n < all_.waiting[i]
-                and n < law.max_batch
-                and all_.queue[i, (head + n) % size] <= begin
+                n < all_.waiting[i] and n < max_batch and all_.queue[i, (head + n) % size] <= begin
             ):
                 n += 1
-            seconds = law.fixed + law.each * n
+            seconds = law.times[n]
             if law.spread > 0:
                 seconds *= 1 - law.spread + law.spread * random.exponential()
             all_.cost[i] = _DECAY * all_.cost[i] + seconds
@@ -183,14 +194,14 @@ def run(  # noqa: C901  numba compiles a function with its own inner ones, and n
             if all_.free[best] > now:
                 rest = abs(all_.served[best] * unit - (now - all_.begun[best]))
             shared = min(all_.last[best], waiting)
-            if shared >= law.max_batch:
+            if shared >= max_batch:
                 shared = 0
             expected = rest + (waiting - shared) * unit
             if waiting >= law.max_queue or expected > SURE * law.max_wait:
                 found.refused[int(now)] += 1
                 all_.debt[best] += law.refusal
                 continue
-        if all_.waiting[best] == 0 or all_.last[best] >= law.max_batch:
+        if all_.waiting[best] == 0 or all_.last[best] >= max_batch:
             all_.last[best] = 0
         all_.last[best] += 1
         all_.queue[best, (all_.head[best] + all_.waiting[best]) % size] = now
@@ -209,6 +220,21 @@ def steady(
     run(all_, law, ready, random, 0.0, float(seconds), rate, found)
     mean = found.total[0] / found.latencies.sum()
     return float(mean), float(all_.busy.sum() / count / seconds), found
+
+
+def mean_latency(fixed: float, each: float, rate: float) -> float:
+    """Return the mean latency of one replica where a batch follows a batch; else it is less.
+
+    A batch is as long as the one before it made it: n is Poisson in that length, whose mean and
+    variance follow from `fixed + each * n`. A request comes, more probably into a long one, waits
+    for half of it on average, and shares the next with all that came in it, itself too. This is
+    the upper bound of Inoue (2021), Queueing analysis of GPU-based inference servers with dynamic
+    batching.
+    """
+    load = rate * each
+    mean = fixed / (1 - load)
+    length = mean + each**2 * rate / (1 - load**2)
+    return length / 2 + fixed + each * (1 + rate * length)
 
 
 def percentile(latencies: Counts, percent: float) -> float:

@@ -62,7 +62,7 @@ class Parts:
     @property
     def capacity(self) -> float:
         """Return requests per second of a replica with full batches."""
-        return 1 / (self.law.fixed / self.law.max_batch + self.law.each)
+        return float((len(self.law.times) - 1) / self.law.times[-1])
 
 
 def read_parts(path: Path, kind: str = KIND) -> Parts:
@@ -70,7 +70,7 @@ def read_parts(path: Path, kind: str = KIND) -> Parts:
     result = json.loads(path.read_text())
     times = result["services"][kind]
     first = result["processes"]["digits"]
-    law = Law(times["fixed"], times["each"], times["spread"])
+    law = Law(capacity.batch_times(times), times["spread"])
     start = result["processes"]["models"][capacity.KINDS[kind].model]["start"]
     return Parts(law, POD + start, max(0.0, first["first"] - first["later"]))
 
@@ -404,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "kind": capacity.KINDS[KIND].label,
-        "law": parts.law._asdict(),
+        "spread": parts.law.spread,
         "capacity": parts.capacity,
         "start": parts.start,
         "cold": parts.cold,
@@ -417,8 +417,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             zip(planned, running, strict=True), "simulation", len(planned)
         ):
             result.setdefault(name, []).append(future.result())
-    for row in result["targets"]:
-        del row["timeline"]
+    for name in ("bursts", "deaths", "updates", "targets"):
+        for row in result[name]:
+            if name == "targets" or row["size"] < max(options.sizes):
+                del row["timeline"]  # only those of the largest are drawn
     target: Path = options.json or RESULTS
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result) + "\n")

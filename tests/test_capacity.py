@@ -3,23 +3,10 @@
 import numpy as np
 import pytest
 
-from bench.cluster import Law, steady
+from bench.cluster import Law, linear, mean_latency, percentile, steady
 
-FREE = {"max_wait": 1e9, "max_queue": 4096, "max_batch": 4096}
-
-
-def linear_batches(fixed, each, rate):
-    """Mean latency where a batch always follows a batch, which is so under load.
-
-    A batch of n takes fixed + each * n seconds, and n is Poisson in the length of the one before:
-    its length T has mean m = fixed / (1 - rate * each) and variance v = each**2 * rate * m / (1 -
-    (rate * each)**2). A request comes, more probably into a long one, waits for half of it on
-    average, and shares the next with all that came in it, itself too.
-    """
-    load = rate * each
-    mean = fixed / (1 - load)
-    length = mean + each**2 * rate / (1 - load**2)  # of the one in which it comes
-    return length / 2 + fixed + each * (1 + rate * length)
+FREE = {"max_wait": 1e9, "max_queue": 4096}
+SINGLE = linear(0, 0.1, most=1)
 
 
 def batches_of_one_length(fixed, rate):
@@ -36,15 +23,24 @@ def two_choices(rate, service):
 @pytest.mark.parametrize(
     ("law", "count", "rate", "expected"),
     [
-        (Law(0, 0.1, spread=1, **{**FREE, "max_batch": 1}), 1, 7, 0.1 / (1 - 0.7)),  # M/M/1
-        (Law(0, 0.1, **{**FREE, "max_batch": 1}), 1, 7, 0.1 * (1 + 0.7 / 2 / (1 - 0.7))),  # M/D/1
-        (Law(0.1, 0, **FREE), 1, 15, batches_of_one_length(0.1, 15)),
-        (Law(0.1, 0.01, **FREE), 1, 80, linear_batches(0.1, 0.01, 80)),
-        (Law(0, 0.1, 1, choices=2, **{**FREE, "max_batch": 1}), 60, 480, two_choices(8, 0.1)),
+        (Law(SINGLE, spread=1, **FREE), 1, 7, 0.1 / (1 - 0.7)),  # M/M/1
+        (Law(SINGLE, **FREE), 1, 7, 0.1 * (1 + 0.7 / 2 / (1 - 0.7))),  # M/D/1
+        (Law(linear(0.1, 0), **FREE), 1, 15, batches_of_one_length(0.1, 15)),
+        (Law(linear(0.1, 0.01), **FREE), 1, 60, mean_latency(0.1, 0.01, 60)),
+        (Law(SINGLE, spread=1, choices=2, **FREE), 60, 480, two_choices(8, 0.1)),
     ],
     ids=["M/M/1", "M/D/1", "batches of one length", "linear batches", "two choices"],
 )
 def test_mean_latency_is_that_of_the_closed_form(law, count, rate, expected):
-    seconds = 60_000 // rate
+    seconds = 50_000 // rate
     mean, _, _ = steady(law, count, rate, seconds)
     assert mean == pytest.approx(expected, rel=0.06)
+
+
+def test_what_would_wait_too_long_is_refused_and_no_more():
+    law = Law(linear(0, 0.01, most=1), max_wait=1.0)
+    _, busy, found = steady(law, 1, 200, 100)  # twice what it can do
+    refused, served = found.refused.sum(), found.latencies.sum()
+    assert busy == pytest.approx(1, abs=0.02)
+    assert refused / (refused + served) == pytest.approx(1 - 1 / (200 * (0.01 + 40e-6)), abs=0.02)
+    assert percentile(found.latencies, 99) == pytest.approx(0.75 * law.max_wait, rel=0.05)
