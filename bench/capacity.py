@@ -185,8 +185,13 @@ def _processor_seconds(process: psutil.Process) -> float:
 
 
 @contextmanager
-def served(root: Path, workers: int = 1, cores: Sequence[int] = (1,)) -> Iterator[Server]:
-    """Serve a folder of models; each process that answers is kept on a core."""
+def served(
+    root: Path, workers: int = 1, cores: Sequence[int] = (1,), *, yields: bool = False
+) -> Iterator[Server]:
+    """Serve a folder of models; each process that answers is kept on a core.
+
+    If it `yields`, the generator and the proxy do not wait for it on a core that they share.
+    """
     port = free_port()
     settings = {
         "DROPSERVE_PORT": str(port),
@@ -215,7 +220,7 @@ def served(root: Path, workers: int = 1, cores: Sequence[int] = (1,)) -> Iterato
             for process, core in zip(found, cycle(cores), strict=False):
                 for thread in process.threads():
                     os.sched_setaffinity(thread.id, {core})
-                    if len(cores) > 1 or cores[0] == 0:  # the generator is not to wait for it
+                    if yields:
                         os.setpriority(os.PRIO_PROCESS, thread.id, 5)
             yield Server(port, found, start, Path(name) / "log")
 
@@ -551,7 +556,10 @@ def validate(
             stack.enter_context(on_core(0))
         count = setup.processes // setup.workers
         cores = [(1,)] if setup.processes == 1 else [(0, 1)] if count == 1 else [(0,), (1,)]
-        servers = [stack.enter_context(served(root, setup.workers, c)) for c in cores]
+        shares = setup.processes > 1
+        servers = [
+            stack.enter_context(served(root, setup.workers, each, yields=shares)) for each in cores
+        ]
         front = servers[0]
         if setup.proxy:
             front = stack.enter_context(proxied([server.port for server in servers]))
@@ -583,7 +591,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.parts:
         result = json.loads(options.parts.read_text())
     else:
-        result = {"data": data.name, "networks": networks(root, seconds / 100)}
+        load = round(os.getloadavg()[0], 1)  # of others, while this was not measuring yet
+        result = {"load": load, "data": data.name, "networks": networks(root, seconds / 100)}
         with on_core(0), served(root) as server:
             result["services"] = {
                 name: service_times(server, kind, images(kind), seconds / 15)

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from bench import capacity, simulation
 from bench.cluster import mean_latency
@@ -267,7 +268,8 @@ def _percentiles(row: Row) -> list[str]:
 def _made(result: Result) -> str:
     on = result["machine"]
     versions = f"Python {result['versions']['python']}, PyTorch {result['versions']['torch']}"
-    return f"`make bench-capacity`, {result['date']}, {on['cpu']}, {on['cores']} cores, {versions}."
+    about = f"{result['date']}, {on['cpu']}, {on['cores']} cores, load before {result['load']}"
+    return f"`make bench-capacity`, {about}, {versions}."
 
 
 def _table(heads: Sequence[str], rows: Any) -> Iterator[str]:  # noqa: ANN401
@@ -286,7 +288,7 @@ def draw(result: Result, folder: Path) -> None:
 
     for name, title in (
         ("bursts", "A burst of {times:g} times the rate, {size:,} replicas, nothing scales"),
-        ("updates", "A rolling update of {size:,} replicas"),
+        ("updates", "A rolling update of {size:,} replicas, surge {surge:.0%}"),
         ("scaled", "{times:g} times the rate, {size:,} replicas, and the autoscaler"),
     ):
         row = largest(name)
@@ -304,6 +306,9 @@ def _timeline(row: Row, title: str, path: Path) -> None:
         for (name, look), colour in zip(_SERIES, COLOURS, strict=False):
             above.plot(seconds, line[name], look, color=colour, label=name)
         above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_major_formatter("{x:g}")
+        above.yaxis.set_minor_formatter("")
         above.set_ylabel("latency, ms")
         below.plot(seconds, [r / 1e3 for r in line["rate"]], color=COLOURS[0], label="asked")
         below.plot(
@@ -327,7 +332,8 @@ def _dress(axes: Axes, legend: tuple[list[Any], list[Any]]) -> None:
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
-    axes.legend(*legend, fontsize=8.5, framealpha=0, labelcolor=INK, loc="upper left")
+    look: dict[str, Any] = {"fontsize": 8.5, "framealpha": 0, "labelcolor": INK}
+    axes.legend(*legend, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), **look)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""The simulated cluster, against closed forms of queueing theory."""
+"""The simulated cluster, against closed forms of queueing theory, and the page of its figures."""
+
+import json
 
 import numpy as np
 import pytest
 
+from bench import capacity, scaling, simulation
 from bench.cluster import Law, linear, mean_latency, percentile, steady
 
 FREE = {"max_wait": 1e9, "max_queue": 4096}
@@ -44,3 +47,11 @@ def test_what_would_wait_too_long_is_refused_and_no_more():
     assert busy == pytest.approx(1, abs=0.02)
     assert refused / (refused + served) == pytest.approx(1 - 1 / (200 * (0.01 + 40e-6)), abs=0.02)
     assert percentile(found.latencies, 99) == pytest.approx(0.75 * law.max_wait, rel=0.05)
+
+
+def test_the_page_has_every_figure_that_was_measured():
+    parts, simulated = (
+        json.loads(path.read_text()) for path in (capacity.RESULTS, simulation.RESULTS)
+    )
+    page = scaling.PAGE.read_text()
+    assert page == scaling.write(page, parts, simulated)
