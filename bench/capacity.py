@@ -488,7 +488,8 @@ SETUPS = (
 def batch_times(service: Mapping[str, Any]) -> Floats:
     """Return what a batch of each size takes, from the rows of `service_times`."""
     rows = sorted(service["rows"], key=lambda row: float(row["batch"]))
-    return measured([r["batch"] for r in rows], [r["seconds"] for r in rows], MAX_BATCH)
+    sizes, seconds = [r["batch"] for r in rows], [r["seconds"] for r in rows]
+    return measured(sizes, seconds, service["each"], MAX_BATCH)
 
 
 def predict(setup: Setup, parts: Row, seconds: int) -> Row:

@@ -55,12 +55,13 @@ def linear(fixed: float, each: float, most: int = 64) -> Floats:
     return times
 
 
-def measured(sizes: Sequence[float], seconds: Sequence[float], most: int = 64) -> Floats:
-    """Return times of batches between sizes that were measured; beyond, in proportion."""
-    times: Floats = np.interp(np.arange(most + 1.0), [0, *sizes], [0, *seconds])
-    times[1:] = np.maximum.accumulate(times[1:])
-    beyond = np.arange(most + 1.0) > max(sizes)
-    times[beyond] *= np.arange(most + 1.0)[beyond] / max(sizes)
+def measured(
+    sizes: Sequence[float], seconds: Sequence[float], each: float, most: int = 64
+) -> Floats:
+    """Return times of batches between sizes that were measured; beyond, `each` for one more."""
+    n = np.arange(most + 1.0)
+    times: Floats = np.interp(n, [0, *sizes], [0, *seconds])
+    times[1:] = np.maximum.accumulate(times[1:]) + each * np.maximum(0, n[1:] - max(sizes))
     return times
 
 
