@@ -6,7 +6,7 @@ BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi test-scale soak check browser screenshots docs format \
-	lab-quick bench bench-accuracy bench-http bench-photos bench-report lock sbom clean
+	lab-quick bench bench-accuracy bench-http bench-photos bench-capacity bench-simulation bench-report lock sbom clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -109,9 +109,19 @@ bench-http: setup ## Load the service and its peers, each in its own environment
 bench-photos: setup ## Measure the peak memory of a worker that gets the largest images
 	$(PYTHON) -m bench.photos
 
-bench-report: setup ## Make docs/benchmarks.md and its pictures from what was measured
+# Eight minutes on a quiet machine, which is not used for anything else: latencies are compared.
+bench-capacity: setup ## Measure what a capacity model needs, and hold it against one and two processes
+	@command -v haproxy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends haproxy; }
+	$(PYTHON) -m bench.capacity
+
+# Four minutes. After bench-capacity.
+bench-simulation: setup ## Simulate bursts, deaths, updates and autoscaling of 10 to 1,000 replicas
+	$(PYTHON) -m bench.simulation
+
+bench-report: setup ## Make docs/benchmarks.md, docs/scaling.md and their pictures from what was measured
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
 	$(PYTHON) -m bench.report
+	$(PYTHON) -m bench.scaling
 
 # After constraints.txt or the dependencies in pyproject.toml have changed. For another PyTorch, change
 # torch.lock too, by hand.

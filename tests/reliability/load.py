@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import httpx
 import numpy as np
@@ -67,6 +67,12 @@ class Connection(asyncio.Protocol):
         return await self._answer
 
 
+class Asked(Protocol):
+    """What answers requests."""
+
+    async def ask(self, raw: bytes) -> Answer: ...
+
+
 class Clients:
     """Connections to a server, used again; a request that finds none free opens one more.
 
@@ -109,9 +115,16 @@ class Clients:
         self._all.add(connection)
         return connection
 
-    async def open(self, count: int) -> None:
-        """Open connections ahead of use."""
-        self._free.extend([await self._connection() for _ in range(count)])
+    async def open(self, count: int, wanted: Callable[[int], bool] | None = None) -> None:
+        """Open connections ahead of use; of those whose own port is not wanted, another."""
+        opened: list[Connection] = []
+        while len(opened) < count:
+            connection = await self._connection()
+            if wanted is None or wanted(connection.transport.get_extra_info("sockname")[1]):
+                opened.append(connection)
+            else:
+                self._close(connection)
+        self._free.extend(opened)
 
     def _close(self, connection: Connection) -> None:
         connection.transport.close()
@@ -153,7 +166,7 @@ class Sample:
         """Seconds from the time at which it was due."""
         return self.done - self.due
 
-    async def take(self, asked: Clients, raw: bytes) -> None:
+    async def take(self, asked: Asked, raw: bytes) -> None:
         """Send the request, and note its answer."""
         self.sent = time.perf_counter()
         try:
@@ -166,7 +179,7 @@ class Sample:
 
 
 async def open_loop(
-    asked: Clients, requests: Iterator[bytes], rate: float, seconds: float, seed: int = 0
+    asked: Asked, requests: Iterator[bytes], rate: float, seconds: float, seed: int = 0
 ) -> list[Sample]:
     """Send `rate` requests a second, at the times of a Poisson process, until all are answered."""
     generator = random.Random(seed)
@@ -184,7 +197,7 @@ async def open_loop(
 
 
 async def closed_loop(
-    asked: Clients, requests: Iterator[bytes], connections: int, seconds: float
+    asked: Asked, requests: Iterator[bytes], connections: int, seconds: float
 ) -> list[Sample]:
     """Send from some connections, each its next request when it has the answer to the last."""
     samples: list[Sample] = []
@@ -217,7 +230,7 @@ async def send_all(
 
 
 @asynccontextmanager
-async def probing(asked: Clients, raw: bytes, pause: float) -> AsyncIterator[list[Sample]]:
+async def probing(asked: Asked, raw: bytes, pause: float) -> AsyncIterator[list[Sample]]:
     """Send a request again and again during the block; yield the list of what became of them."""
     samples: list[Sample] = []
 

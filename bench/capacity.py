@@ -1,0 +1,647 @@
+"""Measures what a capacity model needs, and holds the model against it: `python -m bench.capacity`.
+
+First the parts: processor time of a batch by its size, of the network and of the whole server, of
+the generator of load and of the proxy; memory, start time, first requests. From these alone, by the
+simulation in `bench/cluster.py`, throughput and latency of one worker, of two, and of two replicas
+behind HAProxy are predicted. Then these are measured. Linux alone, two cores at least; writes
+results/scaling/capacity.json.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from itertools import cycle
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from bench.cluster import Floats, Law, measured, steady
+from bench.http.processes import free_port, serving
+from bench.networks import CACHE, load_images
+from bench.progress import follow
+from dropserve.lab.machine import machine, versions
+from dropserve.models import checkpoint
+from dropserve.models.data import Dataset, load_dataset
+from dropserve.models.hyperparameters import Recipe
+from dropserve.models.networks import default_config
+from dropserve.models.training import fit
+from dropserve.service.inference.classifier import Classifier, Predict, Task, Uncertainty
+from tests.reliability.load import (
+    Asked,
+    Clients,
+    Sample,
+    closed_loop,
+    metrics,
+    on_core,
+    open_loop,
+    run,
+)
+from tests.reliability.messages import Answer, request
+
+RESULTS = Path(__file__).parent / "results" / "scaling" / "capacity.json"
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Clients that each wait for their answer: about the sizes of batches, up to full ones."""
+MAX_BATCH = 64
+SATURATING = 2 * MAX_BATCH
+"""Clients that keep a process busy with full batches."""
+COPIES = 20
+"""Models more, by which memory and start time of one are told from those of the process."""
+LOADS = (0.5, 0.8)
+_IMAGES = 6400  # of a training's only epoch: what a network costs hardly depends on its weights
+_HAPROXY = """
+global
+    nbthread 1
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    http-reuse always
+frontend all
+    bind 127.0.0.1:{port}
+    default_backend replicas
+backend replicas
+    balance leastconn
+{servers}
+"""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of request, and its label on the page."""
+
+    label: str
+    model: str
+    samples: int = 0
+    asgi: bool = False
+
+    @property
+    def task(self) -> Task:
+        """Return the task of the classifier."""
+        return Uncertainty(self.samples) if self.samples else Predict()
+
+    def requests(self, png: bytes) -> bytes:
+        """Write a request; the fast path does not take one that limits its wait."""
+        action = f"uncertainty?samples={self.samples}" if self.samples else "predict"
+        header = ["X-Request-Timeout: 60"] if self.asgi else []
+        return request(f"/v1/models/{self.model}/{action}", png, "image/png", *header)
+
+
+MODELS = {"digits-mlp": "mlp", "fashion-mnist-mlp": "mlp", "fashion-mnist-cnn": "cnn"}
+KINDS = {
+    "digits": Kind("digits MLP, predict", "digits-mlp"),
+    "digits-asgi": Kind("digits MLP, predict, ASGI path", "digits-mlp", asgi=True),
+    "digits-100": Kind("digits MLP, T = 100", "digits-mlp", 100),
+    "mlp": Kind("Fashion-MNIST MLP, predict", "fashion-mnist-mlp"),
+    "mlp-100": Kind("Fashion-MNIST MLP, T = 100", "fashion-mnist-mlp", 100),
+    "cnn": Kind("Fashion-MNIST CNN, predict", "fashion-mnist-cnn"),
+    "cnn-100": Kind("Fashion-MNIST CNN, T = 100", "fashion-mnist-cnn", 100),
+    "cnn-1000": Kind("Fashion-MNIST CNN, T = 1,000", "fashion-mnist-cnn", 1000),
+}
+ALONE, SHARED = "mlp", "cnn-1000"
+"""Kinds that the model is held against: of one worker, and of two. Requests of the second take so
+long that the generator of load, which then shares the cores, takes little of them."""
+
+
+def publish(root: Path, data_dir: Path) -> Dataset:
+    """Train the models shortly, unless they are there; return the 28 x 28 images."""
+    large = load_images(data_dir)
+    for name, network in MODELS.items():
+        data = load_dataset("digits", data_dir) if name == "digits-mlp" else large
+        if checkpoint.versions(root, name):
+            continue
+        config = default_config(network, data.preprocessing.shape, len(data.classes))
+        torch.manual_seed(0)
+        module, train = config.build(), data.train
+        some = train.take(torch.arange(min(_IMAGES, len(train))))
+        list(fit(module, some, data.preprocessing.normalize, Recipe(epochs=1)))
+        about = checkpoint.Metadata(name, config, data.preprocessing, data.classes)
+        checkpoint.save(root, module.eval(), about)
+    return large
+
+
+def files(data: Dataset) -> list[bytes]:
+    """Return some images of a test set as PNG."""
+    found = []
+    for image in data.test.images[:8]:
+        file = io.BytesIO()
+        Image.fromarray(image[0].numpy()).save(file, "PNG")
+        found.append(file.getvalue())
+    return found
+
+
+def publish_copies(root: Path, target: Path, model: str, count: int) -> None:
+    """Write one model under so many names."""
+    module, about = checkpoint.load(root / model / "1")
+    for number in range(count):
+        checkpoint.save(target, module, replace(about, name=f"copy-{number}"))
+
+
+@dataclass(frozen=True)
+class Server:
+    """A service that runs: its processes that answer, its port, the seconds that it took."""
+
+    port: int
+    workers: list[psutil.Process]
+    start: float
+    log: Path
+
+    def processor_seconds(self) -> float:
+        """Return processor time of all that answer."""
+        return sum(_processor_seconds(worker) for worker in self.workers)
+
+    def batches(self) -> tuple[float, float]:
+        """Return how many batches have run, and images in them."""
+        found = metrics(f"http://127.0.0.1:{self.port}")
+        return found["dropserve_batch_images_count"], found["dropserve_batch_images_sum"]
+
+
+def _processor_seconds(process: psutil.Process) -> float:
+    """Add up what the threads have run, to the nanosecond: psutil's clock ticks are of 10 ms."""
+    files = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+    return sum(int(file.read_text().split()[0]) for file in files) / 1e9
+
+
+@contextmanager
+def served(
+    root: Path, workers: int = 1, cores: Sequence[int] = (1,), *, yields: bool = False
+) -> Iterator[Server]:
+    """Serve a folder of models; each process that answers is kept on a core.
+
+    If it `yields`, the generator and the proxy do not wait for it on a core that they share.
+    """
+    port = free_port()
+    settings = {
+        "DROPSERVE_PORT": str(port),
+        "DROPSERVE_CHECKPOINTS": str(root.absolute()),
+        "DROPSERVE_WORKERS": str(workers),
+        # nothing is refused: latency is measured, not shedding
+        "DROPSERVE_MAX_WAIT": "30",
+        "DROPSERVE_MAX_QUEUE": "100000",
+        "DROPSERVE_HEAD_TIMEOUT": "60",  # connections are opened ahead of their use
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [str(Path(sys.executable).with_name("dropserve")), "serve"]
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).is_success
+        except httpx.TransportError:
+            return False
+
+    with tempfile.TemporaryDirectory() as name, on_core(cores[0]):
+        before = {child.pid for child in psutil.Process().children(recursive=True)}
+        with serving(command, settings, Path(name), answers) as start:
+            found = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+            if workers > 1:
+                found = [p for p in found if "spawn_main" in " ".join(p.cmdline())]
+            for process, core in zip(found, cycle(cores), strict=False):
+                for thread in process.threads():
+                    os.sched_setaffinity(thread.id, {core})
+                    if yields:
+                        os.setpriority(os.PRIO_PROCESS, thread.id, 5)
+            yield Server(port, found, start, Path(name) / "log")
+
+
+class Spread:
+    """Clients of several processes: each request goes to one of them, chosen at random."""
+
+    def __init__(self, each: Sequence[Clients]) -> None:
+        self._each, self._random = each, Random(0)  # noqa: S311  load, not secrets
+
+    async def ask(self, raw: bytes) -> Answer:
+        """Send a request; return its answer."""
+        return await self._random.choice(self._each).ask(raw)
+
+
+async def connect(server: Server, each: int) -> list[Clients]:
+    """Connect clients, so many to each process: the kernel alone might give one of them more."""
+
+    def reaches(worker: psutil.Process, port: int) -> bool:
+        return any(c.raddr and c.raddr.port == port for c in worker.net_connections("tcp4"))
+
+    made = []
+    for worker in server.workers:
+        made.append(Clients(server.port))
+        wanted = partial(reaches, worker) if len(server.workers) > 1 else None
+        await made[-1].open(each, wanted)
+    return made
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A load: its samples, its seconds, and processor seconds of this process."""
+
+    samples: list[Sample]
+    seconds: float
+    generator: float
+
+    @property
+    def latencies(self) -> list[float]:
+        """Seconds of the requests, from when they were due."""
+        return [sample.latency for sample in self.samples]
+
+
+async def ask(
+    clients: Asked, pngs: Sequence[bytes], kind: Kind, connections: int, seconds: float
+) -> Seen:
+    """Have clients ask, each when it has its answer."""
+    requests = cycle([kind.requests(png) for png in pngs])
+    began, spent = time.perf_counter(), time.process_time()
+    samples = await closed_loop(clients, requests, connections, seconds)
+    return _seen(samples, time.perf_counter() - began, time.process_time() - spent)
+
+
+def _seen(samples: list[Sample], seconds: float, generator: float) -> Seen:
+    if failed := [sample for sample in samples if sample.status != 200]:
+        raise SystemExit(
+            f"{len(failed)} of {len(samples)} requests failed; is the machine quiet? {failed[0]}"
+        )
+    return Seen(samples, seconds, generator)
+
+
+def service_times(server: Server, kind: Kind, pngs: Sequence[bytes], seconds: float) -> Row:
+    """Measure processor seconds of a server's batches; fit `fixed + each * n` to them.
+
+    The fit is of least squares of relative errors.
+    """
+
+    async def measure() -> list[Row]:
+        rows = []
+        for size in SIZES:
+            (clients,) = await connect(server, size)
+            await ask(clients, pngs, kind, size, seconds / 4)
+            (count, images), spent = server.batches(), server.processor_seconds()
+            seen = await ask(clients, pngs, kind, size, seconds)
+            spent = server.processor_seconds() - spent
+            more, images_more = server.batches()
+            batches, batch = more - count, (images_more - images) / (more - count)
+            asked = len(seen.samples)
+            rows.append(
+                {
+                    "clients": size,
+                    "batch": round(batch, 3),
+                    "seconds": spent / batches,
+                    "rate": asked / seen.seconds,
+                    "latency": float(np.mean(seen.latencies)),
+                    "deviation": float(np.std(seen.latencies)),
+                    "generator": seen.generator / asked,
+                }
+            )
+            clients.close()
+        return rows
+
+    rows = run(measure())
+    fixed, each, error = _line([r["batch"] for r in rows], [r["seconds"] for r in rows])
+    alone = rows[0]
+    return {
+        "label": kind.label,
+        "fixed": fixed,
+        "each": each,
+        "error": error,
+        # of a client that asks alone: what is not the server's work, and how much it varies
+        "around": max(0.0, alone["latency"] - alone["seconds"]),
+        "spread": min(1.0, alone["deviation"] / alone["latency"]),
+        "generator": float(np.mean([row["generator"] for row in rows[-3:]])),
+        "rows": rows,
+    }
+
+
+def _line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Fit a line; return fixed and each, neither below 0, and the largest relative error."""
+    n, found = np.array(sizes), np.array(seconds)
+    fixed, each = np.linalg.lstsq(np.stack([1 / found, n / found], 1), np.ones(len(n)), rcond=None)[
+        0
+    ]
+    if fixed < 0:
+        fixed, each = 0.0, float(np.mean(found / n))
+    error = np.max(np.abs((fixed + each * n) / found - 1))
+    return float(fixed), float(each), float(error)
+
+
+def network_times(root: Path, name: str, core: int, seconds: float) -> list[float]:
+    """Time one kind's batches in a process of its own: processor seconds by size of batch."""
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    kind = KINDS[name]
+    classifier = Classifier(kind.model, 1, root / kind.model / "1")
+    random, found = np.random.default_rng(0), []
+    for size in SIZES[:-1]:
+        shape = 1, *classifier.preprocessing.shape
+        pixels = [random.integers(0, 256, shape, np.uint8) for _ in range(size)]
+        times: list[float] = []
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until or len(times) < 3:
+            began = time.thread_time()
+            for _ in classifier.run(kind.task, pixels):
+                pass
+            times.append(time.thread_time() - began)
+        found.append(float(np.median(times)))
+    return found
+
+
+def networks(root: Path, seconds: float) -> dict[str, Row]:
+    """Time the networks alone, and one of them with the other core busy too: how much slower."""
+    found: dict[str, Row] = {}
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for name in KINDS:
+            if not KINDS[name].asgi:
+                times = pool.submit(network_times, root, name, 1, seconds).result()
+                fixed, each, error = _line(SIZES[:-1], times)
+                found[name] = {"fixed": fixed, "each": each, "error": error, "seconds": times}
+        both = [pool.submit(network_times, root, SHARED, core, 4 * seconds) for core in (0, 1)]
+        times = np.mean([future.result() for future in both], 0).tolist()
+        found[SHARED]["contention"] = float(np.mean(np.divide(times, found[SHARED]["seconds"])))
+    return found
+
+
+@contextmanager
+def proxied(ports: Sequence[int]) -> Iterator[Server]:
+    """Run HAProxy before servers; it goes where the kernel puts it."""
+    port = free_port()
+    lines = [f"    server r{i} 127.0.0.1:{target}" for i, target in enumerate(ports)]
+    haproxy = shutil.which("haproxy") or "/usr/sbin/haproxy"
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "haproxy.cfg"
+        file.write_text(_HAPROXY.format(port=port, servers="\n".join(lines)))
+
+        def answers() -> bool:
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/readyz").is_success
+            except httpx.TransportError:
+                return False
+
+        before = {child.pid for child in psutil.Process().children(recursive=True)}
+        with serving([haproxy, "-db", "-f", str(file)], {}, Path(name), answers) as start:
+            found = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+            yield Server(port, found, start, Path(name) / "log")
+
+
+def proxy_times(server: Server, pngs: Sequence[bytes], seconds: float) -> Row:
+    """Measure what HAProxy takes of a request, and how much later its answer is."""
+
+    async def measure(port: int, connections: int) -> Seen:
+        clients = Clients(port)
+        seen = await ask(clients, pngs, KINDS["digits"], connections, seconds)
+        clients.close()
+        return seen
+
+    with proxied([server.port]) as proxy:
+        direct, through = (run(measure(port, 1)) for port in (server.port, proxy.port))
+        spent = proxy.processor_seconds()
+        many = run(measure(proxy.port, 16))
+        spent = proxy.processor_seconds() - spent
+    later = float(np.median(through.latencies) - np.median(direct.latencies))
+    return {"seconds": spent / len(many.samples), "later": later}
+
+
+def processes(root: Path, folder: Path, digits: Sequence[bytes]) -> Row:
+    """Measure start, memory and the first requests of a process, and of each model more."""
+
+    async def first(port: int, kind: Kind) -> list[float]:
+        clients = Clients(port)
+        found = (await ask(clients, digits, kind, 1, 0.3)).latencies
+        clients.close()
+        return found
+
+    found: Row = {"models": {}}
+    for model in MODELS:
+        sizes: dict[int, tuple[float, int]] = {}
+        for count in (1, COPIES + 1):
+            copies = folder / f"{model}-{count}"
+            publish_copies(root, copies, model, count)
+            with served(copies) as server:
+                sizes[count] = server.start, server.workers[0].memory_info().rss
+                if model == "digits-mlp" and count == 1:
+                    # the first request pays for what none has needed before
+                    for name in ("digits", "digits-100"):
+                        kind = replace(KINDS[name], model="copy-0")
+                        times = run(first(server.port, kind))
+                        median = float(np.median(times))
+                        found[name] = {"first": times[0], "later": median}
+                    text = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
+                    names = [s for s in text.splitlines() if not s.startswith("#")]
+                    buckets = sum("_bucket{" in line for line in names)
+                    found |= {"series": len(names), "buckets": buckets, "metrics_bytes": len(text)}
+                    found["log_bytes"] = _log_bytes(server.log)
+        start, memory = sizes[1]
+        more = [(b - a) / COPIES for a, b in zip(sizes[1], sizes[COPIES + 1], strict=True)]
+        size = sum(f.stat().st_size for f in (root / model / "1").iterdir())
+        found["models"][model] = {
+            "start": start,
+            "memory": memory,
+            "start_more": more[0],
+            "memory_more": more[1],
+            "files": size,
+        }
+    return found
+
+
+def _log_bytes(log: Path) -> float:
+    """Return bytes of the log line of a request."""
+    lines = [line for line in log.read_text().splitlines() if '"milliseconds"' in line]
+    return float(np.mean([len(line) + 1 for line in lines]))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the model is held against."""
+
+    name: str
+    label: str
+    kind: str
+    processes: int = 1
+    workers: int = 1
+    proxy: bool = False
+
+
+SETUPS = (
+    Setup("alone", "1 worker on a core of its own", ALONE),
+    Setup("worker", "1 worker on a core of its own", SHARED),
+    Setup("workers", "2 workers, a core each, shared with the generator", SHARED, 2, 2),
+    Setup("replicas", "2 replicas behind HAProxy, on the same cores", SHARED, 2, 1, True),
+)
+
+
+def batch_times(service: Mapping[str, Any]) -> Floats:
+    """Return what a batch of each size takes, from the rows of `service_times`."""
+    rows = sorted(service["rows"], key=lambda row: float(row["batch"]))
+    sizes, seconds = [r["batch"] for r in rows], [r["seconds"] for r in rows]
+    return measured(sizes, seconds, service["each"], MAX_BATCH)
+
+
+def predict(setup: Setup, parts: Row, seconds: int) -> Row:
+    """Predict throughput and mean latencies from the parts alone.
+
+    The generator and the proxy take processor time of the cores on which two processes run: a
+    batch takes longer by their share, and by what a busy other core slows it.
+    """
+    times = parts["services"][setup.kind]
+    batches = batch_times(times)
+    others, around, contention = 0.0, times["around"], 1.0
+    if setup.processes > 1:
+        others = times["generator"]
+        contention = parts["networks"][SHARED]["contention"]
+    if setup.proxy:
+        others += parts["proxy"]["seconds"]
+        around += parts["proxy"]["later"]
+    rate = setup.processes / (batches[-1] / MAX_BATCH * contention + others)
+    rows = []
+    for load in LOADS:
+        stretch = 1.0
+        for _ in range(3):  # how busy the other is depends on how slow it is
+            choices = 2 if setup.proxy else 1
+            law = Law(batches * stretch, times["spread"], max_wait=30, choices=choices)
+            mean, busy, _ = steady(law, setup.processes, load * rate, seconds)
+            taken = load * rate * others / setup.processes
+            stretch = (1 + (contention - 1) * busy) / (1 - taken)
+            if setup.processes == 1:
+                break
+        rows.append({"load": load, "rate": load * rate, "latency": mean + around, "busy": busy})
+    return {"rate": rate, "loads": rows}
+
+
+def validate(
+    setup: Setup, root: Path, predicted: Row, pngs: Sequence[bytes], seconds: float
+) -> Row:
+    """Measure what was predicted, at the rates of the prediction."""
+    kind = KINDS[setup.kind]
+    requests = [kind.requests(png) for png in pngs]
+
+    async def measure(servers: Sequence[Server], front: Server) -> Row:
+        each = SATURATING * (len(servers) if setup.proxy else 1)
+        made = await connect(
+            replace(front, workers=front.workers[:1]) if setup.proxy else front, each
+        )
+        clients = Spread(made)
+        await ask(clients, pngs, kind, setup.processes * SATURATING, seconds / 8)
+        full = await ask(clients, pngs, kind, setup.processes * SATURATING, seconds / 2)
+        rows = []
+        for load in predicted["loads"]:
+            samples = await open_loop(clients, cycle(requests), load["rate"], seconds)
+            seen = _seen(samples, seconds, 0)
+            late = float(np.mean([s.sent - s.due for s in samples]))
+            rows.append(
+                {"load": load["load"], "latency": float(np.mean(seen.latencies)), "late": late}
+            )
+        for client in made:
+            client.close()
+        end = full.samples[0].due + seconds / 2
+        done = sum(sample.done <= end for sample in full.samples)
+        return {"rate": done / (seconds / 2), "loads": rows}
+
+    with ExitStack() as stack:
+        if setup.processes == 1:
+            stack.enter_context(on_core(0))
+        count = setup.processes // setup.workers
+        cores = [(1,)] if setup.processes == 1 else [(0, 1)] if count == 1 else [(0,), (1,)]
+        shares = setup.processes > 1
+        servers = [
+            stack.enter_context(served(root, setup.workers, each, yields=shares)) for each in cores
+        ]
+        front = servers[0]
+        if setup.proxy:
+            front = stack.enter_context(proxied([server.port for server in servers]))
+        return run(measure(servers, front))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the parts, predict, measure the whole, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=20, help="of each load that is compared")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(os.environ.get("DROPSERVE_DATA_DIR", "data"))
+    )
+    parser.add_argument("--parts", type=Path, help="take the parts from these results")
+    parser.add_argument("--json", type=Path, help="file of results, by default bench/results")
+    options = parser.parse_args(arguments)
+    if not shutil.which("haproxy") and not Path("/usr/sbin/haproxy").exists():
+        raise SystemExit("HAProxy is needed: apt-get install --no-install-recommends haproxy")
+    seconds: float = options.seconds
+    root = CACHE / "capacity"
+    data = publish(root, options.data_dir)
+    pngs = files(data)
+    small = files(load_dataset("digits", options.data_dir))
+
+    def images(kind: Kind) -> list[bytes]:
+        return small if kind.model == "digits-mlp" else pngs
+
+    console = Console()
+    if options.parts:
+        result = json.loads(options.parts.read_text())
+    else:
+        load = round(os.getloadavg()[0], 1)  # of others, while this was not measuring yet
+        result = {"load": load, "data": data.name, "networks": networks(root, seconds / 100)}
+        with on_core(0), served(root) as server:
+            result["services"] = {
+                name: service_times(server, kind, images(kind), seconds / 15)
+                for name, kind in follow(KINDS.items(), "service times", len(KINDS))
+            }
+            result["proxy"] = proxy_times(server, small, seconds / 10)
+        with tempfile.TemporaryDirectory() as folder, on_core(0):
+            result["processes"] = processes(root, Path(folder), small)
+    target: Path = options.json or RESULTS
+    target.parent.mkdir(parents=True, exist_ok=True)
+    about = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+    result |= {**about, "versions": versions(), "seconds": seconds, "validation": []}
+    for setup in SETUPS:
+        target.write_text(json.dumps(result, indent=2) + "\n")
+        predicted = predict(setup, result, 60)
+        found = validate(setup, root, predicted, images(KINDS[setup.kind]), seconds)
+        row = {"label": setup.label, "kind": KINDS[setup.kind].label}
+        result["validation"].append({**row, "predicted": predicted, "measured": found})
+        target.write_text(json.dumps(result, indent=2) + "\n")
+    for shown in tables(result):
+        console.print(shown)
+
+
+def tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """Show what was measured and predicted."""
+    shown = Table("request", "fixed us", "each us", "error", "around us", "spread", "generator us")
+    for row in result["services"].values():
+        figures = [1e6 * row["fixed"], 1e6 * row["each"], 100 * row["error"], 1e6 * row["around"]]
+        figures += [100 * row["spread"], 1e6 * row["generator"]]
+        shown.add_row(row["label"], *(f"{figure:,.0f}" for figure in figures))
+    yield shown
+    shown = Table("setup", "request", "figure", "predicted", "measured", "difference")
+    for row in result["validation"]:
+        for name, expected, found in compared(row):
+            difference = f"{100 * (found / expected - 1):+.1f}%"
+            cells = f"{expected:,.2f}", f"{found:,.2f}", difference
+            shown.add_row(row["label"], row["kind"], name, *cells)
+    yield shown
+
+
+def compared(row: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Yield what was predicted and measured, with its unit."""
+    expected, found = row["predicted"], row["measured"]
+    yield "throughput, requests/s", expected["rate"], found["rate"]
+    for one, other in zip(expected["loads"], found["loads"], strict=True):
+        name = f"mean latency at {one['load']:.0%}, ms"
+        yield name, 1e3 * one["latency"], 1e3 * other["latency"]
+
+
+if __name__ == "__main__":
+    main()
