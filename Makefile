@@ -37,13 +37,13 @@ test-slow: setup ## Kill workers, trainers and disks, fill the memory, and try t
 test-openapi: setup ## Hold a server to its OpenAPI document with many requests, by Schemathesis
 	OPENAPI_EXAMPLES=300 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/service/http/test_openapi.py
 
-# In an environment of its own: KServe wants another protobuf than we do. When /v2 has changed.
-test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client
-	$(PYTHON) -m pytest tests/service/http/test_kserve.py
+# In an environment of its own: KServe wants another protobuf than we do. When /v2 or deploy/ has changed.
+test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client, check KServe's manifests
+	$(PYTHON) -m pytest tests/service/http/test_kserve.py tests/test_kubernetes.py
 
-.venv-kserve/.installed:
+.venv-kserve/.installed: Makefile
 	$(BOOTSTRAP) -m venv .venv-kserve
-	.venv-kserve/bin/python -m pip install kserve==0.21.0
+	.venv-kserve/bin/python -m pip install kserve==0.21.0 cloudcoil.models.prometheus-operator==0.80.1.0
 	touch $@
 
 # Where pip needs more than the Dockerfile knows: build the image `dropserve` first, and BUILD=no.
