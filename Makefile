@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi soak check browser screenshots docs format \
+.PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi test-scale soak check browser screenshots docs format \
 	lab-quick bench bench-accuracy bench-http bench-photos bench-report lock sbom clean
 
 help: ## List the targets
@@ -47,8 +47,18 @@ test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own cli
 	touch $@
 
 # Where pip needs more than the Dockerfile knows: build the image `dropserve` first, and BUILD=no.
-test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman: after changes to either
-	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py -x -rs
+test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman, and deploy/'s Pods by podman
+	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py tests/kube_play.py -x -rs
+
+# Bounded in time. What one machine is not enough for, with the real components: SCALE_TEST=kubernetes runs one,
+# SCALE=0.1 a tenth of it, which writes no figures.
+SCALE_TEST = *
+test-scale: setup ## Replace and kill replicas behind a proxy (ten minutes a file)
+	@{ command -v haproxy && command -v bwrap; } >/dev/null \
+		|| { apt-get update && apt-get install -y --no-install-recommends haproxy bubblewrap; } \
+		|| { echo "haproxy and bwrap are needed: install them, or run this as root on Debian"; exit 1; }
+	@failed=0; for file in tests/scale/scale_$(SCALE_TEST).py; do \
+		$(PYTHON) -m pytest -q -s -rs $$file || failed=1; done; exit $$failed
 
 # Bounded in time, over loopback only, on an idle machine: figures are measured. SOAK=overload runs one,
 # SCALE=0.1 a tenth of each, which writes no figures.

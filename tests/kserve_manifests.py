@@ -14,7 +14,8 @@ import kserve.models
 import kubernetes.client.models
 from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
 
-PLAIN = {"str": str, "int": int, "bool": bool, "float": float, "object": object}
+PLAIN = {"str": str, "int": int, "bool": bool, "float": float, "object": object, "nothing": ()}
+"""Types that are no model; no value is of the last, that of a field which there is not."""
 OTHER_NAMES = {
     "ResourceQuantity": "str",
     "K8sIoApiAppsV1DeploymentStrategy": "V1DeploymentStrategy",
@@ -27,33 +28,27 @@ MODELS = {"ServingRuntime": "V1alpha1ServingRuntime", "InferenceService": "V1bet
 def errors(kind: str, value: Any, where: str = "") -> Iterator[str]:
     """Compare a value with a type of the models, recursively."""
     kind = OTHER_NAMES.get(kind, kind)
-    if inner := re.fullmatch(r"[Ll]ist\[(.+)\]", kind):
-        if not isinstance(value, list):
-            yield f"{where}: {value!r} is no list"
-            return
+    items = re.fullmatch(r"[Ll]ist\[(.+)\]", kind)
+    values = re.fullmatch(r"[Dd]ict[\[(]str, (.+)[\])]", kind)
+    if items and isinstance(value, list):
         for number, item in enumerate(value):
-            yield from errors(inner[1], item, f"{where}[{number}]")
-    elif inner := re.fullmatch(r"[Dd]ict[\[(]str, (.+)[\])]", kind):
-        if not isinstance(value, dict):
-            yield f"{where}: {value!r} is no object"
-            return
+            yield from errors(items[1], item, f"{where}[{number}]")
+    elif values and isinstance(value, dict):
         for key, item in value.items():
-            yield from errors(inner[1], item, f"{where}.{key}")
-    elif kind in PLAIN:
-        if not isinstance(value, PLAIN[kind]):
-            yield f"{where}: {value!r} is no {kind}"
-    else:
-        package = kserve.models if hasattr(kserve.models, kind) else kubernetes.client.models
-        model = getattr(package, kind)
-        if not isinstance(value, dict):
-            yield f"{where}: {value!r} is no {kind}"
-            return
-        fields = {name: model.openapi_types[key] for key, name in model.attribute_map.items()}
+            yield from errors(values[1], item, f"{where}.{key}")
+    elif not items and not values and kind not in PLAIN and isinstance(value, dict):
+        fields = fields_of(kind)
         for key, item in value.items():
-            if key in fields:
-                yield from errors(fields[key], item, f"{where}.{key}")
-            else:
-                yield f"{where}.{key}: {kind} has no such field"
+            yield from errors(fields.get(key, "nothing"), item, f"{where}.{key}")
+    elif kind not in PLAIN or not isinstance(value, PLAIN[kind]):
+        yield f"{where}: {value!r} is no {kind}"
+
+
+def fields_of(kind: str) -> dict[str, str]:
+    """Map the fields of a model to their types."""
+    package = kserve.models if hasattr(kserve.models, kind) else kubernetes.client.models
+    model = getattr(package, kind)
+    return {name: model.openapi_types[key] for key, name in model.attribute_map.items()}
 
 
 def check(manifest: dict[str, Any]) -> list[str]:

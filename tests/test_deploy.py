@@ -5,7 +5,6 @@ in an environment that holds the wheel and what it asks for, and nothing else.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
