@@ -1,8 +1,8 @@
-"""Writes the tables of docs/api.md, docs/reliability.md and docs/results.md: `make docs`.
+"""Writes the tables of docs/api.md, reliability.md, deployment.md and results.md: `make docs`.
 
 The first are in the OpenAPI document, the second were measured by `make soak`, the third by
-`dropserve lab run`; these are a page of the playground, too. They stand between
-`<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
+`make test-scale`, the last by `dropserve lab run`; these are a page of the playground, too. They
+stand between `<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
 """
 
 import json
@@ -22,11 +22,13 @@ from dropserve.service.settings import Settings
 
 PAGE = Path(__file__).with_name("api.md")
 RELIABILITY = Path(__file__).with_name("reliability.md")
+DEPLOYMENT = Path(__file__).with_name("deployment.md")
 LAB = Path(__file__).with_name("results.md")
 PICTURES = {"data": 1, "weights": 0, "uncertainty": 1}
 """Experiments of which the README shows a panel."""
 PLAYGROUND = Path(__file__).parent.parent / "service/playground"
 RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
+SCALING = RESULTS.with_name("scaling")
 
 Document = Mapping[str, Any]
 
@@ -39,7 +41,7 @@ def write(page: str, document: Document) -> str:
 
 
 def write_figures(page: str, results: Mapping[str, Document]) -> str:
-    """Return the page of reliability with a table for each test whose name it has."""
+    """Return a page with a table for each test whose name it has."""
     for name in re.findall("<!-- (.+): generated -->", page):
         page = fill(page, name, figures(results.get(name)))
     return page
@@ -183,6 +185,7 @@ def main() -> None:
     """Write the pages anew."""
     PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
     RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
+    DEPLOYMENT.write_text(write_figures(DEPLOYMENT.read_text(), read_results(SCALING)))
     documents = lab.refresh()
     for name, document in documents.items():
         experiment = experiments.load(name)

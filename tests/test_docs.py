@@ -186,6 +186,15 @@ def test_reliability_page_has_every_figure_that_was_measured():
     assert set(results) <= set(re.findall("<!-- (.+): generated -->", page))
 
 
+def test_deployment_page_has_the_figures_that_were_measured():
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    page, results = (
+        (ROOT / "docs/deployment.md").read_text(),
+        generate["read_results"](generate["SCALING"]),
+    )
+    assert page == generate["write_figures"](page, results), "make docs writes it anew"
+
+
 def test_figures_that_were_not_held_are_shown_as_such():
     generate = runpy.run_path(str(ROOT / "docs/generate.py"))
     machine = {"cpu": "a CPU", "cores": 2}

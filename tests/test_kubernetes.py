@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+from copy import deepcopy
+from operator import itemgetter
 
 import kubernetes_validate
 import pytest
@@ -50,12 +53,33 @@ def serving(test):
 def test_kubectl_renders_the_same(components, tmp_path):
     base = os.path.relpath(KUBERNETES, tmp_path)
     overlay = {"resources": [base], "components": [f"{base}/{name}" for name in components]}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
-    done = subprocess.run([KUBECTL, "kustomize", tmp_path], capture_output=True, check=True)
-    found = {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+    found = kustomize(tmp_path, yaml.safe_dump(overlay))
     image = container(manifests.pod(found["Deployment"]))["image"]
     assert image == "registry.example.org/dropserve:0.1.0"
     assert found == manifests.render(*components)
+
+
+@pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")
+def test_the_overlay_of_the_docs_changes_the_bucket_and_the_registry(tmp_path):
+    section = (ROOT / "docs/deployment.md").read_text().partition("## Kubernetes")[2]
+    overlay = re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1]
+    overlay = overlay.replace("dropserve/deploy/kubernetes", os.path.relpath(KUBERNETES, tmp_path))
+    expected = deepcopy(RENDERED["s3"])
+    changed = container(manifests.pod(expected["Deployment"]))
+    changed["image"] = "registry.my.org/dropserve:0.1.0"
+    (entry,) = [each for each in changed["env"] if each["name"] == "DROPSERVE_CHECKPOINTS"]
+    entry["value"] = "s3://my-bucket/models"
+    found = kustomize(tmp_path, overlay)
+    for each in (found, expected):  # a merge by names changes their order
+        container(manifests.pod(each["Deployment"]))["env"].sort(key=itemgetter("name"))
+    assert found == expected
+
+
+def kustomize(folder, overlay):
+    """Render an overlay by kubectl; return the manifests by kind."""
+    (folder / "kustomization.yaml").write_text(overlay)
+    done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, check=True)
+    return {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
 
 
 @pytest.mark.parametrize(
