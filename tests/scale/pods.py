@@ -205,8 +205,12 @@ class Pod:
         except TimeoutError:
             os.kill(self.main, signal.SIGKILL)
             await self.gone.wait()
-        await asyncio.gather(*self._changes)
+        await self.told()
         await self._life
+
+    async def told(self):
+        """Wait until HAProxy knows how it is."""
+        await asyncio.gather(*self._changes)
 
     def kill(self):
         """Kill the server at once; the kubelet will restart it."""
@@ -304,7 +308,7 @@ class Cluster:
         self.pods = [self._make() for _ in range(count)]
         for pod in self.pods:
             await pod.ready.wait()
-        await asyncio.sleep(PROPAGATION)
+            await pod.told()
 
     async def replace_all(self):
         """Replace every Pod, as the Deployment's strategy says: one more, then one less."""

@@ -24,7 +24,7 @@ from tests import manifests
 from tests.helpers import PNG, encode, noise
 from tests.reliability.figures import ROOT, SCALE, published
 from tests.scale import pods
-from tests.scale.pods import PROPAGATION, Cluster, Container, Proxy
+from tests.scale.pods import Cluster, Container, Proxy
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -235,7 +235,7 @@ async def kill(cluster, load, figures):
             while pod.ready.is_set():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             await pod.ready.wait()
-        await asyncio.sleep(PROPAGATION)
+            await pod.told()
         new = load.lost[known:]
         # What was sent while HAProxy answered may be there, too.
         there = [r for r in new if r.sent < died and (r.port in clients or r.sent >= asked)]
