@@ -56,7 +56,7 @@ SCALE_TEST = *
 test-scale: setup ## Replace and kill replicas behind a proxy (ten minutes a file)
 	@{ command -v haproxy && command -v bwrap; } >/dev/null \
 		|| { apt-get update && apt-get install -y --no-install-recommends haproxy bubblewrap; } \
-		|| { echo "haproxy and bwrap are needed: install them, or run this as root on Debian"; exit 1; }
+		|| echo "without haproxy and bwrap some are skipped: install them, or run this as root on Debian"
 	@failed=0; for file in tests/scale/scale_$(SCALE_TEST).py; do \
 		$(PYTHON) -m pytest -q -s -rs $$file || failed=1; done; exit $$failed
 
