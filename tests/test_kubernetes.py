@@ -32,7 +32,6 @@ PODS = {
 """The Pods that serve."""
 LABELS = {"app.kubernetes.io/name": "dropserve"}
 KNOWN = {f"DROPSERVE_{field.upper()}" for field in Settings.model_fields}
-COMING = {"DROPSERVE_CACHE"} - KNOWN
 ROUTES = {route.path for route in health.router.routes}
 
 
@@ -170,8 +169,8 @@ def test_grace_period_covers_the_sleep_the_drain_and_what_is_given_up(pod):
 def test_settings_exist_and_a_service_of_this_name_cannot_add_others(pod, monkeypatch):
     given = image_environment() | manifests.environment(container(pod))
     named = {name for name in given if name.startswith("DROPSERVE_")}
-    assert named - COMING <= KNOWN
-    for name in named - COMING - {"DROPSERVE_CHECKPOINTS"}:
+    assert named <= KNOWN
+    for name in named:
         monkeypatch.setenv(name, given[name])
     assert Settings().host == "0.0.0.0"  # noqa: S104
     assert pod["enableServiceLinks"] is False
@@ -214,6 +213,9 @@ def test_models_from_a_store_need_no_claim_and_may_reach_it():
     assert given["DROPSERVE_CHECKPOINTS"].startswith("s3://")
     mounts = [mount["mountPath"] for mount in container(PODS["s3"])["volumeMounts"]]
     assert given["DROPSERVE_CACHE"] in mounts
+    (cache,) = [volume for volume in PODS["s3"]["volumes"] if volume["name"] == "cache"]
+    limit = int(cache["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30
+    assert int(given["DROPSERVE_CACHE_BYTES"]) < limit
     allowed = {
         (port["port"], port["protocol"])
         for rule in RENDERED["s3"]["NetworkPolicy"]["spec"]["egress"]
