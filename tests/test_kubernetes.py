@@ -65,7 +65,7 @@ def test_the_overlay_of_the_docs_changes_the_bucket_and_the_registry(tmp_path):
     overlay = overlay.replace("dropserve/deploy/kubernetes", os.path.relpath(KUBERNETES, tmp_path))
     expected = deepcopy(RENDERED["s3"])
     changed = container(manifests.pod(expected["Deployment"]))
-    changed["image"] = "registry.my.org/dropserve:0.1.0"
+    changed["image"] = "images.example.org/dropserve:0.1.0"
     (entry,) = [each for each in changed["env"] if each["name"] == "DROPSERVE_CHECKPOINTS"]
     entry["value"] = "s3://my-bucket/models"
     found = kustomize(tmp_path, overlay)
