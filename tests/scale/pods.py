@@ -32,6 +32,8 @@ PROPAGATION = 5.0
 """Seconds in which every proxy has learnt of a change: half of the sleep of `preStop`."""
 SLOTS = 12
 """Servers that HAProxy has room for: Pods that serve, start and stop."""
+LONGEST_START = 180
+"""Seconds: more than the startup probe allows, on a machine that does much else."""
 POLL = 0.2
 """Seconds until a kubelet has noticed that a container ended; a real one takes up to a second."""
 
@@ -315,7 +317,7 @@ class Cluster:
         for old in list(self.pods):
             new = self._make()
             self.pods.append(new)
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(LONGEST_START):
                 await new.ready.wait()
             self.pods.remove(old)
             self.stop(old)

@@ -24,7 +24,7 @@ from tests import manifests
 from tests.helpers import PNG, encode, noise
 from tests.reliability.figures import ROOT, SCALE, published
 from tests.scale import pods
-from tests.scale.pods import Cluster, Container, Proxy
+from tests.scale.pods import LONGEST_START, Cluster, Container, Proxy
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -231,7 +231,7 @@ async def kill(cluster, load, figures):
         clients = await cluster.proxy.clients_of(pod.slot)
         died = time.monotonic()
         pod.kill()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(LONGEST_START):
             while pod.ready.is_set():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             await pod.ready.wait()
