@@ -225,9 +225,9 @@ async def kill(cluster, load, figures):
     elsewhere = []
     for number in range(KILLS):
         pod, known = cluster.draw.choice(cluster.pods), len(load.lost)
+        stopped = time.monotonic()
         os.kill(pod.main, signal.SIGSTOP)  # so that something is in flight there
         await asyncio.sleep(0.2)
-        asked = time.monotonic()
         clients = await cluster.proxy.clients_of(pod.slot)
         died = time.monotonic()
         pod.kill()
@@ -237,10 +237,11 @@ async def kill(cluster, load, figures):
             await pod.ready.wait()
             await pod.told()
         new = load.lost[known:]
-        # What was sent while HAProxy answered may be there, too.
-        there = [r for r in new if r.sent < died and (r.port in clients or r.sent >= asked)]
+        # What was sent since it was stopped may have reached it after HAProxy listed its clients.
+        there = [r for r in new if r.sent < died and (r.port in clients or r.sent >= stopped)]
         elsewhere += [request for request in new if request not in there]
-        in_flight, lost = in_flight + len(clients), lost + len(there)
+        in_flight += len(clients | {request.port for request in there})
+        lost += len(there)
         print(f"kill {number + 1}: {lost} lost of {in_flight} in flight, {len(elsewhere)} others")
     figures |= {
         "Pods killed": KILLS,
