@@ -37,24 +37,28 @@ test-slow: setup ## Kill workers, trainers and disks, fill the memory, and try t
 test-openapi: setup ## Hold a server to its OpenAPI document with many requests, by Schemathesis
 	OPENAPI_EXAMPLES=300 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/service/http/test_openapi.py
 
-# In an environment of its own: KServe wants another protobuf than we do. When /v2 has changed.
-test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client
-	$(PYTHON) -m pytest tests/service/http/test_kserve.py
+# In an environment of its own: KServe wants another protobuf than we do. When /v2 or deploy/ has changed.
+test-kserve: setup .venv-kserve/.installed ## Ask a server with KServe's own client, check KServe's manifests
+	$(PYTHON) -m pytest tests/service/http/test_kserve.py tests/test_kubernetes.py
 
-.venv-kserve/.installed:
+.venv-kserve/.installed: Makefile
 	$(BOOTSTRAP) -m venv .venv-kserve
-	.venv-kserve/bin/python -m pip install kserve==0.21.0
+	.venv-kserve/bin/python -m pip install kserve==0.21.0 cloudcoil.models.prometheus-operator==0.80.1.0
 	touch $@
 
 # Where pip needs more than the Dockerfile knows: build the image `dropserve` first, and BUILD=no.
-test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman: after changes to either
-	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py -x -rs
+test-compose: setup ## Build the image, run docker-compose.yml by Docker or podman, and deploy/'s Pods by podman
+	BUILD=$(BUILD) $(PYTHON) -m pytest tests/compose.py tests/kube_play.py -x -rs
 
-# Some minutes each, over loopback only, with what `make test` has no time for. SCALE_TEST=training runs one.
+# Bounded in time. What one machine is not enough for, with the real components: SCALE_TEST=kubernetes runs one,
+# SCALE=0.1 a tenth of it, which writes no figures.
 SCALE_TEST = *
-test-scale: setup ## Run the tests of several processes and machines (minutes)
+test-scale: setup ## Several processes, machines and replicas, for real (ten minutes a file)
+	@{ command -v haproxy && command -v bwrap; } >/dev/null \
+		|| { apt-get update && apt-get install -y --no-install-recommends haproxy bubblewrap; } \
+		|| echo "without haproxy and bwrap some are skipped: install them, or run this as root on Debian"
 	@failed=0; for file in tests/scale/scale_$(SCALE_TEST).py; do \
-		$(PYTHON) -m pytest -q -s $$file || failed=1; done; exit $$failed
+		$(PYTHON) -m pytest -q -s -rs $$file || failed=1; done; exit $$failed
 
 # Bounded in time, over loopback only, on an idle machine: figures are measured. SOAK=overload runs one,
 # SCALE=0.1 a tenth of each, which writes no figures.

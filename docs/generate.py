@@ -1,8 +1,8 @@
-"""Writes the tables of api.md, reliability.md, results.md and training.md in docs: `make docs`.
+"""Writes the tables of api.md, reliability.md, deployment.md, training.md and results.md in docs.
 
-The first are in the OpenAPI document, the second were measured by `make soak`, the third by
-`dropserve lab run`; these are a page of the playground, too. The last were measured by
-`python -m bench.distributed`. They stand between
+By `make docs`. The first are in the OpenAPI document, the second were measured by `make soak`, the
+third by `make test-scale`, the fourth by `python -m bench.distributed`, the last by
+`dropserve lab run`; these are a page of the playground, too. They stand between
 `<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
 """
 
@@ -24,12 +24,14 @@ from dropserve.service.settings import Settings
 PAGE = Path(__file__).with_name("api.md")
 RELIABILITY = Path(__file__).with_name("reliability.md")
 TRAINING = Path(__file__).with_name("training.md")
+DEPLOYMENT = Path(__file__).with_name("deployment.md")
 LAB = Path(__file__).with_name("results.md")
 PICTURES = {"data": 1, "weights": 0, "uncertainty": 1}
 """Experiments of which the README shows a panel."""
 PLAYGROUND = Path(__file__).parent.parent / "service/playground"
 RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
-DISTRIBUTED = RESULTS.with_name("scaling") / "distributed.json"
+SCALING = RESULTS.with_name("scaling")
+DISTRIBUTED = SCALING / "distributed.json"
 
 Document = Mapping[str, Any]
 
@@ -42,7 +44,7 @@ def write(page: str, document: Document) -> str:
 
 
 def write_figures(page: str, results: Mapping[str, Document]) -> str:
-    """Return the page of reliability with a table for each test whose name it has."""
+    """Return a page with a table for each test whose name it has."""
     for name in re.findall("<!-- (.+): generated -->", page):
         page = fill(page, name, figures(results.get(name)))
     return page
@@ -209,6 +211,7 @@ def main() -> None:
     PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
     RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
     TRAINING.write_text(write_distributed(TRAINING.read_text()))
+    DEPLOYMENT.write_text(write_figures(DEPLOYMENT.read_text(), read_results(SCALING)))
     documents = lab.refresh()
     for name, document in documents.items():
         experiment = experiments.load(name)

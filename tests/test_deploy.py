@@ -5,12 +5,10 @@ in an environment that holds the wheel and what it asks for, and nothing else.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +27,7 @@ import yaml
 
 from dropserve.service.cli.main import app
 from dropserve.service.settings import Settings, environment_name
+from tests.dockerfile import BUILDER, FINAL, image_environment, last
 from tests.helpers import free_port, needed, zero
 
 ROOT = Path(__file__).parents[1]
@@ -41,42 +40,10 @@ CONTAINER_PORT = "8000"
 # Reading the files
 
 
-def instructions(dockerfile):
-    """Read (keyword, arguments) pairs, one list a stage."""
-    text = re.sub(r"^\s*#.*\n", "", dockerfile, flags=re.MULTILINE).replace("\\\n", " ")
-    stages = []
-    for line in filter(str.strip, text.splitlines()):
-        keyword, arguments = line.split(maxsplit=1)
-        if keyword == "FROM":
-            stages.append([])
-        if stages:
-            stages[-1].append((keyword, arguments))
-    return stages
-
-
-BUILDER, FINAL = instructions((ROOT / "Dockerfile").read_text())
-
-
-def last(keyword):
-    """Read the arguments of the final stage's last such instruction: the one that counts."""
-    return [arguments for name, arguments in FINAL if name == keyword][-1]
-
-
 def build_context():
     """List what the builder copies from the source tree."""
     copies = [shlex.split(arguments) for name, arguments in BUILDER if name == "COPY"]
     return [source for *sources, _ in copies for source in sources]
-
-
-def image_environment():
-    """Read the final stage's ENV on top of a bare system's PATH."""
-    environment = {"PATH": os.defpath}
-    for name, arguments in FINAL:
-        if name == "ENV":
-            pairs = [pair.split("=", 1) for pair in shlex.split(arguments)]
-            expanded = {k: string.Template(v).substitute(environment) for k, v in pairs}
-            environment |= expanded
-    return environment
 
 
 def seconds(duration):

@@ -192,6 +192,15 @@ def test_training_page_has_what_was_measured_of_several_processes():
     assert page == generate["write_distributed"](page), "make docs writes it anew"
 
 
+def test_deployment_page_has_the_figures_that_were_measured():
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    page, results = (
+        (ROOT / "docs/deployment.md").read_text(),
+        generate["read_results"](generate["SCALING"]),
+    )
+    assert page == generate["write_figures"](page, results), "make docs writes it anew"
+
+
 def test_figures_that_were_not_held_are_shown_as_such():
     generate = runpy.run_path(str(ROOT / "docs/generate.py"))
     machine = {"cpu": "a CPU", "cores": 2}

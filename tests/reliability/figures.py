@@ -23,9 +23,13 @@ Figures = dict[str, int | float | str]
 
 
 def publish(
-    name: str, command: str, figures: Mapping[str, int | float | str], passed: bool = True
+    name: str,
+    command: str,
+    figures: Mapping[str, int | float | str],
+    passed: bool = True,
+    folder: Path = RESULTS,
 ) -> None:
-    """Write the figures of a run as `bench/results/reliability/NAME.json`.
+    """Write the figures of a run as NAME.json, by default in `bench/results/reliability`.
 
     `command` is what a reader types to measure them again. The keys of `figures` are labels as the
     page shows them, with their unit.
@@ -40,20 +44,20 @@ def publish(
     }
     print(json.dumps({name: result}, indent=2))
     if SCALE == 1:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 @contextmanager
-def published(name: str, command: str) -> Iterator[Figures]:
+def published(name: str, command: str, folder: Path = RESULTS) -> Iterator[Figures]:
     """Yield a dictionary to be filled; publish it in the end, also when the run fails."""
     figures: Figures = {}
     try:
         yield figures
     except BaseException:
-        publish(name, command, figures, passed=False)
+        publish(name, command, figures, passed=False, folder=folder)
         raise
-    publish(name, command, figures)
+    publish(name, command, figures, folder=folder)
 
 
 def _commit() -> str:
