@@ -229,8 +229,11 @@ async def kill(cluster, load, figures):
         os.kill(pod.main, signal.SIGSTOP)  # so that something is in flight there
         await asyncio.sleep(0.2)
         clients = await cluster.proxy.clients_of(pod.slot)
-        died = time.monotonic()
+        process = Path(f"/proc/{pod.main}")
         pod.kill()
+        while process.exists():  # its sockets are open until its memory is freed
+            await asyncio.sleep(0.001)
+        died = time.monotonic()
         async with asyncio.timeout(LONGEST_START):
             while pod.ready.is_set():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
