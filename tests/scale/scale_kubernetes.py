@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from tests import manifests
@@ -229,9 +230,10 @@ async def kill(cluster, load, figures):
         os.kill(pod.main, signal.SIGSTOP)  # so that something is in flight there
         await asyncio.sleep(0.2)
         clients = await cluster.proxy.clients_of(pod.slot)
-        process = Path(f"/proc/{pod.main}")
+        process = pod.main
         pod.kill()
-        while process.exists():  # its sockets are open until its memory is freed
+        # Its sockets are open until its memory is freed.
+        while psutil.pid_exists(process):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         died = time.monotonic()
         async with asyncio.timeout(LONGEST_START):
