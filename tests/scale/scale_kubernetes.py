@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from tests import manifests
@@ -229,8 +230,12 @@ async def kill(cluster, load, figures):
         os.kill(pod.main, signal.SIGSTOP)  # so that something is in flight there
         await asyncio.sleep(0.2)
         clients = await cluster.proxy.clients_of(pod.slot)
-        died = time.monotonic()
+        process = pod.main
         pod.kill()
+        # Its sockets are open until its memory is freed.
+        while psutil.pid_exists(process):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        died = time.monotonic()
         async with asyncio.timeout(LONGEST_START):
             while pod.ready.is_set():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
