@@ -15,7 +15,9 @@ def open_store(url: str) -> Any:  # noqa: ANN401  obstore's stores have no commo
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
-        raise ConfigError("install dropserve[ray] for obstore, which reads object storage") from error
+        raise ConfigError(
+            "install dropserve[ray] for obstore, which reads object storage"
+        ) from error
     try:
         return from_url(url)
     except (BaseError, ValueError) as error:

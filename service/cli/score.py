@@ -23,7 +23,12 @@ from dropserve.service.cli.options import Opt
 from dropserve.service.cli.scores import COLUMNS, ERROR, MEASURES, PATH, Mode, Row, Run, Timings
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
-from dropserve.service.schemas import Prediction, PredictResponse, UncertaintyResponse
+from dropserve.service.schemas import (
+    Prediction,
+    PredictResponse,
+    UncertainPrediction,
+    UncertaintyResponse,
+)
 
 Engine = Literal["http", "local", "ray"]
 Sort = Literal[
@@ -193,7 +198,8 @@ def _rows(
     if isinstance(answer, Exception):
         return [scores.failed(scores.text(part[0]), answer)]
     rows = []
-    for path, said in zip(part, answer.predictions, strict=True):
+    predictions: Sequence[Prediction | UncertainPrediction] = answer.predictions
+    for path, said in zip(part, predictions, strict=True):
         if isinstance(said, Prediction):
             probability, measures = said.probability, [None] * len(MEASURES)
         else:

@@ -49,9 +49,7 @@ def score(
     size = max(1, min(_PART, -(-len(paths) // (4 * count))))
     parts = iter([[*map(str, paths[i : i + size])] for i in range(0, len(paths), size)])
     timings = Timings()
-    pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), _start, (run, settings)
-    )
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (run, settings))
     waiting: set[Future[Scored]] = set()
     try:
         while True:
@@ -98,7 +96,7 @@ class _Process:
 
 def _start(run: Run, settings: Settings) -> None:
     """Set up a process: Ctrl-C is for its parent, without which there is nothing to do."""
-    global _process  # noqa: PLW0603  an initializer has no other place
+    global _process
     _process = _Process(run, settings)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -7,10 +7,12 @@ run still writes is what the next run would write.
 """
 
 import hashlib
+import io
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +71,7 @@ class Part:
 
 
 def score(
-    asked: Mapping[str, Any],
+    asked: dict[str, Any],
     settings: Settings,
     folder: str,
     out: str,
@@ -78,7 +80,7 @@ def score(
     *,
     restart: bool,
 ) -> None:
-    """Score what is in a folder or under a URL, on a cluster of Ray: RAY_ADDRESS, or one of its own.
+    """Score what is in a folder or under a URL, on the cluster of RAY_ADDRESS or one of its own.
 
     Raises:
         Refused: there are no images, Ray is not installed, or `out` holds something else.
@@ -86,33 +88,51 @@ def score(
     """
     _require_ray()
     source, target = Source(folder, columns), _open(out, make=True)
-    parts, digest = source.parts()
-    with terminal.interruptible(lambda: "the same command continues from here"):
+    hint = "the same command continues from here"
+    with terminal.interruptible(lambda: hint), _storage_errors():
+        parts, digest = source.parts()
         run = _agree(target, out, asked, {"inputs": digest, **asdict(columns)}, settings, restart)
         there = _listed(target)
         missing = [part for part in parts if part.name not in there]
         total, bad, timings = sum(part.images for part in parts), 0, Timings()
         scored = total - sum(part.images for part in missing)
-        work = _Work(source, out, hashlib.sha256(_read(target, RUN)).hexdigest(), run, _limits(settings))
+        own = hashlib.sha256(_read(target, RUN)).hexdigest()
+        work = _Work(source, out, own, run, _limits(settings))
         with terminal.progress("images") as moved:
             moved(scored, total)
             for done in _run(missing, work, actors):
                 scored, bad = scored + done["images"], bad + done["errors"]
                 timings += Timings(done["decoding"], done["inferring"])
                 moved(scored, total)
-    if left := {part.name for part in parts} - _listed(target):
-        raise ServerError(f"{out}: {min(left)} is not there: the same command continues")
-    terminal.say(scores.summary(out, total, bad, run, timings))
+        if left := {part.name for part in parts} - _listed(target):
+            raise ServerError(f"{out}: {min(left)} is not there: the same command continues")
+    before = total - sum(part.images for part in missing)
+    resumed = f"; {before:,} were scored before" if before else ""
+    terminal.say(scores.summary(out, total, bad, run, timings) + resumed)
 
 
 def _require_ray() -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+    # read when Ray is imported: nothing is reported to anyone, and its ports, which other machines
+    # reach, need a token
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import obstore  # noqa: F401  is it installed?
         import ray.data  # noqa: F401  likewise
         from pyarrow import parquet  # noqa: F401  likewise
     except ImportError as error:
         raise Refused("install dropserve[ray] for --engine ray") from error
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Raise a ServerError where object storage fails: nothing that is done is lost."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except BaseError as error:
+        raise ServerError(f"object storage: {error}") from error
 
 
 def _limits(settings: Settings) -> Settings:
@@ -188,9 +208,7 @@ class Source:
 
         if not _is_url(self._folder):
             return parquet.ParquetFile(os.path.join(os.fsencode(self._folder), name).decode())  # noqa: PTH118
-        import obstore
-
-        return parquet.ParquetFile(obstore.open_reader(open_store(self._folder), name.decode()))
+        return parquet.ParquetFile(_Object(open_store(self._folder), name.decode()))
 
     def read(self, part: Part) -> "Iterator[Image]":
         """Read the images of a part, one after another."""
@@ -229,10 +247,47 @@ class Source:
                 low, high = max(part.start - first, 0), min(part.stop - first, len(batch))
                 found = batch.slice(low, high - low).to_pydict()
                 ids = found.get(id_) or [None] * (high - low)
-                for i, (data, called) in enumerate(zip(found[image], ids, strict=True), first + low):
+                for i, (data, called) in enumerate(
+                    zip(found[image], ids, strict=True), first + low
+                ):
                     data = data.get("bytes") if isinstance(data, dict) else data
                     called = f"{name}#{part.group}.{i}" if called is None else scores.text(called)
                     yield called, data or b""
+
+
+class _Object(io.RawIOBase):
+    """An object in a store as a file that is read in ranges."""
+
+    def __init__(self, store: Any, name: str) -> None:  # noqa: ANN401  of obstore
+        self._store, self._name = store, name
+        self._size, self._position = store.head(name)["size"], 0
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """And from anywhere."""
+        return True
+
+    def tell(self) -> int:
+        """Return where the next byte is read."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to an offset."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  any buffer
+        """Fill a buffer, except at the end."""
+        count = max(0, min(len(buffer), self._size - self._position))
+        if count:
+            found = self._store.get_range(self._name, start=self._position, length=count)
+            buffer[:count] = memoryview(found)
+            self._position += count
+        return int(count)
 
 
 def _is_url(folder: str) -> bool:
@@ -262,8 +317,8 @@ def _listed(store: Any) -> set[str]:  # noqa: ANN401  of obstore
 def _agree(
     target: Any,  # noqa: ANN401  of obstore
     out: str,
-    asked: Mapping[str, Any],
-    inputs: Mapping[str, Any],
+    asked: dict[str, Any],
+    inputs: dict[str, Any],
     settings: Settings,
     restart: bool,
 ) -> Run:
@@ -365,7 +420,7 @@ def _run(parts: Sequence[Part], work: _Work, actors: int | None) -> Iterator[dic
         context.enable_progress_bars = False  # there is one for images
         context.max_errored_blocks = 0
         items = [{"part": _dumped(part)} for part in parts]
-        count = min(actors or max(1, int(ray.cluster_resources().get("CPU", 1))), len(parts))
+        count = min(actors or _cores(), len(parts))
         scored = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
             batch_size=1,
@@ -385,18 +440,21 @@ def _run(parts: Sequence[Part], work: _Work, actors: int | None) -> Iterator[dic
 
 def _start_ray(actors: int | None) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine, without a dashboard."""
-    import logging
-
+    own: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        own = {"address": "local", "include_dashboard": False, "object_store_memory": _MEMORY}
+        own["num_cpus"] = max(actors or 0, len(os.sched_getaffinity(0)))
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "include_dashboard": False}
-        options |= {"object_store_memory": _MEMORY, "_node_ip_address": "127.0.0.1"}
-        options["num_cpus"] = max(actors or 0, len(os.sched_getaffinity(0)))
-    with suppress(Exception):
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.init(**options)
+    ray.init(log_to_driver=False, logging_level=logging.WARNING, **own)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns of what was chosen here
+
+
+def _cores() -> int:
+    import ray
+
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(found.get("CPU", 1)))
 
 
 def _dumped(part: Part) -> bytes:

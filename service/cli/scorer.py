@@ -22,10 +22,10 @@ from dropserve.service.http.images import encoded, prepared_alone
 from dropserve.service.inference.classifier import (
     NOT_FINITE,
     Classifier,
-    Pixels,
     Predict,
     Uncertainty,
 )
+from dropserve.service.inference.decoder import Pixels
 from dropserve.service.settings import Settings
 
 _BATCH = 64
@@ -114,7 +114,9 @@ class Scorer:
         ]
         rows: list[Row] = [*zip(*columns, strict=True)]
         if not finite.all():
-            rows = [r if ok else failed(r[0], NOT_FINITE) for r, ok in zip(rows, finite, strict=True)]
+            rows = [
+                r if ok else failed(r[0], NOT_FINITE) for r, ok in zip(rows, finite, strict=True)
+            ]
         scored = iter(rows)
         return [next(scored) if row is None else row for row in batch.rows]
 
