@@ -5,7 +5,7 @@ DROPSERVE := .venv/bin/dropserve
 BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi soak check browser screenshots docs format \
+.PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi test-scale soak check browser screenshots docs format \
 	lab-quick bench bench-accuracy bench-http bench-photos bench-report lock sbom clean
 
 help: ## List the targets
@@ -56,6 +56,13 @@ SOAK = *
 soak: setup ## Hold the service to its figures under load, faults and bad input (an hour and a half)
 	@failed=0; for file in tests/reliability/soak_$(SOAK).py; do \
 		$(PYTHON) -m pytest -q -s $$file || failed=1; done; exit $$failed
+
+# With Ray and an S3 server, over loopback; each file is bounded in time. SCALE_TEST=ray runs one.
+SCALE_TEST = *
+test-scale: setup ## Kill and replace replicas, drivers and publishers on a local cluster (half an hour)
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev,ray]'
+	@failed=0; for file in tests/scale/scale_$(SCALE_TEST).py; do \
+		OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -s $$file || failed=1; done; exit $$failed
 
 # Private names that the field's terms replaced.
 WORDS := errand|express|StartingLine|NoticeBoard|pour|obey|let_go|keep_up|lay_out|streamline|brief|is_quick

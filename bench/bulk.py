@@ -1,10 +1,10 @@
 """Processor time of bulk scoring by its engines: `python -m bench.bulk`, twenty minutes.
 
 The same 100,000 PNG files of 28 x 28 pixels are scored over HTTP (a server and `dropserve score`,
-both as they are by default), by `--engine local`, and by `--engine ray` with one and with two actors.
+both as they are by default), by `--engine local`, and by `--engine ray` with one and two actors.
 Time is user and system time of all processes that the commands start, until the last has ended.
 Each is run with few images too: the difference of both runs, by the difference of images, leaves
-out what starting takes. Linux alone, for the count of orphans. Exits with 1 if a target is missed.
+out what starting takes. Linux alone, because of orphans. Exits with 1 if a target is missed.
 """
 
 import argparse
