@@ -20,22 +20,19 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 
 from tests.conftest import DIGITS, _save
 from tests.helpers import PNG, eventually, free_port
 from tests.reliability.figures import SCALE
 
 ROOT = Path(__file__).parents[2]
+MANIFEST = yaml.safe_load((ROOT / "deploy/ray/rayservice.yaml").read_text())
 TIMES = max(2, round(20 * SCALE))
 """How often a replica is killed, and all are replaced."""
 CLIENTS = 8
 AFTER = 0.5
 """Seconds after a kill in which a request may still be handed to the dead replica."""
-CONFIG = """\
-http_options: {{host: 127.0.0.1, port: {port}}}
-applications: [{{name: default, route_prefix: /, import_path: "deploy.ray.serve_app:app"}}]
-"""
-"""What `serve run deploy.ray.serve_app:app` does, on another port than 8000."""
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -54,7 +51,7 @@ def ray_folder():
 
 @pytest.fixture(scope="module")
 def url(folder, ray_folder, tmp_path_factory):
-    """What `serve run` serves: two replicas, on a local cluster."""
+    """What `serve run` serves by the manifest's configuration: two replicas, on a local cluster."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     environment = os.environ | {
         "DROPSERVE_CHECKPOINTS": str(folder), "DROPSERVE_DEFAULT_MODEL": "digits-mlp",
@@ -64,7 +61,9 @@ def url(folder, ray_folder, tmp_path_factory):
         "RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
     config = log.with_name("serve.yaml")
-    config.write_text(CONFIG.format(port=port))
+    values = yaml.safe_load(MANIFEST["spec"]["serveConfigV2"])
+    values["http_options"] = {"host": "127.0.0.1", "port": port}
+    config.write_text(yaml.safe_dump(values))
     command = [Path(sys.executable).with_name("serve"), "run", config]
     with log.open("w") as file:
         run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
