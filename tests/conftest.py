@@ -210,7 +210,7 @@ def servers(make_server):
 def server(servers, request):
     """The server that most tests share."""
     if URL is not None:
-        return SimpleNamespace(url=URL)
+        return SimpleNamespace(url=URL, port=httpx.URL(URL).port)
     return servers(getattr(request, "param", True))
 
 
