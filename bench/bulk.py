@@ -63,7 +63,8 @@ def measure(folder: Path, root: Path, images: int, engine: str, mode: str) -> di
     }
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / ("scores" if engine.startswith("ray") else "scores.csv")
-        command = [*_DROPSERVE, "score", folder, "--out", out, "--mode", mode, *ENGINES[engine]]
+        command = [*_DROPSERVE, "score", str(folder), "--out", str(out), "--mode", mode]
+        command += ENGINES[engine]
         before = _children_seconds()
         with _server(environment) if engine == "http" else _nothing() as url:
             command += ["--url", url] if url else []
@@ -154,7 +155,7 @@ def make_model(root: Path) -> None:
 
 def run(images: int, few: int, data: Path | None) -> dict[str, Any]:
     """Measure every engine in both modes, few images first."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bulk-") as temporary:
         root = Path(temporary) / "checkpoints"
         make_model(root)

@@ -214,7 +214,7 @@ def images(folder: Path) -> list[Path]:
     """List the files with the suffix of an image, in sub-folders as well, in a fixed order."""
     errors: list[OSError] = []
     found = [
-        Path(root, name)
+        os.path.join(root, name)  # noqa: PTH118  paths take longer to make and to sort
         for root, _, names in os.walk(folder, onerror=errors.append)
         for name in names
         if name.lower().endswith(IMAGE_SUFFIXES)
@@ -223,7 +223,7 @@ def images(folder: Path) -> list[Path]:
         raise errors[0]
     if not found:
         raise Refused(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} in it")
-    return sorted(found)
+    return [*map(Path, sorted(found))]
 
 
 def _check_format(out: Path) -> None:

@@ -97,7 +97,7 @@ def score(
         total, bad, timings = sum(part.images for part in parts), 0, Timings()
         scored = total - sum(part.images for part in missing)
         own = hashlib.sha256(_read(target, RUN)).hexdigest()
-        work = _Work(source, out, own, run, _limits(settings))
+        work = _Work(source, _absolute(out), own, run, _limits(settings))
         with terminal.progress("images") as moved:
             moved(scored, total)
             for done in _run(missing, work, actors):
@@ -115,7 +115,8 @@ def _require_ray() -> None:
     # read when Ray is imported: nothing is reported to anyone, and its ports, which other machines
     # reach, need a token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import obstore  # noqa: F401  is it installed?
         import ray.data  # noqa: F401  likewise
@@ -150,6 +151,7 @@ class Source:
 
     def __init__(self, folder: str, columns: Columns) -> None:
         self._folder = folder
+        self._root = _absolute(folder)  # actors may run in another folder
         self._columns = columns
 
     def parts(self) -> tuple[list[Part], str]:
@@ -171,18 +173,18 @@ class Source:
         """List files by their name relative to the folder, with what changes when they do."""
         suffixes = (*IMAGE_SUFFIXES, ".parquet")
         if _is_url(self._folder):
-            for page in open_store(self._folder).list():
+            for page in open_store(self._root).list():
                 for about in page:
                     if about["path"].lower().endswith(suffixes):
                         yield about["path"].encode(), f"{about['size']} {about['e_tag']}"
             return
         errors: list[OSError] = []
-        for root, _, names in os.walk(self._folder, onerror=errors.append):
+        for root, _, names in os.walk(self._root, onerror=errors.append):
             for name in names:
                 if name.lower().endswith(suffixes):
                     path = os.path.join(root, name)  # noqa: PTH118  a tenth of pathlib's time
                     found = os.stat(path)  # noqa: PTH116  likewise
-                    relative = os.path.relpath(path, self._folder)
+                    relative = os.path.relpath(path, self._root)
                     yield os.fsencode(relative), f"{found.st_size} {found.st_mtime_ns}"
         if errors:
             raise errors[0]
@@ -207,24 +209,24 @@ class Source:
         from pyarrow import parquet
 
         if not _is_url(self._folder):
-            return parquet.ParquetFile(os.path.join(os.fsencode(self._folder), name).decode())  # noqa: PTH118
-        return parquet.ParquetFile(_Object(open_store(self._folder), name.decode()))
+            return parquet.ParquetFile(os.path.join(os.fsencode(self._root), name).decode())  # noqa: PTH118
+        return parquet.ParquetFile(_Object(open_store(self._root), name.decode()))
 
     def read(self, part: Part) -> "Iterator[Image]":
         """Read the images of a part, one after another."""
         if part.group is not None:
             yield from self._read_rows(part)
             return
-        read = partial(_read, open_store(self._folder)) if _is_url(self._folder) else None
+        read = partial(_read, open_store(self._root)) if _is_url(self._folder) else None
         for name in map(os.fsdecode, part.files):
             path = self.join(name)
             try:
                 if read is not None:
                     yield scores.text(path), read(name)
                 else:
-                    with open(path, "rb") as file:  # noqa: PTH123  as in score_local
+                    with open(f"{self._root}/{name}", "rb") as file:  # noqa: PTH123  as in score_local
                         yield scores.text(path), file.read()
-            except (FileNotFoundError, PermissionError) as error:
+            except (FileNotFoundError, PermissionError) as error:  # more may end with the next run
                 yield scores.text(path), error
 
     def join(self, name: str) -> str:
@@ -294,6 +296,10 @@ def _is_url(folder: str) -> bool:
     return "://" in folder
 
 
+def _absolute(folder: str) -> str:
+    return folder if _is_url(folder) else str(Path(folder).resolve())
+
+
 def _open(folder: str, *, make: bool = False) -> Any:  # noqa: ANN401  of obstore
     """Open a folder, or what is under a URL, to be written to."""
     if _is_url(folder):
@@ -324,6 +330,8 @@ def _agree(
 ) -> Run:
     """Return the run's parameters; refuse others than those of the parts that are there."""
     there, had = _listed(target), dict[str, Any]()
+    if there and RUN not in there:
+        raise Refused(f"{out} has other files in it: name an empty folder")
     if restart:
         target.delete([name for name in there if name.startswith("part-")])
     elif RUN in there:
@@ -333,8 +341,6 @@ def _agree(
         except (ValueError, TypeError, KeyError) as error:
             raise Refused(f"{out}/{RUN}: no run of scores ({error}): give --restart") from error
         scores.require_same(had, {**asked, **inputs})
-    elif there:
-        raise Refused(f"{out} has other files in it: name an empty folder")
     wanted = {**asked, **had}
     found = scores.find_version(settings, wanted.get("model"), wanted.get("version"))
     if had:
@@ -418,7 +424,6 @@ def _run(parts: Sequence[Part], work: _Work, actors: int | None) -> Iterator[dic
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # there is one for images
-        context.max_errored_blocks = 0
         items = [{"part": _dumped(part)} for part in parts]
         count = min(actors or _cores(), len(parts))
         scored = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -430,9 +435,9 @@ def _run(parts: Sequence[Part], work: _Work, actors: int | None) -> Iterator[dic
         )
         yield from scored.iter_rows()
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        reason = cause if isinstance(cause, Refused) else error
-        raise ServerError(f"Ray: {reason}") from error
+        # its text is a traceback, whose end is the error in the actor
+        reason = str(error).strip().splitlines()[-1].partition("Refused: ")
+        raise ServerError(f"Ray: {reason[2] or reason[0]}") from error
     finally:
         if own:
             ray.shutdown()
