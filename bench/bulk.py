@@ -175,10 +175,14 @@ def run(images: int, few: int, data: Path | None) -> dict[str, Any]:
                 })  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
     by = {(row["engine"], row["mode"]): row["microseconds_per_image"] for row in rows}
+    name = "microseconds_per_image_with_start"
+    with_start = {(row["engine"], row["mode"]): row[name] for row in rows}
     targets = {}
     for mode in MODES:
         for engine in ("local", "ray, 1 actor", "ray, 2 actors"):
             targets[f"{engine}, {mode}: times HTTP"] = by["http", mode] / by[engine, mode]
+            name = f"{engine}, {mode}: with its start, relative to HTTP"
+            targets[name] = with_start["http", mode] / with_start[engine, mode]
         ratio = by["ray, 2 actors", mode] / by["ray, 1 actor", mode]
         targets[f"2 actors by 1, {mode}"] = ratio
     return {
@@ -192,11 +196,10 @@ def run(images: int, few: int, data: Path | None) -> dict[str, Any]:
 
 
 def missed(targets: Mapping[str, float]) -> list[str]:
-    """Name the targets that are missed."""
-    return [
-        name
-        for name, value in targets.items()
-        if (value < TARGET_SPEEDUP if "times" in name else abs(value - 1) > TARGET_SCALING)
+    """Name the targets that are missed; what includes the start is shown, and has none."""
+    slow = [n for n, v in targets.items() if "times HTTP" in n and v < TARGET_SPEEDUP]
+    return slow + [
+        n for n, v in targets.items() if n.startswith("2 actors") and abs(v - 1) > TARGET_SCALING
     ]
 
 
