@@ -57,8 +57,9 @@ test-scale: setup ## Several processes, machines and replicas, for real (ten min
 	@{ command -v haproxy && command -v bwrap; } >/dev/null \
 		|| { apt-get update && apt-get install -y --no-install-recommends haproxy bubblewrap; } \
 		|| echo "without haproxy and bwrap some are skipped: install them, or run this as root on Debian"
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev,ray]'
 	@failed=0; for file in tests/scale/scale_$(SCALE_TEST).py; do \
-		$(PYTHON) -m pytest -q -s -rs $$file || failed=1; done; exit $$failed
+		OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -s -rs $$file || failed=1; done; exit $$failed
 
 # Bounded in time, over loopback only, on an idle machine: figures are measured. SOAK=overload runs one,
 # SCALE=0.1 a tenth of each, which writes no figures.

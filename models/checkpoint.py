@@ -207,6 +207,13 @@ def read(path: Path) -> Version:
     return Version(path, metadata, tensors, files, digest)
 
 
+def stated_sha256(path: Path) -> str:
+    """Return the SHA-256 of the weights that a version's metadata states; nothing is verified."""
+    about = path / METADATA
+    values = storage.parse_json(about, storage.read_once(about, storage.MAX_HEADER_BYTES))
+    return str(values.get("sha256"))
+
+
 def load(path: Path, factories: Collection[str] | None = ()) -> "tuple[nn.Module, Metadata]":
     """Read the version in a folder and rebuild its module, as `Version.build` does."""
     version = read(path)

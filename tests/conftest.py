@@ -7,6 +7,7 @@ import socket
 import ssl
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -30,6 +31,8 @@ CONTRACT = {
     *("test_bad_http", "test_bad_inputs", "test_contract", "test_http", "test_kserve", "test_oip"),
 }
 """Modules whose tests run with the fast path on and off."""
+URL = os.environ.get("CONTRACT_URL")
+"""Of a server that runs already, whose CONTRACT_CHECKPOINTS are those below: tests/scale."""
 DIGITS = Preprocessing((8, 8), 1, (0.3,), (0.4,), invert=True)
 COLOUR = Preprocessing((16, 16), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -50,6 +53,8 @@ def _save(root, name, network, preprocessing, seed):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """A folder of two models: digits-mlp, versions 1 and 2, and colour-cnn."""
+    if URL is not None:
+        return Path(os.environ["CONTRACT_CHECKPOINTS"])
     root = tmp_path_factory.mktemp("checkpoints")
     mlp = NetworkConfig("mlp", DIGITS.shape, 10, (32, 32), (0.2, 0.5))
     cnn = NetworkConfig("cnn", COLOUR.shape, 4, (32,), (0.5,), (8, 16), 0.1)
@@ -174,7 +179,8 @@ def make_server(tmp_path_factory, checkpoints):
 def pytest_generate_tests(metafunc):
     """Run the tests of the HTTP contract that use the shared server with and without fast path."""
     if (
-        metafunc.module.__name__.rpartition(".")[2] in CONTRACT
+        URL is None
+        and metafunc.module.__name__.rpartition(".")[2] in CONTRACT
         and "server" in metafunc.fixturenames
     ):
         paths = {"fast path": True, "ASGI path": False}
@@ -203,6 +209,8 @@ def servers(make_server):
 @pytest.fixture(scope="session")
 def server(servers, request):
     """The server that most tests share."""
+    if URL is not None:
+        return SimpleNamespace(url=URL, port=httpx.URL(URL).port)
     return servers(getattr(request, "param", True))
 
 

@@ -1,43 +1,79 @@
-"""`dropserve score`: a table of a folder's images and how uncertain the service is about each.
+"""`dropserve score`: a table of a folder's images and how uncertain a model is about each.
 
-Rows are kept in OUT.part as their answers come, a line of JSON each, after a line of the run's
-parameters: so a run of hours can be interrupted and resumed. The table is written at the end.
+Rows are kept in OUT.part as they come, a line of JSON each, after a line of the run's parameters:
+so a run of hours can be interrupted and resumed. The table is written at the end.
 """
 
-import csv
 import fcntl
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedRandom
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import orjson
 import typer
 
 from dropserve.models.defaults import DEFAULT_SAMPLES
 from dropserve.models.image_formats import IMAGE_SUFFIXES
-from dropserve.service.cli import ask, options, terminal
+from dropserve.service.cli import ask, options, score_local, score_ray, scores, terminal
 from dropserve.service.cli.options import Opt
+from dropserve.service.cli.scores import COLUMNS, ERROR, MEASURES, PATH, Mode, Row, Run, Timings
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
-from dropserve.service.schemas import UncertaintyResponse
+from dropserve.service.schemas import (
+    Prediction,
+    PredictResponse,
+    UncertainPrediction,
+    UncertaintyResponse,
+)
 
-MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
-COLUMNS = ("path", "label", "index", "probability", *MEASURES, "model", "version", "error")
-PARAMETERS = ("folder", "model", "version", "sha256", "samples", "seed")
-Row = dict[str, Any]  # by column
+Engine = Literal["http", "local", "ray"]
 Sort = Literal[
     "path", "mutual-information", "predictive-entropy", "expected-entropy", "variation-ratio"
 ]
+Done = Callable[[Sequence[Row]], None]
+"""Takes rows as they come."""
+Find = Callable[[str | None, int | None], dict[str, Any]]
+"""Chooses model, version and sha256 by a name and a version, or by default."""
+Work = Callable[[Run, Sequence[Path], Done], Timings | None]
+"""Scores files, by an engine."""
+_ENGINES = {
+    **dict.fromkeys(("url", "port", "batch", "in_flight"), ("http",)),
+    **dict.fromkeys(("checkpoints",), ("local", "ray")),
+    **dict.fromkeys(("processes",), ("local",)),
+    **dict.fromkeys(("sort",), ("http", "local")),
+    **dict.fromkeys(("actors", "image_column", "id_column"), ("ray",)),
+}
+"""Which engines an option is of, where it is not of all."""
 
 
 def score(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, searched with sub-folders.")],
-    out: Annotated[Path, Opt(help="File to write: .csv or .parquet.")],
+    context: typer.Context,
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images, searched with sub-folders; for ray also of Parquet, and a URL."
+        ),
+    ],
+    out: Annotated[
+        str, Opt(help="File to write: .csv or .parquet; for ray a folder or URL of Parquet.")
+    ],
+    engine: Annotated[
+        Engine,
+        Opt(
+            metavar="ENGINE",
+            help="http asks a service; local and ray load the model: processes, or Ray's actors.",
+        ),
+    ] = "http",
+    mode: Annotated[
+        Mode, Opt(metavar="MODE", help="uncertainty, or predict: eval mode, without measures.")
+    ] = "uncertainty",
     url: options.Url = None,
     port: options.Port = None,
+    checkpoints: options.Checkpoints = None,
     model: options.Model = None,
     version: options.Version = None,
     samples: options.Samples = DEFAULT_SAMPLES,
@@ -45,48 +81,140 @@ def score(
     sort: Annotated[Sort, Opt(metavar="BY", help="path, or a measure, largest first.")] = "path",
     batch: Annotated[int, Opt(min=1, metavar="N", help="Images per request.")] = ask.BATCH,
     in_flight: Annotated[int, Opt(min=1, metavar="N", help="Requests at a time.")] = 4,
+    processes: Annotated[
+        int | None, Opt(min=1, metavar="N", help="Of local; default: one a core.")
+    ] = None,
+    actors: Annotated[
+        int | None, Opt(min=1, metavar="N", help="Of ray; default: one a core of the cluster.")
+    ] = None,
+    image_column: Annotated[
+        str, Opt(metavar="NAME", help="Column of Parquet with the images' bytes.")
+    ] = "image",
+    id_column: Annotated[
+        str, Opt(metavar="NAME", help="Column of Parquet that is written as path.")
+    ] = "path",
     restart: Annotated[bool, Opt("--restart", help="Discard an interrupted run.")] = False,
 ) -> None:
     """Score the images of a folder, to find those that a person should review.
 
     If interrupted, the same command continues. The column "error" says why an image has none.
     """
-    service = options.find_service(url, port)
+    _check_options(context, engine, mode)
+    asked = {"folder": folder, "model": model, "version": version, "mode": mode}
+    asked |= {"samples": samples, "seed": seed} if mode == "uncertainty" else {}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if engine == "ray":
+        columns = score_ray.Columns(image_column, id_column)
+        settings = options.read_settings(checkpoints=checkpoints)
+        score_ray.score(asked, settings, folder, out, columns, actors, restart=restart)
+        return
+    if engine == "local":
+        settings = options.read_settings(checkpoints=checkpoints)
+        find: Find = partial(scores.find_version, settings)
+        work: Work = partial(score_local.score, settings, processes)
+    else:
+        service = options.find_service(url, port)
+        find = partial(_find_served, service)
+        work = partial(_ask, service, batch, in_flight)
+    _score_table(asked, Path(folder), Path(out), find, work, sort.replace("-", "_"), restart)
+
+
+def _check_options(context: typer.Context, engine: Engine, mode: Mode) -> None:
+    """Refuse options that would have no effect."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if engine not in _ENGINES.get(name, (engine,)):
+            of = " and ".join(_ENGINES[name])
+            raise Refused(f"{option} is of --engine {of}, not of {engine}: leave it out")
+        if mode == "predict" and name in ("samples", "seed"):
+            raise Refused(f"{option} is of --mode uncertainty, not of predict: leave it out")
+
+
+def _score_table(
+    asked: Mapping[str, Any],
+    folder: Path,
+    out: Path,
+    find: Find,
+    work: Work,
+    sort: str,
+    restart: bool,
+) -> None:
+    """Write one table; `find` chooses the version, and `work` scores the files that lack a row."""
     _check_format(out)
     found = images(folder)
-    asked = {"folder": str(folder), "model": model, "version": version}
-    asked |= {"samples": samples, "seed": seed}
     with (
         progress_file(out, restart=restart) as kept,
         terminal.interruptible(lambda: "the same command continues from here"),
     ):
-        with DropserveClient(**service) as client:
-            run = kept.agree({k: v for k, v in asked.items() if v is not None}, client)
+        run = kept.agree(asked, find)
         missing = kept.missing(found)
         total = len(kept.rows) + len(missing)
         with terminal.progress("images") as moved:
 
-            def done(part: Sequence[Path], answer: UncertaintyResponse | Exception) -> None:
-                kept.add(_rows(part, answer))
+            def done(rows: Sequence[Row]) -> None:
+                kept.add(rows)
                 moved(len(kept.rows), total)
 
-            how = {name: run[name] for name in ("model", "version", "samples", "seed")}
-            how |= {"batch": batch, "in_flight": in_flight}
-            patient = AsyncDropserveClient(**service, retries=8, max_wait=120.0)
-            ask.send_all(patient, "uncertainty", missing, done, **how)
-        _write(out, kept.rows, sort.replace("-", "_"))
-    bad = sum(row["error"] is not None for row in kept.rows)
-    terminal.say(
-        f"{out}: {len(kept.rows):,} images by {run['model']} version {run['version']}"
-        + (f", {bad:,} of them with an error" if bad else "")
-    )
+            timings = work(run, missing, done)
+        scores.write_table(out, kept.rows, sort)
+    bad = sum(row[ERROR] is not None for row in kept.rows)
+    terminal.say(scores.summary(str(out), len(kept.rows), bad, run, timings))
+
+
+def _find_served(
+    service: Mapping[str, Any], name: str | None, version: int | None
+) -> dict[str, Any]:
+    with DropserveClient(**service) as client:
+        model = options.find_model(client, name, version)
+    return {"model": model.name, "version": model.version, "sha256": model.sha256}
+
+
+def _ask(
+    service: Mapping[str, Any],
+    batch: int,
+    in_flight: int,
+    run: Run,
+    paths: Sequence[Path],
+    done: Done,
+) -> None:
+    """Have a service score files."""
+    how: dict[str, Any] = {"model": run.model, "version": run.version}
+    if run.mode == "uncertainty":
+        how |= {"samples": run.samples, "seed": run.seed}
+    client = AsyncDropserveClient(**service, retries=8, max_wait=120.0)
+
+    def answered(part: Sequence[Path], answer: Any) -> None:  # noqa: ANN401  of either mode
+        done(_rows(part, answer))
+
+    ask.send_all(client, run.mode, paths, answered, batch=batch, in_flight=in_flight, **how)
+
+
+def _rows(
+    part: Sequence[Path], answer: PredictResponse | UncertaintyResponse | Exception
+) -> list[Row]:
+    if isinstance(answer, Exception):
+        return [scores.failed(scores.text(part[0]), answer)]
+    rows = []
+    predictions: Sequence[Prediction | UncertainPrediction] = answer.predictions
+    for path, said in zip(part, predictions, strict=True):
+        if isinstance(said, Prediction):
+            probability, measures = said.probability, [None] * len(MEASURES)
+        else:
+            probability = said.mean[said.index]
+            measures = [getattr(said, name) for name in MEASURES]
+        own = scores.text(path), said.label, said.index, probability, *measures
+        rows.append((*own, answer.model, answer.version, None))
+    return rows
 
 
 def images(folder: Path) -> list[Path]:
     """List the files with the suffix of an image, in sub-folders as well, in a fixed order."""
     errors: list[OSError] = []
     found = [
-        Path(root, name)
+        os.path.join(root, name)  # noqa: PTH118  paths take longer to make and to sort
         for root, _, names in os.walk(folder, onerror=errors.append)
         for name in names
         if name.lower().endswith(IMAGE_SUFFIXES)
@@ -95,7 +223,7 @@ def images(folder: Path) -> list[Path]:
         raise errors[0]
     if not found:
         raise Refused(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} in it")
-    return sorted(found)
+    return [*map(Path, sorted(found))]
 
 
 def _check_format(out: Path) -> None:
@@ -145,84 +273,38 @@ class ProgressFile:
         # the last line has no end if the run was killed while it was written
         lines = [line for line in file if line.endswith(b"\n")]
         file.truncate(sum(map(len, lines)))
-        first, *rest = map(json.loads, lines or [b"null"])
-        self.run = {name: first[name] for name in PARAMETERS} if lines else {}
-        self.rows = [dict(zip(COLUMNS, values, strict=True)) for values in rest]
+        first, *rest = map(orjson.loads, lines or [b"null"])
+        self.run = Run.from_json(first) if lines else None
+        self.rows: list[Row] = [*map(tuple, rest)]
+        if any(len(row) != len(COLUMNS) for row in self.rows):
+            raise ValueError("rows of other columns")
 
-    def agree(self, asked: Mapping[str, Any], client: DropserveClient) -> dict[str, Any]:
+    def agree(self, asked: Mapping[str, Any], find: Find) -> Run:
         """Return the run's parameters; refuse others than those of the rows that are there."""
-        self._check_same(asked)
-        wanted = {**asked, **self.run}
-        model = options.find_model(client, wanted.get("model"), wanted.get("version"))
-        served = {"model": model.name, "version": model.version, "sha256": model.sha256}
-        self._check_same(served)
-        if not self.run:
-            self.run = {**asked, **served}
-            self._append(self.run)
+        had = self.run.to_json() if self.run else {}
+        if had:
+            scores.require_same(had, asked)
+        wanted = {**asked, **had}
+        served = find(wanted.get("model"), wanted.get("version"))
+        if had:
+            scores.require_same(had, served)
+        if self.run is None:
+            self.run = Run(**{"samples": None, "seed": None} | wanted | served)
+            self._append(self.run.to_json())
         return self.run
-
-    def _check_same(self, wanted: Mapping[str, Any]) -> None:
-        had = self.run or wanted
-        differs = [f"{k} {had.get(k)}, not {v}" for k, v in wanted.items() if had.get(k) != v]
-        if differs:
-            raise Refused(
-                f"the interrupted run had {'; '.join(differs)}: ask for the same, or give --restart"
-            )
 
     def missing(self, found: Sequence[Path]) -> list[Path]:
         """Drop rows with errors or of deleted images; return the images without a row."""
-        paths = {_text(path): path for path in found}
-        self.rows = [row for row in self.rows if row["error"] is None and row["path"] in paths]
-        known = {row["path"] for row in self.rows}
+        paths = {scores.text(path): path for path in found}
+        self.rows = [row for row in self.rows if row[ERROR] is None and row[PATH] in paths]
+        known = {row[PATH] for row in self.rows}
         return [path for text, path in paths.items() if text not in known]
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep rows, so that they survive this process."""
-        self._append(*([row[column] for column in COLUMNS] for row in rows))
+        self._append(*rows)
         self.rows += rows
 
     def _append(self, *values: object) -> None:
-        self._file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+        self._file.write(b"".join(orjson.dumps(value) + b"\n" for value in values))
         self._file.flush()
-
-
-def _text(path: object) -> str:
-    """Write a path so that any file can hold it, even if it is not Unicode."""
-    return str(path).encode(errors="backslashreplace").decode()
-
-
-def _rows(part: Sequence[Path], answer: UncertaintyResponse | Exception) -> list[Row]:
-    if isinstance(answer, Exception):
-        name, reason = _text(part[0]), (isinstance(answer, OSError) and answer.strerror) or answer
-        error = _text(reason).removeprefix(f"{name}: ")
-        return [dict.fromkeys(COLUMNS) | {"path": name, "error": error}]
-    about = {"model": answer.model, "version": answer.version, "error": None}
-    rows = []
-    for path, said in zip(part, answer.predictions, strict=True):
-        own = {"path": _text(path), "probability": said.mean[said.index]}
-        rows.append(said.model_dump(include={"label", "index", *MEASURES}) | own | about)
-    return rows
-
-
-def _write(out: Path, rows: Sequence[Row], sort: str) -> None:
-    """Write a table, whole or not at all; by a measure, the largest first and errors last."""
-    ordered = sorted(rows, key=lambda row: row["path"])
-    if sort != "path":
-        ordered.sort(key=lambda row: -1.0 if row[sort] is None else row[sort], reverse=True)
-    new = out.with_name(out.name + ".new")
-    try:
-        if out.suffix == ".parquet":
-            import pyarrow as pa
-            from pyarrow import parquet
-
-            kinds = dict.fromkeys(COLUMNS, pa.string()) | dict.fromkeys(MEASURES, pa.float64())
-            kinds |= {"index": pa.int64(), "version": pa.int64(), "probability": pa.float64()}
-            parquet.write_table(pa.Table.from_pylist(ordered, pa.schema(kinds.items())), new)
-        else:
-            with new.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(ordered)
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)

@@ -38,7 +38,8 @@ _SLOW = 1.0
 """Seconds after which a task is slow without another try."""
 _PART = 64
 """Images sampled together: enough to be fast, few enough that other jobs can run in between."""
-_NOT_FINITE = "the network's output is not finite for this image"
+_MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
+NOT_FINITE = "the network's output is not finite for this image"
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
 Steps = Generator[None, None, list[Answer]]
@@ -126,7 +127,8 @@ class Classifier:
             self._sampler.warm_up(x)
             self.inline[Uncertainty] = self._measure_inline(lambda seed: Uncertainty(seed=seed))
 
-    def _require_sampler(self) -> Sampler:
+    def require_sampler(self) -> Sampler:
+        """Return what samples thinned networks; InvalidRequest if there is no noise to sample."""
         if self._sampler is None:
             raise InvalidRequest("this model draws no noise to sample: ask it to predict")
         return self._sampler
@@ -175,6 +177,27 @@ class Classifier:
         rest = iter(found)
         return [{"predictions": [*islice(rest, len(pixels))]} for pixels in requests]
 
+    def columns(
+        self, task: Predict | Uncertainty, pixels: Pixels
+    ) -> dict[str, npt.NDArray[np.float64 | np.int64]]:
+        """Answer images, uint8 [B, C, H, W], for a table: an array [B] of each figure, by its name.
+
+        "index" and "probability" are of the most probable class, which is NaN where the network's
+        output is not finite; for Uncertainty there are the measures of `Summary` of an image.
+        """
+        x = self._input(pixels)
+        if isinstance(task, Predict):
+            return _most_probable(self._probabilities(x))
+        sampler = self.require_sampler()
+        parts = [
+            sampler.summarize(part, task.samples, task.seed, task.masks, task.level)
+            for part in torch.split(x, _PART)
+        ]
+        found = _most_probable(torch.cat([part.mean for part in parts]))
+        for name in _MEASURES:
+            found[name] = torch.cat([getattr(part, name) for part in parts]).numpy()
+        return found
+
     def stream(self, task: Stream, pixels: Pixels) -> Iterator[Answer]:
         """Answer one request, of pixels uint8 [1, C, H, W], in steps.
 
@@ -182,7 +205,7 @@ class Classifier:
             `{event: a list of its data}`: a start, the samples in order, some at a time, and an
             end that says what `run` returns.
         """
-        x, sampler = self._input(pixels), self._require_sampler()
+        x, sampler = self._input(pixels), self.require_sampler()
         _, channels, height, width = pixels.shape
         shown = {"height": height, "width": width, "channels": channels}
         start = {
@@ -256,21 +279,24 @@ class Classifier:
         (placed,) = to_device([torch.from_numpy(pixels)], self._device)
         return self.preprocessing.normalize(placed)
 
-    def _predict(self, x: Tensor) -> list[Answer]:
+    def _probabilities(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
-            probabilities = self._eval(x).float().softmax(-1).cpu().numpy()
+            return self._eval(x).float().softmax(-1).cpu()
+
+    def _predict(self, x: Tensor) -> list[Answer]:
+        probabilities = self._probabilities(x).numpy()
         classes, answers = self.classes, list[Answer]()
         for row, k in zip(probabilities, probabilities.argmax(1).tolist(), strict=True):
             probability = row[k]
             if probability != probability:  # NaN is the greatest to argmax
-                raise ServerError(_NOT_FINITE)
+                raise ServerError(NOT_FINITE)
             answers.append(
                 {"label": classes[k], "index": k, "probability": probability, "probabilities": row}
             )
         return answers
 
     def _uncertainty(self, task: Uncertainty, x: Tensor, seeds: Sequence[int]) -> Steps:
-        answers, sampler = list[Answer](), self._require_sampler()
+        answers, sampler = list[Answer](), self.require_sampler()
         ahead = OneStepAhead(self._device)
         for part in torch.split(x, _PART):
             if answers:
@@ -310,7 +336,7 @@ class Classifier:
         return answers
 
     def _compare(self, task: Compare, x: Tensor) -> Generator[None, None, Answer]:
-        sampler = self._require_sampler()
+        sampler = self.require_sampler()
         found = yield from compare(self._module, sampler, x, task.passes, task.seed, task.p)
         plain, train = _finite(found.eval.numpy()), _finite(found.train.numpy())
         distance = _float32(found.distance())
@@ -330,6 +356,13 @@ class Classifier:
         return {"predictions": predictions, "layers": layers}
 
 
+def _most_probable(probabilities: Tensor) -> dict[str, npt.NDArray[np.float64 | np.int64]]:
+    """Find the most probable class of each image in probabilities [B, C]."""
+    values = probabilities.numpy()
+    index = values.argmax(1)  # NaN is the greatest to argmax
+    return {"index": index, "probability": values[np.arange(len(values)), index]}
+
+
 def _sample(sample: Sample) -> Answer:
     _finite(sample.probabilities)
     return {**vars(sample), "kept": [_base64(bits) for bits in sample.kept]}
@@ -341,7 +374,7 @@ def _base64(values: npt.NDArray[np.uint8]) -> str:
 
 def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if not np.isfinite(values).all():
-        raise ServerError(_NOT_FINITE)
+        raise ServerError(NOT_FINITE)
     return values
 
 

@@ -55,6 +55,16 @@ def scored(run, server, folder, tmp_path):
     return scored
 
 
+@pytest.fixture
+def local(run, checkpoints, folder, tmp_path):
+    def local(*options, out="local.csv"):
+        arguments = ["score", folder, "--out", tmp_path / out, "--engine", "local"]
+        own = ["--checkpoints", checkpoints, "--model", "digits-mlp", "--processes", 1]
+        return run(*arguments, *own, *options), tmp_path / out
+
+    return local
+
+
 def read(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -273,3 +283,88 @@ def test_a_service_that_goes_away_is_the_error_itself(folder):
     client = AsyncDropserveClient(transport=httpx.MockTransport(answer))
     with pytest.raises(errors.Unreachable, match="gone"):
         ask.send_all(client, "uncertainty", score.images(folder), pytest.fail, batch=8, in_flight=3)
+
+
+ODD = {
+    "grey-alpha.png": lambda: Image.new("LA", (31, 17), (200, 90)),
+    "palette.png": lambda: Image.new("P", (3, 300), 7),
+    "large.jpg": lambda: Image.radial_gradient("L").resize((900, 400)),
+    "colour.webp": lambda: Image.new("RGB", (20, 9), (250, 130, 3)),
+}
+
+
+def assert_same_scores(rows, others):
+    """All values but figures are equal; errors are both there."""
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert [row[c] for c in (*COLUMNS[:3], "model", "version")] == [
+            other[c] for c in (*COLUMNS[:3], "model", "version")
+        ]
+        assert bool(row["error"]) == bool(other["error"])
+        for column in COLUMNS[3:8]:
+            if row[column] or other[column]:
+                assert float(row[column]) == pytest.approx(float(other[column]), abs=1e-5)
+
+
+def test_the_local_engine_scores_as_the_service_does(scored, local, folder):
+    for name, make in ODD.items():
+        make().save(folder / name)
+    rows = read(scored("--seed", 3, "--sort", "path")[1])
+    result, out = local("--seed", 3)
+    assert result.exit_code == 0, result.output
+    said = f"{out}: 27 images by digits-mlp version 2, 3 of them with an error; decoding "
+    assert result.stdout.startswith(said)
+    assert_same_scores(rows, read(out))
+    assert sum(bool(row["mutual_information"]) for row in read(out)) == 24
+
+
+def test_a_run_begun_over_http_is_finished_by_the_local_engine(scored, local, server, tmp_path):
+    rows = read(scored("--mode", "predict")[1])
+    assert {row["mutual_information"] for row in rows} == {""}
+    with DropserveClient(server.url) as client:
+        sha256 = client.model("digits-mlp", 2).sha256
+    run = {"folder": str(tmp_path / "images"), "model": "digits-mlp", "version": 2}
+    run |= {"sha256": sha256, "mode": "predict", "samples": None, "seed": None}
+    kept = [row for row in rows if not row["error"]][:7]
+    kept[0] |= {"probability": "0.125"}  # it is not scored again
+    typed = {"index": int, "version": int, "probability": float}
+    lines = [run, *([typed.get(c, str)(r[c]) if r[c] else None for c in COLUMNS] for r in kept)]
+    part = tmp_path / "local.csv.part"
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result, out = local("--mode", "predict")
+    assert result.exit_code == 0, result.output
+    assert_same_scores(rows, read(out))
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "local", "--url", "http://x"], "--url is of --engine http, not of local"),
+        (["--engine", "local", "--actors", "2"], "--actors is of --engine ray, not of local"),
+        (["--checkpoints", "c"], "--checkpoints is of --engine local and ray, not of http"),
+        (["--engine", "ray", "--sort", "path"], "--sort is of --engine http and local"),
+        (["--mode", "predict", "--samples", "9"], "--samples is of --mode uncertainty"),
+        (["--engine", "local"], "give --model: there are colour-cnn, digits-mlp in"),
+        (["--engine", "local", "--model", "digits"], "did you mean digits-mlp?"),
+        (["--engine", "local", "--model", "digits-mlp", "--version", "9"], "no version 9"),
+        (["--engine", "local", "--version", "1"], "give --model as well"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(
+    run, checkpoints, folder, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setenv("DROPSERVE_CHECKPOINTS", str(checkpoints))
+    result = run("score", folder, "--out", tmp_path / "a.csv", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "a.csv.part").exists()
+
+
+def test_the_ray_engine_says_what_to_install(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")  # it sets them
+    result = run("score", folder, "--out", tmp_path / "scores", "--engine", "ray")
+    assert result.exit_code == 2
+    assert "dropserve[ray]" in result.stderr
