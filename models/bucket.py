@@ -4,25 +4,20 @@ A version is the objects `<name>/<version>/{model.json,model.safetensors,manifes
 publishes one creates its model.json first, by a write that fails if there is one: that gives it the
 number. Its manifest comes last: without one, a version is incomplete and is not read. What is read
 is compared with the size and the SHA-256 that the manifest has for it.
-
-The cache has a folder for each version that was read, below one named after its manifest's digest.
-Processes share it: one at a time downloads, and what another one reads is not removed.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dropserve.models import checkpoint, storage
 from dropserve.models.errors import (
@@ -35,6 +30,7 @@ from dropserve.models.errors import (
 )
 from dropserve.models.object_storage import open_store, unavailable
 from dropserve.models.repository import Folder, Repository
+from dropserve.models.version_cache import Held, VersionCache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,8 +43,6 @@ _RETRY_SECONDS = 1.0, 300.0
 """Seconds until what failed is read again: at first, doubled with each failure, and at most."""
 _ABANDONED = timedelta(days=1)
 """Age at which an incomplete version is nobody's."""
-_KEY = 16
-"""Digits of a manifest's SHA-256 in a folder's name."""
 Objects = dict[str, str]
 """File: what changes when the object does, its entity tag or else its time and size."""
 
@@ -87,9 +81,9 @@ class Bucket(Repository):
     ) -> None:
         self.where: str = url
         self._store = open_store(self.where)
-        self._cache, self._cache_bytes = cache, cache_bytes
+        self._cache = VersionCache(cache, cache_bytes)
         self._start_from_cache = start_from_cache
-        key = hashlib.sha256(self.where.encode()).hexdigest()[:_KEY]
+        key = hashlib.sha256(self.where.encode()).hexdigest()[:16]
         self._known = cache / f"listing-{key}.json"
         self._workspaces = cache / f"training-{key}"
         self._listing: _Listing | None = None
@@ -99,8 +93,7 @@ class Bucket(Repository):
 
     def relative(self, text: str) -> str:
         """Shorten the places that a message names, in the storage and in the cache."""
-        cached = rf"{re.escape(str(self._cache))}/versions/[0-9a-f]{{{_KEY}}}/"
-        return re.sub(cached, "", super().relative(text))
+        return self._cache.relative(super().relative(text))
 
     # What there is
 
@@ -108,6 +101,7 @@ class Bucket(Repository):
         """List all by one listing, of a request for every thousand objects."""
         try:
             self._listing, self.problem = self._list(), None
+            self._remember()
         except StorageUnavailable as error:
             started = self._listing is not None and self.problem is None
             if started or not self._start_from_cache:
@@ -185,23 +179,22 @@ class Bucket(Repository):
         objects = self._require_listing().versions.get(name, {}).get(version)
         if objects is None:
             raise CheckpointNotFound(f"{self.place(name, version)}: no such checkpoint")
-        folder: Path | None = None
+        if not _is_complete(objects):
+            missing = ", ".join(sorted({*_FILES} - objects.keys()))
+            reason = f"incomplete: no {missing}; it is being uploaded, or was not to the end"
+            raise CheckpointIncomplete(self.place(name, version), reason)
+        held: Held | None = None
         try:
-            if not _is_complete(objects):
-                missing = ", ".join(sorted({*_FILES} - objects.keys()))
-                reason = f"incomplete: no {missing}; it is being uploaded, or was not to the end"
-                raise CheckpointIncomplete(self.place(name, version), reason)
             folder, manifest = self._folder(name, version, objects)
-            with self._held(name, version, manifest, folder):
-                os.utime(folder)
+            listed = _listed(f"{self.place(name, version)}/{checkpoint.MANIFEST}", manifest)
+            size = len(manifest) + sum(file["bytes"] for file in listed.values())
+            download = partial(self._download, name, version, manifest, listed)
+            with self._cache.held(folder, size, download) as held:
                 yield folder
-        except CheckpointError as error:
-            if isinstance(error, CheckpointIncomplete) or (folder and _is_intact(folder)):
-                raise  # another try would find the same
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            self._manifests.pop(objects[checkpoint.MANIFEST], None)
-            self._note_failure(name, version, objects)
+        except CheckpointError:
+            if held is None or held.damaged:  # else another try would find the same
+                self._manifests.pop(objects[checkpoint.MANIFEST], None)
+                self._note_failure(name, version, objects)
             raise
         self._failed.pop((name, version), None)
         self._remember()
@@ -217,51 +210,23 @@ class Bucket(Repository):
         """Name the folder of a version in the cache, and return its manifest."""
         tag = objects[checkpoint.MANIFEST]
         if tag in self._manifests:
-            folder = self._cached(name, version, self._manifests[tag])
+            folder = self._cache.path(name, version, self._manifests[tag])
             with suppress(CheckpointRefused):
                 return folder, storage.read_once(folder / checkpoint.MANIFEST, _MANIFEST_BYTES)
         manifest = self._get(f"{name}/{version}/{checkpoint.MANIFEST}", _MANIFEST_BYTES)
         self._manifests[tag] = digest = hashlib.sha256(manifest).hexdigest()
-        return self._cached(name, version, digest), manifest
+        return self._cache.path(name, version, digest), manifest
 
-    @contextmanager
-    def _held(self, name: str, version: int, manifest: bytes, folder: Path) -> Iterator[None]:
-        """Download a version that is not in the cache, and keep it there during the block."""
-        with storage.changing(self._cache, "keep downloaded versions"):
-            storage.make_folder(self._cache)
-            lock = (self._cache / "lock").open("wb")
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until another process has downloaded its version
-            if not folder.is_dir():
-                self._download(name, version, manifest, folder)
-            with storage.open_folder(folder) as held:
-                fcntl.flock(held, fcntl.LOCK_SH)
-                self._evict()
-                fcntl.flock(lock, fcntl.LOCK_UN)
-                yield
+    def _download(
+        self, name: str, version: int, manifest: bytes, listed: Mapping[str, Any], folder: Path
+    ) -> None:
+        for file in (checkpoint.METADATA, checkpoint.WEIGHTS):
+            self._fetch(f"{name}/{version}/{file}", listed[file], folder / file)
+        storage.write_durably(folder / checkpoint.MANIFEST, manifest)
 
-    def _download(self, name: str, version: int, manifest: bytes, folder: Path) -> None:
-        place = self.place(name, version)
-        listed = checkpoint.parse_manifest(f"{place}/{checkpoint.MANIFEST}", manifest)
-        with storage.changing(folder, "keep a downloaded version"):
-            storage.make_folder(folder.parent)
-            for left in self._cache.glob(".new-*"):  # by a killed process: this one has the lock
-                shutil.rmtree(left, ignore_errors=True)
-            with TemporaryDirectory(
-                prefix=".new-", dir=self._cache, ignore_cleanup_errors=True
-            ) as made:
-                for file in (checkpoint.METADATA, checkpoint.WEIGHTS):
-                    self._fetch(f"{name}/{version}/{file}", listed[file], Path(made, file))
-                storage.write_durably(Path(made, checkpoint.MANIFEST), manifest)
-                Path(made).rename(folder)
-
-    def _fetch(self, key: str, expected: object, path: Path) -> None:
+    def _fetch(self, key: str, expected: Mapping[str, Any], path: Path) -> None:
         """Download an object in parts, and compare it with what the manifest says of it."""
-        place = f"{self.where}/{key}"
-        if not isinstance(expected, dict) or type(size := expected.get("bytes")) is not int:
-            raise CheckpointRefused(place, f"{checkpoint.MANIFEST} does not say how long it is")
-        if not 0 <= size <= checkpoint.MAX_BYTES:
-            raise CheckpointRefused(place, f"{size} bytes, more than {checkpoint.MAX_BYTES}")
+        place, size = f"{self.where}/{key}", expected["bytes"]
         digest, got = hashlib.sha256(), 0
         with path.open("xb") as file:
             while got < size:
@@ -274,13 +239,10 @@ class Bucket(Repository):
                     break
             file.flush()
             os.fsync(file.fileno())
-        if got != size or digest.hexdigest() != expected.get("sha256"):
+        if got != size or digest.hexdigest() != expected["sha256"]:
             has = f"{got} bytes and SHA-256 {digest.hexdigest()}"
             reason = f"damaged or replaced: it has {has}, {checkpoint.MANIFEST} says otherwise"
             raise CheckpointRefused(place, reason)
-
-    def _get_manifest(self, name: str, version: int) -> bytes:
-        return self._get(f"{name}/{version}/{checkpoint.MANIFEST}", _MANIFEST_BYTES)
 
     def _get(self, key: str, size: int, start: int = 0) -> bytes:
         """Read so many bytes of an object, or those that there are."""
@@ -291,67 +253,71 @@ class Bucket(Repository):
         except FileNotFoundError as error:
             raise CheckpointRefused(f"{self.where}/{key}", "removed while it was read") from error
 
-    # The cache
-
-    def _evict(self) -> None:
-        """Remove versions from the cache, those not used for longest first, until it is in bounds.
-
-        Those that a process reads stay.
-        """
-        sizes: dict[Path, int] = {}
-        used: dict[Path, float] = {}
-        for folder in self._cache.glob("versions/*/*/[1-9]*"):
-            with suppress(OSError):
-                sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
-                used[folder] = folder.stat().st_mtime
-        left = sum(sizes.values())
-        for folder in sorted(used, key=used.__getitem__):
-            if left <= self._cache_bytes:
-                break
-            with suppress(OSError), storage.open_folder(folder) as held:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-                left -= sizes[folder]
-                folder.parent.rmdir()  # unless it holds another version
-                folder.parent.parent.rmdir()
+    # A start without the storage
 
     def _remember(self) -> None:
-        """Keep what is listed, for a start without the storage."""
+        """Keep what is listed, with what this process and others know of manifests and pins."""
+        if self.problem is not None:
+            return
         listing = self._require_listing()
-        known = {
-            "where": self.where,
-            "listed": time.time(),
-            "versions": listing.versions,
-            "pins": self._pins,
-            "manifests": self._manifests,
-        }
-        with suppress(OSError):  # it is of use only if the next start finds no storage
-            storage.replace_durably(self._known, json.dumps(known).encode())
+        with suppress(OSError):  # it is of use only if a start finds no storage
+            storage.make_folder(self._cache.root)
+            with self._known.with_suffix(".lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                before = self._read_known()
+                tags = {
+                    o.get(checkpoint.MANIFEST)
+                    for v in listing.versions.values()
+                    for o in v.values()
+                }
+                manifests = {**before.get("manifests", {}), **self._manifests}
+                pins = {**before.get("pins", {}), **self._pins}
+                self._manifests = {t: digest for t, digest in manifests.items() if t in tags}
+                self._pins = {
+                    name: (tag, version)
+                    for name, (tag, version) in pins.items()
+                    if listing.pins.get(name) == tag
+                }
+                known = {
+                    "where": self.where,
+                    "versions": listing.versions,
+                    "manifests": self._manifests,
+                    "pins": self._pins,
+                }
+                raw = json.dumps(known).encode()
+                if json.loads(raw) != before:
+                    storage.replace_durably(self._known, raw)
+                os.utime(self._known)  # it was so at this time
+
+    def _read_known(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self._known.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return known if isinstance(known, dict) and known.get("where") == self.where else {}
 
     def _restore(self, error: StorageUnavailable) -> None:
         """Take what the cache holds of the last listing; raise `error` if that is nothing."""
         try:
-            known = json.loads(self._known.read_bytes())
+            known = self._read_known()
             kept, self._manifests = known["versions"], known["manifests"]
             self._pins = {name: (tag, version) for name, (tag, version) in known["pins"].items()}
-            when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(known["listed"]))
+            when = time.gmtime(self._known.stat().st_mtime)
+            versions = {
+                name: {int(v): o for v, o in found.items() if self._has(name, v, o)}
+                for name, found in kept.items()
+            }
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise error from None
-        versions = {
-            name: {int(v): objects for v, objects in found.items() if self._has(name, v, objects)}
-            for name, found in kept.items()
-        }
         if not any(versions.values()):
             raise error
         self._listing = _Listing(versions, {name: tag for name, (tag, _) in self._pins.items()})
-        self.problem = f"started from the cache, as of {when}: {error}"
+        time_ = time.strftime("%Y-%m-%d %H:%M UTC", when)
+        self.problem = f"started from the cache, as of {time_}: {error}"
 
     def _has(self, name: str, version: str, objects: Mapping[str, str]) -> bool:
-        digest = self._manifests.get(objects.get(checkpoint.MANIFEST, ""), "")
-        return self._cached(name, version, digest).is_dir()
-
-    def _cached(self, name: str, version: object, digest: str) -> Path:
-        return self._cache / "versions" / digest[:_KEY] / name / str(version)
+        digest = self._manifests.get(objects.get(checkpoint.MANIFEST, ""))
+        return digest is not None and self._cache.path(name, version, digest).is_dir()
 
     # Publishing
 
@@ -450,14 +416,12 @@ def _is_complete(objects: Mapping[str, str]) -> bool:
     return objects.keys() >= {*_FILES}
 
 
-def _is_intact(folder: Path) -> bool:
-    """Say if the files of a folder are those of its manifest, so that nothing was damaged."""
-    try:
-        files = {file: storage.read_once(folder / file, checkpoint.MAX_BYTES) for file in _FILES}
-        listed = checkpoint.parse_manifest(folder, files.pop(checkpoint.MANIFEST))
-    except CheckpointError:
-        return False
-    return all(
-        listed[file] == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        for file, raw in files.items()
-    )
+def _listed(place: str, manifest: bytes) -> Mapping[str, Any]:
+    """Return size and SHA-256 of the other files; CheckpointRefused unless they can be."""
+    listed = checkpoint.parse_manifest(place, manifest)
+    for file in listed.values():
+        size = file.get("bytes") if isinstance(file, dict) else None
+        if type(size) is not int or not 0 <= size <= checkpoint.MAX_BYTES or "sha256" not in file:
+            reason = f"sizes of 0 to {checkpoint.MAX_BYTES} bytes and digests are needed"
+            raise CheckpointRefused(place, reason)
+    return listed

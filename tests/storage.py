@@ -47,6 +47,9 @@ class Storage:
                 answer = connection.getresponse()
                 content = answer.read()
                 connection.close()
+                if fault == "cut" and not content:  # it was done, and nobody is told
+                    self.close_connection = True
+                    return
                 if fault == "corrupt" and content:
                     middle = len(content) // 2
                     content = (

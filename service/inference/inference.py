@@ -77,7 +77,7 @@ _SEEDS = 4
 class Inference:
     """The models, the batcher and their threads.
 
-    `folder` is the seam for tests, `control` is shared with other workers, and `check` is whether
+    `source` is the seam for tests, `control` is shared with other workers, and `check` is whether
     a start that serves no model is an error (see `ModelStore`).
 
     Raises:
@@ -93,7 +93,7 @@ class Inference:
     def __init__(
         self,
         settings: Settings,
-        folder: CheckpointSource | None = None,
+        source: CheckpointSource | None = None,
         control: ControlState | None = None,
         *,
         check: bool = True,
@@ -121,7 +121,7 @@ class Inference:
             inline=_is_inline,
             observe=self._observe,
         )
-        self.store = ModelStore(settings, self._loader, folder, control, check=check)
+        self.store = ModelStore(settings, self._loader, source, control, check=check)
 
     def adopt_this_thread(self) -> None:
         """Set up the thread of the event loop, on which inline batches run."""

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -167,13 +168,24 @@ class ModelStore:
             )
         model = self._model(meant)
         if not model.versions:
-            raise _NotLoaded(meant) if self._waits(meant) else self._no_model(name)
+            if self._waits(meant):
+                self._require_found(model, version)
+                raise _NotLoaded(meant)
+            if self._settings.max_loaded_models and model.refused:
+                raise Overloaded("the model cannot be loaded now; /readyz says why", "loading")
+            raise self._no_model(name)
         if self._settings.max_loaded_models:
             self._used[meant] = time.monotonic()
         number = model.answers if version is None else plain_number(version)
         if number is None or number not in model.versions:
             raise NotFound(f"no such version of the model; served are {_listed(model.versions)}")
         return model.versions[number]
+
+    @staticmethod
+    def _require_found(model: _Model, version: str | None) -> None:
+        """Raise NotFound for a version for which a model need not be loaded."""
+        if version is not None and plain_number(version) not in model.found:
+            raise NotFound(f"no such version of the model; there are {_listed(model.found)}")
 
     async def find_or_load(self, name: str | None, version: str | None) -> Classifier:
         """Do as `find`, after loading a model that waits to be asked for.
@@ -187,10 +199,6 @@ class ModelStore:
                 return self.find(name, version)
             except _NotLoaded as error:
                 await self._load_awaited(error.name)
-                model = self._model(error.name)
-                if model.refused and not model.versions:
-                    reason = "the model cannot be loaded now; /readyz says why"
-                    raise Overloaded(reason, "loading") from None
         raise Overloaded("more models are asked for than may be loaded", "loading")
 
     async def _load_awaited(self, name: str) -> None:
@@ -207,17 +215,19 @@ class ModelStore:
             raise Overloaded("the model is being loaded", "loading") from None
 
     def _load_on_request(self, name: str) -> None:
-        """Load a model, and unload the least recently used ones; in the loader thread."""
-        loaded = {n: self._used.get(n, 0.0) for n, model in self._models.items() if model.versions}
-        if name in loaded or self._closing:
+        """Load a model, then unload the least recently used ones; in the loader thread."""
+        if self._model(name).versions or self._closing:
             return
-        excess = len(loaded) + 1 - self._settings.max_loaded_models
+        self._refresh(name, self._model(name).found)
+        loaded = {n: self._used.get(n, 0.0) for n, model in self._models.items() if model.versions}
+        excess = len(loaded) - self._settings.max_loaded_models
+        if loaded.pop(name, None) is None:  # none makes room for one that cannot be loaded
+            return
         for other in sorted(loaded, key=loaded.__getitem__)[: max(0, excess)]:
             self._change(other, versions={}, answers=None)
             _log.info("model unloaded", extra={FIELDS: {"model": other, "for": name}})
-        release_freed_memory()
         self._used[name] = time.monotonic()
-        self._refresh(name, self._model(name).found)
+        release_freed_memory()
 
     def _waits(self, name: str) -> bool:
         """Say if a model is not loaded because nobody has asked for it lately."""
@@ -232,6 +242,11 @@ class ModelStore:
     def __iter__(self) -> Iterator[str]:
         """Name the models that answer, in order: those served, and those loaded on request."""
         return (name for name, model in self._models.items() if model.versions or self._waits(name))
+
+    def check(self, name: str, version: str | None = None) -> None:
+        """Raise what `find_or_load` would without loading: NotFound or Overloaded."""
+        with suppress(_NotLoaded):
+            self.find(name, version)
 
     def versions(self, name: str) -> Mapping[int, Classifier]:
         """Return a model's served versions, in ascending order."""

@@ -108,12 +108,12 @@ def test_a_poll_is_one_listing_and_what_is_cached_is_not_read_again(open_bucket,
 
 
 def test_publishers_that_race_get_a_number_each(open_bucket):
-    start, numbers = threading.Barrier(4), {}
+    start, numbers, modules = threading.Barrier(4), {}, [module(seed) for seed in range(4)]
 
     def publish(seed):
         made = open_bucket(f"cache-{seed}")
         start.wait()
-        numbers[seed] = made.save(module(seed), ABOUT)
+        numbers[seed] = made.save(modules[seed], ABOUT)
 
     threads = [threading.Thread(target=publish, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -148,11 +148,14 @@ def test_an_upload_that_breaks_leaves_nothing_that_is_read(open_bucket, storage,
     assert weights(made.read("net", 2 + left)) == expected(3)
 
 
-def test_a_write_whose_answer_is_lost_and_that_is_sent_again_is_one_version(open_bucket, storage):
+@pytest.mark.parametrize("file", ["model.json", "manifest.json"])
+def test_a_write_whose_answer_is_lost_and_that_is_sent_again_is_one_version(
+    open_bucket, storage, file
+):
     lost = []
 
     def lose_the_first_answer(method, path):
-        if method == "PUT" and "manifest" in path and not lost:
+        if method == "PUT" and file in path and not lost:
             lost.append(path)
             return "cut"
         return None
@@ -161,7 +164,8 @@ def test_a_write_whose_answer_is_lost_and_that_is_sent_again_is_one_version(open
     made = open_bucket()
     version = made.save(module(1), ABOUT)
     assert lost
-    assert made.find() == {"net": [version]}
+    assert made.versions("net") == [version]
+    assert version == 1 + (file == "model.json")  # whose number it was, it cannot know
     assert weights(made.read("net", version)) == expected(1)
 
 
@@ -287,6 +291,57 @@ def test_a_start_without_storage_takes_the_cache_if_it_may(open_bucket, storage)
         again.find()
 
 
+def test_such_a_start_knows_what_every_process_has_read_and_what_was_removed(open_bucket, storage):
+    made = open_bucket()
+    for seed in (1, 2, 3):
+        made.save(module(seed), ABOUT)
+    made.pin("net", 1)
+    for version in (1, 2):
+        made.read("net", version)
+    made.pinned("net")
+    other = open_bucket()  # another process, with the same cache
+    other.read("net", 3)
+
+    def offline():
+        storage.fault = lambda *_: "down"
+        found = open_bucket(start_from_cache=True)
+        versions = found.find()
+        first = found.problem
+        with found.local("net", versions["net"][0]):
+            found.find()
+        assert found.problem == first  # is not logged again
+        pinned = found.pinned("net")
+        storage.fault = lambda *_: None
+        return versions, pinned
+
+    assert offline() == ({"net": [1, 2, 3]}, 1)
+    made.pin("net", None)
+    made.remove("net", 3)
+    assert offline() == ({"net": [1, 2]}, None)
+
+
+def test_what_is_cached_does_not_wait_for_a_download(open_bucket, storage, tmp_path):
+    made = open_bucket("a")
+    for seed in (1, 2):
+        made.save(module(seed), ABOUT)
+    shared = open_bucket("shared")
+    shared.read("net", 2)
+    reached, done = threading.Event(), threading.Event()
+
+    def stall(method, path):
+        if method == "GET" and "1/model.safetensors" in path:
+            reached.set()
+            done.wait(20)
+        return
+
+    storage.fault = stall
+    reader = reading(tmp_path / "shared")
+    assert reached.wait(60)
+    assert weights(shared.read("net", 2)) == expected(2)
+    done.set()
+    assert reader.communicate(timeout=60)[0]
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_a_damaged_cache_is_read_again(open_bucket, damage):
     made = open_bucket()
@@ -322,7 +377,7 @@ def test_a_version_that_is_bad_itself_is_not_downloaded_again(open_bucket, stora
     assert sum("model.json" in path for path in storage.asked("GET")) == 1
 
 
-def test_the_cache_keeps_what_was_used_last_and_what_is_being_read(open_bucket):
+def test_the_cache_keeps_what_was_used_last_and_what_is_being_read(open_bucket, tmp_path):
     made = open_bucket()
     for seed in range(4):
         made.save(module(seed), ABOUT)
@@ -331,7 +386,7 @@ def test_the_cache_keeps_what_was_used_last_and_what_is_being_read(open_bucket):
     small = open_bucket("small", limit=int(2.5 * size))
 
     def cached():
-        return sorted(int(f.name) for f in (small._cache / "versions").glob("*/net/*"))
+        return sorted(int(f.name) for f in (tmp_path / "small" / "versions").glob("*/net/*"))
 
     for version in (1, 2, 1, 3):
         small.read("net", version)

@@ -137,8 +137,13 @@ def scoring(driver):
     return [p for p in found if not p.name().startswith("ray::") or "Map" in p.name()]
 
 
-def test_ray_finishes_what_killed_drivers_began(s3, environment):
+def test_ray_finishes_what_killed_drivers_began(s3, environment, checkpoints, tmp_path):
     upload(f"{s3}/in")
+    models = open_store(f"{s3}/models")
+    for path in checkpoints.rglob("*.*"):
+        models.put(str(path.relative_to(checkpoints)), path.read_bytes())
+    own = {"DROPSERVE_CHECKPOINTS": f"{s3}/models", "DROPSERVE_CACHE": str(tmp_path / "cache")}
+    environment = environment | own
     ray = [f"{s3}/in", "--engine", "ray", "--actors", "2", "--model", "digits-mlp"]
     total = FILES * GROUPS * ROWS + 40 + len(BAD)
     said = finish([*ray, "--out", f"{s3}/whole"], environment)

@@ -200,7 +200,9 @@ async def ready(request: Request) -> dict[str, bool]:
 async def model_ready(request: Request) -> dict[str, str | bool]:
     """Say that a model can answer."""
     common.require_serving(request)
-    return {"name": (await common.find_model(request)).name, "ready": True}
+    name = request.path_params["name"]
+    common.inference_of(request).store.check(name, request.path_params.get("version"))
+    return {"name": name, "ready": True}
 
 
 async def metadata(request: Request) -> Response:

@@ -18,7 +18,7 @@ from dropserve.service.client import DropserveClient
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
 MODEL = {
-    "name": "pets", "version": 2, "versions": [1, 2], "default": True,
+    "name": "pets", "version": 2, "versions": [1, 2], "on_request": [], "default": True,
     "refused": [{"version": 3, "reason": "damaged"}],
     "changed": [{"version": 1, "reason": "gone"}], "pinned": 2, "pin_problem": "unreadable",
     "manifest_sha256": "a" * 64,

@@ -362,7 +362,7 @@ def test_what_an_engine_cannot_do_is_refused(
 
 
 def test_the_ray_engine_says_what_to_install(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE"):
         monkeypatch.setenv(name, "")  # it sets them
     result = run("score", folder, "--out", tmp_path / "scores", "--engine", "ray")

@@ -117,7 +117,7 @@ def test_a_start_without_storage(published, storage, make_server, tmp_path):
     assert refused.process.wait(60) == 1
     text = "s3://models/prod: cannot be listed: AccessDenied: check what the credentials allow"
     assert text in refused.errors.read_text()
-    server = make_server(URL, start_from_cache=True, **options).start()
+    server = make_server(URL, start_from_cache=True, workers=2, **options).start()
     with httpx.Client(base_url=server.url) as client:
         found = client.post("/predict", **POST).json()["predictions"][0]
         assert found["probabilities"] == answer(1)
@@ -158,14 +158,20 @@ def test_models_are_loaded_when_they_are_asked_for(make_server, tmp_path):
             assert found["predictions"][0]["probabilities"] == answer(seed)
         assert loaded() == ["net-3", "net-4"]
         client.post("/v1/models/net-3/predict", **POST)
-        assert client.get("/v2/models/net-1/ready").status_code == 200
+        assert client.get("/v2/models/net-1/ready").status_code == 200  # loads nothing
+        assert client.get("/v1/models/net-1/versions/7").status_code == 404  # likewise
+        assert loaded() == ["net-3", "net-4"]
+        assert client.get("/v1/models/net-1").json()["version"] == 1
         assert loaded() == ["net-1", "net-3"]
         checkpoint.save(tmp_path, module(9), about("net-1"))
         path = "/v1/models/net-1/predict"
         assert eventually(lambda: client.post(path, **POST).json()["version"] == 2, 20, 0.05)
         assert client.post("/v1/models/net-9/predict", **POST).status_code == 404
+        said = dropserve("models", "--url", server.url)
+        assert "net-0 is loaded when it is asked for: versions 1" in said
 
         start = threading.Barrier(len(NAMES))
+        answers = [answer(seed) for seed in range(len(NAMES))]
 
         def ask(seed):
             start.wait()
@@ -174,7 +180,7 @@ def test_models_are_loaded_when_they_are_asked_for(make_server, tmp_path):
                     found = own.post(f"/v1/models/net-{seed}/versions/1/predict", **POST)
                     if found.status_code == 200:
                         probabilities = found.json()["predictions"][0]["probabilities"]
-                        assert probabilities == answer(seed)
+                        assert probabilities == answers[seed]
                     else:
                         assert (found.status_code, found.headers["retry-after"]) == (503, "1")
             return True
@@ -186,8 +192,11 @@ def test_models_are_loaded_when_they_are_asked_for(make_server, tmp_path):
         (tmp_path / "net-2" / "1" / "model.json").write_text("{")
         client.post("/v1/models/net-0/predict", **POST)
         client.post("/v1/models/net-1/predict", **POST)
+        before = loaded()
         found = client.post("/v1/models/net-2/predict", **POST)
+        assert loaded() == before  # none is unloaded for one that cannot be loaded
         assert (found.status_code, "readyz says why" in found.text) == (503, True)
+        assert client.post("/v1/models/net-2/predict", **POST).status_code == 503
         assert client.get("/readyz").json()["models"]["net-2"]["refused"]
         token = {"Authorization": f"Bearer {'x' * 16}"}
         url = "/v2/repository/models/net-4"

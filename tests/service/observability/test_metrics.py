@@ -246,12 +246,19 @@ class Store(dict):
     """Versions that are served, by model."""
 
     loads = MappingProxyType({("a", "loaded"): 2})
+    problem = None
     models = dict.keys
     versions = dict.__getitem__
 
     def state(self, name):
         version = max(self.get(name, ()), default=None)
-        return {"version": version, "refused": [3], "changed": [], "pin_problem": None}
+        return {
+            "version": version,
+            "on_request": [],
+            "refused": [3],
+            "changed": [],
+            "pin_problem": None,
+        }
 
 
 def test_gauges_follow_what_is_served_and_loads_are_counted_once():
