@@ -6,7 +6,7 @@ BOOTSTRAP := $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve train test test-slow test-compose test-kserve test-openapi test-scale soak check browser screenshots docs format \
-	lab-quick bench bench-accuracy bench-http bench-photos bench-capacity bench-simulation bench-report lock sbom clean
+	lab-quick bench bench-accuracy bench-http bench-photos bench-capacity bench-simulation bench-bulk bench-distributed bench-report lock sbom clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
@@ -118,6 +118,14 @@ bench-photos: setup ## Measure the peak memory of a worker that gets the largest
 bench-capacity: setup ## Measure what a capacity model needs, and hold it against one and two processes
 	@command -v haproxy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends haproxy; }
 	$(PYTHON) -m bench.capacity
+
+# Twenty minutes, and three. On an idle machine: processor time per image, images per second.
+bench-bulk: setup ## Measure bulk scoring: over HTTP, in processes, and on Ray
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev,ray]'
+	$(PYTHON) -m bench.bulk
+
+bench-distributed: setup ## Measure training on two processes, and in parts of a batch
+	$(PYTHON) -m bench.distributed
 
 # Four minutes. After bench-capacity.
 bench-simulation: setup ## Simulate bursts, deaths, updates and autoscaling of 10 to 1,000 replicas

@@ -7,6 +7,7 @@ PyTorch's elastic agent starts the processes of one machine and ends them all wh
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another that neither answers nor closes its connection."""
 _PR_SET_PDEATHSIG = 1
+_LOST = re.compile("gloo|nccl|socket|connection|timed out|broken pipe", re.IGNORECASE)
+"""In messages of a lost connection."""
 REMEDY = "all finished epochs are kept: start it again with --resume"
 
 
@@ -125,10 +128,9 @@ def together(fabric: Fabric, when: str) -> Iterator[None]:
     """Turn an error of the connection to the other processes into ProcessLost."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # gloo has no type of its own
-        if fabric.world_size == 1:
+        of_connection = isinstance(error, torch.distributed.DistError) or _LOST.search(str(error))
+        if fabric.world_size == 1 or not of_connection:
             raise
-        reason = f"{when}: another process was lost, or a step failed"
+        reason = f"{when}: another process was lost"
         raise ProcessLost(f"{reason} ({error}); {REMEDY}") from error

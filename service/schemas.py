@@ -9,6 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
 
+MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
+"""Figures of an image's uncertainty, one number each."""
 MAX_SAMPLES = 1000
 SCALES = (255, 1)
 """Values that may mean white."""

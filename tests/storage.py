@@ -13,6 +13,62 @@ URL = "s3://models/prod"
 _HOPS = {"connection", "transfer-encoding", "content-length", "date", "server"}
 
 
+class _Handler(BaseHTTPRequestHandler):
+    storage: "Storage"
+    upstream: tuple[str, int]
+    protocol_version = "HTTP/1.1"
+
+    def handle_one(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.storage.requests.append((self.command, self.path))
+        fault = self.storage.fault(self.command, self.path)
+        if fault == "down":
+            self.close_connection = True
+            return
+        if isinstance(fault, float):
+            time.sleep(fault)
+        if isinstance(fault, str) and fault not in ("cut", "corrupt"):
+            text = f"<Error><Code>{fault}</Code><Message>no</Message></Error>".encode()
+            self._answer(403, [("Content-Type", "application/xml")], text)
+            return
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOPS}
+        connection = http.client.HTTPConnection(*self.upstream, timeout=20)
+        connection.request(self.command, self.path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        if fault == "cut" and not content:  # it was done, and nobody is told
+            self.close_connection = True
+            return
+        if fault == "corrupt" and content:
+            middle = len(content) // 2
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOPS]
+        length = answer.getheader("content-length") if self.command == "HEAD" else None
+        self._answer(answer.status, kept, content, length, cut=fault == "cut")
+
+    def _answer(self, status, headers, content, length=None, *, cut=False) -> None:
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if cut else content)
+        self.close_connection = self.close_connection or cut
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Keep stderr clean."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that have left are no news."""
+
+
 class Storage:
     """The proxy: what was asked, and what is done to it.
 
@@ -23,63 +79,8 @@ class Storage:
     def __init__(self, upstream: tuple[str, int]) -> None:
         self.requests: list[tuple[str, str]] = []
         self.fault: Callable[[str, str], object] = lambda _method, _path: None
-        storage = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_one(self) -> None:
-                body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                storage.requests.append((self.command, self.path))
-                fault = storage.fault(self.command, self.path)
-                if fault == "down":
-                    self.close_connection = True
-                    return
-                if isinstance(fault, float):
-                    time.sleep(fault)
-                if isinstance(fault, str) and fault not in ("cut", "corrupt"):
-                    text = f"<Error><Code>{fault}</Code><Message>no</Message></Error>".encode()
-                    self._answer(403, [("Content-Type", "application/xml")], text)
-                    return
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOPS}
-                connection = http.client.HTTPConnection(*upstream, timeout=20)
-                connection.request(self.command, self.path, body, headers)
-                answer = connection.getresponse()
-                content = answer.read()
-                connection.close()
-                if fault == "cut" and not content:  # it was done, and nobody is told
-                    self.close_connection = True
-                    return
-                if fault == "corrupt" and content:
-                    middle = len(content) // 2
-                    content = (
-                        content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-                    )
-                kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOPS]
-                length = answer.getheader("content-length") if self.command == "HEAD" else None
-                self._answer(answer.status, kept, content, length, cut=fault == "cut")
-
-            def _answer(self, status, headers, content, length=None, *, cut=False) -> None:
-                self.send_response(status)
-                for name, value in headers:
-                    self.send_header(name, value)
-                self.send_header("Content-Length", length or str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if cut else content)
-                self.close_connection = self.close_connection or cut
-
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815
-
-            def log_message(self, *_: object) -> None:
-                """Keep stderr clean."""
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: object) -> None:
-                """Clients that have left are no news."""
-
-        self._server = Server(("127.0.0.1", 0), Handler)
+        handler = type("Handler", (_Handler,), {"storage": self, "upstream": upstream})
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()

@@ -221,7 +221,7 @@ def test_models_from_a_store_need_no_claim_and_may_reach_it():
         for rule in RENDERED["s3"]["NetworkPolicy"]["spec"]["egress"]
         for port in rule["ports"]
     }
-    assert allowed == {(53, "UDP"), (53, "TCP"), (443, "TCP")}
+    assert allowed == {(53, "UDP"), (53, "TCP"), (443, "TCP"), (80, "TCP")}
     assert RENDERED["claim"]["NetworkPolicy"]["spec"]["egress"] == []
 
 

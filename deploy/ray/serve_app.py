@@ -76,7 +76,7 @@ class Dropserve:
         self.revision = revision
 
     async def check_health(self) -> None:
-        """Raise an error if /readyz would be one: Ray then replaces the replica."""
+        """Raise an error if the networks do not run any more: Ray then replaces the replica."""
         problem = self.app.state.inference.stalled()  # type: ignore[attr-defined]  # of the ingress
         if problem is not None:
             raise RuntimeError(problem)

@@ -20,10 +20,11 @@ from dropserve.models.defaults import DEFAULT_SAMPLES
 from dropserve.models.image_formats import IMAGE_SUFFIXES
 from dropserve.service.cli import ask, options, score_local, score_ray, scores, terminal
 from dropserve.service.cli.options import Opt
-from dropserve.service.cli.scores import COLUMNS, ERROR, MEASURES, PATH, Mode, Row, Run, Timings
+from dropserve.service.cli.scores import COLUMNS, ERROR, PATH, Mode, Row, Run, Timings
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
 from dropserve.service.schemas import (
+    MEASURES,
     Prediction,
     PredictResponse,
     UncertainPrediction,

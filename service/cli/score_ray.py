@@ -34,6 +34,8 @@ RUN = "_run.json"
 """Readers of Parquet folders leave out names that begin with _."""
 IMAGES, SLICES, ROWS = 1024, 16, 64
 """Files of a part; slices at most of a group of rows in Parquet; rows that are read at a time."""
+_RESTARTS = 3
+"""Times that an actor is started again, and its part tried: one may need more memory than is."""
 _MEMORY = 128 * 2**20
 """Bytes of Ray's object store, if this process starts Ray: only lists of names are in it."""
 
@@ -184,9 +186,12 @@ class Source:
             for name in names:
                 if name.lower().endswith(suffixes):
                     path = os.path.join(root, name)  # noqa: PTH118  a tenth of pathlib's time
-                    found = os.stat(path)  # noqa: PTH116  likewise
                     relative = os.path.relpath(path, self._root)
-                    yield os.fsencode(relative), f"{found.st_size} {found.st_mtime_ns}"
+                    try:
+                        found = os.stat(path)  # noqa: PTH116  likewise
+                        yield os.fsencode(relative), f"{found.st_size} {found.st_mtime_ns}"
+                    except OSError as error:  # a row will say so
+                        yield os.fsencode(relative), str(error.strerror)
         if errors:
             raise errors[0]
 
@@ -433,6 +438,8 @@ def _run(parts: Sequence[Part], work: _Work, actors: int | None) -> Iterator[dic
             compute=ray.data.ActorPoolStrategy(size=count),
             fn_constructor_args=(work,),
             num_cpus=1,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
         )
         yield from scored.iter_rows()
     except ray.exceptions.RayError as error:

@@ -17,7 +17,7 @@ import torch
 from dropserve.models.device import find_device
 from dropserve.models.memory import keep_freed_memory
 from dropserve.service.cli.options import repository
-from dropserve.service.cli.scores import MEASURES, Row, Run, Timings, failed
+from dropserve.service.cli.scores import Row, Run, Timings, failed
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.errors import RequestError
 from dropserve.service.http.images import encoded, prepared_alone
@@ -28,6 +28,7 @@ from dropserve.service.inference.classifier import (
     Uncertainty,
 )
 from dropserve.service.inference.decoder import Pixels
+from dropserve.service.schemas import MEASURES
 from dropserve.service.settings import Settings
 
 _BATCH = 64

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from dropserve.models import checkpoint
 from dropserve.service.cli.options import repository
 from dropserve.service.cli.terminal import Refused
+from dropserve.service.schemas import MEASURES
 from dropserve.service.settings import Settings
 
 Mode = Literal["predict", "uncertainty"]
-MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
 COLUMNS = ("path", "label", "index", "probability", *MEASURES, "model", "version", "error")
 PATH, ERROR = COLUMNS.index("path"), COLUMNS.index("error")
 Row = tuple[Any, ...]  # a value a column

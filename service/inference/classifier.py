@@ -30,6 +30,7 @@ from dropserve.models.montecarlo import (
 from dropserve.models.sequential import compile_for_inference, convert_memory_format
 from dropserve.service.errors import InvalidRequest, ServerError
 from dropserve.service.inference.decoder import Pixels
+from dropserve.service.schemas import MEASURES
 
 _CPU = torch.device("cpu")
 _INLINE = 0.005
@@ -38,7 +39,6 @@ _SLOW = 1.0
 """Seconds after which a task is slow without another try."""
 _PART = 64
 """Images sampled together: enough to be fast, few enough that other jobs can run in between."""
-_MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio")
 NOT_FINITE = "the network's output is not finite for this image"
 Answer = Mapping[str, Any]
 """Ready for JSON, with NumPy float32 for numbers."""
@@ -194,7 +194,7 @@ class Classifier:
             for part in torch.split(x, _PART)
         ]
         found = _most_probable(torch.cat([part.mean for part in parts]))
-        for name in _MEASURES:
+        for name in MEASURES:
             found[name] = torch.cat([getattr(part, name) for part in parts]).numpy()
         return found
 

@@ -34,10 +34,12 @@ SAFE = {
 ENTRY = re.compile(r"([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
 
 
-def constraints():
+def constraints(extra=""):
+    """Read the pins of what `make setup` installs, or of what the extra ray brings besides."""
     text = (ROOT / "constraints.txt").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in (x.split("==") for x in lines)}
+    lines = [line.partition("  # ")[::2] for line in text.splitlines() if not line.startswith("#")]
+    pins = (pin.split("==") for pin, of in lines if of == extra)
+    return {canonicalize_name(name): version for name, version in pins}
 
 
 def lock(name):
@@ -65,14 +67,17 @@ def test_versions_with_known_vulnerabilities_cannot_be_installed(name, safe):
 
 def test_constraints_pin_what_the_tests_run_with_and_nothing_else():
     at_hand = versions([*DEPENDENCIES, *EXTRAS["dev"]])
-    pinned = constraints()
-    if find_spec("ray"):  # `make setup` leaves it out, `make test-scale` installs it
-        at_hand |= versions(EXTRAS["ray"])
-        assert pinned.keys() <= at_hand.keys()
     # On some machines PyTorch brings a GPU's libraries along, and chooses their versions itself.
-    unpinned = at_hand.keys() - pinned.keys() - versions(["torch"]).keys()
+    unpinned = at_hand.keys() - constraints().keys() - versions(["torch"]).keys()
     assert not unpinned
-    assert pinned == pinned | {name: at_hand[name] for name in pinned.keys() & at_hand.keys()}
+    assert constraints() == {name: at_hand.get(name) for name in constraints()}
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="`make test-scale` installs it")
+def test_constraints_pin_what_ray_brings_and_say_so():
+    brought = versions(EXTRAS["ray"])
+    others = versions([*DEPENDENCIES, *EXTRAS["dev"]])
+    assert constraints("ray") == {n: v for n, v in brought.items() if n not in others}
 
 
 def test_constraints_suit_any_build_of_a_version():

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -23,7 +22,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from dropserve.models.object_storage import open_store
-from tests.helpers import encode, eventually, free_port, noise
+from tests.helpers import encode, noise
 from tests.reliability.figures import SCALE
 
 pytestmark = pytest.mark.timeout(600)
@@ -35,32 +34,12 @@ BAD = {"cut.png": b"\x89PNG\r\n\x1a\n cut", "empty.jpg": b"", "text.webp": b"hel
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """moto's S3 server on a socket, and what points obstore to it."""
-    port, log = free_port(), tmp_path_factory.mktemp("s3") / "log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as file, pytest.MonkeyPatch.context() as patch:
-        server = subprocess.Popen(command, stdout=file, stderr=file)
-        try:
-            eventually(lambda: answers(url), 60, 0.1)
-            for name, value in {
-                "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
-                "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-            }.items():  # fmt: skip
-                patch.setenv(name, value)
-            httpx.put(f"{url}/bucket").raise_for_status()
-            yield "s3://bucket"
-        finally:
-            server.kill()
-            server.wait()
-
-
-def answers(url):
-    try:
-        return httpx.get(url).status_code < 500
-    except httpx.TransportError:
-        return False
+def s3(running_storage):
+    """A bucket, and what points obstore to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (running_storage.environment | {"AWS_TIMEOUT": "30s"}).items():
+            patch.setenv(name, value)
+        yield "s3://models"
 
 
 @pytest.fixture(scope="module")

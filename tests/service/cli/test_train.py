@@ -180,6 +180,18 @@ def test_the_former_name_of_the_device_is_an_option_too(train, tmp_path):
         assert result.stderr.startswith("error: no GPU for the device cuda: ")
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_save_one_version(tmp_path):
+    command = [Path(sys.executable).with_name("dropserve"), "train", "--devices", "2"]
+    command += ["--epochs", "4", "--samples", "0", "--checkpoints", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "processes: 2" in done.stdout
+    assert done.stdout.count("epoch 4/4") == 1
+    assert [f.name for f in (tmp_path / "digits-mlp").iterdir()] == ["1"]
+    _, metadata = checkpoint.load(tmp_path / "digits-mlp" / "1")
+    assert metadata.evaluation["eval"]["accuracy"] > 0.85
+
+
 def test_every_field_of_a_recipe_is_an_option():
     options = {p.name for p in typer.main.get_command(app).get_command(None, "train").params}
     assert {field.name for field in fields(Recipe)} - options == {"validation_share"}
