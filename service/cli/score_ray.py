@@ -466,7 +466,7 @@ def _start_ray(actors: int | None) -> None:
 def _cores() -> int:
     import ray
 
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    found: dict[str, float] = ray.cluster_resources()
     return max(1, int(found.get("CPU", 1)))
 
 
