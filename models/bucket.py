@@ -70,7 +70,7 @@ class Bucket(Repository):
 
     The newest version read stays in the cache even if it is larger. With `start_from_cache`, `find`
     may return the last listing that the cache has seen, until the storage has answered once;
-    `problem` then says so.
+    `problem` then says so. A thread may list while another reads.
 
     Raises:
         StorageUnavailable: the URL or the credentials are of no use.
@@ -209,8 +209,8 @@ class Bucket(Repository):
     def _folder(self, name: str, version: int, objects: Objects) -> tuple[Path, bytes]:
         """Name the folder of a version in the cache, and return its manifest."""
         tag = objects[checkpoint.MANIFEST]
-        if tag in self._manifests:
-            folder = self._cache.path(name, version, self._manifests[tag])
+        if (known := self._manifests.get(tag)) is not None:
+            folder = self._cache.path(name, version, known)
             with suppress(CheckpointRefused):
                 return folder, storage.read_once(folder / checkpoint.MANIFEST, _MANIFEST_BYTES)
         manifest = self._get(f"{name}/{version}/{checkpoint.MANIFEST}", _MANIFEST_BYTES)
@@ -330,26 +330,23 @@ class Bucket(Repository):
         self.find()
         self._remove_abandoned(name)
         version = max(self._require_listing().versions.get(name, {}), default=0) + 1
-        while not self._create(f"{name}/{version}/{checkpoint.METADATA}", files):
+        about = files[checkpoint.METADATA]
+        while not self._create(f"{name}/{version}/{checkpoint.METADATA}", about):
             version += 1
         weights = f"{name}/{version}/{checkpoint.WEIGHTS}"
         with self._writing(weights):
             self._store.put(weights, files[checkpoint.WEIGHTS])
-        manifest = f"{name}/{version}/{checkpoint.MANIFEST}"
-        if not self._create(
-            manifest, files
-        ):  # perhaps by us: a write whose answer is lost is sent again
-            found = self._get(manifest, _MANIFEST_BYTES)
-            if found != files[checkpoint.MANIFEST]:
-                raise CheckpointNotWritten(f"{self.where}/{manifest}: another one was written")
+        key, manifest = f"{name}/{version}/{checkpoint.MANIFEST}", files[checkpoint.MANIFEST]
+        # One that is there may be ours: a write whose answer is lost is sent again.
+        if not self._create(key, manifest) and self._get(key, _MANIFEST_BYTES) != manifest:
+            raise CheckpointNotWritten(f"{self.where}/{key}: another one was written")
         self.find()
         return version
 
-    def _create(self, key: str, files: Mapping[str, bytes]) -> bool:
-        """Write a file as a new object; False: there is one already."""
+    def _create(self, key: str, raw: bytes) -> bool:
+        """Write a new object; False: there is one already."""
         from obstore.exceptions import AlreadyExistsError
 
-        raw = files[key.rpartition("/")[2]]
         try:
             with self._writing(key):
                 self._store.put(key, raw, mode="create", use_multipart=False)

@@ -189,12 +189,7 @@ def read(path: Path) -> Version:
 
     if not path.is_dir():
         raise CheckpointNotFound(f"{path}: no such checkpoint")
-    manifest = storage.read_if_there(path / MANIFEST, storage.MAX_HEADER_BYTES)
-    about = storage.read_once(path / METADATA, storage.MAX_HEADER_BYTES)
-    weights = storage.read_once(path / WEIGHTS, MAX_BYTES)
-    files = _digests(about, weights)
-    if manifest is not None:
-        _check_manifest(path, manifest, files)
+    manifest, about, weights, files = _read_files(path)
     metadata = _parse_metadata(path / METADATA, about)
     tensors = storage.parse_tensors(path / WEIGHTS, weights)
     if (got := files[WEIGHTS]["sha256"]) != metadata.sha256:
@@ -205,6 +200,26 @@ def read(path: Path) -> Version:
             _check_tensors(path / WEIGHTS, tensors, metadata.network.build().state_dict())
     digest = None if manifest is None else hashlib.sha256(manifest).hexdigest()
     return Version(path, metadata, tensors, files, digest)
+
+
+def is_intact(path: Path) -> bool:
+    """Say if the files in a folder are those of its manifest: then none was damaged."""
+    try:
+        manifest, *_ = _read_files(path)
+    except CheckpointError:
+        return False
+    return manifest is not None
+
+
+def _read_files(path: Path) -> tuple[bytes | None, bytes, bytes, Mapping[str, Any]]:
+    """Return manifest, metadata, weights and their digests, which the manifest agrees with."""
+    manifest = storage.read_if_there(path / MANIFEST, storage.MAX_HEADER_BYTES)
+    about = storage.read_once(path / METADATA, storage.MAX_HEADER_BYTES)
+    weights = storage.read_once(path / WEIGHTS, MAX_BYTES)
+    files = _digests(about, weights)
+    if manifest is not None:
+        _check_manifest(path, manifest, files)
+    return manifest, about, weights, files
 
 
 def stated_sha256(path: Path) -> str:

@@ -4,14 +4,12 @@ A GPU works through a queue of calls while Python goes on. A copy back waits for
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dropserve.models.defaults import Device
 from dropserve.models.errors import ConfigError
-
-Device = Literal["auto", "cpu", "cuda"]
 
 _TILE = 2**24
 """Elements of the widest result on a GPU, 64 MiB of float32: enough to occupy it. Not measured."""

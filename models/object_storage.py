@@ -56,13 +56,13 @@ def open_store(url: str) -> "ObjectStore":
 def unavailable(what: str) -> Iterator[None]:
     """Raise StorageUnavailable, `what` could not be done and why, for errors of the storage.
 
-    FileNotFoundError and obstore's AlreadyExistsError and PreconditionError are the caller's.
+    FileNotFoundError and obstore's AlreadyExistsError are the caller's.
     """
     from obstore import exceptions
 
     try:
         yield
-    except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+    except exceptions.AlreadyExistsError:
         raise
     except exceptions.BaseError as error:
         raise StorageUnavailable(f"{what}: {_reason(error)}") from error

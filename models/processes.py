@@ -101,8 +101,8 @@ def launch(
     return fabric
 
 
-def of_first(fabric: Fabric, data: bytes) -> bytes:
-    """Return the bytes of the first process, to each of them; nothing is pickled."""
+def broadcast_bytes(fabric: Fabric, data: bytes) -> bytes:
+    """Return the bytes of the first process, in each of them; nothing is pickled."""
     if not torch.distributed.is_initialized():
         return data
     size = torch.tensor([len(data)], device=fabric.device)
@@ -124,7 +124,7 @@ def check_all(fabric: Fabric, wrong: str) -> None:
 
 
 @contextmanager
-def together(fabric: Fabric, when: str) -> Iterator[None]:
+def losses_named(fabric: Fabric, when: str) -> Iterator[None]:
     """Turn an error of the connection to the other processes into ProcessLost."""
     try:
         yield

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dropserve.models import checkpoint
 from dropserve.models.checkpoint import Metadata
 from dropserve.models.data import NAMED, Dataset, Split, load_dataset
-from dropserve.models.device import Device, find_device
+from dropserve.models.defaults import Device
+from dropserve.models.device import find_device
 from dropserve.models.errors import ConfigError, DataError, ModelsError
 from dropserve.models.factories import FORMS
 from dropserve.models.hyperparameters import Recipe, default_recipe

@@ -127,7 +127,7 @@ def fit(
     steps = len(train) // size  # of an epoch; a last, smaller batch is left out
     made_with = {"module": repr(module), "recipe": asdict(recipe), "data": data.digest()}
     state = State(module, build_optimizer(module, recipe), {**(description or {}), **made_with})
-    with processes.together(fabric, "start"):
+    with processes.losses_named(fabric, "start"):
         state.begin(state_path, fabric)
         wrapped, optimizer = fabric.setup(module, state.optimizer)
     while state.epoch < recipe.epochs and not state.exhausted(recipe.patience):
@@ -135,7 +135,7 @@ def fit(
         order = torch.randperm(len(train), generator=shuffling)
         shares = (batch[rank::count] for batch in torch.split(order[: steps * size], size))
         sums = torch.zeros(3, device=fabric.device)  # of loss, right answers, images
-        lost = processes.together(fabric, f"epoch {state.epoch + 1}")
+        lost = processes.losses_named(fabric, f"epoch {state.epoch + 1}")
         with lost, cpu_threads(recipe.threads), torch.random.fork_rng():
             torch.manual_seed(_derived_seed(recipe.seed, state.epoch, rank))
             started = time.perf_counter()
@@ -167,8 +167,8 @@ def fit(
             if not math.isfinite(total):
                 reason = "the loss is not finite; lower the learning rate"
                 raise TrainingDiverged(f"epoch {state.epoch + 1}: {reason}")
-            found = json.dumps(validate(module, validation, normalize, fabric.device))
-            accuracy, validation_loss = json.loads(processes.of_first(fabric, found.encode()))
+            own = json.dumps(validate(module, validation, normalize, fabric.device)).encode()
+            accuracy, validation_loss = json.loads(processes.broadcast_bytes(fabric, own))
             best = state.finish_epoch(accuracy, validation_loss)
             if state_path is not None and fabric.is_global_zero:
                 state.write(state_path)
@@ -317,13 +317,13 @@ class State:
 
         ConfigError: a process has other data or options than the first, threads apart.
         """
-        first = processes.of_first(fabric, self._made_with.encode()).decode()
+        first = processes.broadcast_bytes(fabric, self._made_with.encode()).decode()
         found = [d for d in _differences(first, self._made_with) if not d.startswith("threads ")]
         processes.check_all(fabric, "; ".join(found))
         self._made_with = first
         here = path is not None and fabric.is_global_zero and path.exists()
         raw = storage.read_once(path, _MAX_STATE_BYTES) if path is not None and here else b""
-        if path is not None and (raw := processes.of_first(fabric, raw)):
+        if path is not None and (raw := processes.broadcast_bytes(fabric, raw)):
             self.restore(path, raw)
 
     def restore(self, path: Path, raw: bytes | None = None) -> None:

@@ -6,7 +6,6 @@ process at a time downloads.
 """
 
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -63,7 +62,7 @@ class VersionCache:
         try:
             yield held
         except CheckpointError:
-            held.damaged = not _is_intact(path)
+            held.damaged = not checkpoint.is_intact(path)
             if held.damaged:
                 self._remove(path, descriptor)
             raise
@@ -131,18 +130,3 @@ class VersionCache:
             path.parent.rmdir()
             path.parent.parent.rmdir()
         return True
-
-
-def _is_intact(path: Path) -> bool:
-    """Say if the files of a version are those of its manifest, so that nothing was damaged."""
-    names = checkpoint.METADATA, checkpoint.WEIGHTS
-    try:
-        manifest = storage.read_once(path / checkpoint.MANIFEST, storage.MAX_HEADER_BYTES)
-        files = {name: storage.read_once(path / name, checkpoint.MAX_BYTES) for name in names}
-        listed = checkpoint.parse_manifest(path, manifest)
-    except CheckpointError:
-        return False
-    return all(
-        listed[name] == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        for name, raw in files.items()
-    )

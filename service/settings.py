@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dropserve.models.defaults import Device, Precision
 from dropserve.service.errors import did_you_mean
 from dropserve.service.schemas import MAX_SAMPLES
 
@@ -90,10 +91,10 @@ class Settings(BaseSettings):
         description="Factories, comma-separated, that checkpoints may call: "
         "package.module:factory or path/to/file.py:factory.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Device = Field(
         "auto", description="What networks run on. auto takes a GPU if PyTorch finds one."
     )
-    precision: Literal["float32", "bfloat16", "auto"] = Field(
+    precision: Precision = Field(
         "auto",
         description="Of Monte Carlo dropout. auto takes bfloat16 if the CPU has AMX (or the GPU "
         "bfloat16) and it is faster at 1, 8 and 64 images; else float32.",

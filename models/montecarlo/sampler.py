@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind
+from dropserve.models.defaults import DEFAULT_SAMPLES, MaskKind, Precision
 from dropserve.models.device import is_gpu, tile
 from dropserve.models.errors import SamplingError, UnsupportedModule
 from dropserve.models.montecarlo.interception import Interception
@@ -37,7 +37,6 @@ images takes. Half as much takes a fifth longer, twice as much no less."""
 Seeds = int | Sequence[int]
 """Of the masks: one, or one for each image."""
 Path = Literal["folded", "vmap", "loop"]
-Precision = Literal["float32", "bfloat16", "auto"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 

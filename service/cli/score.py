@@ -104,13 +104,14 @@ def score(
     asked = {"folder": folder, "model": model, "version": version, "mode": mode}
     asked |= {"samples": samples, "seed": seed} if mode == "uncertainty" else {}
     asked = {name: value for name, value in asked.items() if value is not None}
+    if engine != "http":
+        settings = options.read_settings(checkpoints=checkpoints)
+        asked |= {"device": settings.device, "precision": scores.precision(settings)}
     if engine == "ray":
         columns = score_ray.Columns(image_column, id_column)
-        settings = options.read_settings(checkpoints=checkpoints)
         score_ray.score(asked, settings, folder, out, columns, actors, restart=restart)
         return
     if engine == "local":
-        settings = options.read_settings(checkpoints=checkpoints)
         find: Find = partial(scores.find_version, settings)
         work: Work = partial(score_local.score, settings, processes)
     else:

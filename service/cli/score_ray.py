@@ -11,10 +11,10 @@ import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class Part:
     """What one file of rows is made of.
 
     Attributes:
-        name: of the file.
+        name: of the file; the run is a part of it, so that none of another run's is taken for it.
         files: images, as bytes, since a path may be no text; or one file of Parquet.
         group: of rows in the file of Parquet; None: they are images.
         start: first row of the group.
@@ -94,11 +94,12 @@ def score(
     with terminal.interruptible(lambda: hint), _storage_errors():
         parts, digest = source.parts()
         run = _agree(target, out, asked, {"inputs": digest, **asdict(columns)}, settings, restart)
+        own = hashlib.sha256(_read(target, RUN)).hexdigest()
+        parts = [replace(part, name=f"{part.name}-{own[:8]}.parquet") for part in parts]
         there = _listed(target)
         missing = [part for part in parts if part.name not in there]
         total, bad, timings = sum(part.images for part in parts), 0, Timings()
         scored = total - sum(part.images for part in missing)
-        own = hashlib.sha256(_read(target, RUN)).hexdigest()
         work = _Work(source, _absolute(out), own, run, _limits(settings))
         with terminal.progress("images") as moved:
             moved(scored, total)
@@ -106,8 +107,10 @@ def score(
                 scored, bad = scored + done["images"], bad + done["errors"]
                 timings += Timings(done["decoding"], done["inferring"])
                 moved(scored, total)
-        if left := {part.name for part in parts} - _listed(target):
+        wanted, there = {part.name for part in parts}, _listed(target)
+        if left := wanted - there:
             raise ServerError(f"{out}: {min(left)} is not there: the same command continues")
+        target.delete([*_rows(there) - wanted])  # an actor of another run was not dead yet
     before = total - sum(part.images for part in missing)
     resumed = f"; {before:,} were scored before" if before else ""
     terminal.say(scores.summary(out, total, bad, run, timings) + resumed)
@@ -139,7 +142,8 @@ def _storage_errors() -> Iterator[None]:
 
 def _limits(settings: Settings) -> Settings:
     """Return what actors need of the settings: no keys, and a path that means the same to them."""
-    names = ("cache", "cache_bytes", "device", "factories", "precision", "max_pixels", "max_side")
+    names = ("cache", "cache_bytes", "device", "factories", "precision", "max_body_bytes")
+    names += ("max_pixels", "max_side")
     given = {name: getattr(settings, name) for name in names}
     where = settings.checkpoints
     checkpoints = where.resolve() if isinstance(where, Path) else where
@@ -169,7 +173,7 @@ class Source:
         ]
         for table in tables:
             found += self._slices(table)
-        parts = [Part(f"part-{number:06}.parquet", **each) for number, each in enumerate(found)]
+        parts = [Part(f"part-{number:06}", **each) for number, each in enumerate(found)]
         return parts, hashlib.sha256(repr(files).encode()).hexdigest()
 
     def _list(self) -> Iterator[tuple[bytes, str]]:
@@ -218,21 +222,25 @@ class Source:
             return parquet.ParquetFile(os.path.join(os.fsencode(self._root), name).decode())  # noqa: PTH118
         return parquet.ParquetFile(_Object(open_store(self._root), name.decode()))
 
-    def read(self, part: Part) -> "Iterator[Image]":
-        """Read the images of a part, one after another."""
+    def read(self, part: Part, most: int) -> "Iterator[Image]":
+        """Read the images of a part, of `most` bytes, one after another.
+
+        Raises:
+            OSError: reading failed as it may not the next time: the part is tried again.
+        """
         if part.group is not None:
             yield from self._read_rows(part)
             return
-        read = partial(_read, open_store(self._root)) if _is_url(self._folder) else None
+        store = open_store(self._root) if _is_url(self._folder) else None
         for name in map(os.fsdecode, part.files):
             path = self.join(name)
             try:
-                if read is not None:
-                    yield scores.text(path), read(name)
+                if store is not None:
+                    data = _read(store, name, most)
                 else:
-                    with open(f"{self._root}/{name}", "rb") as file:  # noqa: PTH123  as in score_local
-                        yield scores.text(path), file.read()
-            except (FileNotFoundError, PermissionError) as error:  # more may end with the next run
+                    data = scores.read_file(f"{self._root}/{name}", most)
+                yield scores.text(path), data
+            except (FileNotFoundError, PermissionError, scores.TooLarge) as error:
                 yield scores.text(path), error
 
     def join(self, name: str) -> str:
@@ -315,12 +323,18 @@ def _open(folder: str, *, make: bool = False) -> Any:  # noqa: ANN401  of obstor
     return LocalStore(Path(folder).resolve(), mkdir=make)
 
 
-def _read(store: Any, name: str) -> bytes:  # noqa: ANN401  of obstore
-    return bytes(store.get(name).bytes())
+def _read(store: Any, name: str, most: int = sys.maxsize) -> bytes:  # noqa: ANN401  of obstore
+    found = store.get(name)
+    scores.require_size(found.meta["size"], most)
+    return bytes(found.bytes())
 
 
 def _listed(store: Any) -> set[str]:  # noqa: ANN401  of obstore
     return {about["path"] for page in store.list() for about in page}
+
+
+def _rows(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith("part-")}
 
 
 # What was begun, and what is done.
@@ -339,7 +353,7 @@ def _agree(
     if there and RUN not in there:
         raise Refused(f"{out} has other files in it: name an empty folder")
     if restart:
-        target.delete([name for name in there if name.startswith("part-")])
+        target.delete([*_rows(there)])
     elif RUN in there:
         try:
             had = json.loads(_read(target, RUN))
@@ -401,7 +415,8 @@ class _Actor:
             from dropserve.service.cli.scorer import Scorer
 
             self._scorer = Scorer(self._work.run, self._work.settings)
-        rows, timings = self._scorer.score(self._work.source.read(part))
+        images = self._work.source.read(part, self._work.settings.max_body_bytes)
+        rows, timings = self._scorer.score(images)
         self._write(part, rows)
         bad = sum(row[ERROR] is not None for row in rows)
         return {"images": len(rows), "errors": bad, **asdict(timings)}

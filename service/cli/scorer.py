@@ -16,6 +16,7 @@ import torch
 
 from dropserve.models.device import find_device
 from dropserve.models.memory import keep_freed_memory
+from dropserve.service.cli import scores
 from dropserve.service.cli.options import repository
 from dropserve.service.cli.scores import Row, Run, Timings, failed
 from dropserve.service.cli.terminal import Refused
@@ -56,10 +57,8 @@ class Scorer:
     def __init__(self, run: Run, settings: Settings) -> None:
         keep_freed_memory()
         torch.set_num_threads(1)
-        # "auto" would be timed by each process for itself, and the rows be of two precisions
-        precision = "float32" if settings.precision == "auto" else settings.precision
         models, name, version = repository(settings), run.model, run.version
-        device = find_device(settings.device)
+        device, precision = find_device(settings.device), scores.precision(settings)
         with models.local(name, version) as path:
             self._model = Classifier(name, version, path, settings.factories, precision, device)
         if (found := self._model.details()["sha256"]) != run.sha256:
@@ -91,6 +90,7 @@ class Scorer:
             try:
                 if isinstance(data, OSError):
                     raise data
+                scores.require_size(len(data), self._limits.max_body_bytes)
                 pixels.append(prepared_alone(encoded(data, None, self._limits), self._model))
                 rows.append(None)
             except (RequestError, OSError) as error:

@@ -4,12 +4,15 @@ Loads neither PyTorch nor NumPy.
 """
 
 import csv
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from dropserve.models import checkpoint
+from dropserve.models.defaults import Device, Precision
 from dropserve.service.cli.options import repository
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.schemas import MEASURES
@@ -33,6 +36,8 @@ class Run:
         mode: whether an image is asked about in eval mode, or under Monte Carlo dropout.
         samples: thinned networks; None in eval mode.
         seed: of their masks; None in eval mode.
+        device: the setting, which rounding depends on; None: the service has its own.
+        precision: likewise.
     """
 
     folder: str
@@ -42,11 +47,13 @@ class Run:
     mode: Mode
     samples: int | None
     seed: int | None
+    device: Device | None = None
+    precision: Precision | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Run":
         """Read what was written; KeyError if a value is missing. Earlier releases had one mode."""
-        values = {"mode": "uncertainty", **values}
+        values = {"mode": "uncertainty", "device": None, "precision": None, **values}
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
@@ -55,8 +62,13 @@ class Run:
 
 
 def require_same(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse parameters that differ from those of the run that is to be continued."""
-    differs = [f"{k} {had.get(k)}, not {v}" for k, v in wanted.items() if had.get(k) != v]
+    """Refuse parameters that differ from those of the run that is to be continued.
+
+    How the service rounds, by which a run was begun, is not known.
+    """
+    unknown = {k for k in ("device", "precision") if had.get(k) is None}
+    compared = {k: v for k, v in wanted.items() if k not in unknown}
+    differs = [f"{k} {had.get(k)}, not {v}" for k, v in compared.items() if had.get(k) != v]
     if differs:
         raise Refused(
             f"the interrupted run had {'; '.join(differs)}: ask for the same, or give --restart"
@@ -79,6 +91,28 @@ def find_version(settings: Settings, name: str | None, version: int | None) -> d
     version = models.choose(name, version or models.pinned(name))
     with models.local(name, version) as path:
         return {"model": name, "version": version, "sha256": checkpoint.stated_sha256(path)}
+
+
+def precision(settings: Settings) -> Precision:
+    """Return the precision of a run's processes: each would time "auto" for itself."""
+    return "float32" if settings.precision == "auto" else settings.precision
+
+
+class TooLarge(OSError):
+    """An image has more bytes than it may have."""
+
+
+def require_size(size: int, most: int) -> None:
+    """Raise TooLarge for more than `most` bytes."""
+    if size > most:
+        raise TooLarge(errno.EFBIG, f"larger than {most:,} bytes, DROPSERVE_MAX_BODY_BYTES")
+
+
+def read_file(path: str, most: int) -> bytes:
+    """Read a file; OSError: it cannot be read, or is too large."""
+    with open(path, "rb") as file:  # noqa: PTH123  a tenth of the time of pathlib's
+        require_size(os.fstat(file.fileno()).st_size, most)
+        return file.read()
 
 
 def text(path: object) -> str:

@@ -87,6 +87,13 @@ class _NotLoaded(Overloaded):
         self.name = name
 
 
+class _Listing(NamedTuple):
+    """The versions that there are, None if they cannot be listed, and why they may be others."""
+
+    found: Mapping[str, Sequence[int]] | None
+    problem: str | None
+
+
 class _Refusal(NamedTuple):
     """Why a version cannot be loaded, and the mark of its files then."""
 
@@ -160,6 +167,12 @@ class ModelStore:
         Raises:
             NotFound: no such model or version, or no default.
         """
+        found = self._find(name, version)
+        if self._settings.max_loaded_models:
+            self._used[found.name] = time.monotonic()
+        return found
+
+    def _find(self, name: str | None, version: str | None) -> Classifier:
         meant = self.default if name is None else name
         if meant is None:
             raise NotFound(
@@ -174,8 +187,6 @@ class ModelStore:
             if self._settings.max_loaded_models and model.refused:
                 raise Overloaded("the model cannot be loaded now; /readyz says why", "loading")
             raise self._no_model(name)
-        if self._settings.max_loaded_models:
-            self._used[meant] = time.monotonic()
         number = model.answers if version is None else plain_number(version)
         if number is None or number not in model.versions:
             raise NotFound(f"no such version of the model; served are {_listed(model.versions)}")
@@ -244,9 +255,9 @@ class ModelStore:
         return (name for name, model in self._models.items() if model.versions or self._waits(name))
 
     def check(self, name: str, version: str | None = None) -> None:
-        """Raise what `find_or_load` would without loading: NotFound or Overloaded."""
+        """Raise what `find_or_load` would, NotFound or Overloaded; this is no use of the model."""
         with suppress(_NotLoaded):
-            self.find(name, version)
+            self._find(name, version)
 
     def versions(self, name: str) -> Mapping[int, Classifier]:
         """Return a model's served versions, in ascending order."""
@@ -345,7 +356,9 @@ class ModelStore:
             try:
                 if loop.time() >= due or self._control.read() != self._done:
                     due = loop.time() + self._poll_seconds()
-                    await loop.run_in_executor(self._loader, self.update)
+                    # not in the loader thread, where models on this machine are loaded meanwhile
+                    listing = await asyncio.to_thread(self._list)
+                    await loop.run_in_executor(self._loader, self.update, listing)
                     due = loop.time() + self._poll_seconds()
             except Exception:  # the next scan may succeed, and what is served is served
                 _log.exception("looking for new versions failed")
@@ -358,8 +371,8 @@ class ModelStore:
         """Load no more versions than the one that is being loaded."""
         self._closing = True
 
-    def update(self) -> None:
-        """Carry out the latest control message and scan the source; in the loader thread."""
+    def update(self, listing: _Listing | None = None) -> None:
+        """Carry out the latest control message and follow the source; in the loader thread."""
         if self._changed:  # the last requests of what was served are mostly done by now
             release_freed_memory()
         before = self._served()
@@ -369,7 +382,7 @@ class ModelStore:
                 self._change(name, refused={})
             if name in message.unloaded:
                 self._change(name, versions={}, answers=None)
-        self._scan(message.unloaded)
+        self._follow(listing or self._list(), message.unloaded)
         marks = self._marks.items()
         self._marks = {(n, v): mark for (n, v), mark in marks if v in self.versions(n)}
         self._changed = self._served() != before
@@ -377,18 +390,20 @@ class ModelStore:
             self._control.acknowledge(message)
             self._done = message
 
-    def _scan(self, unloaded: frozenset[str]) -> None:
-        problem = None
+    def _list(self) -> _Listing:
         try:
-            found = self._source.find()
-            problem = self._source.problem
+            return _Listing(self._source.find(), self._source.problem)
         except (OSError, StorageUnavailable) as error:
-            problem = self._source.relative(f"the checkpoints cannot be listed: {error}")
+            reason = f"the checkpoints cannot be listed: {error}"
+            return _Listing(None, self._source.relative(reason))
+
+    def _follow(self, listing: _Listing, unloaded: frozenset[str]) -> None:
+        found, problem = listing
+        if problem != self.problem:
+            _log.warning(problem or "the checkpoints can be listed again")
+        self.problem = problem
+        if found is None:
             return
-        finally:
-            if problem != self.problem:
-                _log.warning(problem or "the checkpoints can be listed again")
-            self.problem = problem
         known = self._models.keys()  # a name without versions was perhaps never a model
         found = {name: versions for name, versions in found.items() if versions or name in known}
         first = self.default if not known else None  # loaded at the start, whoever asks for it

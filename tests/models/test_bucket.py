@@ -268,14 +268,17 @@ def test_nothing_listens(open_bucket, monkeypatch):
         open_bucket().find()
 
 
-def test_a_start_without_storage_takes_the_cache_if_it_may(open_bucket, storage):
-    made = open_bucket()
+def three_of_which_two_are_read(bucket, pin):
     for seed in (1, 2, 3):
-        made.save(module(seed), ABOUT)
-    made.pin("net", 2)
+        bucket.save(module(seed), ABOUT)
+    bucket.pin("net", pin)
     for version in (1, 2):
-        made.read("net", version)
-    assert made.pinned("net") == 2
+        bucket.read("net", version)
+    assert bucket.pinned("net") == pin
+
+
+def test_a_start_without_storage_takes_the_cache_if_it_may(open_bucket, storage):
+    three_of_which_two_are_read(open_bucket(), pin=2)
     storage.fault = lambda *_: "down"
     with pytest.raises(StorageUnavailable):
         open_bucket().find()
@@ -295,13 +298,7 @@ def test_a_start_without_storage_takes_the_cache_if_it_may(open_bucket, storage)
 
 
 def test_such_a_start_knows_what_every_process_has_read_and_what_was_removed(open_bucket, storage):
-    made = open_bucket()
-    for seed in (1, 2, 3):
-        made.save(module(seed), ABOUT)
-    made.pin("net", 1)
-    for version in (1, 2):
-        made.read("net", version)
-    made.pinned("net")
+    three_of_which_two_are_read(made := open_bucket(), pin=1)
     other = open_bucket()  # another process, with the same cache
     other.read("net", 3)
 

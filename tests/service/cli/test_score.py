@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from dropserve.service import errors
-from dropserve.service.cli import ask, score
+from dropserve.service.cli import ask, score, scores
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
 COLUMNS = [
@@ -316,6 +316,30 @@ def test_the_local_engine_scores_as_the_service_does(scored, local, folder):
     assert result.stdout.startswith(said)
     assert_same_scores(rows, read(out))
     assert sum(bool(row["mutual_information"]) for row in read(out)) == 24
+
+
+def test_a_file_that_is_too_large_is_a_row_and_a_run_keeps_its_precision(
+    local, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DROPSERVE_MAX_BODY_BYTES", "2000000")
+    with (folder / "large.png").open("wb") as file:
+        file.truncate(2_000_001)
+    part, out = tmp_path / "local.csv.part", tmp_path / "local.csv"
+
+    def interrupted(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scores, "write_table", interrupted)
+        assert local()[0].exit_code == 1
+    said = [json.loads(line) for line in part.read_text().splitlines()]
+    assert (said[0]["device"], said[0]["precision"]) == ("auto", "float32")
+    monkeypatch.setenv("DROPSERVE_PRECISION", "bfloat16")
+    assert "had precision float32, not bfloat16" in local()[0].stderr
+    monkeypatch.delenv("DROPSERVE_PRECISION")
+    assert local()[0].exit_code == 0
+    (row,) = [row for row in read(out) if "large" in row["path"]]
+    assert row["error"] == "larger than 2,000,000 bytes, DROPSERVE_MAX_BODY_BYTES"
 
 
 def test_a_run_begun_over_http_is_finished_by_the_local_engine(scored, local, server, tmp_path):

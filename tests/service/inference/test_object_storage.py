@@ -128,6 +128,35 @@ def test_a_start_without_storage(published, storage, make_server, tmp_path):
         assert eventually(lambda: client.post("/predict", **POST).json()["version"] == 2, 20, 0.05)
 
 
+def test_a_cached_model_does_not_wait_for_a_listing(published, storage, make_server, tmp_path):
+    """While the storage stalls, what is on this machine is loaded all the same."""
+    published.save(module(2), about("other"))
+    reached, done = threading.Event(), threading.Event()
+
+    def stall(method, path):
+        if method == "GET" and "list-type" in path:
+            reached.set()
+            done.wait(20)
+
+    options = {"cache": tmp_path / "cache", "default_model": "net", "poll_seconds": 0.2}
+    server = make_server(URL, max_loaded_models=1, **options).start()
+    with httpx.Client(base_url=server.url) as client:
+
+        def says(name):
+            found = client.post(f"/v1/models/{name}/predict", **POST)
+            return found.json()["predictions"][0]["probabilities"]
+
+        assert says("other") == answer(2)  # which unloads net
+        storage.fault = stall
+        assert reached.wait(20)
+        try:
+            assert says("net") == answer(1)
+            assert says("other") == answer(2)
+        finally:
+            storage.fault = lambda *_: None
+            done.set()
+
+
 NAMES = [f"net-{k}" for k in range(5)]
 
 
