@@ -226,7 +226,7 @@ async def kill(cluster, load, figures):
     elsewhere = []
     for number in range(KILLS):
         pod, known = cluster.draw.choice(cluster.pods), len(load.lost)
-        stopped = time.monotonic()
+        earlier = cluster.proxy.broken(pod.slot)
         os.kill(pod.main, signal.SIGSTOP)  # so that something is in flight there
         await asyncio.sleep(0.2)
         clients = await cluster.proxy.clients_of(pod.slot)
@@ -241,10 +241,13 @@ async def kill(cluster, load, figures):
                 await asyncio.sleep(0.02)
             await pod.ready.wait()
             await pod.told()
-        new = load.lost[known:]
-        # What was sent since it was stopped may have reached it after HAProxy listed its clients.
-        there = [r for r in new if r.sent < died and (r.port in clients or r.sent >= stopped)]
-        elsewhere += [request for request in new if request not in there]
+        broken, there = cluster.proxy.broken(pod.slot) - earlier, []
+        for request in load.lost[known:]:
+            if request.sent < died and broken[request.port] > 0:
+                broken[request.port] -= 1
+                there.append(request)
+            else:
+                elsewhere.append(request)
         in_flight += len(clients | {request.port for request in there})
         lost += len(there)
         print(f"kill {number + 1}: {lost} lost of {in_flight} in flight, {len(elsewhere)} others")
