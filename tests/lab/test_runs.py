@@ -55,6 +55,7 @@ def unbroken(tmp_path_factory):
 
 
 @needs_data
+@pytest.mark.slow
 def test_a_run_that_is_killed_twice_ends_with_the_same_results(unbroken, tmp_path):
     folder, finished = tmp_path / "results", set()
     for _ in range(2):
