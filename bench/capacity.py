@@ -3,8 +3,12 @@
 First the parts: processor time of a batch by its size, of the network and of the whole server, of
 the generator of load and of the proxy; memory, start time, first requests. From these alone, by the
 simulation in `bench/cluster.py`, throughput and latency of one worker, of two, and of two replicas
-behind HAProxy are predicted. Then these are measured. Linux alone, two cores at least; writes
-results/scaling/capacity.json.
+behind HAProxy are predicted, and compared with what is measured. Linux alone, two cores at least;
+writes results/scaling/capacity.json.
+
+A machine whose cores others use too changes its speed within seconds. So what batches take,
+throughput and latencies are measured in turns, in rounds. Throughput is measured before and after
+each latency: where both differ, the speed has changed meanwhile, and the round does not count.
 """
 
 import argparse
@@ -15,9 +19,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -67,8 +71,12 @@ SATURATING = 2 * MAX_BATCH
 COPIES = 20
 """Models more, by which memory and start time of one are told from those of the process."""
 LOADS = (0.5, 0.8)
-ROUNDS = 3
-"""In each, batches are timed just before the whole is measured: speed differs between minutes."""
+ROUNDS = 16
+LEAST = 5
+"""Rounds that must count."""
+STEADY = 0.1
+"""Most that throughput before and after a measurement of latency may differ."""
+_RUNS = 12  # of the simulation, the first to find how busy they are
 MOST = 0.15
 """Difference between a prediction and what was measured that is allowed."""
 _IMAGES = 6400  # of a training's only epoch: what a network costs hardly depends on its weights
@@ -124,9 +132,9 @@ KINDS = {
     "cnn-100": Kind("Fashion-MNIST CNN, T = 100", "fashion-mnist-cnn", 100),
     "cnn-1000": Kind("Fashion-MNIST CNN, T = 1,000", "fashion-mnist-cnn", 1000),
 }
-ALONE, SHARED = "cnn-100", "cnn-1000"
-"""Kinds that the model is held against: of one worker, and of two. Requests of the second take so
-long that the generator of load, which then shares the cores, takes little of them."""
+HELD = "mlp-100"
+"""The kind that the model is held against: one step a batch, and so long that the generator of
+load, which shares the cores, takes little of them."""
 
 
 def publish(root: Path, data_dir: Path) -> Dataset:
@@ -216,9 +224,10 @@ def served(
         except httpx.TransportError:
             return False
 
-    with tempfile.TemporaryDirectory() as name, on_core(cores[0]):
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         before = {child.pid for child in psutil.Process().children(recursive=True)}
-        with serving(command, settings, Path(name), answers) as start:
+        with on_core(cores[0]):  # starting alone: load comes from where this thread was
+            start = stack.enter_context(serving(command, settings, Path(name), answers))
             found = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
             if workers > 1:
                 found = [p for p in found if "spawn_main" in " ".join(p.cmdline())]
@@ -227,7 +236,7 @@ def served(
                     os.sched_setaffinity(thread.id, {core})
                     if yields:
                         os.setpriority(os.PRIO_PROCESS, thread.id, 5)
-            yield Server(port, found, start, Path(name) / "log")
+        yield Server(port, found, start, Path(name) / "log")
 
 
 class Spread:
@@ -287,38 +296,37 @@ def _seen(samples: list[Sample], seconds: float, generator: float) -> Seen:
     return Seen(samples, seconds, generator)
 
 
-def service_times(server: Server, kind: Kind, pngs: Sequence[bytes], seconds: float) -> Row:
-    """Measure processor seconds of a server's batches; fit `fixed + each * n` to them.
+async def service_times(
+    server: Server, kind: Kind, pngs: Sequence[bytes], seconds: float
+) -> list[Row]:
+    """Measure processor seconds of a server's batches, by clients that each wait for an answer."""
+    rows = []
+    for size in SIZES:
+        (clients,) = await connect(server, size)
+        await ask(clients, pngs, kind, size, seconds / 4)
+        (count, images), spent = server.batches(), server.processor_seconds()
+        seen = await ask(clients, pngs, kind, size, seconds)
+        spent = server.processor_seconds() - spent
+        more, images_more = server.batches()
+        batches, batch = more - count, (images_more - images) / (more - count)
+        asked = len(seen.samples)
+        rows.append(
+            {
+                "clients": size,
+                "batch": round(batch, 3),
+                "seconds": spent / batches,
+                "rate": asked / seen.seconds,
+                "latency": float(np.mean(seen.latencies)),
+                "deviation": float(np.std(seen.latencies)),
+                "generator": seen.generator / asked,
+            }
+        )
+        clients.close()
+    return rows
 
-    The fit is of least squares of relative errors.
-    """
 
-    async def measure() -> list[Row]:
-        rows = []
-        for size in SIZES:
-            (clients,) = await connect(server, size)
-            await ask(clients, pngs, kind, size, seconds / 4)
-            (count, images), spent = server.batches(), server.processor_seconds()
-            seen = await ask(clients, pngs, kind, size, seconds)
-            spent = server.processor_seconds() - spent
-            more, images_more = server.batches()
-            batches, batch = more - count, (images_more - images) / (more - count)
-            asked = len(seen.samples)
-            rows.append(
-                {
-                    "clients": size,
-                    "batch": round(batch, 3),
-                    "seconds": spent / batches,
-                    "rate": asked / seen.seconds,
-                    "latency": float(np.mean(seen.latencies)),
-                    "deviation": float(np.std(seen.latencies)),
-                    "generator": seen.generator / asked,
-                }
-            )
-            clients.close()
-        return rows
-
-    rows = run(measure())
+def service(kind: Kind, rows: Sequence[Row]) -> Row:
+    """Fit `fixed + each * n` to the rows of `service_times`: least squares of relative errors."""
     fixed, each, error = _line([r["batch"] for r in rows], [r["seconds"] for r in rows])
     alone = rows[0]
     return {
@@ -376,9 +384,9 @@ def networks(root: Path, seconds: float) -> dict[str, Row]:
                 times = pool.submit(network_times, root, name, 1, seconds).result()
                 fixed, each, error = _line(SIZES[:-1], times)
                 found[name] = {"fixed": fixed, "each": each, "error": error, "seconds": times}
-        both = [pool.submit(network_times, root, SHARED, core, 4 * seconds) for core in (0, 1)]
+        both = [pool.submit(network_times, root, HELD, core, 4 * seconds) for core in (0, 1)]
         times = np.mean([future.result() for future in both], 0).tolist()
-        found[SHARED]["contention"] = float(np.mean(np.divide(times, found[SHARED]["seconds"])))
+        found[HELD]["contention"] = float(np.mean(np.divide(times, found[HELD]["seconds"])))
     return found
 
 
@@ -474,19 +482,16 @@ def _log_bytes(log: Path) -> float:
 class Setup:
     """What the model is held against."""
 
-    name: str
     label: str
-    kind: str
     processes: int = 1
     workers: int = 1
     proxy: bool = False
 
 
 SETUPS = (
-    Setup("alone", "1 worker on a core of its own", ALONE),
-    Setup("worker", "1 worker on a core of its own", SHARED),
-    Setup("workers", "2 workers, a core each, shared with the generator", SHARED, 2, 2),
-    Setup("replicas", "2 replicas behind HAProxy, on the same cores", SHARED, 2, 1, True),
+    Setup("1 worker on a core of its own"),
+    Setup("2 workers, a core each, shared with the generator", 2, 2),
+    Setup("2 replicas behind HAProxy, on the same cores", 2, 1, True),
 )
 
 
@@ -497,85 +502,133 @@ def batch_times(service: Mapping[str, Any]) -> Floats:
     return measured(sizes, seconds, service["each"], MAX_BATCH)
 
 
-def predict(setup: Setup, parts: Row, seconds: int) -> Row:
-    """Predict throughput and mean latencies from the parts alone.
+def _shared(setup: Setup, parts: Row) -> tuple[float, float]:
+    """Return seconds that others take of the cores a request, and how much slower both cores are.
 
-    The generator and the proxy take processor time of the cores on which two processes run: a
-    batch takes longer by their share, and by what a busy other core slows it.
+    The generator and the proxy run on the cores on which two processes run.
     """
-    times = parts["services"][setup.kind]
-    batches = batch_times(times)
-    others, around, contention = 0.0, times["around"], 1.0
-    if setup.processes > 1:
-        others = times["generator"]
-        contention = parts["networks"][SHARED]["contention"]
+    others = parts["services"][HELD]["generator"] if setup.processes > 1 else 0.0
     if setup.proxy:
         others += parts["proxy"]["seconds"]
-        around += parts["proxy"]["later"]
-    rate = setup.processes / (batches[-1] / MAX_BATCH * contention + others)
-    rows = []
-    for load in LOADS:
-        stretch = 1.0
-        for _ in range(3):  # how busy the other is depends on how slow it is
-            choices = 2 if setup.proxy else 1
-            law = Law(batches * stretch, times["spread"], max_wait=30, choices=choices)
-            mean, busy, _ = steady(law, setup.processes, load * rate, seconds)
-            taken = load * rate * others / setup.processes
-            stretch = (1 + (contention - 1) * busy) / (1 - taken)
-            if setup.processes == 1:
-                break
-        rows.append({"load": load, "rate": load * rate, "latency": mean + around, "busy": busy})
-    return {"rate": rate, "loads": rows}
+    return others, parts["networks"][HELD]["contention"] if setup.processes > 1 else 1.0
 
 
-def validate(
-    setup: Setup, root: Path, predicted: Row, pngs: Sequence[bytes], seconds: float
-) -> Row:
-    """Measure what was predicted, at the rates of the prediction."""
-    kind = KINDS[setup.kind]
-    requests = [kind.requests(png) for png in pngs]
+def limit(setup: Setup, parts: Row) -> float:
+    """Predict requests per second of full batches, from the parts alone."""
+    others, contention = _shared(setup, parts)
+    each = batch_times(parts["services"][HELD])[-1] / MAX_BATCH
+    return float(setup.processes / (each * contention + others))
 
-    async def measure(servers: Sequence[Server], front: Server) -> Row:
-        each = SATURATING * (len(servers) if setup.proxy else 1)
-        made = await connect(
-            replace(front, workers=front.workers[:1]) if setup.proxy else front, each
+
+def latency(setup: Setup, parts: Row, asked: float, full: float, seconds: int) -> float:
+    """Predict the mean latency of `asked` requests per second, where `full` is the throughput.
+
+    So the batches are scaled: the machine is faster or slower than when the parts were measured.
+    """
+    times, choices = parts["services"][HELD], 2 if setup.proxy else 1
+    others, contention = _shared(setup, parts)
+    batches = batch_times(times)
+    each = setup.processes / full - others
+    batches *= each / (batches[-1] / MAX_BATCH * contention)
+    taken, stretch, means = asked * others / setup.processes, 1.0, []
+    for seed in range(_RUNS):
+        law = Law(batches * stretch, times["spread"], max_wait=30, choices=choices)
+        mean, busy, _ = steady(law, setup.processes, asked, seconds, seed)
+        # how busy the other is depends on how slow it is
+        stretch = (1 + (contention - 1) * busy) / (1 - taken)
+        means.append(mean)
+    around = times["around"] + (parts["proxy"]["later"] if setup.proxy else 0)
+    return float(np.mean(means[1:]) + around)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A setup that runs, and clients of it."""
+
+    setup: Setup
+    clients: Spread
+
+    async def throughput(self, requests: Sequence[bytes], seconds: float) -> float:
+        """Return requests per second if all batches are full; what ends later does not count."""
+        connections = self.setup.processes * SATURATING
+        seen = _seen(
+            await closed_loop(self.clients, cycle(requests), connections, seconds), seconds, 0
         )
-        clients = Spread(made)
-        await ask(clients, pngs, kind, setup.processes * SATURATING, seconds / 8)
-        full = await ask(clients, pngs, kind, setup.processes * SATURATING, seconds / 2)
-        rows = []
-        for load in predicted["loads"]:
-            samples = await open_loop(clients, cycle(requests), load["rate"], seconds)
+        end = seen.samples[0].due + seconds
+        return sum(sample.done <= end for sample in seen.samples) / seconds
+
+    async def measure(self, requests: Sequence[bytes], seconds: int, seed: int) -> Row:
+        """Measure throughput and latencies in turns."""
+        await self.throughput(requests, seconds / 16)
+        full, loads = [await self.throughput(requests, seconds / 4)], []
+        for load in LOADS:
+            asked = load * full[-1]
+            samples = await open_loop(self.clients, cycle(requests), asked, seconds, seed)
             seen = _seen(samples, seconds, 0)
             late = float(np.mean([s.sent - s.due for s in samples]))
-            rows.append(
-                {"load": load["load"], "latency": float(np.mean(seen.latencies)), "late": late}
-            )
-        for client in made:
-            client.close()
-        end = full.samples[0].due + seconds / 2
-        done = sum(sample.done <= end for sample in full.samples)
-        return {"rate": done / (seconds / 2), "loads": rows}
+            full.append(await self.throughput(requests, seconds / 4))
+            row = {"load": load, "asked": asked, "full": full[-2:]}
+            loads.append({**row, "latency": float(np.mean(seen.latencies)), "late": late})
+        return {"full": full, "loads": loads}
 
-    with ExitStack() as stack:
-        if setup.processes == 1:
-            stack.enter_context(on_core(0))
-        count = setup.processes // setup.workers
-        cores = [(1,)] if setup.processes == 1 else [(0, 1)] if count == 1 else [(0,), (1,)]
+
+async def wholes(stack: ExitStack, root: Path) -> list[Whole]:
+    """Start all setups; those that are not measured wait, and take nothing."""
+    found = []
+    for setup in SETUPS:
+        cores = [(1,)] if setup.processes == 1 else [(0, 1)] if setup.workers > 1 else [(0,), (1,)]
         shares = setup.processes > 1
         servers = [
             stack.enter_context(served(root, setup.workers, each, yields=shares)) for each in cores
         ]
-        front = servers[0]
+        connections, front = SATURATING, servers[0]
         if setup.proxy:
-            front = stack.enter_context(proxied([server.port for server in servers]))
-        return run(measure(servers, front))
+            proxy = stack.enter_context(proxied([server.port for server in servers]))
+            front = replace(proxy, workers=proxy.workers[:1])
+            connections *= len(servers)
+        clients = await connect(front, connections)
+        for pool in clients:
+            stack.callback(pool.close)
+        found.append(Whole(setup, Spread(clients)))
+    return found
+
+
+def compare(root: Path, result: Row, pngs: Sequence[bytes], seconds: int) -> None:
+    """Measure batches of one process and the setups in turns; then predict, and note both."""
+    requests = [KINDS[HELD].requests(png) for png in pngs]
+    times: list[list[Row]] = []
+    found: list[list[Row]] = [[] for _ in SETUPS]
+
+    async def measure() -> None:
+        with ExitStack() as stack:
+            single = stack.enter_context(served(root))
+            running = await wholes(stack, root)
+            for seed in follow(range(ROUNDS), "rounds"):
+                for rounds, whole in zip(found, running, strict=True):
+                    with on_core(0):
+                        times.append(await service_times(single, KINDS[HELD], pngs, seconds / 16))
+                    with on_core(0) if whole.setup.processes == 1 else nullcontext():
+                        rounds.append(await whole.measure(requests, seconds, seed))
+
+    run(measure())
+    rows = [
+        {key: float(np.median([row[key] for row in same])) for key in same[0]}
+        for same in zip(*times, strict=True)
+    ]
+    result["services"][HELD] = service(KINDS[HELD], rows)
+    for setup, rounds in zip(SETUPS, found, strict=True):
+        for row in (load for each in rounds for load in each["loads"]):
+            full = float(np.mean(row["full"]))
+            row["expected"] = latency(setup, result, row["asked"], full, seconds)
+        result["validation"].append(
+            {"label": setup.label, "limit": limit(setup, result), "rounds": rounds}
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the parts, predict, measure the whole, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8, help="of each load that is compared")
+    parser.add_argument("--seconds", type=int, default=3, help="of each load that is compared")
     parser.add_argument(
         "--data-dir", type=Path, default=Path(os.environ.get("DROPSERVE_DATA_DIR", "data"))
     )
@@ -584,7 +637,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not shutil.which("haproxy") and not Path("/usr/sbin/haproxy").exists():
         raise SystemExit("HAProxy is needed: apt-get install --no-install-recommends haproxy")
-    seconds: float = options.seconds
     root = CACHE / "capacity"
     data = publish(root, options.data_dir)
     pngs = files(data)
@@ -598,52 +650,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = json.loads(options.parts.read_text())
     else:
         load = round(os.getloadavg()[0], 1)  # of others, while this was not measuring yet
-        result = {"load": load, "data": data.name, "networks": networks(root, seconds / 40)}
+        result = {"load": load, "data": data.name, "networks": networks(root, 0.2)}
         with on_core(0), served(root) as server:
             result["services"] = {
-                name: service_times(server, kind, images(kind), seconds / 10)
+                name: service(kind, run(service_times(server, kind, images(kind), 0.8)))
                 for name, kind in follow(KINDS.items(), "service times", len(KINDS))
             }
-            result["proxy"] = proxy_times(server, small, seconds / 4)
+            result["proxy"] = proxy_times(server, small, 2)
         with tempfile.TemporaryDirectory() as folder, on_core(0):
             result["processes"] = processes(root, Path(folder), small)
     target: Path = options.json or RESULTS
     target.parent.mkdir(parents=True, exist_ok=True)
     about = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
-    result |= {**about, "versions": versions(), "seconds": seconds, "validation": []}
-    for setup in SETUPS:
-        kind = KINDS[setup.kind]
-        rounds: list[Row] = []
-        row = {"label": setup.label, "kind": kind.label, "rounds": rounds}
-        result["validation"].append(row)
-        for _ in range(ROUNDS):
-            with on_core(0), served(root) as server:
-                times = service_times(server, kind, images(kind), seconds / 10)
-            parts = {**result, "services": {**result["services"], setup.kind: times}}
-            predicted = predict(setup, parts, 60)
-            found = validate(setup, root, predicted, images(kind), seconds)
-            rounds.append({"predicted": predicted, "measured": found})
-            target.write_text(json.dumps(result, indent=2) + "\n")
+    result |= {**about, "versions": versions(), "seconds": options.seconds, "validation": []}
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    compare(root, result, pngs, options.seconds)
+    target.write_text(json.dumps(result, indent=2) + "\n")
     for shown in tables(result):
         console.print(shown)
-    differences = [
-        found / expected - 1 for row in result["validation"] for _, expected, found in compared(row)
-    ]
+    differences = [f.difference for row in result["validation"] for f in compared(row)]
     if (worst := max(differences, key=abs)) and abs(worst) > MOST:
         raise SystemExit(f"a prediction is {worst:+.0%} off: is the machine quiet?")
-
-
-_FIGURES: list[tuple[str, float, Callable[[Row], float]]] = [
-    ("throughput, requests/s", 1, lambda found: float(found["rate"])),
-    *(
-        (
-            f"mean latency at {load:.0%}, ms",
-            1e3,
-            lambda found, i=i: float(found["loads"][i]["latency"]),
-        )
-        for i, load in enumerate(LOADS)
-    ),
-]
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
@@ -654,23 +681,43 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         figures += [100 * row["spread"], 1e6 * row["generator"]]
         shown.add_row(row["label"], *(f"{figure:,.0f}" for figure in figures))
     yield shown
-    shown = Table("setup", "request", "figure", "predicted", "measured", "difference")
+    shown = Table("setup", "figure", "predicted", "measured", "difference", "rounds")
     for row in result["validation"]:
-        for name, expected, found in compared(row):
-            difference = f"{100 * (found / expected - 1):+.1f}%"
-            cells = f"{expected:,.2f}", f"{found:,.2f}", difference
-            shown.add_row(row["label"], row["kind"], name, *cells)
+        for found in compared(row):
+            difference = f"{100 * found.difference:+.1f}%"
+            cells = f"{found.predicted:,.2f}", f"{found.measured:,.2f}", difference
+            shown.add_row(row["label"], found.name, *cells, str(found.rounds))
     yield shown
 
 
-def compared(row: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Yield what was predicted and measured, with its unit: the round of the median difference."""
-    for name, scale, figure in _FIGURES:
-        pairs = [
-            (scale * figure(r["predicted"]), scale * figure(r["measured"])) for r in row["rounds"]
-        ]
-        pairs.sort(key=lambda pair: pair[1] / pair[0])
-        yield name, *pairs[len(pairs) // 2]
+@dataclass(frozen=True)
+class Compared:
+    """A figure as it was predicted and measured, with its unit, by so many rounds."""
+
+    name: str
+    predicted: float
+    measured: float
+    rounds: int
+
+    @property
+    def difference(self) -> float:
+        """Of what was measured from what was predicted, as a part of it."""
+        return self.measured / self.predicted - 1
+
+
+def compared(row: Mapping[str, Any]) -> Iterator[Compared]:
+    """Compare the median throughput; of mean latencies the round of the median difference."""
+    full = [rate for each in row["rounds"] for rate in each["full"]]
+    yield Compared("throughput, requests/s", row["limit"], float(np.median(full)), len(full))
+    for i, load in enumerate(LOADS):
+        loads = [each["loads"][i] for each in row["rounds"]]
+        kept = [r for r in loads if max(r["full"]) <= (1 + STEADY) * min(r["full"])]
+        if len(kept) < LEAST:
+            raise SystemExit(f"{len(kept)} rounds of {len(loads)} count: is the machine quiet?")
+        kept.sort(key=lambda r: float(r["latency"] / r["expected"]))
+        middle = kept[len(kept) // 2]
+        pair = 1e3 * middle["expected"], 1e3 * middle["latency"]
+        yield Compared(f"mean latency at {load:.0%}, ms", *pair, len(kept))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def services(result: Result) -> Iterator[str]:
         f"Beside it: the generator of load takes {_us(min(generators))} to {_us(max(generators))} "
         f"us a request, HAProxy {_us(result['proxy']['seconds'])} us, and an answer through it is "
         f"{_us(result['proxy']['later'])} us later. While the other core is busy too, a batch "
-        f"takes {result['networks'][capacity.SHARED]['contention']:.2f} times as long. "
+        f"takes {result['networks'][capacity.HELD]['contention']:.2f} times as long. "
         + _made(result)
     )
 
@@ -124,10 +124,14 @@ def validation(result: Result) -> Iterator[str]:
     """Show what was predicted beside what was measured."""
     rows = []
     for row in result["validation"]:
-        for name, predicted, measured in capacity.compared(row):
-            figures = f"{predicted:,.1f}", f"{measured:,.1f}", f"{measured / predicted - 1:+.0%}"
-            rows.append([row["label"], row["kind"], name, *figures])
-    yield from _table(("setup", "request", "", "predicted", "measured", "difference"), rows)
+        for found in capacity.compared(row):
+            figures = (
+                f"{found.predicted:,.1f}",
+                f"{found.measured:,.1f}",
+                f"{found.difference:+.0%}",
+            )
+            rows.append([row["label"], found.name, *figures, str(found.rounds)])
+    yield from _table(("setup", "", "predicted", "measured", "difference", "rounds"), rows)
     yield from ("", _made(result))
 
 

@@ -4,8 +4,9 @@ Gal and Ghahramani, "Dropout as a Bayesian Approximation: Representing Model Unc
 Learning" (ICML 2016).
 """
 
+from dropserve.models.defaults import Precision
 from dropserve.models.montecarlo.masks import MASK_KINDS
-from dropserve.models.montecarlo.sampler import PRECISIONS, Precision, Sampler
+from dropserve.models.montecarlo.sampler import PRECISIONS, Sampler
 from dropserve.models.montecarlo.sites import Site
 from dropserve.models.montecarlo.statistics import Statistics, Summary, summarize
 from dropserve.models.montecarlo.streaming import Sample, stream_samples

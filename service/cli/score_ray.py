@@ -142,8 +142,8 @@ def _storage_errors() -> Iterator[None]:
 
 def _limits(settings: Settings) -> Settings:
     """Return what actors need of the settings: no keys, and a path that means the same to them."""
-    names = ("cache", "cache_bytes", "device", "factories", "precision", "max_body_bytes")
-    names += ("max_pixels", "max_side")
+    names = ["cache", "cache_bytes", "device", "factories", "precision"]
+    names += ["max_body_bytes", "max_pixels", "max_side"]
     given = {name: getattr(settings, name) for name in names}
     where = settings.checkpoints
     checkpoints = where.resolve() if isinstance(where, Path) else where

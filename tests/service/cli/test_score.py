@@ -338,7 +338,7 @@ def test_a_file_that_is_too_large_is_a_row_and_a_run_keeps_its_precision(
     assert "had precision float32, not bfloat16" in local()[0].stderr
     monkeypatch.delenv("DROPSERVE_PRECISION")
     assert local()[0].exit_code == 0
-    (row,) = [row for row in read(out) if "large" in row["path"]]
+    (row,) = [row for row in read(out) if row["path"].endswith("large.png")]
     assert row["error"] == "larger than 2,000,000 bytes, DROPSERVE_MAX_BODY_BYTES"
 
 
