@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -114,10 +113,6 @@ def _visible(path, place):
     yield from ("--ro-bind", str(path), str(place))
 
 
-OK = "200", "--"
-"""Status and termination state of a request that was answered, as HAProxy logs them."""
-
-
 class Proxy:
     """HAProxy with the settings of docs/operations.md, told by its socket which Pods there are."""
 
@@ -130,15 +125,12 @@ class Proxy:
         configuration.write_text(f"""
 global
     stats socket {self._socket} mode 600 level admin
-    log stdout format raw local0
 
 {settings.rstrip()}
     server-template pod 1-{SLOTS} 127.0.0.1:1 disabled
 
 frontend clients
     bind 127.0.0.1:{self.port}
-    log global
-    log-format "ended %cp %s %ST %ts"
     default_backend dropserve
 """)
         with self._log.open("w") as log:
@@ -175,12 +167,6 @@ frontend clients
         sessions = re.split(r"^0x", text, flags=re.MULTILINE)
         here = [each for each in sessions if f"server=pod{slot} " in each]
         return {int(re.search(r"source=127\.0\.0\.1:(\d+)", each)[1]) for each in here}
-
-    def broken(self, slot):
-        """Ports of the clients, once a request, whose requests broke off at a Pod: by its log."""
-        ended = re.findall(r"^ended (\d+) (\S+) (\d+) (\S+)$", self._log.read_text(), re.MULTILINE)
-        here = [each for each in ended if each[1] == f"pod{slot}"]
-        return Counter(int(port) for port, _, status, state in here if (status, state) != OK)
 
     async def failures(self):
         """Count connections to Pods that were not made, answers that broke off, and retries."""

@@ -226,9 +226,9 @@ async def kill(cluster, load, figures):
     elsewhere = []
     for number in range(KILLS):
         pod, known = cluster.draw.choice(cluster.pods), len(load.lost)
-        earlier = cluster.proxy.broken(pod.slot)
         os.kill(pod.main, signal.SIGSTOP)  # so that something is in flight there
         await asyncio.sleep(0.2)
+        listed = time.monotonic()
         clients = await cluster.proxy.clients_of(pod.slot)
         process = pod.main
         pod.kill()
@@ -241,13 +241,10 @@ async def kill(cluster, load, figures):
                 await asyncio.sleep(0.02)
             await pod.ready.wait()
             await pod.told()
-        broken, there = cluster.proxy.broken(pod.slot) - earlier, []
-        for request in load.lost[known:]:
-            if request.sent < died and broken[request.port] > 0:
-                broken[request.port] -= 1
-                there.append(request)
-            else:
-                elsewhere.append(request)
+        new = load.lost[known:]
+        # What was sent in the milliseconds from HAProxy's list to its death may have reached it too.
+        there = [r for r in new if r.sent < died and (r.port in clients or r.sent >= listed)]
+        elsewhere += [request for request in new if request not in there]
         in_flight += len(clients | {request.port for request in there})
         lost += len(there)
         print(f"kill {number + 1}: {lost} lost of {in_flight} in flight, {len(elsewhere)} others")
