@@ -242,7 +242,7 @@ async def kill(cluster, load, figures):
             await pod.ready.wait()
             await pod.told()
         new = load.lost[known:]
-        # What was sent in the milliseconds from HAProxy's list to its death may have reached it too.
+        # What was sent in the milliseconds between that list and its death may have reached it.
         there = [r for r in new if r.sent < died and (r.port in clients or r.sent >= listed)]
         elsewhere += [request for request in new if request not in there]
         in_flight += len(clients | {request.port for request in there})
