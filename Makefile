@@ -114,7 +114,7 @@ bench-http: setup ## Load the service and its peers, each in its own environment
 bench-photos: setup ## Measure the peak memory of a worker that gets the largest images
 	$(PYTHON) -m bench.photos
 
-# Eight minutes on a quiet machine, which is not used for anything else: latencies are compared.
+# Twelve minutes on a quiet machine, which is not used for anything else: latencies are compared.
 bench-capacity: setup ## Measure what a capacity model needs, and hold it against one and two processes
 	@command -v haproxy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends haproxy; }
 	$(PYTHON) -m bench.capacity

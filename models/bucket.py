@@ -9,11 +9,12 @@ is compared with the size and the SHA-256 that the manifest has for it.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,10 @@ from dropserve.models.repository import Folder, Repository
 from dropserve.models.version_cache import Held, VersionCache
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from torch import nn
 
+_log = logging.getLogger(__name__)
 _FILES = (checkpoint.METADATA, checkpoint.WEIGHTS, checkpoint.MANIFEST)
 _MANIFEST_BYTES = storage.MAX_HEADER_BYTES
 _PART = 8 * 2**20
@@ -44,7 +47,7 @@ _RETRY_SECONDS = 1.0, 300.0
 _ABANDONED = timedelta(days=1)
 """Age at which an incomplete version is nobody's."""
 Objects = dict[str, str]
-"""File: what changes when the object does, its entity tag or else its time and size."""
+"""File: its size, and what changes when the object does, its entity tag or else its time."""
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Bucket(Repository):
         self._manifests: dict[str, str] = {}  # entity tag of a manifest: its SHA-256
         self._pins: dict[str, tuple[str, int]] = {}  # by model: entity tag of the pin, the version
         self._failed: dict[tuple[str, int], _Failure] = {}
+        self._refused = set[str]()  # names of objects that cannot be listed
 
     def relative(self, text: str) -> str:
         """Shorten the places that a message names, in the storage and in the cache."""
@@ -147,11 +151,9 @@ class Bucket(Repository):
 
     def _list(self) -> _Listing:
         found = _Listing()
-        with unavailable(f"{self.where}: cannot be listed"):
-            objects = self._store.list().collect()
-        for entry in objects:
+        for entry in self._list_objects():
             name, *rest = entry["path"].split("/")
-            tag = entry["e_tag"] or f"{entry['last_modified'].isoformat()} {entry['size']}"
+            tag = f"{entry['size']} {entry['e_tag'] or entry['last_modified'].isoformat()}"
             if not checkpoint.is_name(name):
                 continue
             if rest == [checkpoint.PIN]:
@@ -161,6 +163,30 @@ class Bucket(Repository):
                 found.versions.setdefault(name, {}).setdefault(version, {})[rest[1]] = tag
                 key, changed = (name, version), entry["last_modified"]
                 found.changed[key] = max(found.changed.get(key, changed), changed)
+        return found
+
+    def _list_objects(self) -> "list[ObjectMeta]":
+        """List all; where the name of an object is refused, as `a//b` is, all models but its own.
+
+        A whole listing fails for one such name, so that it would stop the updates of all.
+        """
+        from obstore.exceptions import InvalidPathError
+
+        refused = set[str]()
+        with unavailable(f"{self.where}: cannot be listed"):
+            try:
+                found = [entry for page in self._store.list() for entry in page]
+            except InvalidPathError:
+                found = []
+                for name in self._store.list_with_delimiter()["common_prefixes"]:
+                    try:
+                        found += [entry for page in self._store.list(prefix=name) for entry in page]
+                    except InvalidPathError as error:
+                        reason = str(error).partition("\n")[0]
+                        refused.add(f"{self.where}/{name}: cannot be listed: {reason}")
+        for reason in refused - self._refused:
+            _log.error(reason)
+        self._refused = refused
         return found
 
     # Reading
@@ -187,6 +213,10 @@ class Bucket(Repository):
         try:
             folder, manifest = self._folder(name, version, objects)
             listed = _listed(f"{self.place(name, version)}/{checkpoint.MANIFEST}", manifest)
+            for file, about in listed.items():  # before others make room for it in the cache
+                if (has := objects[file].partition(" ")[0]) != str(about["bytes"]):
+                    reason = f"damaged or replaced: it has {has} bytes, the manifest says otherwise"
+                    raise CheckpointRefused(f"{self.place(name, version)}/{file}", reason)
             size = len(manifest) + sum(file["bytes"] for file in listed.values())
             download = partial(self._download, name, version, manifest, listed)
             with self._cache.held(folder, size, download) as held:
@@ -196,7 +226,8 @@ class Bucket(Repository):
                 self._manifests.pop(objects[checkpoint.MANIFEST], None)
                 self._note_failure(name, version, objects)
             raise
-        self._failed.pop((name, version), None)
+        if (failure := self._failed.get((name, version))) is not None:
+            self._failed[name, version] = replace(failure, due=0.0)  # so that its mark stays
         self._remember()
 
     def _note_failure(self, name: str, version: int, objects: Objects) -> None:
@@ -294,7 +325,8 @@ class Bucket(Repository):
             known = json.loads(self._known.read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
-        return known if isinstance(known, dict) and known.get("where") == self.where else {}
+        same = isinstance(known, dict) and known.get("where") == self.where
+        return known if same and _is_listing(known) else {}
 
     def _restore(self, error: StorageUnavailable) -> None:
         """Take what the cache holds of the last listing; raise `error` if that is nothing."""
@@ -324,11 +356,11 @@ class Bucket(Repository):
     def save(self, module: "nn.Module", metadata: checkpoint.Metadata) -> int:
         """Publish the next version; of two that are published at once, each gets a number.
 
-        CheckpointNotWritten: it is not there, or incomplete, and the next one removes it.
+        What broke off at least a day ago is removed. CheckpointNotWritten: it is not there, or
+        incomplete.
         """
         files, name = checkpoint.dump(module, metadata), metadata.name
         self.find()
-        self._remove_abandoned(name)
         version = max(self._require_listing().versions.get(name, {}), default=0) + 1
         about = files[checkpoint.METADATA]
         while not self._create(f"{name}/{version}/{checkpoint.METADATA}", about):
@@ -340,7 +372,9 @@ class Bucket(Repository):
         # One that is there may be ours: a write whose answer is lost is sent again.
         if not self._create(key, manifest) and self._get(key, _MANIFEST_BYTES) != manifest:
             raise CheckpointNotWritten(f"{self.where}/{key}: another one was written")
-        self.find()
+        self._list_again()
+        with suppress(StorageUnavailable, CheckpointNotWritten):  # the next one may remove it
+            self._remove_abandoned(name)
         return version
 
     def _create(self, key: str, raw: bytes) -> bool:
@@ -362,6 +396,12 @@ class Bucket(Repository):
         except StorageUnavailable as error:
             raise CheckpointNotWritten(str(error)) from error
 
+    def _list_again(self) -> None:
+        """Note what was changed; that is done, even if this fails."""
+        self._listing = None
+        with suppress(StorageUnavailable):
+            self.find()
+
     def _remove_abandoned(self, name: str) -> None:
         listing = self._require_listing()
         newest = max(listing.changed.values(), default=None)  # by the storage's clock
@@ -379,14 +419,15 @@ class Bucket(Repository):
                     self._store.delete(key)
             else:
                 self._store.put(key, checkpoint.dump_pin(version), use_multipart=False)
-        self.find()
+        self._list_again()
 
     def remove(self, name: str, version: int) -> bool:
         """Remove a version, its manifest first: without it the version is incomplete."""
+        self._listing = None  # it may have been pinned meanwhile
         if self.pinned(name) == version:
             return False
-        self._delete(name, version, self._require_listing().versions[name][version])
-        self.find()
+        self._delete(name, version, self._require_listing().versions.get(name, {}).get(version, {}))
+        self._list_again()
         return True
 
     def _delete(self, name: str, version: int, objects: Objects) -> None:
@@ -407,6 +448,18 @@ def open_repository(
     if isinstance(where, Path):
         return Folder(where)
     return Bucket(where, cache, cache_bytes, start_from_cache=start_from_cache)
+
+
+def _is_listing(known: Mapping[str, Any]) -> bool:
+    """Say if a file has the fields of a listing: another release may have written it."""
+    manifests, pins = known.get("manifests"), known.get("pins")
+    return (
+        isinstance(known.get("versions"), dict)
+        and isinstance(manifests, dict)
+        and all(isinstance(digest, str) for digest in manifests.values())
+        and isinstance(pins, dict)
+        and all(isinstance(pin, list) and len(pin) == 2 for pin in pins.values())
+    )
 
 
 def _is_complete(objects: Mapping[str, str]) -> bool:

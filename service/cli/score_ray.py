@@ -6,6 +6,7 @@ rows: so a run that was killed goes on with the parts that are not there. What a
 run still writes is what the next run would write.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -120,7 +121,7 @@ def _require_ray() -> None:
     # read when Ray is imported: nothing is reported to anyone, and its ports, which other machines
     # reach, need a token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not os.environ.get("RAY_ADDRESS"):
+    if not _cluster():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray.data  # noqa: F401  is it installed?
@@ -164,8 +165,8 @@ class Source:
     def parts(self) -> tuple[list[Part], str]:
         """Split what there is into parts; with a digest of names, sizes and times or tags."""
         files = sorted(self._list())
-        tables = [name for name, _ in files if name.endswith(b".parquet")]
-        images = [name for name, _ in files if not name.endswith(b".parquet")]
+        tables = [name for name, _ in files if name.lower().endswith(b".parquet")]
+        images = [name for name, _ in files if not name.lower().endswith(b".parquet")]
         if not files:
             raise Refused(f"{self._folder}: no {', '.join(IMAGE_SUFFIXES)} or .parquet in it")
         found: list[dict[str, Any]] = [
@@ -226,7 +227,7 @@ class Source:
         """Read the images of a part, of `most` bytes, one after another.
 
         Raises:
-            OSError: reading failed as it may not the next time: the part is tried again.
+            OSError, BaseError of obstore: what may be read the next time ends the run.
         """
         if part.group is not None:
             yield from self._read_rows(part)
@@ -324,7 +325,12 @@ def _open(folder: str, *, make: bool = False) -> Any:  # noqa: ANN401  of obstor
 
 
 def _read(store: Any, name: str, most: int = sys.maxsize) -> bytes:  # noqa: ANN401  of obstore
-    found = store.get(name)
+    from obstore.exceptions import PermissionDeniedError
+
+    try:
+        found = store.get(name)
+    except PermissionDeniedError as error:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from error
     scores.require_size(found.meta["size"], most)
     return bytes(found.bytes())
 
@@ -469,13 +475,19 @@ def _run(parts: Sequence[Part], work: _Work, actors: int | None) -> Iterator[dic
 def _start_ray(actors: int | None) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine, without a dashboard."""
     own: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    if not _cluster():
         own = {"address": "local", "include_dashboard": False, "object_store_memory": _MEMORY}
         own["num_cpus"] = max(actors or 0, len(os.sched_getaffinity(0)))
     import ray
 
     ray.init(log_to_driver=False, logging_level=logging.WARNING, **own)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns of what was chosen here
+
+
+def _cluster() -> str:
+    """Return the address of the cluster to join; empty: Ray is started here."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
 
 
 def _cores() -> int:

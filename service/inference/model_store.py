@@ -7,6 +7,7 @@ its files have changed.
 """
 
 import asyncio
+import itertools
 import logging
 import random
 import re
@@ -42,6 +43,10 @@ _TIMEOUT = 60.0
 """Seconds for all workers to load or unload a model."""
 _ATTEMPTS = 3
 """Times that a model is loaded for a request while others push it out of memory."""
+_MAX_LOADING = 8
+"""Models that are loaded on request at a time, or wait for it: then others are refused at once."""
+_REASON = 1000
+"""Most characters of why a version is refused."""
 _LISTED = 20
 """Names that an error lists."""
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -88,8 +93,12 @@ class _NotLoaded(Overloaded):
 
 
 class _Listing(NamedTuple):
-    """The versions that there are, None if they cannot be listed, and why they may be others."""
+    """The versions that there are, None if they cannot be listed, and why they may be others.
 
+    The `number` says in which order listings began.
+    """
+
+    number: int
     found: Mapping[str, Sequence[int]] | None
     problem: str | None
 
@@ -99,6 +108,7 @@ class _Refusal(NamedTuple):
 
     reason: str
     mark: Hashable
+    incomplete: bool = False  # it is being published, or was not to the end
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,8 @@ class ModelStore:
         self._loading: dict[str, asyncio.Future[None]] = {}
         self._changed = False  # what is served, in the last update
         self._closing = False
+        self._listings = itertools.count(1)
+        self._followed = 0
         self.default = settings.default_model
         self.problem: str | None = None
         self.loads: Counter[tuple[str, str]] = Counter()
@@ -169,7 +181,7 @@ class ModelStore:
         """
         found = self._find(name, version)
         if self._settings.max_loaded_models:
-            self._used[found.name] = time.monotonic()
+            self._used[name or self.default or ""] = time.monotonic()
         return found
 
     def _find(self, name: str | None, version: str | None) -> Classifier:
@@ -216,6 +228,8 @@ class ModelStore:
         """Load a model in the loader thread, once for all who wait for it."""
         loading = self._loading.get(name)
         if loading is None:
+            if len(self._loading) >= _MAX_LOADING:
+                raise Overloaded("other models are being loaded", "loading")
             run = asyncio.get_running_loop().run_in_executor
             loading = self._loading[name] = run(self._loader, self._load_on_request, name)
             loading.add_done_callback(lambda _: self._loading.pop(name))
@@ -283,6 +297,12 @@ class ModelStore:
             "pinned": model.pinned,
             "pin_problem": model.pin_problem and self._source.relative(model.pin_problem),
         }
+
+    def count_refused(self, name: str) -> int:
+        """Count the versions that cannot be served, but for those that are being published."""
+        model = self._model(name)
+        refused = {v: r for v, r in model.refused.items() if v not in model.versions}
+        return sum(not refusal.incomplete for refusal in refused.values())
 
     def index(self) -> list[dict[str, str]]:
         """List every version there is: name, version, state READY or UNAVAILABLE, and reason."""
@@ -391,14 +411,19 @@ class ModelStore:
             self._done = message
 
     def _list(self) -> _Listing:
+        number = next(self._listings)
         try:
-            return _Listing(self._source.find(), self._source.problem)
-        except (OSError, StorageUnavailable) as error:
-            reason = f"the checkpoints cannot be listed: {error}"
-            return _Listing(None, self._source.relative(reason))
+            return _Listing(number, self._source.find(), self._source.problem)
+        except Exception as error:  # what is served stays served
+            foreseen = isinstance(error, (OSError, StorageUnavailable))
+            reason = f"the checkpoints cannot be listed: {error if foreseen else repr(error)}"
+            return _Listing(number, None, self._source.relative(reason))
 
     def _follow(self, listing: _Listing, unloaded: frozenset[str]) -> None:
-        found, problem = listing
+        number, found, problem = listing
+        if number < self._followed:
+            return
+        self._followed = number
         if problem != self.problem:
             _log.warning(problem or "the checkpoints can be listed again")
         self.problem = problem
@@ -490,7 +515,7 @@ class ModelStore:
             except Exception as error:
                 if self._source.mark(name, version) is None:
                     return None
-                reason = str(error) or type(error).__name__
+                reason = (str(error) or type(error).__name__)[:_REASON]
                 incomplete = isinstance(error, CheckpointIncomplete)  # as while it is published
                 _log.log(
                     logging.INFO if incomplete else logging.ERROR,
@@ -499,7 +524,7 @@ class ModelStore:
                     exc_info=_log.isEnabledFor(logging.DEBUG),
                 )
                 self.loads[name, "refused"] += not incomplete
-                return _Refusal(reason, mark)
+                return _Refusal(reason, mark, incomplete)
             milliseconds = round(1000 * (time.perf_counter() - started))
             self.loads[name, "loaded"] += 1
             self._marks[name, version] = mark
@@ -549,9 +574,11 @@ class ModelStore:
 
     def _check_start(self, *, strict: bool) -> None:
         models = self._models.items()
-        problems = [refusal.reason for _, m in models for refusal in m.refused.values()]
+        refused = [refusal for _, m in models for refusal in m.refused.values()]
         if not any(self):
-            raise ModelStoreError(f"no model can be served: {'; '.join(problems)}")
+            reasons = "; ".join(refusal.reason for refusal in refused)
+            raise ModelStoreError(f"no model can be served: {reasons}")
+        problems = [refusal.reason for refusal in refused if not refusal.incomplete]
         problems += [f"{name}: {m.pin_problem}" for name, m in models if m.pin_problem]
         if strict and problems:
             raise ModelStoreError(f"DROPSERVE_STRICT_START is set, and {'; '.join(problems)}")

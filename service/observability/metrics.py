@@ -211,7 +211,7 @@ class Metrics:
             state = store.state(name)
             answers = state["version"] or max(state["on_request"], default=0)
             self._latest.labels(name).set(answers)
-            self._refused.labels(name).set(len(state["refused"]))
+            self._refused.labels(name).set(store.count_refused(name))
             self._changed.labels(name).set(len(state["changed"]))
             self._pin_failed.labels(name).set(state["pin_problem"] is not None)
         self._problem.set(store.problem is not None)

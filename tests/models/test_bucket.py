@@ -8,6 +8,7 @@ import threading
 import time
 from datetime import timedelta
 
+import httpx
 import pytest
 import torch
 
@@ -453,3 +454,45 @@ def test_a_cache_that_cannot_be_written_is_an_error(open_bucket, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointNotWritten, match="cannot keep downloaded versions"):
         open_bucket("file").read("net", 1)
+
+
+def test_an_object_of_an_odd_name_keeps_no_other_model_from_being_read(
+    open_bucket, storage, caplog
+):
+    made = open_bucket()
+    made.save(module(1), ABOUT)
+    odd = f"{storage.environment['AWS_ENDPOINT_URL']}/models/prod/odd//x"
+    assert httpx.put(odd, content=b"x").status_code == 200
+    for _ in range(2):
+        assert made.find() == {"net": [1]}
+    told = [r.message for r in caplog.records if r.name == "dropserve.models.bucket"]
+    assert [text[:38] for text in told] == ["s3://models/prod/odd: cannot be listed"]
+    assert made.save(module(2), ABOUT) == 2
+
+
+def test_a_manifest_with_other_sizes_costs_no_cached_version(open_bucket):
+    made = open_bucket(limit=LIMIT)
+    made.save(module(1), ABOUT)
+    with made.local("net", 1) as kept:
+        pass
+    files = checkpoint.dump(module(2), ABOUT)
+    manifest = json.loads(files["manifest.json"])
+    manifest["files"]["model.safetensors"]["bytes"] = 8 * 2**30
+    for name, raw in (files | {"manifest.json": json.dumps(manifest).encode()}).items():
+        made._store.put(f"other/1/{name}", raw)
+    made.find()
+    with pytest.raises(CheckpointRefused, match=r"other/1/model.safetensors: damaged or replaced"):
+        made.read("other", 1)
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("known", ["", "[]", '{"pins": {"net": 1}, "manifests": {}}'])
+def test_a_listing_of_another_release_in_the_cache_is_written_anew(open_bucket, tmp_path, known):
+    made = open_bucket()
+    made.save(module(1), ABOUT)
+    made.find()
+    (file,) = (tmp_path / "cache").glob("listing-*.json")
+    file.write_text(known.replace("{", '{"where": "s3://models/prod", "versions": {}, ', 1))
+    again = open_bucket()
+    assert again.find() == {"net": [1]}
+    assert json.loads(file.read_text())["versions"]["net"].keys() == {"1"}

@@ -435,3 +435,14 @@ def test_a_name_without_versions_is_no_model_and_its_pin_is_not_read(there):
     there.pins = {"README.md": NotADirectoryError("README.md")}
     store = started(there, strict_start=True)
     assert store.models() == ["m"]
+
+
+def test_of_two_listings_the_one_that_began_last_holds(there, store):
+    there.models["m"] |= {1: "good"}
+    earlier = store._list()
+    there.models["m"] |= {2: "good"}
+    store.update()
+    store.update(earlier)  # it took longer
+    assert list(store.versions("m")) == [1, 2]
+    store.update()
+    assert list(store.versions("m")) == [1, 2]

@@ -103,6 +103,8 @@ def test_a_server_follows_a_bucket_and_outlives_its_failures(
 
         dropserve("pin", "net", "2", "--checkpoints", URL)
         follows(2)
+    ready_lines = [line["version"] for line in server.lines() if line["message"] == "version ready"]
+    assert ready_lines.count(3) == 1  # though it was refused before
     messages = [line["message"] for line in server.lines()]
     assert messages.count("the checkpoints can be listed again") == 1
     assert sum("check the credentials" in message for message in messages) == 1
