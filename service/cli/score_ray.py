@@ -121,6 +121,7 @@ def _require_ray() -> None:
     # read when Ray is imported: nothing is reported to anyone, and its ports, which other machines
     # reach, need a token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors come as exceptions
     if not _cluster():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:

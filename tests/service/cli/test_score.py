@@ -387,7 +387,7 @@ def test_what_an_engine_cannot_do_is_refused(
 
 def test_the_ray_engine_says_what_to_install(run, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE"):
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL"):
         monkeypatch.setenv(name, "")  # it sets them
     result = run("score", folder, "--out", tmp_path / "scores", "--engine", "ray")
     assert result.exit_code == 2
