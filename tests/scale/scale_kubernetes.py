@@ -228,9 +228,8 @@ async def kill(cluster, load, figures):
         pod, known = cluster.draw.choice(cluster.pods), len(load.lost)
         os.kill(pod.main, signal.SIGSTOP)  # so that something is in flight there
         await asyncio.sleep(0.2)
-        listed = time.monotonic()
         clients = await cluster.proxy.clients_of(pod.slot)
-        process = pod.main
+        process, killed = pod.main, time.monotonic()
         pod.kill()
         # Its sockets are open until its memory is freed.
         while psutil.pid_exists(process):  # noqa: ASYNC110
@@ -242,8 +241,7 @@ async def kill(cluster, load, figures):
             await pod.ready.wait()
             await pod.told()
         new = load.lost[known:]
-        # What was sent in the milliseconds between that list and its death may have reached it.
-        there = [r for r in new if r.sent < died and (r.port in clients or r.sent >= listed)]
+        there = [r for r in new if r.sent < died and r.ended >= killed]  # in flight when it died
         elsewhere += [request for request in new if request not in there]
         in_flight += len(clients | {request.port for request in there})
         lost += len(there)
