@@ -28,7 +28,6 @@ from functools import partial
 from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import httpx
@@ -40,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cluster import Floats, Law, measured, steady
+from bench.generator import Load, Seen
 from bench.http.processes import free_port, serving
 from bench.networks import CACHE, load_images
 from bench.progress import follow
@@ -50,17 +50,8 @@ from dropserve.models.hyperparameters import Recipe
 from dropserve.models.networks import default_config
 from dropserve.models.training import fit
 from dropserve.service.inference.classifier import Classifier, Predict, Task, Uncertainty
-from tests.reliability.load import (
-    Asked,
-    Clients,
-    Sample,
-    closed_loop,
-    metrics,
-    on_core,
-    open_loop,
-    run,
-)
-from tests.reliability.messages import Answer, request
+from tests.reliability.load import metrics, on_core, run
+from tests.reliability.messages import request
 
 RESULTS = Path(__file__).parent / "results" / "scaling" / "capacity.json"
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -114,11 +105,12 @@ class Kind:
         """Return the task of the classifier."""
         return Uncertainty(self.samples) if self.samples else Predict()
 
-    def requests(self, png: bytes) -> bytes:
-        """Write a request; the fast path does not take one that limits its wait."""
+    def requests(self, pngs: Sequence[bytes]) -> Iterator[bytes]:
+        """Write requests without end; the fast path does not take one that limits its wait."""
         action = f"uncertainty?samples={self.samples}" if self.samples else "predict"
         header = ["X-Request-Timeout: 60"] if self.asgi else []
-        return request(f"/v1/models/{self.model}/{action}", png, "image/png", *header)
+        path = f"/v1/models/{self.model}/{action}"
+        return cycle([request(path, png, "image/png", *header) for png in pngs])
 
 
 MODELS = {"digits-mlp": "mlp", "fashion-mnist-mlp": "mlp", "fashion-mnist-cnn": "cnn"}
@@ -239,89 +231,43 @@ def served(
         yield Server(port, found, start, Path(name) / "log")
 
 
-class Spread:
-    """Clients of several processes: each request goes to one of them, chosen at random."""
+async def connect(server: Server, each: int) -> Load:
+    """Connect to each process as often: the kernel alone might give one of them more."""
 
-    def __init__(self, each: Sequence[Clients]) -> None:
-        self._each, self._random = each, Random(0)  # noqa: S311  load, not secrets
-
-    async def ask(self, raw: bytes) -> Answer:
-        """Send a request; return its answer."""
-        return await self._random.choice(self._each).ask(raw)
-
-
-async def connect(server: Server, each: int) -> list[Clients]:
-    """Connect clients, so many to each process: the kernel alone might give one of them more."""
-
-    def reaches(worker: psutil.Process, port: int) -> bool:
+    def owns(worker: psutil.Process, port: int) -> bool:
         return any(c.raddr and c.raddr.port == port for c in worker.net_connections("tcp4"))
 
-    made = []
-    for worker in server.workers:
-        made.append(Clients(server.port))
-        wanted = partial(reaches, worker) if len(server.workers) > 1 else None
-        await made[-1].open(each, wanted)
-    return made
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A load: its samples, its seconds, and processor seconds of this process."""
-
-    samples: list[Sample]
-    seconds: float
-    generator: float
-
-    @property
-    def latencies(self) -> list[float]:
-        """Seconds of the requests, from when they were due."""
-        return [sample.latency for sample in self.samples]
-
-
-async def ask(
-    clients: Asked, pngs: Sequence[bytes], kind: Kind, connections: int, seconds: float
-) -> Seen:
-    """Have clients ask, each when it has its answer."""
-    requests = cycle([kind.requests(png) for png in pngs])
-    began, spent = time.perf_counter(), time.process_time()
-    samples = await closed_loop(clients, requests, connections, seconds)
-    return _seen(samples, time.perf_counter() - began, time.process_time() - spent)
-
-
-def _seen(samples: list[Sample], seconds: float, generator: float) -> Seen:
-    if failed := [sample for sample in samples if sample.status != 200]:
-        raise SystemExit(
-            f"{len(failed)} of {len(samples)} requests failed; is the machine quiet? {failed[0]}"
-        )
-    return Seen(samples, seconds, generator)
+    load = Load()
+    several = len(server.workers) > 1
+    await load.open(server.port, each, [partial(owns, w) for w in server.workers if several])
+    return load
 
 
 async def service_times(
     server: Server, kind: Kind, pngs: Sequence[bytes], seconds: float
 ) -> list[Row]:
     """Measure processor seconds of a server's batches, by clients that each wait for an answer."""
-    rows = []
+    load, requests, rows = await connect(server, max(SIZES)), kind.requests(pngs), []
     for size in SIZES:
-        (clients,) = await connect(server, size)
-        await ask(clients, pngs, kind, size, seconds / 4)
+        await load.closed(requests, size, seconds / 2)
         (count, images), spent = server.batches(), server.processor_seconds()
-        seen = await ask(clients, pngs, kind, size, seconds)
+        seen = await load.closed(requests, size, seconds)
         spent = server.processor_seconds() - spent
         more, images_more = server.batches()
         batches, batch = more - count, (images_more - images) / (more - count)
-        asked = len(seen.samples)
+        asked = len(seen.latencies)
         rows.append(
             {
                 "clients": size,
                 "batch": round(batch, 3),
                 "seconds": spent / batches,
-                "rate": asked / seen.seconds,
+                "rate": seen.done / seen.seconds,
                 "latency": float(np.mean(seen.latencies)),
                 "deviation": float(np.std(seen.latencies)),
                 "generator": seen.generator / asked,
             }
         )
-        clients.close()
+    load.close()
     return rows
 
 
@@ -415,29 +361,29 @@ def proxied(ports: Sequence[int]) -> Iterator[Server]:
 def proxy_times(server: Server, pngs: Sequence[bytes], seconds: float) -> Row:
     """Measure what HAProxy takes of a request, and how much later its answer is."""
 
-    async def measure(port: int, connections: int) -> Seen:
-        clients = Clients(port)
-        seen = await ask(clients, pngs, KINDS["digits"], connections, seconds)
-        clients.close()
+    async def measure(at: Server, connections: int) -> Seen:
+        load = await connect(replace(at, workers=at.workers[:1]), connections)
+        seen = await load.closed(KINDS["digits"].requests(pngs), connections, seconds)
+        load.close()
         return seen
 
     with proxied([server.port]) as proxy:
-        direct, through = (run(measure(port, 1)) for port in (server.port, proxy.port))
+        direct, through = (run(measure(at, 1)) for at in (server, proxy))
         spent = proxy.processor_seconds()
-        many = run(measure(proxy.port, 16))
+        many = run(measure(proxy, 16))
         spent = proxy.processor_seconds() - spent
     later = float(np.median(through.latencies) - np.median(direct.latencies))
-    return {"seconds": spent / len(many.samples), "later": later}
+    return {"seconds": spent / len(many.latencies), "later": later}
 
 
 def processes(root: Path, folder: Path, digits: Sequence[bytes]) -> Row:
     """Measure start, memory and the first requests of a process, and of each model more."""
 
-    async def first(port: int, kind: Kind) -> list[float]:
-        clients = Clients(port)
-        found = (await ask(clients, digits, kind, 1, 0.3)).latencies
-        clients.close()
-        return found
+    async def first(server: Server, kind: Kind) -> list[float]:
+        load = await connect(server, 1)
+        seen = await load.closed(kind.requests(digits), 1, 0.3)
+        load.close()
+        return seen.latencies
 
     found: Row = {"models": {}}
     for model in MODELS:
@@ -451,7 +397,7 @@ def processes(root: Path, folder: Path, digits: Sequence[bytes]) -> Row:
                     # the first request pays for what none has needed before
                     for name in ("digits", "digits-100"):
                         kind = replace(KINDS[name], model="copy-0")
-                        times = run(first(server.port, kind))
+                        times = run(first(server, kind))
                         median = float(np.median(times))
                         found[name] = {"first": times[0], "later": median}
                     text = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
@@ -555,35 +501,37 @@ Scattered = Callable[[Setup, float], float]
 
 @dataclass(frozen=True)
 class Whole:
-    """A setup that runs, and clients of it."""
+    """A setup that runs, and connections to it."""
 
     setup: Setup
-    clients: Spread
+    load: Load
 
-    async def throughput(self, requests: Sequence[bytes], seconds: float) -> float:
-        """Return requests per second if all batches are full; what ends later does not count."""
-        connections = self.setup.processes * SATURATING
-        seen = _seen(
-            await closed_loop(self.clients, cycle(requests), connections, seconds), seconds, 0
-        )
-        end = seen.samples[0].due + seconds
-        return sum(sample.done <= end for sample in seen.samples) / seconds
+    async def throughput(self, requests: Iterator[bytes], seconds: float) -> float:
+        """Return requests per second if all batches are full."""
+        processes = self.setup.processes if self.setup.proxy else 1  # of one port's connections
+        seen = await self.load.closed(requests, processes * SATURATING, seconds)
+        return seen.done / seconds
 
     async def measure(
-        self, requests: Sequence[bytes], seconds: int, seed: int, scattered: Scattered
+        self, requests: Iterator[bytes], seconds: int, seed: int, scattered: Scattered
     ) -> Row:
         """Measure throughput and latencies in turns."""
-        await self.throughput(requests, seconds / 16)
+        await self.throughput(requests, seconds / 8)
         full, loads = [await self.throughput(requests, seconds / 4)], []
         for load in LOADS:
-            asked, spent = load * scattered(self.setup, full[-1]), time.process_time()
-            samples = await open_loop(self.clients, cycle(requests), asked, seconds, seed)
-            seen = _seen(samples, seconds, time.process_time() - spent)
-            late = float(np.mean([s.sent - s.due for s in samples]))
+            asked = load * scattered(self.setup, full[-1])
+            seen = await self.load.poisson(requests, asked, seconds, seed)
             full.append(await self.throughput(requests, seconds / 4))
-            row = {"load": load, "asked": asked, "full": full[-2:]}
-            row["generator"] = seen.generator / len(samples)
-            loads.append({**row, "latency": float(np.mean(seen.latencies)), "late": late})
+            loads.append(
+                {
+                    "load": load,
+                    "asked": asked,
+                    "full": full[-2:],
+                    "latency": float(np.mean(seen.latencies)),
+                    "late": float(np.mean(seen.late)),
+                    "generator": seen.generator / len(seen.latencies),
+                }
+            )
         return {"full": full, "loads": loads}
 
 
@@ -601,16 +549,15 @@ async def wholes(stack: ExitStack, root: Path) -> list[Whole]:
             proxy = stack.enter_context(proxied([server.port for server in servers]))
             front = replace(proxy, workers=proxy.workers[:1])
             connections *= len(servers)
-        clients = await connect(front, connections)
-        for pool in clients:
-            stack.callback(pool.close)
-        found.append(Whole(setup, Spread(clients)))
+        load = await connect(front, connections)
+        stack.callback(load.close)
+        found.append(Whole(setup, load))
     return found
 
 
 def compare(root: Path, result: Row, pngs: Sequence[bytes], seconds: int) -> None:
     """Measure batches of one process and the setups in turns; then predict, and note both."""
-    requests = [KINDS[HELD].requests(png) for png in pngs]
+    requests = KINDS[HELD].requests(pngs)
     times: list[list[Row]] = []
     found: list[list[Row]] = [[] for _ in SETUPS]
 
@@ -628,7 +575,7 @@ def compare(root: Path, result: Row, pngs: Sequence[bytes], seconds: int) -> Non
             for seed in follow(range(ROUNDS), "rounds"):
                 for rounds, whole in zip(found, running, strict=True):
                     with on_core(0):
-                        times.append(await service_times(single, KINDS[HELD], pngs, seconds / 16))
+                        times.append(await service_times(single, KINDS[HELD], pngs, seconds / 12))
                     with on_core(0) if whole.setup.processes == 1 else nullcontext():
                         rounds.append(await whole.measure(requests, seconds, seed, scattered_now))
 
