@@ -55,6 +55,3 @@ def test_the_page_has_every_figure_that_was_measured():
     )
     page = scaling.PAGE.read_text()
     assert page == scaling.write(page, parts, simulated)
-    for row in parts["validation"]:
-        for _, predicted, found in capacity.compared(row):
-            assert abs(found / predicted - 1) <= capacity.MOST, row["label"]

@@ -97,6 +97,8 @@ def test_a_server_follows_a_bucket_and_outlives_its_failures(
             published._store.put(f"net/4/{name}", files[name])
         refused = eventually(lambda: ready()["models"]["net"]["refused"], 20, 0.05)
         assert "incomplete: no manifest.json" in refused[0]["reason"]
+        gauge = 'dropserve_model_refused_versions{model="net"} 0.0'
+        assert gauge in client.get("/metrics").text  # it is being uploaded
         assert says()[0] == 3
         published._store.put("net/4/manifest.json", files["manifest.json"])
         follows(4)
