@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+from typing import cast
 
 _ABSOLUTE = 1  # TFD_TIMER_ABSTIME
 
@@ -51,8 +52,7 @@ class _Connection(asyncio.Protocol):
         self._missing = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  for the type checker
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         if self._missing:
@@ -121,11 +121,11 @@ class Load:
             made: list[_Connection] = []
             while len(made) < each:
                 make = partial(_Connection, self, process)
-                _, new = await loop.create_connection(make, "127.0.0.1", port)
-                if owns(new.transport.get_extra_info("sockname")[1]):
+                transport, new = await loop.create_connection(make, "127.0.0.1", port)
+                if owns(transport.get_extra_info("sockname")[1]):
                     made.append(new)
                 else:
-                    new.transport.close()
+                    transport.close()
             self._all.append(made)
 
     def close(self) -> None:
