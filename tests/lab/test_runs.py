@@ -108,6 +108,7 @@ def computing(process):
 
 
 @needs_data
+@pytest.mark.slow
 def test_results_plots_and_versions_are_written(unbroken, make_server):
     document = json.loads((unbroken / f"{NAME}.json").read_text())
     experiment = experiments.load(NAME)

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -219,8 +220,10 @@ class Pod:
         os.kill(self.main, signal.SIGKILL)
 
     def abandon(self):
-        """Kill it for good, whatever it does; bubblewrap's child dies with it."""
+        """Kill it for good, whatever it does; with another user its server outlives bubblewrap."""
         self._life.cancel()
+        with suppress(OSError, ValueError):  # it has ended
+            self.kill()
         self.process.kill()
         self.process.wait()
 
