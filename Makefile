@@ -114,7 +114,7 @@ bench-http: setup ## Load the service and its peers, each in its own environment
 bench-photos: setup ## Measure the peak memory of a worker that gets the largest images
 	$(PYTHON) -m bench.photos
 
-# Twelve minutes on a quiet machine, which is not used for anything else: latencies are compared.
+# Ten minutes on a quiet machine, which is not used for anything else: latencies are compared.
 bench-capacity: setup ## Measure what a capacity model needs, and hold it against one and two processes
 	@command -v haproxy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends haproxy; }
 	$(PYTHON) -m bench.capacity
@@ -127,7 +127,7 @@ bench-bulk: setup ## Measure bulk scoring: over HTTP, in processes, and on Ray
 bench-distributed: setup ## Measure training on two processes, and in parts of a batch
 	$(PYTHON) -m bench.distributed
 
-# Four minutes. After bench-capacity.
+# Two minutes. After bench-capacity.
 bench-simulation: setup ## Simulate bursts, deaths, updates and autoscaling of 10 to 1,000 replicas
 	$(PYTHON) -m bench.simulation
 

@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -196,7 +197,8 @@ def run(images: int, few: int, data: Path | None) -> dict[str, Any]:
         for (engine, mode), rounds in found.items()
     ]
     return {
-        "command": "python -m bench.bulk",
+        "command": "make bench-bulk",
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "versions": versions() | {"ray": version("ray")},
         "images": images,

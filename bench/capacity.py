@@ -8,21 +8,24 @@ writes results/scaling/capacity.json.
 
 A machine whose cores others use too changes its speed within seconds. So what batches take,
 throughput and latencies are measured in turns, in rounds. Throughput is measured before and after
-each latency: where both differ, the speed has changed meanwhile, and the round does not count.
+each: where both differ, the speed has changed meanwhile, and the round does not count; times of the
+others are scaled to the mean speed.
 """
 
 import argparse
+import asyncio
 import io
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle
@@ -57,17 +60,18 @@ RESULTS = Path(__file__).parent / "results" / "scaling" / "capacity.json"
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Clients that each wait for their answer: about the sizes of batches, up to full ones."""
 MAX_BATCH = 64
-SATURATING = 2 * MAX_BATCH
-"""Clients that keep a process busy with full batches."""
 COPIES = 20
 """Models more, by which memory and start time of one are told from those of the process."""
 LOADS = (0.5, 0.8)
-ROUNDS = 12
-LEAST = 5
-"""Rounds that must count."""
-STEADY = 0.2
-"""Most that throughput before and after a measurement of latency may differ."""
-_RUNS = 7  # of the simulation, the first to find how busy they are
+ROUNDS, LEAST = 24, 8
+"""Rounds, and how many of them must count."""
+STEADY = 0.15
+"""Most that throughput before and after a measurement may differ."""
+_SLICE = 0.5  # seconds of requests that come at random
+_TURN = 0.02  # seconds of the generator on a core that it shares
+_SCATTERED = 500, 1000, 2000  # requests per second, which hardly ever come together
+_WARM, _BRIEF = 0.05, 0.2  # seconds before throughput is measured, and of that
+_RUNS = 60  # of the simulation
 MOST = 0.15
 """Difference between a prediction and what was measured that is allowed."""
 _IMAGES = 6400  # of a training's only epoch: what a network costs hardly depends on its weights
@@ -77,8 +81,8 @@ global
 defaults
     mode http
     timeout connect 5s
-    timeout client 60s
-    timeout server 60s
+    timeout client 1h
+    timeout server 1h
     http-reuse always
 frontend all
     bind 127.0.0.1:{port}
@@ -124,9 +128,16 @@ KINDS = {
     "cnn-100": Kind("Fashion-MNIST CNN, T = 100", "fashion-mnist-cnn", 100),
     "cnn-1000": Kind("Fashion-MNIST CNN, T = 1,000", "fashion-mnist-cnn", 1000),
 }
-HELD = "mlp-100"
-"""The kind that the model is held against: a batch is one step of less than 5 ms, which runs on the
-event loop. Longer ones run in a thread beside it, and on one core both then wait for each other."""
+HELD, HELD_BATCH = "cnn-100", 8
+"""The kind that the model is held against, and its DROPSERVE_MAX_BATCH: a batch is one step of less
+than 5 ms, which runs on the event loop; longer ones run in a thread, and on one core both then wait
+for each other. A request takes many times as long as the generator needs for it."""
+SHARES = (0.2, 0.4, 0.6, 0.8)
+"""Of full throughput, for requests that come at random."""
+SATURATING = 4 * HELD_BATCH
+"""Clients that keep a process busy with full batches."""
+CONNECTIONS = 8 * SATURATING
+"""For requests that come at random, to a process: none waits for a connection."""
 
 
 def publish(root: Path, data_dir: Path) -> Dataset:
@@ -190,21 +201,24 @@ def _processor_seconds(process: psutil.Process) -> float:
 
 @contextmanager
 def served(
-    root: Path, workers: int = 1, cores: Sequence[int] = (1,), *, yields: bool = False
+    root: Path,
+    workers: int = 1,
+    cores: Sequence[int] = (1,),
+    max_batch: int = MAX_BATCH,
 ) -> Iterator[Server]:
-    """Serve a folder of models; each process that answers is kept on a core.
-
-    If it `yields`, the generator and the proxy do not wait for it on a core that they share.
-    """
+    """Serve a folder of models; each process that answers is kept on a core."""
     port = free_port()
     settings = {
         "DROPSERVE_PORT": str(port),
         "DROPSERVE_CHECKPOINTS": str(root.absolute()),
         "DROPSERVE_WORKERS": str(workers),
+        "DROPSERVE_MAX_BATCH": str(max_batch),
         # nothing is refused: latency is measured, not shedding
         "DROPSERVE_MAX_WAIT": "30",
         "DROPSERVE_MAX_QUEUE": "100000",
-        "DROPSERVE_HEAD_TIMEOUT": "60",  # connections are opened ahead of their use
+        # connections are opened ahead of their use, and wait for their turn
+        "DROPSERVE_HEAD_TIMEOUT": "3600",
+        "DROPSERVE_KEEP_ALIVE": "3600",
         "DROPSERVE_PRECISION": "float32",  # "auto" is timed at each start, and may differ
         "OMP_NUM_THREADS": "1",
     }
@@ -226,8 +240,6 @@ def served(
             for process, core in zip(found, cycle(cores), strict=False):
                 for thread in process.threads():
                     os.sched_setaffinity(thread.id, {core})
-                    if yields:
-                        os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
         yield Server(port, found, start, Path(name) / "log")
 
 
@@ -243,30 +255,31 @@ async def connect(server: Server, each: int) -> Load:
     return load
 
 
+async def batches_of(server: Server, some: Awaitable[Seen]) -> Row:
+    """Measure processor seconds of a server's batches under some load."""
+    (count, images), spent = server.batches(), server.processor_seconds()
+    seen = await some
+    spent = server.processor_seconds() - spent
+    more, images_more = server.batches()
+    return {
+        "batch": (images_more - images) / (more - count),
+        "seconds": spent / (more - count),
+        "rate": seen.done / seen.seconds,
+        "latency": float(np.mean(seen.latencies)),
+        "deviation": float(np.std(seen.latencies)),
+        "late": float(np.mean(seen.late)) if seen.late else 0.0,
+        "generator": seen.generator / len(seen.latencies),
+    }
+
+
 async def service_times(
     server: Server, kind: Kind, pngs: Sequence[bytes], seconds: float
 ) -> list[Row]:
-    """Measure processor seconds of a server's batches, by clients that each wait for an answer."""
+    """Measure batches, by clients that each wait for an answer."""
     load, requests, rows = await connect(server, max(SIZES)), kind.requests(pngs), []
     for size in SIZES:
         await load.closed(requests, size, seconds / 2)
-        (count, images), spent = server.batches(), server.processor_seconds()
-        seen = await load.closed(requests, size, seconds)
-        spent = server.processor_seconds() - spent
-        more, images_more = server.batches()
-        batches, batch = more - count, (images_more - images) / (more - count)
-        asked = len(seen.latencies)
-        rows.append(
-            {
-                "clients": size,
-                "batch": round(batch, 3),
-                "seconds": spent / batches,
-                "rate": seen.done / seen.seconds,
-                "latency": float(np.mean(seen.latencies)),
-                "deviation": float(np.std(seen.latencies)),
-                "generator": seen.generator / asked,
-            }
-        )
+        rows.append(await batches_of(server, load.closed(requests, size, seconds)))
     load.close()
     return rows
 
@@ -306,10 +319,10 @@ def network_times(root: Path, name: str, core: int, seconds: float) -> list[floa
     torch.set_num_threads(1)
     kind = KINDS[name]
     classifier = Classifier(kind.model, 1, root / kind.model / "1")
-    random, found = np.random.default_rng(0), []
+    generator, found = np.random.default_rng(0), []
     for size in SIZES[:-1]:
         shape = 1, *classifier.preprocessing.shape
-        pixels = [random.integers(0, 256, shape, np.uint8) for _ in range(size)]
+        pixels = [generator.integers(0, 256, shape, np.uint8) for _ in range(size)]
         times: list[float] = []
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(times) < 3:
@@ -360,20 +373,26 @@ def proxied(ports: Sequence[int]) -> Iterator[Server]:
 
 def proxy_times(server: Server, pngs: Sequence[bytes], seconds: float) -> Row:
     """Measure what HAProxy takes of a request, and how much later its answer is."""
+    requests = KINDS["digits"].requests(pngs)
 
-    async def measure(at: Server, connections: int) -> Seen:
-        load = await connect(replace(at, workers=at.workers[:1]), connections)
-        seen = await load.closed(KINDS["digits"].requests(pngs), connections, seconds)
+    async def latency_through(at: Server) -> float:
+        load = await connect(replace(at, workers=at.workers[:1]), 1)
+        seen = await load.closed(requests, 1, seconds)
         load.close()
-        return seen
+        return float(np.median(seen.latencies))
+
+    async def spent(proxy: Server, rate: float) -> Row:
+        load, before = await connect(proxy, SATURATING), proxy.processor_seconds()
+        some = load.poisson(requests, rate, seconds) if rate else load.closed(requests, 16, seconds)
+        asked = len((await some).latencies)
+        load.close()
+        return {"rate": rate, "proxy": (proxy.processor_seconds() - before) / asked}
 
     with proxied([server.port]) as proxy:
-        direct, through = (run(measure(at, 1)) for at in (server, proxy))
-        spent = proxy.processor_seconds()
-        many = run(measure(proxy, 16))
-        spent = proxy.processor_seconds() - spent
-    later = float(np.median(through.latencies) - np.median(direct.latencies))
-    return {"seconds": spent / len(many.latencies), "later": later}
+        direct, through = (run(latency_through(at)) for at in (server, proxy))
+        together, *scattered = (run(spent(proxy, rate)) for rate in (0, *_SCATTERED))
+    law = _by_rate(scattered, "proxy")
+    return {"together": together["proxy"], **law, "rows": scattered, "later": through - direct}
 
 
 def processes(root: Path, folder: Path, digits: Sequence[bytes]) -> Row:
@@ -441,17 +460,26 @@ SETUPS = (
 )
 
 
-def batch_times(service: Mapping[str, Any]) -> Floats:
+def batch_times(service: Mapping[str, Any], most: int = MAX_BATCH) -> Floats:
     """Return what a batch of each size takes, from the rows of `service_times`."""
     rows = sorted(service["rows"], key=lambda row: float(row["batch"]))
     sizes, seconds = [r["batch"] for r in rows], [r["seconds"] for r in rows]
-    return measured(sizes, seconds, service["each"], MAX_BATCH)
+    return measured(sizes, seconds, service["each"], most)
 
 
-def _others(setup: Setup, parts: Row, generator: float) -> float:
-    """Return seconds that others take of the cores that two processes run on, a request."""
-    proxy = parts["proxy"]["seconds"] if setup.proxy else 0.0
-    return generator + proxy if setup.processes > 1 else 0.0
+def _others(setup: Setup, parts: Row) -> list[Row]:
+    """Return what others take of the cores that two processes run on."""
+    if setup.processes == 1:
+        return []
+    generator = parts["held"]["shared"]["generator"]
+    return [generator, parts["proxy"]] if setup.proxy else [generator]
+
+
+def _by_rate(rows: Sequence[Row], name: str) -> Row:
+    """Fit what is taken of a second to `fixed + each * rate`, from seconds of a request."""
+    rates = [row["rate"] for row in rows]
+    fixed, each, _ = _line(rates, [row["rate"] * row[name] for row in rows])
+    return {"fixed": fixed, "each": each}
 
 
 def _contention(setup: Setup, parts: Row) -> float:
@@ -461,142 +489,238 @@ def _contention(setup: Setup, parts: Row) -> float:
 
 def limit(setup: Setup, parts: Row) -> float:
     """Predict requests per second of full batches, from the parts alone."""
-    times = parts["services"][HELD]
-    each = batch_times(times)[-1] / MAX_BATCH * _contention(setup, parts)
-    return float(setup.processes / (each + _others(setup, parts, times["generator"])))
+    times = parts["held"]["shared" if setup.processes > 1 else "own"]
+    each = times["full"] * _contention(setup, parts)
+    others = sum(other["together"] for other in _others(setup, parts))
+    return float(setup.processes / (each + others))
 
 
-def scattered(setup: Setup, parts: Row, full: float, generator: float) -> float:
-    """Return the limit `full` if each request comes by itself, which costs its generator more."""
-    more = generator - parts["services"][HELD]["generator"] if setup.processes > 1 else 0.0
-    return setup.processes / (setup.processes / full + more)
+def scattered_limit(setup: Setup, parts: Row) -> float:
+    """Predict the most requests per second that can be served if each comes by itself."""
+    times, others = parts["held"]["shared" if setup.processes > 1 else "own"], _others(setup, parts)
+    each = batch_times(times, HELD_BATCH)[-1] / HELD_BATCH * _contention(setup, parts)
+    left = setup.processes - sum(other["fixed"] for other in others)
+    return float(left / (each + sum(other["each"] for other in others)))
 
 
-def latency(setup: Setup, parts: Row, row: Row, generator: float, seconds: int) -> float:
-    """Predict the mean latency of the requests that a row of `Whole.measure` asked.
+def latency(setup: Setup, parts: Row, asked: float, full: float) -> float:
+    """Predict the mean latency of so many requests per second, the median of several times.
 
-    The batches are scaled to its throughput: the machine is faster or slower than when the parts
+    Batches are scaled to the throughput `full`, for the machine is faster or slower than when they
     were measured.
     """
-    times, choices = parts["services"][HELD], 2 if setup.proxy else 1
-    contention, asked = _contention(setup, parts), row["asked"]
-    batches, full = batch_times(times), float(np.mean(row["full"]))
-    each = setup.processes / full - _others(setup, parts, times["generator"])
-    batches *= each / (batches[-1] / MAX_BATCH * contention)
-    taken = asked * _others(setup, parts, generator) / setup.processes
+    times, choices = (
+        parts["held"]["shared" if setup.processes > 1 else "own"],
+        2 if setup.proxy else 1,
+    )
+    batches, contention = batch_times(times, HELD_BATCH), _contention(setup, parts)
+    others = _others(setup, parts)
+    each = setup.processes / full - sum(other["together"] for other in others)
+    batches *= each / (times["full"] * contention)
+    taken = sum(o["fixed"] + o["each"] * asked for o in others) / setup.processes
     stretch, means = 1 / (1 - taken), []
     for seed in range(_RUNS):
         law = Law(batches * stretch, times["spread"], max_wait=30, choices=choices)
-        mean, busy, _ = steady(law, setup.processes, asked, seconds, seed)
+        mean, busy, _ = steady(law, setup.processes, asked, _SLICE, seed)
         # how busy the other is depends on how slow it is
         stretch = (1 + (contention - 1) * busy) / (1 - taken)
         means.append(mean)
-    around = times["around"] + (parts["proxy"]["later"] if setup.proxy else 0)
-    return float(np.mean(means[1:]) + around)
+    around = times["around"] + times["late"] + (parts["proxy"]["later"] if setup.proxy else 0)
+    return float(np.median(means) + around)
 
 
-Scattered = Callable[[Setup, float], float]
-"""Takes throughput, and returns the limit if requests come one by one."""
+Measure = Callable[[Sequence[float]], Awaitable[Row]]
+"""Measures something, if it is told the throughput of each process just before."""
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A setup that runs, and connections to it."""
+@dataclass
+class Running:
+    """Servers that run, and connections to them.
 
-    setup: Setup
+    The rows have what was measured, and the throughputs before and after it, of each process. Those
+    count whose throughputs are about equal. Times in them are for the machine at its mean speed.
+    """
+
     load: Load
+    cores: Sequence[int]  # that the generator takes in turns
+    clients: int  # that keep each port's process busy
+    requests: Iterator[bytes]
+    measures: Sequence[Measure]
+    rows: list[list[Row]] = field(default_factory=list)
 
-    async def throughput(self, requests: Iterator[bytes], seconds: float) -> float:
-        """Return requests per second if all batches are full."""
-        processes = self.setup.processes if self.setup.proxy else 1  # of one port's connections
-        seen = await self.load.closed(requests, processes * SATURATING, seconds)
-        return seen.done / seconds
+    async def throughput(self) -> list[float]:
+        """Return requests per second of each process if all batches are full."""
+        seen = await self.load.closed(self.requests, self.clients, _BRIEF, _WARM)
+        return [done / seen.seconds for done in seen.each]
 
-    async def measure(
-        self, requests: Iterator[bytes], seconds: int, seed: int, scattered: Scattered
-    ) -> Row:
-        """Measure throughput and latencies in turns."""
-        await self.throughput(requests, seconds / 8)
-        full, loads = [await self.throughput(requests, seconds / 4)], []
-        for load in LOADS:
-            asked = load * scattered(self.setup, full[-1])
-            seen = await self.load.poisson(requests, asked, seconds, seed)
-            full.append(await self.throughput(requests, seconds / 4))
-            loads.append(
-                {
-                    "load": load,
-                    "asked": asked,
-                    "full": full[-2:],
-                    "latency": float(np.mean(seen.latencies)),
-                    "late": float(np.mean(seen.late)),
-                    "generator": seen.generator / len(seen.latencies),
-                }
-            )
-        return {"full": full, "loads": loads}
+    async def turn(self) -> None:
+        """Measure everything once."""
+        self.rows = self.rows or [[] for _ in self.measures]
+        async with generator_on(self.cores):
+            before = await self.throughput()
+            for measure, rows in zip(self.measures, self.rows, strict=True):
+                row = await measure(before)
+                after = await self.throughput()
+                full = (sum(before) + sum(after)) / 2
+                rows.append(row | {"before": before, "after": after, "full": full})
+                before = after
 
+    def mean(self) -> float:
+        """Return the mean throughput."""
+        return float(np.mean([row["full"] for rows in self.rows for row in rows]))
 
-async def wholes(stack: ExitStack, root: Path) -> list[Whole]:
-    """Start all setups; those that are not measured wait, and take nothing."""
-    found = []
-    for setup in SETUPS:
-        cores = [(1,)] if setup.processes == 1 else [(0, 1)] if setup.workers > 1 else [(0,), (1,)]
-        shares = setup.processes > 1
-        servers = [
-            stack.enter_context(served(root, setup.workers, each, yields=shares)) for each in cores
-        ]
-        connections, front = SATURATING, servers[0]
-        if setup.proxy:
-            proxy = stack.enter_context(proxied([server.port for server in servers]))
-            front = replace(proxy, workers=proxy.workers[:1])
-            connections *= len(servers)
-        load = await connect(front, connections)
-        stack.callback(load.close)
-        found.append(Whole(setup, load))
-    return found
+    def counted(self) -> list[list[Row]]:
+        """Return the rows that count."""
+        mean = self.mean()
+
+        def counts(row: Row) -> bool:
+            pairs = zip(row["before"], row["after"], strict=True)
+            return all(min(pair) > (1 - STEADY) * max(pair) for pair in pairs)
+
+        def scaled(row: Row) -> Row:
+            speed = row["full"] / mean
+            times = {name: row[name] * speed for name in _TIMES if name in row}
+            return row | times | {name: row[name] / speed for name in _RATES if name in row}
+
+        return [[scaled(row) for row in rows if counts(row)] for rows in self.rows]
 
 
-def compare(root: Path, result: Row, pngs: Sequence[bytes], seconds: int) -> None:
+_TIMES = "seconds", "latency", "deviation", "late", "generator"
+_RATES = "rate", "asked"
+
+
+async def latency_of(
+    load: Load,
+    requests: Iterator[bytes],
+    scattered: Callable[[], float],
+    share: float,
+    full: Sequence[float],
+) -> Row:
+    """Measure the mean latency of a share of what can be done, of requests that come at random.
+
+    Of throughput they leave a part, `scattered`.
+    """
+    asked, seed = share * scattered() * sum(full), random.getrandbits(32)
+    seen = await load.poisson(requests, asked, _SLICE, seed, full)
+    return {
+        "load": share,
+        "asked": asked,
+        "latency": float(np.mean(seen.latencies)),
+        "late": float(np.mean(seen.late)),
+        "generator": seen.generator / len(seen.latencies),
+    }
+
+
+@asynccontextmanager
+async def generator_on(cores: Sequence[int]) -> AsyncIterator[None]:
+    """Keep this thread on a core, or take as much of each in turns: the kernel would of one."""
+    before, others = os.sched_getaffinity(0), cycle(cores)
+
+    async def move() -> None:
+        for core in others:
+            os.sched_setaffinity(0, {core})
+            await asyncio.sleep(_TURN)
+
+    moving = asyncio.create_task(move())
+    try:
+        yield
+    finally:
+        moving.cancel()
+        os.sched_setaffinity(0, before)
+
+
+async def parts_running(
+    stack: ExitStack, root: Path, requests: Iterator[bytes]
+) -> dict[str, Running]:
+    """Start a process whose batches are measured, its core shared with the generator or not."""
+    server = stack.enter_context(served(root, max_batch=HELD_BATCH))
+    load = await connect(server, CONNECTIONS)
+    stack.callback(load.close)
+
+    def clients(count: int) -> Measure:
+        return lambda _full: batches_of(server, load.closed(requests, count, _BRIEF))
+
+    def scattered(share: float) -> Measure:
+        return lambda full: batches_of(server, load.poisson(requests, share * sum(full), _BRIEF))
+
+    measures = [clients(1), *map(scattered, SHARES), clients(SATURATING)]
+    return {
+        name: Running(load, cores, SATURATING, requests, measures)
+        for name, cores in (("own", [0]), ("shared", [1]))
+    }
+
+
+async def setup_running(
+    stack: ExitStack, root: Path, requests: Iterator[bytes], setup: Setup, parts: Row
+) -> Running:
+    """Start a setup; while it is not measured it waits, and takes nothing."""
+    cores = [(1,)] if setup.processes == 1 else [(0, 1)] if setup.workers > 1 else [(0,), (1,)]
+    servers = [stack.enter_context(served(root, setup.workers, c, HELD_BATCH)) for c in cores]
+    ports, front = 1, servers[0]
+    if setup.proxy:
+        proxy = stack.enter_context(proxied([server.port for server in servers]))
+        ports, front = len(servers), replace(proxy, workers=proxy.workers[:1])
+    load = await connect(front, ports * CONNECTIONS)
+    stack.callback(load.close)
+
+    def scattered() -> float:
+        return scattered_limit(setup, parts) / limit(setup, parts)
+
+    measures = [partial(latency_of, load, requests, scattered, share) for share in LOADS]
+    return Running(load, range(setup.processes), ports * SATURATING, requests, measures)
+
+
+def held(parts: Running) -> Row:
+    """Summarize the batches of a process that have been measured so far."""
+    rows = [_medians(rows or all_) for rows, all_ in zip(parts.counted(), parts.rows, strict=True)]
+    *scattered, full = rows
+    return service(KINDS[HELD], scattered) | {
+        "full": full["seconds"] / full["batch"],
+        "late": float(np.mean([row["late"] for row in scattered[1:]])),
+        "generator": {"together": full["generator"], **_by_rate(scattered[1:], "generator")},
+    }
+
+
+def compare(root: Path, result: Row, pngs: Sequence[bytes]) -> None:
     """Measure batches of one process and the setups in turns; then predict, and note both."""
     requests = KINDS[HELD].requests(pngs)
-    times: list[list[Row]] = []
-    found: list[list[Row]] = [[] for _ in SETUPS]
 
-    def generator() -> float:
-        """Of requests one by one: what it took for one worker, on another core."""
-        return float(np.median([row["generator"] for each in found[0] for row in each["loads"]]))
-
-    def scattered_now(setup: Setup, full: float) -> float:
-        return scattered(setup, result, full, generator()) if found[0] else full
-
-    async def measure() -> None:
+    async def measure() -> tuple[list[Running], list[Running]]:
         with ExitStack() as stack:
-            single = stack.enter_context(served(root))
-            running = await wholes(stack, root)
-            for seed in follow(range(ROUNDS), "rounds"):
-                for rounds, whole in zip(found, running, strict=True):
-                    with on_core(0):
-                        times.append(await service_times(single, KINDS[HELD], pngs, seconds / 12))
-                    with on_core(0) if whole.setup.processes == 1 else nullcontext():
-                        rounds.append(await whole.measure(requests, seconds, seed, scattered_now))
+            parts = await parts_running(stack, root, requests)
+            setups = [await setup_running(stack, root, requests, s, result) for s in SETUPS]
+            for _ in follow(range(ROUNDS), "rounds"):
+                for each in parts.values():
+                    await each.turn()
+                result["held"] = {name: held(each) for name, each in parts.items()}
+                for each in setups:
+                    await each.turn()
+        return [*parts.values()], setups
 
-    run(measure())
-    rows = [
-        {key: float(np.median([row[key] for row in same])) for key in same[0]}
-        for same in zip(*times, strict=True)
-    ]
-    result["services"][HELD] = service(KINDS[HELD], rows)
-    for setup, rounds in zip(SETUPS, found, strict=True):
-        for row in (load for each in rounds for load in each["loads"]):
-            row["expected"] = latency(setup, result, row, generator(), seconds)
-        result["validation"].append(
-            {"label": setup.label, "limit": limit(setup, result), "rounds": rounds}
-        )
+    parts, setups = run(measure())
+    counts = [len(rows) for each in (*parts, *setups) for rows in each.counted()]
+    if min(counts) < LEAST:
+        raise SystemExit(f"{min(counts)} of {ROUNDS} rounds count: is the machine quiet?")
+    for setup, each in zip(SETUPS, setups, strict=True):
+        full = {"predicted": limit(setup, result), "measured": each.mean()}
+        loads = []
+        for counted, rows in zip(each.counted(), each.rows, strict=True):
+            row = _medians(counted)
+            row["predicted"] = latency(setup, result, row["asked"], full["measured"])
+            row |= {"measured": row["latency"], "rounds": len(counted), "all": rows}
+            loads.append(row)
+        full["rounds"] = sum(map(len, each.rows))
+        result["validation"].append({"label": setup.label, "throughput": full, "loads": loads})
+
+
+def _medians(rows: Sequence[Row]) -> Row:
+    single = [key for key in rows[0] if key not in ("before", "after")]
+    return {key: float(np.median([row[key] for row in rows])) for key in single}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the parts, predict, measure the whole, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=3, help="of each load that is compared")
     parser.add_argument(
         "--data-dir", type=Path, default=Path(os.environ.get("DROPSERVE_DATA_DIR", "data"))
     )
@@ -630,9 +754,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target: Path = options.json or RESULTS
     target.parent.mkdir(parents=True, exist_ok=True)
     about = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
-    result |= {**about, "versions": versions(), "seconds": options.seconds, "validation": []}
+    result |= {**about, "versions": versions(), "validation": []}
     target.write_text(json.dumps(result, indent=2) + "\n")
-    compare(root, result, pngs, options.seconds)
+    compare(root, result, pngs)
     target.write_text(json.dumps(result, indent=2) + "\n")
     for shown in tables(result):
         console.print(shown)
@@ -674,18 +798,14 @@ class Compared:
 
 
 def compared(row: Mapping[str, Any]) -> Iterator[Compared]:
-    """Compare the median throughput; of mean latencies the round of the median difference."""
-    full = [rate for each in row["rounds"] for rate in each["full"]]
-    yield Compared("throughput, requests/s", row["limit"], float(np.median(full)), len(full))
-    for i, load in enumerate(LOADS):
-        loads = [each["loads"][i] for each in row["rounds"]]
-        kept = [r for r in loads if max(r["full"]) <= (1 + STEADY) * min(r["full"])]
-        if len(kept) < LEAST:
-            raise SystemExit(f"{len(kept)} rounds of {len(loads)} count: is the machine quiet?")
-        kept.sort(key=lambda r: float(r["latency"] / r["expected"]))
-        middle = kept[len(kept) // 2]
-        pair = 1e3 * middle["expected"], 1e3 * middle["latency"]
-        yield Compared(f"mean latency at {load:.0%}, ms", *pair, len(kept))
+    """Compare throughput and mean latencies of a setup."""
+
+    def of(name: str, found: Row, unit: float = 1) -> Compared:
+        return Compared(name, unit * found["predicted"], unit * found["measured"], found["rounds"])
+
+    yield of("throughput, requests/s", row["throughput"])
+    for found in row["loads"]:
+        yield of(f"mean latency at {found['load']:.0%}, ms", found, 1e3)
 
 
 if __name__ == "__main__":

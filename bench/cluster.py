@@ -11,7 +11,7 @@ microsecond.
 """
 
 from collections.abc import Sequence
-from math import inf, log
+from math import ceil, inf, log
 from typing import NamedTuple
 
 import numpy as np
@@ -213,12 +213,12 @@ def run(  # noqa: C901  numba compiles a function with its own inner ones, and n
 
 
 def steady(
-    law: Law, count: int, rate: float, seconds: int, seed: int = 0
+    law: Law, count: int, rate: float, seconds: float, seed: int = 0
 ) -> tuple[float, float, Record]:
     """Simulate a steady rate; return the mean latency, and the part of time that one is busy."""
-    random, found = np.random.default_rng(seed), record(seconds)
+    random, found = np.random.default_rng(seed), record(ceil(seconds))
     all_, ready = replicas(count, law), np.arange(count)
-    run(all_, law, ready, random, 0.0, float(seconds), rate, found)
+    run(all_, law, ready, random, 0.0, seconds, rate, found)
     mean = found.total[0] / found.latencies.sum()
     return float(mean), float(all_.busy.sum() / count / seconds), found
 

@@ -8,10 +8,12 @@ import asyncio
 import ctypes
 import os
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from random import Random
 from typing import cast
 
@@ -88,16 +90,21 @@ class Seen:
     Attributes:
         latencies: seconds of the requests, from when they were due.
         late: seconds by which they were sent after that.
-        seconds: that the load lasted.
-        done: requests answered in that time.
+        seconds: that the load lasted, after it was warm.
+        each: requests that each process answered in that time.
         generator: processor seconds of this process.
     """
 
     latencies: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    done: int = 0
+    each: list[int] = field(default_factory=list)
     generator: float = 0.0
+
+    @property
+    def done(self) -> int:
+        """Return the requests answered in that time."""
+        return sum(self.each)
 
 
 class Load:
@@ -109,7 +116,7 @@ class Load:
         self._waiting: list[deque[float]] = []  # when requests for a process were due
         self._next: Callable[[_Connection], None] = self._rest
         self._over: asyncio.Future[None] | None = None  # of the load that runs
-        self._flying, self._sending, self._end = 0, False, 0.0
+        self._flying, self._sending, self._begin, self._end = 0, False, 0.0, 0.0
         self._seen = Seen()
 
     async def open(
@@ -148,7 +155,7 @@ class Load:
         now = time.perf_counter()
         self._flying -= 1
         self._seen.latencies.append(now - connection.due)
-        self._seen.done += now <= self._end
+        self._seen.each[connection.process] += self._begin <= now <= self._end
         self._next(connection)
         self._end_if_all_answered()
 
@@ -168,13 +175,15 @@ class Load:
             self._free[connection.process].append(connection)
 
     async def _run(
-        self, requests: Iterator[bytes], seconds: float, start: Callable[[], None]
+        self, requests: Iterator[bytes], warm: float, seconds: float, start: Callable[[], None]
     ) -> Seen:
         self._requests, self._seen = requests, Seen(seconds=seconds)
+        self._seen.each = [0] * len(self._all)
         self._free = [deque(each) for each in self._all]
         self._waiting = [deque() for _ in self._all]
         self._over = asyncio.get_running_loop().create_future()
-        spent, self._end = time.process_time(), time.perf_counter() + seconds
+        spent, self._begin = time.process_time(), time.perf_counter() + warm
+        self._end = self._begin + seconds
         start()
         try:
             await self._over
@@ -183,8 +192,13 @@ class Load:
         self._seen.generator = time.process_time() - spent
         return self._seen
 
-    async def closed(self, requests: Iterator[bytes], connections: int, seconds: float) -> Seen:
-        """Send from so many connections of each process, each when it has its answer."""
+    async def closed(
+        self, requests: Iterator[bytes], connections: int, seconds: float, warm: float = 0.0
+    ) -> Seen:
+        """Send from so many connections of each process, each when it has its answer.
+
+        What is done in the first `warm` seconds, before the others, is not counted in `done`.
+        """
 
         def again(connection: _Connection) -> None:
             if (now := time.perf_counter()) < self._end:
@@ -195,15 +209,22 @@ class Load:
             for connection in (c for each in self._all for c in each[:connections]):
                 self._send(connection, time.perf_counter())
 
-        return await self._run(requests, seconds, start)
+        return await self._run(requests, warm, seconds, start)
 
     async def poisson(
-        self, requests: Iterator[bytes], rate: float, seconds: float, seed: int = 0
+        self,
+        requests: Iterator[bytes],
+        rate: float,
+        seconds: float,
+        seed: int = 0,
+        weights: Sequence[float] = (),
     ) -> Seen:
         """Send `rate` requests a second, whether or not earlier ones are answered.
 
-        Each goes to one of the processes at random; it waits if all its connections are in use.
+        Each goes to one of the processes at random, by their weights if there are any; it waits if
+        all its connections are in use.
         """
+        bounds = [*accumulate(weights or [1.0] * len(self._all))]
         random = Random(seed)  # noqa: S311  load, not secrets
         due = 0.0
 
@@ -214,7 +235,7 @@ class Load:
                     self._sending = False
                     self._end_if_all_answered()
                     return
-                process = int(random.random() * len(self._free))
+                process = bisect_right(bounds, random.random() * bounds[-1])
                 if free := self._free[process]:
                     self._seen.late.append(now - due)
                     self._send(free.popleft(), due)
@@ -231,6 +252,6 @@ class Load:
 
         timer = _Timer(send)
         try:
-            return await self._run(requests, seconds, start)
+            return await self._run(requests, 0.0, seconds, start)
         finally:
             timer.close()

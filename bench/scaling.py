@@ -68,7 +68,8 @@ def services(result: Result) -> Iterator[str]:
     yield ""
     yield (
         f"Beside it: the generator of load takes {_us(min(generators))} to {_us(max(generators))} "
-        f"us a request, HAProxy {_us(result['proxy']['seconds'])} us, and an answer through it is "
+        f"us a request, HAProxy {_us(result['proxy']['together'])} us of those that come together "
+        f"and {_us(result['proxy']['alone'])} us of others; an answer through it is "
         f"{_us(result['proxy']['later'])} us later. While the other core is busy too, a batch "
         f"takes {result['networks'][capacity.HELD]['contention']:.2f} times as long. "
         + _made(result)
@@ -132,7 +133,14 @@ def validation(result: Result) -> Iterator[str]:
             )
             rows.append([row["label"], found.name, *figures, str(found.rounds)])
     yield from _table(("setup", "", "predicted", "measured", "difference", "rounds"), rows)
-    yield from ("", _made(result))
+    own, shared = (result["held"][name] for name in ("own", "shared"))
+    yield ""
+    yield (
+        f"By the line, a batch takes {_us(own['fixed'])} + {_us(own['each'])} n us on a core of "
+        f"its own, {_us(shared['fixed'])} + {_us(shared['each'])} n us on one that it shares; the "
+        f"generator {_us(shared['generator']['together'])} us of a request that comes with others, "
+        f"{_us(shared['generator']['alone'])} us of one by itself. " + _made(result)
+    )
 
 
 def utilisation(result: Result) -> Iterator[str]:

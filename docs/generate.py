@@ -1,8 +1,8 @@
 """Writes the tables of api.md, reliability.md, deployment.md, training.md and results.md in docs.
 
 By `make docs`. The first are in the OpenAPI document, the second were measured by `make soak`, the
-third by `make test-scale`, the fourth by `python -m bench.distributed`, the last by
-`dropserve lab run`; these are a page of the playground, too. They stand between
+third by `make test-scale` and `make bench-bulk`, the fourth by `make bench-distributed`, the last
+by `dropserve lab run`; these are a page of the playground, too. They stand between
 `<!-- NAME: generated -->` and `<!-- end -->`; all else on the pages is by hand.
 """
 
@@ -31,7 +31,6 @@ PICTURES = {"data": 1, "weights": 0, "uncertainty": 1}
 PLAYGROUND = Path(__file__).parent.parent / "service/playground"
 RESULTS = Path(__file__).parent.parent / "bench/results/reliability"
 SCALING = RESULTS.with_name("scaling")
-DISTRIBUTED = SCALING / "distributed.json"
 
 Document = Mapping[str, Any]
 
@@ -44,32 +43,41 @@ def write(page: str, document: Document) -> str:
 
 
 def write_figures(page: str, results: Mapping[str, Document]) -> str:
-    """Return a page with a table for each test whose name it has."""
+    """Return a page with a table for each test or benchmark whose name it has."""
+    tables = {"distributed": distributed, "bulk": bulk}
     for name in re.findall("<!-- (.+): generated -->", page):
-        page = fill(page, name, figures(results.get(name)))
+        table, result = tables.get(name, figures), results.get(name)
+        page = fill(page, name, table(result) if result else ["Not measured yet."])
     return page
 
 
-def write_distributed(page: str, path: Path = DISTRIBUTED) -> str:
-    """Return the page of training with what several processes were measured to do."""
-    result = json.loads(path.read_text()) if path.exists() else None
-    return fill(page, "distributed", distributed(result))
-
-
-def distributed(result: Document | None) -> Iterator[str]:
+def distributed(result: Document) -> Iterator[str]:
     """Yield a table of processes, threads and parts of a batch, and on what they were measured."""
-    if result is None:
-        yield "Not measured yet."
-        return
     yield "| network, batch | | images/s | speed-up | efficiency | peak memory of a process |"
     yield "|---|---|---|---|---|---|"
     for row in result["rows"]:
         speed, peak = f"{row['images_per_second']:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f} MB"
         ratios = f"{row['speedup']:.2f}", f"{row['efficiency']:.0%}"
         yield _row(f"{row['network']}, {row['batch']:,}", row["way"], speed, *ratios, peak)
+    yield from ("", _made(result))
+
+
+def bulk(result: Document) -> Iterator[str]:
+    """Yield a table of processor time by the engines of `score`, and on what it was measured."""
+    yield "| engine | mode | us an image | with its start | images/s, wall | times HTTP |"
+    yield "|---|---|---|---|---|---|"
+    for row in sorted(result["rows"], key=lambda row: bool(row["mode"] == "uncertainty")):
+        times = result["targets"].get(f"{row['engine']}, {row['mode']}: times HTTP", 1.0)
+        each = (f"{row[f'microseconds_per_image{end}']:,.0f}" for end in ("", "_with_start"))
+        wall = f"{result['images'] / row['seconds']:,.0f}"
+        yield _row(row["engine"], row["mode"], *each, wall, f"{times:.1f}")
+    yield from ("", _made(result))
+
+
+def _made(result: Document) -> str:
     machine, torch = result["machine"], result["versions"]["torch"]
     about = f"`{result['command']}`, {result['date']}, {machine['cpu']}"
-    yield from ("", f"{about} with {machine['cores']} cores, PyTorch {torch}.")
+    return f"{about} with {machine['cores']} cores, PyTorch {torch}."
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, Document]:
@@ -88,11 +96,8 @@ def fill(page: str, name: str, table: Iterable[str]) -> str:
     return f"{before}{start}\n{lines}\n\n{end}{after}"
 
 
-def figures(result: Document | None) -> Iterator[str]:
+def figures(result: Document) -> Iterator[str]:
     """Yield a table of what a test measured, and on what."""
-    if result is None:
-        yield "Not measured yet."
-        return
     yield from ("| measured | figure |", "|---|---|")
     for label, value in result["figures"].items():
         yield _row(label, f"{value:,}" if isinstance(value, int) else str(value))
@@ -210,8 +215,8 @@ def main() -> None:
     """Write the pages anew."""
     PAGE.write_text(write(PAGE.read_text(), create_app(Settings()).openapi()))
     RELIABILITY.write_text(write_figures(RELIABILITY.read_text(), read_results()))
-    TRAINING.write_text(write_distributed(TRAINING.read_text()))
-    DEPLOYMENT.write_text(write_figures(DEPLOYMENT.read_text(), read_results(SCALING)))
+    for page in (TRAINING, DEPLOYMENT):
+        page.write_text(write_figures(page.read_text(), read_results(SCALING)))
     documents = lab.refresh()
     for name, document in documents.items():
         experiment = experiments.load(name)

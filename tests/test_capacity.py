@@ -55,3 +55,7 @@ def test_the_page_has_every_figure_that_was_measured():
     )
     page = scaling.PAGE.read_text()
     assert page == scaling.write(page, parts, simulated)
+    assert len(parts["validation"]) == len(capacity.SETUPS)
+    for row in parts["validation"]:
+        for found in capacity.compared(row):
+            assert abs(found.difference) <= capacity.MOST, (row["label"], found)

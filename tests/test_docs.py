@@ -186,18 +186,11 @@ def test_reliability_page_has_every_figure_that_was_measured():
     assert set(results) <= set(re.findall("<!-- (.+): generated -->", page))
 
 
-def test_training_page_has_what_was_measured_of_several_processes():
+@pytest.mark.parametrize("name", ["training", "deployment"])
+def test_page_has_what_was_measured_of_scaling(name):
     generate = runpy.run_path(str(ROOT / "docs/generate.py"))
-    page = (ROOT / "docs/training.md").read_text()
-    assert page == generate["write_distributed"](page), "make docs writes it anew"
-
-
-def test_deployment_page_has_the_figures_that_were_measured():
-    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
-    page, results = (
-        (ROOT / "docs/deployment.md").read_text(),
-        generate["read_results"](generate["SCALING"]),
-    )
+    page = (ROOT / f"docs/{name}.md").read_text()
+    results = generate["read_results"](generate["SCALING"])
     assert page == generate["write_figures"](page, results), "make docs writes it anew"
 
 

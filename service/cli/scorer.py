@@ -1,6 +1,7 @@
 """Scores images by a version that is loaded here, without HTTP; loads PyTorch.
 
-A thread reads and decodes the next images while the network runs on the last.
+A thread reads and decodes the next images while the network runs on the last; not small ones, as
+both threads would wait for each other's Python code.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from dropserve.service.cli.options import repository
 from dropserve.service.cli.scores import Row, Run, Timings, failed
 from dropserve.service.cli.terminal import Refused
 from dropserve.service.errors import RequestError
-from dropserve.service.http.images import encoded, prepared_alone
+from dropserve.service.http.images import are_small, encoded, prepared_alone
 from dropserve.service.inference.classifier import (
     NOT_FINITE,
     Classifier,
@@ -43,6 +44,7 @@ class _Batch:
     names: list[str]
     rows: list[Row | None]  # of images that could not be decoded
     pixels: Pixels | None  # uint8 [B, C, H, W] of the others
+    small: bool  # is decoding them so little work that another thread would cost more?
     seconds: float
 
 
@@ -74,31 +76,34 @@ class Scorer:
     def score(self, images: Iterable[Image]) -> tuple[list[Row], Timings]:
         """Score images, in order; one that cannot be decoded has a row that says why."""
         rest, rows, timings = iter(images), list[Row](), Timings()
-        decoded = self._thread.submit(self._decode, rest)
-        while (batch := decoded.result()).names:
-            decoded = self._thread.submit(self._decode, rest)
+        batch = self._decode(rest)
+        while batch.names:
+            ahead = None if batch.small else self._thread.submit(self._decode, rest)
             started = thread_time()
             rows += self._rows(batch)
             timings += Timings(batch.seconds, thread_time() - started)
+            batch = ahead.result() if ahead else self._decode(rest)
         return rows, timings
 
     def _decode(self, images: Iterator[Image]) -> _Batch:
         started = thread_time()
-        names, rows, pixels = list[str](), list[Row | None](), []
+        names, rows, pixels, small = list[str](), list[Row | None](), [], True
         for name, data in islice(images, _BATCH):
             names.append(name)
             try:
                 if isinstance(data, OSError):
                     raise data
                 scores.require_size(len(data), self._limits.max_body_bytes)
-                pixels.append(prepared_alone(encoded(data, None, self._limits), self._model))
+                image = encoded(data, None, self._limits)
+                small = small and are_small([image])
+                pixels.append(prepared_alone(image, self._model))
                 rows.append(None)
             except (RequestError, OSError) as error:
                 rows.append(failed(name, error))
             except MemoryError:
                 rows.append(failed(name, "there is not enough memory to decode it"))
         together = np.concatenate(pixels) if pixels else None
-        return _Batch(names, rows, together, thread_time() - started)
+        return _Batch(names, rows, together, small, thread_time() - started)
 
     def _rows(self, batch: _Batch) -> list[Row]:
         """Make a row of each image; numbers have as many digits as in the service's answers."""
