@@ -1,10 +1,10 @@
 """Measures what a capacity model needs, and holds the model against it: `python -m bench.capacity`.
 
 First the parts: processor time of a batch by its size, of the network and of the whole server, of
-the generator of load and of the proxy; memory, start time, first requests. From these alone, by the
-simulation in `bench/cluster.py`, throughput and latency of one worker, of two, and of two replicas
-behind HAProxy are predicted, and compared with what is measured. Linux alone, two cores at least;
-writes results/scaling/capacity.json.
+the generator of load and of the proxy; memory, start time, first requests. From these throughput of
+one worker, of two, and of two replicas behind HAProxy is predicted; from these and throughput their
+latency, by the simulation in `bench/cluster.py`; and compared with what is measured. Linux alone,
+two cores at least; writes results/scaling/capacity.json.
 
 A machine whose cores others use too changes its speed within seconds. So what batches take,
 throughput and latencies are measured in turns, in rounds. Throughput is measured before and after
@@ -69,7 +69,7 @@ STEADY = 0.15
 """Most that throughput before and after a measurement may differ."""
 _SLICE = 0.5  # seconds of requests that come at random
 _TURN = 0.02  # seconds of the generator on a core that it shares
-_SCATTERED = 500, 1000, 2000  # requests per second, which hardly ever come together
+_SCATTERED = 500, 1000, 2000  # requests per second that come at random, through the proxy
 _WARM, _BRIEF = 0.05, 0.2  # seconds before throughput is measured, and of that
 _RUNS = 60  # of the simulation
 MOST = 0.15
@@ -504,15 +504,12 @@ def scattered_limit(setup: Setup, parts: Row) -> float:
 
 
 def latency(setup: Setup, parts: Row, asked: float, full: float) -> float:
-    """Predict the mean latency of so many requests per second, the median of several times.
+    """Predict the mean latency in seconds at `asked` requests/s: the median of simulated runs.
 
-    Batches are scaled to the throughput `full`, for the machine is faster or slower than when they
-    were measured.
+    Batches are scaled to the throughput `full` of the setup: the parts were measured at other
+    times and, of two, on one of the cores, when the machine was faster or slower.
     """
-    times, choices = (
-        parts["held"]["shared" if setup.processes > 1 else "own"],
-        2 if setup.proxy else 1,
-    )
+    times = parts["held"]["shared" if setup.processes > 1 else "own"]
     batches, contention = batch_times(times, HELD_BATCH), _contention(setup, parts)
     others = _others(setup, parts)
     each = setup.processes / full - sum(other["together"] for other in others)
@@ -520,7 +517,7 @@ def latency(setup: Setup, parts: Row, asked: float, full: float) -> float:
     taken = sum(o["fixed"] + o["each"] * asked for o in others) / setup.processes
     stretch, means = 1 / (1 - taken), []
     for seed in range(_RUNS):
-        law = Law(batches * stretch, times["spread"], max_wait=30, choices=choices)
+        law = Law(batches * stretch, times["spread"], max_wait=30, choices=2 if setup.proxy else 1)
         mean, busy, _ = steady(law, setup.processes, asked, _SLICE, seed)
         # how busy the other is depends on how slow it is
         stretch = (1 + (contention - 1) * busy) / (1 - taken)
@@ -755,7 +752,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     about = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
     result |= {**about, "versions": versions(), "validation": []}
-    target.write_text(json.dumps(result, indent=2) + "\n")
     compare(root, result, pngs)
     target.write_text(json.dumps(result, indent=2) + "\n")
     for shown in tables(result):

@@ -65,12 +65,13 @@ def services(result: Result) -> Iterator[str]:
         ),
     )
     generators = [row["generator"] for row in result["services"].values()]
+    proxy = result["proxy"]
     yield ""
     yield (
         f"Beside it: the generator of load takes {_us(min(generators))} to {_us(max(generators))} "
-        f"us a request, HAProxy {_us(result['proxy']['together'])} us of those that come together "
-        f"and {_us(result['proxy']['alone'])} us of others; an answer through it is "
-        f"{_us(result['proxy']['later'])} us later. While the other core is busy too, a batch "
+        f"us a request, HAProxy {_us(proxy['together'])} us of those that come together, else "
+        f"{_us(proxy['each'])} us and {1e3 * proxy['fixed']:.0f} ms of a second; an answer through "
+        f"it is {_us(proxy['later'])} us later. While the other core is busy too, a batch "
         f"takes {result['networks'][capacity.HELD]['contention']:.2f} times as long. "
         + _made(result)
     )
@@ -132,14 +133,18 @@ def validation(result: Result) -> Iterator[str]:
                 f"{found.difference:+.0%}",
             )
             rows.append([row["label"], found.name, *figures, str(found.rounds)])
-    yield from _table(("setup", "", "predicted", "measured", "difference", "rounds"), rows)
+    yield from _table(
+        ("setup", "", "predicted", "measured", "difference", "measured so often"), rows
+    )
     own, shared = (result["held"][name] for name in ("own", "shared"))
+    generator = shared["generator"]
     yield ""
     yield (
         f"By the line, a batch takes {_us(own['fixed'])} + {_us(own['each'])} n us on a core of "
         f"its own, {_us(shared['fixed'])} + {_us(shared['each'])} n us on one that it shares; the "
-        f"generator {_us(shared['generator']['together'])} us of a request that comes with others, "
-        f"{_us(shared['generator']['alone'])} us of one by itself. " + _made(result)
+        f"generator {_us(generator['together'])} us of a request that comes with others, else "
+        f"{_us(generator['each'])} us and {1e3 * generator['fixed']:.0f} ms of a second. "
+        + _made(result)
     )
 
 
