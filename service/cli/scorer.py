@@ -33,7 +33,7 @@ from dropserve.service.inference.decoder import Pixels
 from dropserve.service.schemas import MEASURES
 from dropserve.service.settings import Settings
 
-_BATCH = 64
+_BATCH = 128
 """Images that are decoded, and then run, together."""
 Image = tuple[str, bytes | OSError]
 """What an image is called, and its file's bytes or why there are none."""
