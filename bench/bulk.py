@@ -40,6 +40,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from bench.http.processes import free_port
 from bench.progress import follow
 from dropserve.lab.machine import machine, versions
 from dropserve.models import checkpoint
@@ -93,7 +94,7 @@ def measure(folder: Path, root: Path, images: int, engine: str, mode: str) -> di
 
 @contextmanager
 def _server(environment: Mapping[str, str]) -> Iterator[str]:
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [*_DROPSERVE, "serve", "--port", str(port)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as server:
@@ -115,14 +116,6 @@ def _server(environment: Mapping[str, str]) -> Iterator[str]:
 @contextmanager
 def _nothing() -> Iterator[str]:
     yield ""
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
 
 
 def _children_seconds() -> float:

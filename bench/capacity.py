@@ -69,7 +69,7 @@ STEADY = 0.15
 """Most that throughput before and after a measurement may differ."""
 _SLICE = 0.5  # seconds of requests that come at random
 _TURN = 0.02  # seconds of the generator on a core that it shares
-_SCATTERED = 500, 1000, 2000  # requests per second that come at random, through the proxy
+_PROXY_RATES = 500, 1000, 2000  # requests per second that come at random, through the proxy
 _WARM, _BRIEF = 0.05, 0.2  # seconds before throughput is measured, and of that
 _RUNS = 60  # of the simulation
 MOST = 0.15
@@ -376,7 +376,7 @@ def proxy_times(server: Server, pngs: Sequence[bytes], seconds: float) -> Row:
     requests = KINDS["digits"].requests(pngs)
 
     async def latency_through(at: Server) -> float:
-        load = await connect(replace(at, workers=at.workers[:1]), 1)
+        load = await connect(at, 1)
         seen = await load.closed(requests, 1, seconds)
         load.close()
         return float(np.median(seen.latencies))
@@ -390,9 +390,9 @@ def proxy_times(server: Server, pngs: Sequence[bytes], seconds: float) -> Row:
 
     with proxied([server.port]) as proxy:
         direct, through = (run(latency_through(at)) for at in (server, proxy))
-        together, *scattered = (run(spent(proxy, rate)) for rate in (0, *_SCATTERED))
-    law = _by_rate(scattered, "proxy")
-    return {"together": together["proxy"], **law, "rows": scattered, "later": through - direct}
+        together, *at_random = (run(spent(proxy, rate)) for rate in (0, *_PROXY_RATES))
+    law = _by_rate(at_random, "proxy")
+    return {"together": together["proxy"], **law, "rows": at_random, "later": through - direct}
 
 
 def processes(root: Path, folder: Path, digits: Sequence[bytes]) -> Row:
@@ -467,6 +467,12 @@ def batch_times(service: Mapping[str, Any], most: int = MAX_BATCH) -> Floats:
     return measured(sizes, seconds, service["each"], most)
 
 
+def _batches(setup: Setup, parts: Row) -> tuple[Row, Floats]:
+    """Return what `held` summarized for a setup, and what a batch of each size takes."""
+    found = parts["held"]["shared" if setup.processes > 1 else "own"]
+    return found, batch_times(found, HELD_BATCH)
+
+
 def _others(setup: Setup, parts: Row) -> list[Row]:
     """Return what others take of the cores that two processes run on."""
     if setup.processes == 1:
@@ -487,31 +493,30 @@ def _contention(setup: Setup, parts: Row) -> float:
     return float(parts["networks"][HELD]["contention"]) if setup.processes > 1 else 1.0
 
 
-def limit(setup: Setup, parts: Row) -> float:
+def predict_throughput(setup: Setup, parts: Row) -> float:
     """Predict requests per second of full batches, from the parts alone."""
-    times = parts["held"]["shared" if setup.processes > 1 else "own"]
+    times, _ = _batches(setup, parts)
     each = times["full"] * _contention(setup, parts)
     others = sum(other["together"] for other in _others(setup, parts))
     return float(setup.processes / (each + others))
 
 
-def scattered_limit(setup: Setup, parts: Row) -> float:
-    """Predict the most requests per second that can be served if each comes by itself."""
-    times, others = parts["held"]["shared" if setup.processes > 1 else "own"], _others(setup, parts)
-    each = batch_times(times, HELD_BATCH)[-1] / HELD_BATCH * _contention(setup, parts)
+def predict_random_throughput(setup: Setup, parts: Row) -> float:
+    """Predict the most requests per second that can be served if they come at random."""
+    (_, batches), others = _batches(setup, parts), _others(setup, parts)
+    each = batches[-1] / HELD_BATCH * _contention(setup, parts)
     left = setup.processes - sum(other["fixed"] for other in others)
     return float(left / (each + sum(other["each"] for other in others)))
 
 
-def latency(setup: Setup, parts: Row, asked: float, full: float) -> float:
+def predict_latency(setup: Setup, parts: Row, asked: float, full: float) -> float:
     """Predict the mean latency in seconds at `asked` requests/s: the median of simulated runs.
 
     Batches are scaled to the throughput `full` of the setup: the parts were measured at other
     times and, of two, on one of the cores, when the machine was faster or slower.
     """
-    times = parts["held"]["shared" if setup.processes > 1 else "own"]
-    batches, contention = batch_times(times, HELD_BATCH), _contention(setup, parts)
-    others = _others(setup, parts)
+    (times, batches), others = _batches(setup, parts), _others(setup, parts)
+    contention = _contention(setup, parts)
     each = setup.processes / full - sum(other["together"] for other in others)
     batches *= each / (times["full"] * contention)
     taken = sum(o["fixed"] + o["each"] * asked for o in others) / setup.processes
@@ -586,18 +591,18 @@ _TIMES = "seconds", "latency", "deviation", "late", "generator"
 _RATES = "rate", "asked"
 
 
-async def latency_of(
+async def measure_latency(
     load: Load,
     requests: Iterator[bytes],
-    scattered: Callable[[], float],
+    part: Callable[[], float],
     share: float,
     full: Sequence[float],
 ) -> Row:
-    """Measure the mean latency of a share of what can be done, of requests that come at random.
+    """Measure the mean latency of requests that come at random, a share of what can be served.
 
-    Of throughput they leave a part, `scattered`.
+    Of the throughput `full` of each process that is a `part`: full batches take less time.
     """
-    asked, seed = share * scattered() * sum(full), random.getrandbits(32)
+    asked, seed = share * part() * sum(full), random.getrandbits(32)
     seen = await load.poisson(requests, asked, _SLICE, seed, full)
     return {
         "load": share,
@@ -637,10 +642,10 @@ async def parts_running(
     def clients(count: int) -> Measure:
         return lambda _full: batches_of(server, load.closed(requests, count, _BRIEF))
 
-    def scattered(share: float) -> Measure:
+    def at_random(share: float) -> Measure:
         return lambda full: batches_of(server, load.poisson(requests, share * sum(full), _BRIEF))
 
-    measures = [clients(1), *map(scattered, SHARES), clients(SATURATING)]
+    measures = [clients(1), *map(at_random, SHARES), clients(SATURATING)]
     return {
         name: Running(load, cores, SATURATING, requests, measures)
         for name, cores in (("own", [0]), ("shared", [1]))
@@ -656,25 +661,26 @@ async def setup_running(
     ports, front = 1, servers[0]
     if setup.proxy:
         proxy = stack.enter_context(proxied([server.port for server in servers]))
-        ports, front = len(servers), replace(proxy, workers=proxy.workers[:1])
+        ports, front = len(servers), proxy
     load = await connect(front, ports * CONNECTIONS)
     stack.callback(load.close)
 
-    def scattered() -> float:
-        return scattered_limit(setup, parts) / limit(setup, parts)
+    def part() -> float:
+        return predict_random_throughput(setup, parts) / predict_throughput(setup, parts)
 
-    measures = [partial(latency_of, load, requests, scattered, share) for share in LOADS]
+    measures = [partial(measure_latency, load, requests, part, share) for share in LOADS]
     return Running(load, range(setup.processes), ports * SATURATING, requests, measures)
 
 
 def held(parts: Running) -> Row:
     """Summarize the batches of a process that have been measured so far."""
     rows = [_medians(rows or all_) for rows, all_ in zip(parts.counted(), parts.rows, strict=True)]
-    *scattered, full = rows
-    return service(KINDS[HELD], scattered) | {
+    *rest, full = rows
+    _, *at_random = rest
+    return service(KINDS[HELD], rest) | {
         "full": full["seconds"] / full["batch"],
-        "late": float(np.mean([row["late"] for row in scattered[1:]])),
-        "generator": {"together": full["generator"], **_by_rate(scattered[1:], "generator")},
+        "late": float(np.mean([row["late"] for row in at_random])),
+        "generator": {"together": full["generator"], **_by_rate(at_random, "generator")},
     }
 
 
@@ -699,11 +705,11 @@ def compare(root: Path, result: Row, pngs: Sequence[bytes]) -> None:
     if min(counts) < LEAST:
         raise SystemExit(f"{min(counts)} of {ROUNDS} rounds count: is the machine quiet?")
     for setup, each in zip(SETUPS, setups, strict=True):
-        full = {"predicted": limit(setup, result), "measured": each.mean()}
+        full = {"predicted": predict_throughput(setup, result), "measured": each.mean()}
         loads = []
         for counted, rows in zip(each.counted(), each.rows, strict=True):
             row = _medians(counted)
-            row["predicted"] = latency(setup, result, row["asked"], full["measured"])
+            row["predicted"] = predict_latency(setup, result, row["asked"], full["measured"])
             row |= {"measured": row["latency"], "rounds": len(counted), "all": rows}
             loads.append(row)
         full["rounds"] = sum(map(len, each.rows))

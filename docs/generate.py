@@ -66,7 +66,7 @@ def bulk(result: Document) -> Iterator[str]:
     """Yield a table of processor time by the engines of `score`, and on what it was measured."""
     yield "| engine | mode | us an image | with its start | images/s, wall | times HTTP |"
     yield "|---|---|---|---|---|---|"
-    for row in sorted(result["rows"], key=lambda row: bool(row["mode"] == "uncertainty")):
+    for row in result["rows"]:
         times = result["targets"].get(f"{row['engine']}, {row['mode']}: times HTTP", 1.0)
         each = (f"{row[f'microseconds_per_image{end}']:,.0f}" for end in ("", "_with_start"))
         wall = f"{result['images'] / row['seconds']:,.0f}"

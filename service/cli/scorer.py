@@ -1,7 +1,7 @@
 """Scores images by a version that is loaded here, without HTTP; loads PyTorch.
 
-A thread reads and decodes the next images while the network runs on the last; not small ones, as
-both threads would wait for each other's Python code.
+A thread reads and decodes the next images while the network runs on the last. Small ones are
+decoded on the network's own thread: both threads would wait for the interpreter's lock (GIL).
 """
 
 from collections.abc import Iterable, Iterator

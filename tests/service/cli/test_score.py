@@ -338,6 +338,11 @@ def test_a_file_that_is_too_large_is_a_row_and_a_run_keeps_its_precision(
     assert "had precision float32, not bfloat16" in local()[0].stderr
     (row,) = [row for row in said[1:] if row[0].endswith("large.png")]
     assert row[-1] == "larger than 2,000,000 bytes, DROPSERVE_MAX_BODY_BYTES"
+    monkeypatch.delenv("DROPSERVE_PRECISION")
+    result, out = local()
+    assert result.exit_code == 0
+    (row,) = [row for row in read(out) if row["path"].endswith("large.png")]
+    assert row["error"] == "larger than 2,000,000 bytes, DROPSERVE_MAX_BODY_BYTES"
 
 
 def test_a_run_begun_over_http_is_finished_by_the_local_engine(scored, local, server, tmp_path):
