@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bench import engine, timing
+from bench import bulk, engine, timing
 from bench.http import __main__ as http
 from bench.http import reference
 from bench.networks import with_dropout
@@ -207,3 +207,15 @@ def test_a_server_in_eval_mode_or_without_an_answer_is_found_out(served):
     for wrong in (expected.mean, nothing, plain[:, :3]):
         with pytest.raises(reference.WrongAnswer):
             expected.check_predictions(wrong)
+
+
+def test_bulk_scoring_meets_its_targets():
+    result = json.loads(bulk.RESULT.read_text())
+    rounds = {(row["engine"], row["mode"]): row["rounds"] for row in result["rows"]}
+    each = {key: np.array([r["microseconds_per_image"] for r in of]) for key, of in rounds.items()}
+    assert result["images"] == 100_000
+    for mode in bulk.MODES:
+        two, one = each["ray, 2 actors", mode], each["ray, 1 actor", mode]
+        assert np.median(two / one) < 1.1
+        for engine in ("local", "ray, 1 actor", "ray, 2 actors"):
+            assert np.median(each["http", mode] / each[engine, mode]) > 5

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 RUN = "_run.json"
 """Readers of Parquet folders leave out names that begin with _."""
-IMAGES, SLICES, ROWS = 1024, 16, 64
-"""Files of a part; slices at most of a group of rows in Parquet; rows that are read at a time."""
+IMAGES, BYTES = 4096, 32 * 2**20
+"""Of a part at most: Ray takes 10 ms of processors for one, little beside those of many small
+images; large ones are spread over many actors."""
+_SLICES, _ROWS = 16, 64
+"""Parts at most of a group of rows in Parquet; rows that are read at a time."""
 _RESTARTS = 3
 """Times that an actor is started again, and its part tried: one may need more memory than is."""
 _MEMORY = 128 * 2**20
@@ -166,26 +169,24 @@ class Source:
     def parts(self) -> tuple[list[Part], str]:
         """Split what there is into parts; with a digest of names, sizes and times or tags."""
         files = sorted(self._list())
-        tables = [name for name, _ in files if name.lower().endswith(b".parquet")]
-        images = [name for name, _ in files if not name.lower().endswith(b".parquet")]
+        tables = [name for name, *_ in files if name.lower().endswith(b".parquet")]
+        images = [each for each in files if not each[0].lower().endswith(b".parquet")]
         if not files:
             raise Refused(f"{self._folder}: no {', '.join(IMAGE_SUFFIXES)} or .parquet in it")
-        found: list[dict[str, Any]] = [
-            {"files": images[i : i + IMAGES]} for i in range(0, len(images), IMAGES)
-        ]
+        found: list[dict[str, Any]] = [{"files": names} for names in _split(images)]
         for table in tables:
             found += self._slices(table)
         parts = [Part(f"part-{number:06}", **each) for number, each in enumerate(found)]
         return parts, hashlib.sha256(repr(files).encode()).hexdigest()
 
-    def _list(self) -> Iterator[tuple[bytes, str]]:
-        """List files by their name relative to the folder, with what changes when they do."""
+    def _list(self) -> Iterator[tuple[bytes, int, str]]:
+        """List files by their name relative to the folder: bytes, and what changes when they do."""
         suffixes = (*IMAGE_SUFFIXES, ".parquet")
         if _is_url(self._folder):
             for page in open_store(self._root).list():
                 for about in page:
                     if about["path"].lower().endswith(suffixes):
-                        yield about["path"].encode(), f"{about['size']} {about['e_tag']}"
+                        yield about["path"].encode(), about["size"], str(about["e_tag"])
             return
         errors: list[OSError] = []
         for root, _, names in os.walk(self._root, onerror=errors.append):
@@ -195,9 +196,9 @@ class Source:
                     relative = os.path.relpath(path, self._root)
                     try:
                         found = os.stat(path)  # noqa: PTH116  likewise
-                        yield os.fsencode(relative), f"{found.st_size} {found.st_mtime_ns}"
+                        yield os.fsencode(relative), found.st_size, str(found.st_mtime_ns)
                     except OSError as error:  # a row will say so
-                        yield os.fsencode(relative), str(error.strerror)
+                        yield os.fsencode(relative), 0, str(error.strerror)
         if errors:
             raise errors[0]
 
@@ -211,8 +212,9 @@ class Source:
                     f"the images' bytes by --image-column; there are {', '.join(names)}"
                 )
             for group in range(about.num_row_groups):
-                rows = about.row_group(group).num_rows
-                step = max(IMAGES, -(-rows // SLICES))  # the pages before a slice are read again
+                rows, size = about.row_group(group).num_rows, about.row_group(group).total_byte_size
+                step = min(IMAGES, BYTES * rows // max(size, 1))
+                step = max(step, -(-rows // _SLICES), 1)  # the pages before a slice are read again
                 for start in range(0, rows, step):
                     stop = min(start + step, rows)
                     yield {"files": [table], "group": group, "start": start, "stop": stop}
@@ -256,7 +258,7 @@ class Source:
         with self._open_table(part.files[0]) as opened:
             columns = [c for c in (image, id_) if c in opened.schema_arrow.names]
             row = 0
-            for batch in opened.iter_batches(ROWS, row_groups=[part.group], columns=columns):
+            for batch in opened.iter_batches(_ROWS, row_groups=[part.group], columns=columns):
                 first, row = row, row + len(batch)
                 if row <= part.start:
                     continue
@@ -271,6 +273,19 @@ class Source:
                     data = data.get("bytes") if isinstance(data, dict) else data
                     called = f"{name}#{part.group}.{i}" if called is None else scores.text(called)
                     yield called, data or b""
+
+
+def _split(images: Iterable[tuple[bytes, int, str]]) -> Iterator[list[bytes]]:
+    """Split files, of so many bytes each, into parts, in order."""
+    part, room = list[bytes](), BYTES
+    for name, size, _ in images:
+        if part and (size > room or len(part) == IMAGES):
+            yield part
+            part, room = [], BYTES
+        part.append(name)
+        room -= size
+    if part:
+        yield part
 
 
 class _Object(io.RawIOBase):

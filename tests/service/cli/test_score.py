@@ -12,12 +12,15 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from dropserve.service import errors
-from dropserve.service.cli import ask, score, scores
+from dropserve.service.cli import ask, score, score_ray, scores
 from dropserve.service.client import AsyncDropserveClient, DropserveClient
 
 COLUMNS = [
@@ -395,3 +398,34 @@ def test_the_ray_engine_says_what_to_install(run, folder, tmp_path, monkeypatch)
     result = run("score", folder, "--out", tmp_path / "scores", "--engine", "ray")
     assert result.exit_code == 2
     assert "dropserve[ray]" in result.stderr
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(sizes=st.lists(st.integers(0, 12), max_size=12), groups=st.lists(st.integers(1, 40)))
+def test_parts_have_everything_once_and_are_no_larger_than_they_may(
+    sizes, groups, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setattr(score_ray, "IMAGES", 3)
+    monkeypatch.setattr(score_ray, "BYTES", 10)
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "none.png").touch()
+    for number, size in enumerate(sizes):
+        (folder / f"{number:02}.png").write_bytes(bytes(size))
+    schema = pa.schema({"image": pa.binary()})
+    with parquet.ParquetWriter(folder / "table.parquet", schema) as file:
+        for rows in groups:
+            file.write_table(pa.table({"image": [b"image"] * rows}, schema))
+    parts, _ = score_ray.Source(str(folder), score_ray.Columns("image", "path")).parts()
+    images = [[int(name[:2]) for name in part.files if name[:2].isdigit()] for part in parts]
+    assert [number for numbers in images for number in numbers] == [*range(len(sizes))]
+    for numbers in filter(None, images):
+        assert len(numbers) <= 3
+        assert len(numbers) == 1 or sum(sizes[k] for k in numbers) <= 10
+    for group, rows in enumerate(groups):
+        slices = [(p.start, p.stop) for p in parts if p.group == group]
+        assert [k for start, stop in slices for k in range(start, stop)] == [*range(rows)]
+        assert len(slices) <= 16
+    assert sum(part.images for part in parts) == len(sizes) + 1 + sum(groups)
+    assert len({part.name for part in parts}) == len(parts)
