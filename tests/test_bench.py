@@ -217,5 +217,5 @@ def test_bulk_scoring_meets_its_targets():
     for mode in bulk.MODES:
         two, one = each["ray, 2 actors", mode], each["ray, 1 actor", mode]
         assert np.median(two / one) < 1.1
-        for engine in ("local", "ray, 1 actor", "ray, 2 actors"):
-            assert np.median(each["http", mode] / each[engine, mode]) > 5
+        for name in ("local", "ray, 1 actor", "ray, 2 actors"):
+            assert np.median(each["http", mode] / each[name, mode]) > 5
