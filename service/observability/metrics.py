@@ -92,7 +92,7 @@ class Metrics:
         self._folder = Path(folder) if folder else None
         if folder:
             self._exposed = CollectorRegistry()
-            MultiProcessCollector(self._exposed, folder)  # type: ignore[no-untyped-call]
+            _Workers(self._exposed, folder)  # type: ignore[no-untyped-call]
 
         counter = partial(Counter, namespace="dropserve", registry=registry)
         histogram = partial(_Histogram, namespace="dropserve", registry=registry)
@@ -226,6 +226,25 @@ class Metrics:
             _remove_dead(self._folder)
         encode, content_type = choose_encoder(accept)
         return encode(self._exposed), content_type
+
+
+class _Workers(MultiProcessCollector):
+    """Adds up the files of all workers, except empty ones, by which prometheus_client fails.
+
+    A worker makes a file before it writes to it, and leaves it so if it is killed (issue 1199 of
+    client_python).
+    """
+
+    def collect(self) -> Any:  # noqa: ANN401  its base class has no types
+        """Return the metrics of all workers."""
+        files = [str(path) for path in Path(self._path).glob("*.db") if _has_bytes(path)]
+        return self.merge(files)  # type: ignore[no-untyped-call]
+
+
+def _has_bytes(path: Path) -> bool:
+    with suppress(FileNotFoundError):  # the gauges of a worker that has ended
+        return path.stat().st_size > 0
+    return False
 
 
 def _remove_dead(folder: Path) -> None:

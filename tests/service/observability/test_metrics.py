@@ -9,11 +9,13 @@ import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -217,6 +219,19 @@ def test_two_workers_add_up_and_a_dead_ones_gauges_go(make_server):
     assert scrape("dropserve_requests_total", route="/predict", status="200") == sent
     scrape = settled(server, lambda s: s("dropserve_workers") == 2)
     assert scrape("dropserve_requests_total", route="/predict", status="200") == sent
+
+
+def test_files_that_workers_have_made_and_not_written_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    empty, written = (tmp_path / f"counter_{2**22 + n}.db" for n in range(2))
+    empty.touch()
+    file = MmapedDict(str(written))
+    file.write_value(mmap_key("seen", "seen_total", (), (), "Seen."), 3.0, 0.0)
+    file.close()
+    metrics = Metrics()
+    assert b"seen_total 3.0\n" in metrics.write("")[0]
+    monkeypatch.setattr(Path, "glob", lambda *_: [empty.with_name("counter_1.db"), written])
+    assert b"seen_total 3.0\n" in metrics.write("")[0]  # one has gone
 
 
 def test_scrapes_at_once_do_not_trip_over_a_dead_worker(tmp_path):
