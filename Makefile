@@ -119,7 +119,7 @@ bench-capacity: setup ## Measure what a capacity model needs, and hold it agains
 	@command -v haproxy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends haproxy; }
 	$(PYTHON) -m bench.capacity
 
-# 25 minutes, and three. On an idle machine: processor time per image, images per second.
+# 15 minutes. On an idle machine: processor time per image, images per second.
 bench-bulk: setup ## Measure bulk scoring: over HTTP, in processes, and on Ray
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev,ray]'
 	$(PYTHON) -m bench.bulk

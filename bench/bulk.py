@@ -1,10 +1,11 @@
 """Processor time of bulk scoring by its engines: `python -m bench.bulk`, 15 minutes.
 
-The same 100,000 PNG files of 28 x 28 pixels are scored over HTTP (a server and `dropserve score`,
-both as they are by default), by `--engine local`, and by `--engine ray` with one and two actors.
-Time is user and system time of the command, of the server, and of all that they start. What an
-image takes is counted from when a tenth of the images are done until the last row is written: the
-start is left out, and so is the end of Ray. Exits with 1 if a target is missed.
+The same 100,000 PNG files of 28 x 28 pixels are scored over HTTP (a server and `dropserve score`),
+by `--engine local`, and by `--engine ray` with one and two actors; in float32, without a log of
+requests. Time is user and system time of the command, of the server, and of all that they start.
+What an image takes is the slope of it over the images that are done, from a tenth of them on, and
+its part of writing the table: the start is left out, and so is the end of Ray. Linux alone: it
+adopts what Ray leaves behind. Exits with 1 if a target is missed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -35,7 +36,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from bench.http.processes import free_port, serving
+from bench.http.processes import adopt_orphans, free_port, serving
 from bench.progress import follow
 from dropserve.lab.machine import machine, versions
 from dropserve.models import checkpoint
@@ -55,13 +56,39 @@ ENGINES: Mapping[str, Sequence[str]] = {
     "ray, 2 actors": ["--engine", "ray", "--actors", "2"],
 }
 TARGET_SPEEDUP, TARGET_SCALING = 5.0, 0.1
-"""Least images per processor second relative to HTTP; most that a second actor may add to an
-image: it may take less, as what Ray takes by the clock is for twice as many."""
-_STARTING = 0.1
-"""Share of the images that are scored while processes start."""
-_LOOK = 0.2  # seconds from one look at the processes to the next
+"""Least images per processor second relative to HTTP; most that a second actor may add to each."""
+_STARTING, _LEAST = 0.1, 5
+"""Share of the images that do not count, as processes still start; looks at the others."""
+_LOOK = 0.1  # seconds from one look at the processes to the next
 _EACH = "microseconds_per_image"
 _DROPSERVE = [sys.executable, "-c", "from dropserve.service.cli.main import app; app()"]
+
+
+class Look(NamedTuple):
+    """What was seen of a run: images that are done, seconds of processors, and of the clock."""
+
+    images: int
+    processor: float
+    clock: float
+
+
+def per_image(looks: Sequence[Look], images: int) -> tuple[float, float]:
+    """Return the seconds that an image takes of processors, and of the clock.
+
+    Raises:
+        SystemExit: there were too few looks at a run, because there were too few images.
+    """
+    between = [look for look in looks if _STARTING * images <= look.images < images - 1]
+    if len(between) < _LEAST:
+        raise SystemExit(f"{images:,} images are done too soon to be measured: give more")
+    # on images that are not done yet, each look has as much work: a slope has none of it
+    done, *seconds = np.transpose(between)
+    rows, table = (next(x for x in looks if x.images >= n) for n in (images - 1, images))
+    processor, clock = (
+        1 / np.polyfit(taken, done, 1)[0] + (table[i] - rows[i]) / images
+        for i, taken in enumerate(seconds, 1)
+    )
+    return float(processor), float(clock)
 
 
 def measure(folder: Path, root: Path, images: int, engine: str, mode: str) -> dict[str, float]:
@@ -80,29 +107,28 @@ def measure(folder: Path, root: Path, images: int, engine: str, mode: str) -> di
             _server(environment, place) if engine == "http" else _nothing() as more,
             (place / "said").open("w+") as said,
         ):
-            began, used, seen, ended = time.perf_counter(), dict[int, float](), [], False
+            looks, used, scored, ended = [], dict[int, float](), _scored(out, images), False
+            began = time.perf_counter()
             with subprocess.Popen(
                 [*command, *more], env=os.environ | environment, stdout=said, stderr=said
             ) as process:
                 while not ended:
                     time.sleep(_LOOK)
                     ended = _has_ended(process)
-                    _look(used)
-                    seen.append((_scored(out, images), sum(used.values()), time.perf_counter()))
+                    _count(used)
+                    now = time.perf_counter() - began
+                    looks.append(Look(next(scored), sum(used.values()), now))
             said.seek(0)
             if process.returncode or f"{images:,} images" not in (text := said.read()):
                 raise RuntimeError(text)
-        # orphans that Ray has left: the next run would count what they took
-        psutil.wait_procs(psutil.Process().children(), timeout=60)
-        first, last = (
-            next(each for each in seen if each[0] >= share * images) for share in (_STARTING, 1)
-        )
-        done, processor, clock = (b - a for a, b in zip(first, last, strict=True))
+        if psutil.wait_procs(psutil.Process().children(), timeout=60)[1]:
+            raise RuntimeError(f"{engine} left processes behind")
+        processor, clock = per_image(looks, images)
         return {
-            _EACH: 1e6 * processor / done,
-            f"{_EACH}_with_start": 1e6 * seen[-1][1] / images,
-            "images_per_second": done / clock,
-            "seconds": seen[-1][2] - began,
+            _EACH: 1e6 * processor,
+            f"{_EACH}_with_start": 1e6 * looks[-1].processor / images,
+            "images_per_second": 1 / clock,
+            "seconds": looks[-1].clock,
         }
 
 
@@ -132,7 +158,7 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, process.pid, options) is not None
 
 
-def _look(used: dict[int, float]) -> None:
+def _count(used: dict[int, float]) -> None:
     """Note the processor seconds of each process below this one.
 
     The system's count of those that have ended is not complete: Ray kills some.
@@ -143,14 +169,20 @@ def _look(used: dict[int, float]) -> None:
             used[child.pid] = times.user + times.system
 
 
-def _scored(out: Path, images: int) -> int:
-    """Count the images that are done, in the files that a run continues from."""
-    if out.is_dir():
-        return min(score_ray.IMAGES * len([*out.glob("part-*")]), images)
-    part = out.with_name(f"{out.name}.part")
-    if out.exists():
-        return images
-    return part.read_bytes().count(b"\n") - 1 if part.exists() else 0
+def _scored(out: Path, images: int) -> Iterator[int]:
+    """Yield how many images are done, by the files that a run continues from; all: and written."""
+    part, read, lines = out.with_name(f"{out.name}.part"), 0, 0
+    while True:
+        if out.is_dir():
+            yield min(score_ray.IMAGES * len([*out.glob("part-*.parquet")]), images)
+        elif out.exists():
+            yield images
+        else:
+            with suppress(FileNotFoundError), part.open("rb") as file:
+                file.seek(read)
+                new = file.read()
+                read, lines = read + len(new), lines + new.count(b"\n")
+            yield max(0, min(lines, images) - 1)
 
 
 def make_folder(folder: Path, images: int, data: Path | None) -> None:
@@ -181,6 +213,7 @@ def make_model(root: Path) -> None:
 
 def run(images: int, data: Path | None) -> dict[str, Any]:
     """Measure every engine in both modes; medians of the rounds."""
+    adopt_orphans()
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="bulk-") as temporary:
         root, folder = Path(temporary, "checkpoints"), Path(temporary, "images")
@@ -230,7 +263,7 @@ def missed(targets: Mapping[str, float]) -> list[str]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Show what was measured."""
-    shown = Table("engine", "mode", "us an image", "with its start", "images/s", "s, whole")
+    shown = Table("engine", "mode", "us an image", "with its start", "images/s", "s, all")
     names = _EACH, f"{_EACH}_with_start", "images_per_second", "seconds"
     for row in rows:
         shown.add_row(row["engine"], row["mode"], *(f"{row[name]:,.0f}" for name in names))

@@ -594,15 +594,15 @@ _RATES = "rate", "asked"
 async def measure_latency(
     load: Load,
     requests: Iterator[bytes],
-    part: Callable[[], float],
+    ratio: Callable[[], float],
     share: float,
     full: Sequence[float],
 ) -> Row:
     """Measure the mean latency of requests that come at random, a share of what can be served.
 
-    Of the throughput `full` of each process that is a `part`: full batches take less time.
+    That is `ratio` of the throughput of full batches, of which each process has `full`.
     """
-    asked, seed = share * part() * sum(full), random.getrandbits(32)
+    asked, seed = share * ratio() * sum(full), random.getrandbits(32)
     seen = await load.poisson(requests, asked, _SLICE, seed, full)
     return {
         "load": share,
@@ -665,10 +665,10 @@ async def setup_running(
     load = await connect(front, ports * CONNECTIONS)
     stack.callback(load.close)
 
-    def part() -> float:
+    def ratio() -> float:
         return predict_random_throughput(setup, parts) / predict_throughput(setup, parts)
 
-    measures = [partial(measure_latency, load, requests, part, share) for share in LOADS]
+    measures = [partial(measure_latency, load, requests, ratio, share) for share in LOADS]
     return Running(load, range(setup.processes), ports * SATURATING, requests, measures)
 
 

@@ -45,7 +45,7 @@ def serving(
     Raises:
         NotServing: it ended by itself, or did not answer in time.
     """
-    _adopt_orphans()
+    adopt_orphans()
     log = folder / "log"
     with log.open("wb") as out:
         started = time.monotonic()
@@ -94,6 +94,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
-def _adopt_orphans() -> None:
+def adopt_orphans() -> None:
+    """Become the parent of processes below this one whose own has ended, on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

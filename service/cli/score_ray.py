@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 RUN = "_run.json"
 """Readers of Parquet folders leave out names that begin with _."""
 IMAGES, BYTES = 4096, 32 * 2**20
-"""Of a part at most: Ray takes 10 ms of processors for one, little beside those of many small
-images; large ones are spread over many actors."""
-_SLICES, _ROWS = 16, 64
-"""Parts at most of a group of rows in Parquet; rows that are read at a time."""
+"""Of a part at most: what Ray itself takes for a part is little beside so many small images, and
+large images are spread over many actors."""
+_SLICES, _ROWS, _AHEAD = 16, 64, 8 * 2**20
+"""Parts at most of a group of rows in Parquet; rows, and bytes, that are read at a time."""
 _RESTARTS = 3
 """Times that an actor is started again, and its part tried: one may need more memory than is."""
 _MEMORY = 128 * 2**20
@@ -177,10 +177,11 @@ class Source:
         for table in tables:
             found += self._slices(table)
         parts = [Part(f"part-{number:06}", **each) for number, each in enumerate(found)]
-        return parts, hashlib.sha256(repr(files).encode()).hexdigest()
+        split = IMAGES, BYTES, _SLICES  # another release may split in another way
+        return parts, hashlib.sha256(repr((split, files)).encode()).hexdigest()
 
     def _list(self) -> Iterator[tuple[bytes, int, str]]:
-        """List files by their name relative to the folder: bytes, and what changes when they do."""
+        """Yield names relative to the folder, sizes in bytes, and times of change or tags."""
         suffixes = (*IMAGE_SUFFIXES, ".parquet")
         if _is_url(self._folder):
             for page in open_store(self._root).list():
@@ -212,9 +213,8 @@ class Source:
                     f"the images' bytes by --image-column; there are {', '.join(names)}"
                 )
             for group in range(about.num_row_groups):
-                rows, size = about.row_group(group).num_rows, about.row_group(group).total_byte_size
-                step = min(IMAGES, BYTES * rows // max(size, 1))
-                step = max(step, -(-rows // _SLICES), 1)  # the pages before a slice are read again
+                rows = about.row_group(group).num_rows
+                step = max(IMAGES, -(-rows // _SLICES))  # what is before a slice is read again
                 for start in range(0, rows, step):
                     stop = min(start + step, rows)
                     yield {"files": [table], "group": group, "start": start, "stop": stop}
@@ -223,8 +223,11 @@ class Source:
         from pyarrow import parquet
 
         if not _is_url(self._folder):
-            return parquet.ParquetFile(os.path.join(os.fsencode(self._root), name).decode())  # noqa: PTH118
-        return parquet.ParquetFile(_Object(open_store(self._root), name.decode()))
+            file: Any = os.path.join(os.fsencode(self._root), name).decode()  # noqa: PTH118
+        else:
+            file = _Object(open_store(self._root), name.decode())
+        # otherwise the whole column of a group would be read, before its first row
+        return parquet.ParquetFile(file, buffer_size=_AHEAD, pre_buffer=False)
 
     def read(self, part: Part, most: int) -> "Iterator[Image]":
         """Read the images of a part, of `most` bytes, one after another.

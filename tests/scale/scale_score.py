@@ -28,8 +28,9 @@ from tests.reliability.figures import SCALE
 pytestmark = pytest.mark.timeout(600)
 KILLS = max(2, round(10 * SCALE))
 COMMAND = [sys.executable, "-c", "from dropserve.service.cli.main import app; app()", "score"]
-FILES, GROUPS, ROWS = 3, 20, 100
-"""Of Parquet: files, groups of rows in each, and rows in each of these."""
+FILES, GROUPS, ROWS = 3, 40, 834
+"""Of Parquet: files, groups of rows in each, and rows in each of these: 100,000 in all."""
+IMAGES = 100_000
 BAD = {"cut.png": b"\x89PNG\r\n\x1a\n cut", "empty.jpg": b"", "text.webp": b"hello"}
 
 
@@ -167,7 +168,7 @@ def read(path):
 def test_the_local_engine_finishes_what_was_killed(environment, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    for i, png in enumerate(pngs(20_000, 7)):
+    for i, png in enumerate(pngs(IMAGES, 7)):
         (folder / f"{i:05}.png").write_bytes(png)
     for name, content in BAD.items():
         (folder / name).write_bytes(content)
@@ -183,10 +184,10 @@ def test_the_local_engine_finishes_what_was_killed(environment, tmp_path):
         wanted = kept + random.randint(1, 1500)
         assert kill([*local, "--out", str(out)], environment, lambda n=wanted: lines() >= n)
         kept = lines()
-    assert 0 < kept < 20_000
+    assert 0 < kept < IMAGES
     finish([*local, "--out", str(out)], environment)
     whole, found = read(tmp_path / "whole.csv"), read(out)
-    assert len(found) == 20_000 + len(BAD)
+    assert len(found) == IMAGES + len(BAD)
     for row, other in zip(found, whole, strict=True):
         figures = [column for column in row if "." in (row[column] or "") and column != "path"]
         for column in figures:

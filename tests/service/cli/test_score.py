@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -403,29 +404,33 @@ def test_the_ray_engine_says_what_to_install(run, folder, tmp_path, monkeypatch)
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(sizes=st.lists(st.integers(0, 12), max_size=12), groups=st.lists(st.integers(1, 40)))
+@given(sizes=st.lists(st.integers(0, 12), max_size=12), groups=st.lists(st.integers(1, 99)))
 def test_parts_have_everything_once_and_are_no_larger_than_they_may(
     sizes, groups, tmp_path_factory, monkeypatch
 ):
     monkeypatch.setattr(score_ray, "IMAGES", 3)
     monkeypatch.setattr(score_ray, "BYTES", 10)
     folder = tmp_path_factory.mktemp("parts")
-    (folder / "none.png").touch()
-    for number, size in enumerate(sizes):
+    (folder / "99.png").write_bytes(bytes(11))
+    sizes = dict(enumerate(sizes)) | {99: 11}
+    for number, size in sizes.items():
         (folder / f"{number:02}.png").write_bytes(bytes(size))
     schema = pa.schema({"image": pa.binary()})
     with parquet.ParquetWriter(folder / "table.parquet", schema) as file:
         for rows in groups:
             file.write_table(pa.table({"image": [b"image"] * rows}, schema))
     parts, _ = score_ray.Source(str(folder), score_ray.Columns("image", "path")).parts()
-    images = [[int(name[:2]) for name in part.files if name[:2].isdigit()] for part in parts]
-    assert [number for numbers in images for number in numbers] == [*range(len(sizes))]
-    for numbers in filter(None, images):
-        assert len(numbers) <= 3
-        assert len(numbers) == 1 or sum(sizes[k] for k in numbers) <= 10
+    images = [[int(name[:2]) for name in part.files] for part in parts if part.group is None]
+    assert [number for numbers in images for number in numbers] == [*sizes]
+    bytes_ = [[sizes[k] for k in numbers] for numbers in images]
+    for part in bytes_:
+        assert len(part) <= 3
+        assert len(part) == 1 or sum(part) <= 10
+    for part, (first, *_) in pairwise(bytes_):
+        assert len(part) == 3 or sum(part) + first > 10
     for group, rows in enumerate(groups):
         slices = [(p.start, p.stop) for p in parts if p.group == group]
         assert [k for start, stop in slices for k in range(start, stop)] == [*range(rows)]
-        assert len(slices) <= 16
-    assert sum(part.images for part in parts) == len(sizes) + 1 + sum(groups)
+        assert max(stop - start for start, stop in slices) == min(rows, max(3, -(-rows // 16)))
+    assert sum(part.images for part in parts) == len(sizes) + sum(groups)
     assert len({part.name for part in parts}) == len(parts)
