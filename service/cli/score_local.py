@@ -65,11 +65,10 @@ def score(
     except BrokenProcessPool as error:
         reason = "a process was killed, perhaps for its memory; the same command continues"
         raise ServerError(f"{reason}, and takes less with --processes 1") from error
-    except BaseException:
-        for child in multiprocessing.active_children():  # their parts may take minutes
-            child.terminate()
-        raise
     finally:
+        # their parts may take minutes, and without parts their own end takes half a second
+        for child in multiprocessing.active_children():
+            child.terminate()
         pool.shutdown(cancel_futures=True)
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -472,15 +473,18 @@ def _run(parts: Sequence[Part], work: _Work, actors: int | None) -> Iterator[dic
         context.enable_progress_bars = False  # there is one for images
         items = [{"part": _dumped(part)} for part in parts]
         count = min(actors or _cores(), len(parts))
-        scored = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Actor,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=count),
-            fn_constructor_args=(work,),
-            num_cpus=1,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
-        )
+        listed = ray.data.from_items(items, override_num_blocks=len(items))
+        with warnings.catch_warnings():  # Ray 2.60 has no other way to name both numbers of tries
+            warnings.simplefilter("ignore", DeprecationWarning)
+            scored = listed.map_batches(
+                _Actor,
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=count),
+                fn_constructor_args=(work,),
+                num_cpus=1,
+                max_restarts=_RESTARTS,
+                max_task_retries=_RESTARTS,
+            )
         yield from scored.iter_rows()
     except ray.exceptions.RayError as error:
         # its text is a traceback, whose end is the error in the actor
