@@ -55,9 +55,9 @@ def test_what_waits_for_too_long_expires_and_is_not_computed(server, problem):
         tensors = clients.submit(httpx.post, server.url + INFER, json=sent, headers=MORE)
         own = ask(server, 0, **{"X-Request-Timeout": "0.7"})
         assert tensors.result().status_code == 503
-        assert 0.7 <= time.perf_counter() - started < SECONDS - 0.5
+        assert 0.7 <= time.perf_counter() - started < MAX_WAIT + 0.2
         responses = own, default.result(), decoded.result()
-        assert MAX_WAIT <= time.perf_counter() - started < SECONDS - 0.5  # not at the step's end
+        assert MAX_WAIT <= time.perf_counter() - started < MAX_WAIT + 0.5
         for response in responses:
             assert "waited for longer" in problem(response, 503)
             assert int(response.headers["retry-after"]) >= 1
