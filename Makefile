@@ -25,9 +25,9 @@ serve: train ## Serve on 127.0.0.1:8000, after training the default model if the
 train: setup ## Train the default model, digits, if there is none (seconds, no download)
 	$(DROPSERVE) train --dataset digits --if-missing --resume
 
-# Three processes on two cores, since many tests wait; one thread each, or they would compete.
+# Two processes, for the many tests that wait for a server; one thread each, or they would compete.
 test: check browser ## Run every check, and the tests that are not slow
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 # Three minutes. When the supervisor, training's files, the memory of images or bench/ have changed.
 test-slow: setup ## Kill workers, trainers and disks, fill the memory, and try the benchmarks
